@@ -1,0 +1,46 @@
+# Each target does everything from nothing: it needs Python >= 3.11, make and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train the tutorial's network with and without batch normalization (runs/demo/report.html)"
+	@echo "make test   run the tests with coverage"
+	@echo "make lint   ruff and pyright"
+	@echo "make docs   build docs/ into site/"
+	@echo "make clean  remove the virtual environment and what was built"
+
+# torch goes first and by exact version: as somebody's dependency it would be the newest build instead.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/lab: $(VENV)/torch pyproject.toml
+	$(PIP) --editable '.[lab]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/lab
+
+demo: $(VENV)/lab
+	$(BIN)/batchnorm demo
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/dev
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) build site

@@ -1,0 +1,19 @@
+"""One door to the kernels: an ordered list, the first that takes a call computes it, plain torch last."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from batchnorm.kernels import eager
+from batchnorm.kernels.activation import Activation, from_module, parse
+from batchnorm.kernels.contract import Backward, Epilogue, Kernel
+
+KERNELS: tuple[Kernel, ...] = (eager,)
+
+
+def select(x: Tensor, epilogue: Epilogue) -> Kernel:
+    """The first kernel of `KERNELS` that takes this call."""
+    return next(kernel for kernel in KERNELS if kernel.refuses(x, epilogue) is None)
+
+
+__all__ = ["KERNELS", "Activation", "Backward", "Epilogue", "Kernel", "from_module", "parse", "select"]

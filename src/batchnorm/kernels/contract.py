@@ -1,0 +1,116 @@
+"""What every kernel computes, in four verbs and two fused pairs.
+
+    x ─moments─▶ (count, mean, M2) ──▶ mean, rstd ─normalize─▶ y
+    dy ─reduce_grad─▶ (Σg, Σg·x̂) ──▶ ─input_grad─▶ dx, dresidual
+
+with, channel by channel,
+
+    rstd = 1 / sqrt(M2 / count + eps)                 x̂ = (x - mean) · rstd
+    z    = weight · x̂ + bias + residual               y = activation(z)
+    g    = dy · activation'(z)                        dresidual = g
+    dx   = weight · rstd · (g - Σg / count - x̂ · Σg·x̂ / count)      when mean and rstd are those of x
+    dx   = weight · rstd · g                                         when they are constants (inference)
+    dweight = Σg·x̂                                    dbias = Σg
+
+(Ioffe & Szegedy 2015, Algorithm 1 and the equations below it, with the activation's gradient taken in.)
+
+Shapes: x, y, residual and their gradients (N, C, *S) in any strides; channel values (C,). Channel values are float64 (float32 on
+devices without it): at mean 1e4 a float32 mean alone costs 5e-4 of the deviation.
+A mask is boolean and broadcasts against (N, 1, *S); where it is False nothing is counted, y is 0 and no gradient flows, whatever x holds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from batchnorm.kernels.activation import Activation
+from batchnorm.moments import Moments
+
+
+class Epilogue(NamedTuple):
+    """Everything that happens to x̂ on its way to y.
+
+    Attributes:
+        weight: gamma, (C,) or None for 1.
+        bias: beta, (C,) or None for 0.
+        residual: added before the activation; x's shape, or None.
+        mask: bool, (N, 1, *S) or broadcastable to it; True counts. None counts all.
+        activation: applied last, or None.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+    activation: Activation | None = None
+
+
+class Backward(NamedTuple):
+    """What the fused backward pair returns.
+
+    Attributes:
+        input: dx, or None where it was not asked for.
+        residual: dresidual, or None without a residual.
+        sum_grad: Σg, (C,): the gradient of the bias.
+        sum_grad_xhat: Σg·x̂, (C,): the gradient of the weight.
+    """
+
+    input: Tensor | None
+    residual: Tensor | None
+    sum_grad: Tensor
+    sum_grad_xhat: Tensor
+
+
+class Kernel(Protocol):
+    """One implementation of the verbs. `kernels.select` asks each in turn whether it takes a call."""
+
+    name: str
+
+    def refuses(self, x: Tensor, epilogue: Epilogue) -> str | None:
+        """Why this kernel does not take the call, or None if it does."""
+        ...
+
+    def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
+        """Count, mean and M2 of each channel."""
+        ...
+
+    def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
+        """y from given statistics; x's dtype and, where x is dense, its strides."""
+        ...
+
+    def reduce_grad(
+        self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        """Σg and Σg·x̂ of each channel."""
+        ...
+
+    def input_grad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        epilogue: Epilogue,
+        mean_grads: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None where the statistics are constants."""
+        ...
+
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
+        """`moments` and `normalize`, fused: y, and the moments it was normalized with."""
+        ...
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        epilogue: Epilogue,
+        count: int | Tensor | None,
+        needs_input_grad: bool = True,
+    ) -> Backward:
+        """`reduce_grad` and `input_grad`, fused; `count` is None where the statistics are constants."""
+        ...

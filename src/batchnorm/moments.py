@@ -1,0 +1,70 @@
+"""Moments: how many, their mean, and their sum of squared deviations. The only place that knows Bessel's correction.
+
+Two sets of moments merge exactly (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance"):
+
+    n    = n_a + n_b
+    mean = mean_a + (mean_b - mean_a) * n_b / n
+    M2   = M2_a + M2_b + (mean_b - mean_a)^2 * n_a * n_b / n
+
+No `E[x^2] - E[x]^2` anywhere: it loses every digit once the mean is large beside the deviation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from batchnorm.errors import InputError
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations (M2) of each channel.
+
+    Attributes:
+        count: values per channel; an int, or a 0-d float64 tensor where a mask decides it.
+        mean: (C,), float64 where the device has it.
+        m2: (C,), the same dtype: the sum of (x - mean)^2.
+    """
+
+    count: int | Tensor  # pyright: ignore[reportIncompatibleMethodOverride] (nobody counts items of moments)
+    mean: Tensor
+    m2: Tensor
+
+    def variance(self, *, unbiased: bool = False) -> Tensor:
+        """Variance of each channel, (C,): M2 / n, or M2 / (n - 1) with Bessel's correction.
+
+        The paper normalizes with the biased variance (Algorithm 1) and infers with the unbiased one (section 3.1).
+        Of no values the variance is 0; of one value the unbiased variance is 0 as well, where torch has NaN.
+        """
+        return self.m2 / at_least_one(self.count - 1 if unbiased else self.count)
+
+    def rstd(self, eps: float) -> Tensor:
+        """1 / sqrt(biased variance + eps), (C,): what the paper's Algorithm 1 multiplies by."""
+        return (self.variance() + eps).rsqrt()
+
+    def detach(self) -> Moments:
+        """The same moments, outside the autograd graph."""
+        count = self.count.detach() if isinstance(self.count, Tensor) else self.count
+        return Moments(count, self.mean.detach(), self.m2.detach())
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of values together; exact but for rounding, in any order.
+
+        Raises:
+            InputError: if the two have different numbers of channels.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise InputError(
+                f"moments merge channel by channel, but one has shape {tuple(self.mean.shape)} and the other "
+                f"{tuple(other.mean.shape)}; merge moments of the same layer"
+            )
+        count = self.count + other.count
+        share = other.count / at_least_one(count)
+        delta = other.mean - self.mean
+        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
+
+
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    """A count that can be divided by: of no values every sum is 0, whatever it is divided by."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
