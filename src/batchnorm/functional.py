@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] (a C module)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -214,7 +215,6 @@ def move_running_statistics(
     if running_mean.is_complex():
         running_mean, running_var = _parts_of_buffer(running_mean), _parts_of_buffer(running_var)
         moments = Moments(count, _parts_of_buffer(moments.mean), _parts_of_buffer(moments.m2))
-    _refuse_shared_buffers_under_vmap(running_mean, moments.mean)
     steps = [
         (running, (1 - momentum) * running.to(value.dtype) + momentum * value)
         for running, value in ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
@@ -225,8 +225,36 @@ def move_running_statistics(
         finite = torch.stack([step.to(running.dtype).isfinite().all() for running, step in steps]).all()
         moves = finite if moves is None else moves & finite
     for running, step in steps:
-        running.copy_(step if moves is None else torch.where(moves, step, running.to(step.dtype)))
+        write(running, step if moves is None else torch.where(moves, step, running.to(step.dtype)))
     return finite
+
+
+def write(buffer: Tensor, value: Tensor) -> None:
+    """`buffer.copy_(value)`, also from inside `torch.func.grad`, which refuses to write to a tensor it did not get as an argument.
+
+    A buffer holds values, never gradients: what is written is what lies below the gradient levels.
+
+    Raises:
+        StateError: under `torch.vmap`, if the value differs from slice to slice and the buffer does not.
+    """
+    if forward_ad._current_level >= 0:
+        value = forward_ad.unpack_dual(value).primal
+    if not torch._C._are_functorch_transforms_active():
+        buffer.copy_(value)
+        return
+    target, source = _below_gradient_levels(buffer), _below_gradient_levels(value)
+    if not (functorch.is_batchedtensor(target) or functorch.is_batchedtensor(source)):
+        with temporarily_clear_interpreter_stack():
+            target.copy_(source)
+        return
+    try:
+        buffer.copy_(value)
+    except RuntimeError as error:
+        raise StateError(
+            "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
+            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
+            "call batchnorm.functional.normalize, which returns the moments"
+        ) from error
 
 
 def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None:
@@ -394,16 +422,10 @@ def _by_torch(input: Tensor, mean: Tensor, variance: Tensor, eps: float, epilogu
     return output if epilogue.activation is None else epilogue.activation(output)
 
 
-def _refuse_shared_buffers_under_vmap(running: Tensor, value: Tensor) -> None:
-    if not torch._C._are_functorch_transforms_active():
-        return
-    batched = functorch.is_batchedtensor
-    if batched(value) and not batched(running):
-        raise StateError(
-            "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
-            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
-            "call batchnorm.functional.normalize, which returns the moments"
-        )
+def _below_gradient_levels(value: Tensor) -> Tensor:
+    while functorch.is_gradtrackingtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def _parts_as_channels(x: Tensor) -> Tensor:
