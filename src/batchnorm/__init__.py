@@ -5,6 +5,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.moments import Moments
+from batchnorm.surgery import convert, revert
 
 __all__ = [
     "BatchNorm",
@@ -16,6 +17,8 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "convert",
     "functional",
+    "revert",
     "statistics",
 ]
