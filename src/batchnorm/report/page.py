@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
+from statistics import fmean
 
-from batchnorm.lab.result import Claim, Result
+from batchnorm.lab.result import Arm, Claim, Result
 from batchnorm.report import plots
 from batchnorm.report.rows import summary_rows, sweep_rows
 
@@ -57,17 +58,31 @@ def render(result: Result) -> str:
         title=escape(result.question),
         data=escape(protocol["dataset"]),
         css=resources.files("batchnorm.report").joinpath("page.css").read_text(encoding="utf-8"),
-        verdict=escape(verdict(result.claims)),
+        verdict=escape(verdict(result)),
         body="\n".join(body),
         environment=escape(" · ".join(f"{name} {value}" for name, value in result.environment.items())),
     )
 
 
-def verdict(claims: list[Claim]) -> str:
-    """In a few words, how many of the claims held."""
-    held = sum(claim.holds for claim in claims)
-    answer = "yes" if held == len(claims) else "no" if not held else "in part"
-    return f"On these images {answer}: {held} of {len(claims)} claims held, for every seed."
+def verdict(result: Result) -> str:
+    """In two sentences, what came out."""
+    plain, normalized = result.arms
+    target, rates = f"{result.protocol['target']:.0%}", len(result.protocol["learning_rates"])
+    held, claims = sum(claim.holds for claim in result.claims), len(result.claims)
+    answer = "yes" if held == claims else "no" if not held else "in part"
+    return (
+        f"On these images {answer}: {held} of {claims} claims held, for every seed. "
+        f"With batch normalization the network trains at {len(normalized.trains_at)} of {rates} learning rates, without it at "
+        f"{len(plain.trains_at)}; at learning rate {result.protocol['common_learning_rate']:g} it comes to {target} "
+        f"{_when(normalized)} with it, {_when(plain)} without."
+    )
+
+
+def _when(arm: Arm) -> str:
+    reached = [steps for steps in arm.steps_to_target if steps is not None]
+    if len(reached) < len(arm.steps_to_target):
+        return f"with {len(reached)} of {_count(len(arm.steps_to_target), 'seed')}"
+    return f"after {fmean(reached):.0f} steps"
 
 
 def _section(heading: str, *content: str) -> str:

@@ -209,7 +209,7 @@ def _panels(figure: Figure, result: Result) -> list[tuple[Axes, Arm]]:
 
 def _svg(name: str, description: str, draw: Callable[[Figure], None]) -> str:
     """Run `draw` on an empty figure and return its `<svg>` element: no fonts, colors or addresses of its own."""
-    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(STYLE), mpl.rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         draw(figure)
         buffer = io.StringIO()
