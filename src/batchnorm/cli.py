@@ -43,7 +43,7 @@ class Commands(click.Group):
             raise UserError(" ".join(str(error).split())) from error
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("batchnorm", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version(), prog_name="batchnorm")
 def commands() -> None:
     """Batch normalization for PyTorch: see it work, and see how it works."""

@@ -25,11 +25,11 @@ ARM_LINES = {"plain": (0, (4, 1.5)), "batch_norm": "solid"}
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", "#040404": "--plain", "#050505": "--batch-norm"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 11,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
     "axes.titlecolor": INK,
-    "axes.titlesize": 10,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,7 +46,10 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-WIDTH, HEIGHT = 6.0, 3.9  # inches of 72 units: about as many units as pixels of a telephone, so that text stays legible
+WIDTH, HEIGHT = (
+    5.6,
+    3.8,
+)  # inches of 72 units: about as many units as a telephone has pixels, so that text stays legible
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
 PLAIN_NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -136,7 +139,7 @@ def hidden_distribution(result: Result) -> str:
             axes.plot(steps, middle, color=color, linewidth=2)
             for values, name in ((low, "15th"), (middle, "median"), (high, "85th")):
                 axes.annotate(name, (steps[-1], values[-1]), xytext=(-2, 3), textcoords="offset points",
-                              ha="right", va="bottom", color=MUTED, fontsize=8.5)  # fmt: skip
+                              ha="right", va="bottom", color=MUTED, fontsize=9.5)  # fmt: skip
         figure.axes[0].set_ylabel("input of the activation")
 
     description = (
@@ -176,7 +179,7 @@ def gradient_norms(result: Result) -> str:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             axes.yaxis.set_major_formatter(PLAIN_NUMBER)
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.legend(loc="lower left", fontsize=8.5, handlelength=2.2)
+            axes.legend(loc="lower left", fontsize=9.5, handlelength=2.2)
         figure.axes[0].set_ylabel("gradient norm")
 
     description = (
