@@ -212,7 +212,9 @@ def move_running_statistics(
     count = moments.count
     if isinstance(count, int) and count == 0:
         return None
-    if running_mean.is_complex():
+    if not isinstance(momentum, (int, float, Tensor)):
+        raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
+    if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = _parts_of_buffer(running_mean), _parts_of_buffer(running_var)
         moments = Moments(count, _parts_of_buffer(moments.mean), _parts_of_buffer(moments.m2))
     steps = [
@@ -449,7 +451,10 @@ def _parts_of_parameter(values: Tensor | None) -> Tensor | None:
 def _parts_of_buffer(values: Tensor) -> Tensor:
     """(C,) complex as a (2C,) view that writes through."""
     if not values.is_complex():
-        raise DTypeError(f"running statistics of complex input must be complex, one part each, but got {values.dtype}")
+        raise DTypeError(
+            "statistics of complex input must be complex, one part each, and of real input real, but a complex tensor met "
+            f"one of {values.dtype}; build the layer with the input's dtype"
+        )
     return torch.view_as_real(values).view(-1)
 
 

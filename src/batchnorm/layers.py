@@ -98,7 +98,7 @@ class BatchNorm(_BatchNorm):
         on_single: str = "error",
         on_nonfinite: str = "skip",
     ) -> None:
-        if not isinstance(num_features, int):
+        if not isinstance(num_features, int) or isinstance(num_features, bool):
             raise ArgumentError(f"num_features must be an int, the number of channels, but got {num_features!r}")
         if num_features < 1:
             raise InputError(f"num_features must be at least 1, but got {num_features}; it is the number of channels")
@@ -133,6 +133,10 @@ class BatchNorm(_BatchNorm):
         if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             return input.tracer.create_proxy("call_module", path, (input, residual, mask), {})  # pyright: ignore
+        if not isinstance(input, Tensor):
+            raise ArgumentError(
+                f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor"
+            )
         self._check_input_dim(input)
         if self.channel_axis == 1:
             return self.statistics(self, input, residual, mask)
