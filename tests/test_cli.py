@@ -92,7 +92,7 @@ class TestHelp:
     def test_each_command_has_an_example(self, command):
         result = call(command, "--help")
         assert result.exit_code == 0
-        assert re.search(rf"Example:\n +batchnorm {command} \S", result.output)
+        assert f"Example: batchnorm {command} " in result.output
 
     def test_version(self):
         assert re.match(r"batchnorm, version \S+", call("--version").output)

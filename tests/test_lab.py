@@ -111,12 +111,12 @@ class TestIdx:
             idx.read(path, dimensions=1)
 
     def test_a_missing_folder_is_named(self, tmp_path):
-        with pytest.raises(InputError, match="there is no folder .*nowhere"):
+        with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
             load(tmp_path / "nowhere")
 
     def test_too_few_images(self, tmp_path):
         write_idx_files(tmp_path, train=240, test=20)
-        with pytest.raises(InputError, match="at least 64 labels.*holds 20"):
+        with pytest.raises(InputError, match=r"at least 64 labels.*holds 20"):
             load(tmp_path)
 
 
@@ -301,9 +301,9 @@ class TestResult:
 
     def test_a_place_that_cannot_be_written_is_named(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(InputError, match="cannot write into .*file"):
+        with pytest.raises(InputError, match=r"cannot write into .*file"):
             check_writable(tmp_path / "file" / "parts")
-        with pytest.raises(InputError, match="cannot write .*result.json"):
+        with pytest.raises(InputError, match=r"cannot write .*result\.json"):
             write(tmp_path / "file" / "result.json", "")
 
 

@@ -165,18 +165,16 @@ class TestVerdict:
 
     def test_a_training_that_diverged_is_drawn_as_far_as_it_came(self):
         result = made_up_result()
+        diverged = {
+            "steps": [0, 5, 10],
+            "validation_accuracy": [0.1, 0.5, 0.1],
+            "loss": [2.3, 9.0, None],
+            "percentiles": [[0.0, 1.0, 2.0], [0.0, 2.0, 9.0], [None, None, None]],
+            "gradient_norms": [[1.0, 1.0, 1.0], [9.0, 9.0, 9.0], [None, None, None]],
+            "drift": None,
+        }
         trainings = [
-            dataclasses.replace(
-                t,
-                steps=t.steps[:3],
-                validation_accuracy=t.validation_accuracy[:3],
-                loss=[2.3, 9.0, None],
-                drift=None,
-                percentiles=[[0.0, 1.0, 2.0], [0.0, 2.0, 9.0], [None, None, None]],
-                gradient_norms=[[1.0, 1.0, 1.0], [9.0, 9.0, 9.0], [None, None, None]],
-            )  # fmt: skip
-            if (t.arm, t.learning_rate) == ("plain", 0.1)
-            else t
+            dataclasses.replace(t, **diverged) if (t.arm, t.learning_rate) == ("plain", 0.1) else t
             for t in result.trainings
         ]
         text = render(learning_rates.summarize(PLAN, DATASET, trainings, ""))
@@ -189,10 +187,10 @@ class TestRows:
             label: [cell.replace("\xa0", " ") for cell in row] for label, row in rows.summary_rows(made_up_result())
         }
         assert cells == {
-            "Test accuracy at the best learning rate": ["95.5 ± 0.7%", "97.5 ± 0.7%"],
-            "Best learning rate, chosen on validation": ["0.1", "0.01"],
-            "Test accuracy at learning rate 0.1": ["95.5 ± 0.7%", "97.5 ± 0.7%"],
-            "Steps to 95% at learning rate 0.1": ["20 (20, 20)", "10 (10, 10)"],
+            "Test accuracy, best learning rate": ["95.5 ± 0.7%", "97.5 ± 0.7%"],
+            "Best learning rate (on validation)": ["0.1", "0.01"],
+            "Test accuracy, learning rate 0.1": ["95.5 ± 0.7%", "97.5 ± 0.7%"],
+            "Steps to 95%, learning rate 0.1": ["20 (20, 20)", "10 (10, 10)"],
             "Learning rates that train": ["0.1", "0.01 – 1"],
         }
 

@@ -51,10 +51,10 @@ def summary_rows(result: Result) -> list[tuple[str, list[str]]]:
         return MISSING if arm.best_learning_rate is None else learning_rates(arm.trains_at, tried)
 
     return [
-        ("Test accuracy at the best learning rate", [percent(arm.test_accuracy) for arm in result.arms]),
-        ("Best learning rate, chosen on validation", [best(arm) for arm in result.arms]),
-        (f"Test accuracy at learning rate {common:g}", [percent(arm.common_test_accuracy) for arm in result.arms]),
-        (f"Steps to {target:.0%} at learning rate {common:g}", [steps(arm.steps_to_target) for arm in result.arms]),
+        ("Test accuracy, best learning rate", [percent(arm.test_accuracy) for arm in result.arms]),
+        ("Best learning rate (on validation)", [best(arm) for arm in result.arms]),
+        (f"Test accuracy, learning rate {common:g}", [percent(arm.common_test_accuracy) for arm in result.arms]),
+        (f"Steps to {target:.0%}, learning rate {common:g}", [steps(arm.steps_to_target) for arm in result.arms]),
         ("Learning rates that train", [trains(arm) for arm in result.arms]),
     ]
 
