@@ -113,8 +113,9 @@ def demo(
 ) -> None:
     """Train a network with and without batch normalization, and compare.
 
-    It is the tutorial's, 784-512-256-10 with ReLU. Both see the same batches from the same initial weights, for several learning rates and seeds. Writes result.json
-    and report.html. Ctrl-C keeps the trainings that are finished; the same command goes on from there.
+    It is the tutorial's, 784-512-256-10 with ReLU. Both kinds see the same batches from the same initial weights, for
+    several learning rates and seeds. Writes result.json and report.html. Ctrl-C keeps the trainings that are finished;
+    the same command goes on from there.
     """
     start = time.perf_counter()
     extras.require()
