@@ -3,7 +3,7 @@
 Which way a call goes, in this order (the checks together cost less than a microsecond):
 
 1. a `torch.func` transform or forward-mode AD is active: the verbs in plain torch, differentiated by torch itself, to any order;
-2. `torch.export`: torch's own operator where it says the same, so that exporters see a batch norm;
+2. `torch.export` and `torch.jit.trace`: torch's own operator where it says the same, so that exporters see a batch norm;
 3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward and nothing else.
    Its backward, when it is itself to be differentiated, goes through plain torch again;
 4. nothing needs a gradient: the kernel alone.
@@ -122,7 +122,7 @@ def normalize(
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = _epilogue(input, weight, bias, activation, residual, mask)
-    if _differentiated_by_torch() or torch.compiler.is_exporting():
+    if _differentiated_by_torch() or _exporting():
         output, moments = eager.forward(input, eps, epilogue)
         return output, moments.detach()
     if _needs_grad(input, epilogue):
@@ -169,11 +169,11 @@ def normalize_with(
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone()
     epilogue = _epilogue(input, weight, bias, activation, residual, mask)
-    if torch.compiler.is_exporting() and _torch_says_the_same(input, mean, variance, epilogue):
+    if _exporting() and _torch_says_the_same(input, mean, variance, epilogue):
         return _by_torch(input, mean, variance, eps, epilogue)
     wide = eager.wide_dtype(input)
     mean, rstd = mean.detach().to(wide), (variance.detach().to(wide) + eps).rsqrt()
-    if _differentiated_by_torch() or torch.compiler.is_exporting():
+    if _differentiated_by_torch() or _exporting():
         return eager.normalize(input, mean, rstd, epilogue)
     if _needs_grad(input, epilogue):
         return _Normalize.apply(input, mean, rstd, eps, *epilogue)[0]
@@ -408,6 +408,10 @@ def _needs_grad(input: Tensor, epilogue: Epilogue) -> bool:
 
 def _differentiated_by_torch() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _torch_says_the_same(input: Tensor, mean: Tensor, variance: Tensor, epilogue: Epilogue) -> bool:
