@@ -107,6 +107,16 @@ class TestMissingExtras:
         assert stop.value.code == 2
         assert capsys.readouterr().err == "Error: the command line needs click: pip install 'batchnorm[cli]'\n"
 
+    def test_the_commands_load_no_package_of_the_lab(self):
+        listing = (
+            "import sys, batchnorm.cli; print([name for name in ('matplotlib', 'sklearn') if name in sys.modules])"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+        done = subprocess.run(
+            [sys.executable, "-c", listing], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "[]\n"
+
     def test_without_matplotlib_one_line_before_any_work(self, monkeypatch, tmp_path):
         monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "matplotlib" else object())
         result = call("demo", "--out", tmp_path / "run")

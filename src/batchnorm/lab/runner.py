@@ -41,8 +41,9 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """Readable, and different for different arguments or code."""
-        key = hashlib.sha256(json.dumps([asdict(self), code_version()], sort_keys=True).encode()).hexdigest()
+        """Readable, and different for different arguments or code; where the data lie does not matter, the fingerprint does."""
+        arguments = asdict(self) | {"data": None}
+        key = hashlib.sha256(json.dumps([arguments, code_version()], sort_keys=True).encode()).hexdigest()
         return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}-{key[:12]}.json"
 
 

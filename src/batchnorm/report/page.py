@@ -128,14 +128,14 @@ def _figures(result: Result) -> str:
             plots.hidden_distribution(result),
             "What a hidden unit receives.",
             f"15th, 50th and 85th percentile of the input of the last hidden activation at learning rate {rate}: the unit "
-            "of the first network whose median moves neither more nor less than most. That it stays put need not be why "
-            "training is faster (Santurkar et al. 2018, arXiv:1805.11604).",
+            "of the first network whose median moves neither more nor less than most. How far it moves need not be what "
+            "makes training fast or slow (Santurkar et al. 2018, arXiv:1805.11604).",
         ),
         (
             plots.gradient_norms(result),
             "How the gradient spreads over the layers.",
             f"Norm of the gradient of each layer's weights at learning rate {rate}, mean of {seeds}; "
-            "dots are the initialization. It falls as the training loss does.",
+            "dots are the initialization.",
         ),
     ]
     return '<div class="figures">\n' + "\n".join(
