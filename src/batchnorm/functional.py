@@ -122,12 +122,12 @@ def normalize(
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = _epilogue(input, weight, bias, activation, residual, mask)
     if _differentiated_by_torch() or torch.compiler.is_exporting():
-        output, moments = eager.forward(input, eps, epilogue)
+        output, moments, _ = eager.forward(input, eps, epilogue)
         return output, moments.detach()
     if _needs_grad(input, epilogue):
         output, *moments = _Normalize.apply(input, None, None, eps, *epilogue)
         return output, Moments(*moments)
-    return kernels.select(input, epilogue).forward(input, eps, epilogue)
+    return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
 
 
 def normalize_with(
@@ -294,10 +294,10 @@ class _Normalize(torch.autograd.Function):
             ctx.count = None
             ctx.save_for_backward(x, mean, rstd, weight, bias, residual, mask, None)
             return kernel.normalize(x, mean, rstd, epilogue), None, None, None
-        y, moments = kernel.forward(x, eps, epilogue)
+        y, moments, rstd = kernel.forward(x, eps, epilogue)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
-        ctx.save_for_backward(x, moments.mean, moments.rstd(eps), weight, bias, residual, mask, masked_count)
+        ctx.save_for_backward(x, moments.mean, rstd, weight, bias, residual, mask, masked_count)
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 

@@ -49,7 +49,7 @@ class Activation:
             case "relu6":
                 return (~((z <= 0) | (z >= 6))).to(z.dtype)
             case "leaky_relu":
-                return torch.where(z > 0, 1.0, self.negative_slope).to(z.dtype)
+                return torch.where(z > 0, torch.ones_like(z), self.negative_slope)
             case "silu":
                 sigmoid = z.sigmoid()
                 return sigmoid * (1 + z * (1 - sigmoid))
@@ -63,6 +63,11 @@ class Activation:
                 tanh = torch.tanh(scale * (z + 0.044715 * z**3))
                 slope = scale * (1 + 3 * 0.044715 * z.square())
                 return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
+
+    @property
+    def derivative_from_output(self) -> bool:
+        """Whether the derivative at z is the derivative at y: no kink is crossed between them."""
+        return self.name in ("relu", "relu6") or (self.name == "leaky_relu" and self.negative_slope > 0)
 
     def __str__(self) -> str:
         return f"leaky_relu({self.negative_slope:g})" if self.name == "leaky_relu" else self.name
