@@ -40,7 +40,7 @@ lint: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/dev
-	$(BIN)/python docs/build.py
+	$(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) build site

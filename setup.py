@@ -49,7 +49,8 @@ class BuildLibrary(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         jobs = [
-            ("kernels.cpp", f"{name}.o", [f"-DBATCHNORM_ISA={name}", *flags]) for name, flags in reversed(BUILDS.items())
+            ("kernels.cpp", f"{name}.o", [f"-DBATCHNORM_ISA={name}", *flags])
+            for name, flags in reversed(BUILDS.items())
         ]
         jobs += [("dispatch.cpp", "dispatch.o", []), ("torch_shim.cpp", "torch_shim.o", [])]
 

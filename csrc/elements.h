@@ -6,10 +6,91 @@
 
 namespace {
 
-// What a reduction adds: Σ value and Σ left · right.
+// What a reduction takes of a vector: Σ g and Σ g · (x - mean), or, where there is no g, Σ (x - mean) and Σ (x - mean)².
 template <class Vector>
-struct Term {
-    Vector value, left, right;
+struct GradTermValues {
+    Vector g, x;
+};
+template <class Vector>
+struct MomentTermValues {
+    Vector x;
+};
+
+// Both sums, lane by lane, in float64.
+template <class T>
+struct Sums {
+    Doubles value[2] = {}, product[2] = {};
+
+    INLINE void add(MomentTermValues<Floats> term, Floats mean) {
+        const Wide<Floats> x(term.x), center(mean);
+        const Doubles low = x.low - center.low, high = x.high - center.high;
+        value[0] += low, value[1] += high;
+        product[0] += low * low, product[1] += high * high;
+    }
+    INLINE void add(GradTermValues<Floats> term, Floats mean) {
+        const Wide<Floats> g(term.g), x(term.x), center(mean);
+        value[0] += g.low, value[1] += g.high;
+        product[0] += g.low * (x.low - center.low), product[1] += g.high * (x.high - center.high);
+    }
+    INLINE void add(const Sums& other) {
+        for (int half = 0; half < 2; ++half) value[half] += other.value[half], product[half] += other.product[half];
+    }
+    INLINE double total_value() const { return total(value[0] + value[1]); }
+    INLINE double total_product() const { return total(product[0] + product[1]); }
+
+    // Of the lane that stands for an interleaved channel.
+    INLINE double value_of(int lane) const { return value[lane / half_width][lane % half_width]; }
+    INLINE double product_of(int lane) const { return product[lane / half_width][lane % half_width]; }
+    static constexpr int half_width = vector_bytes / 8;
+};
+
+// A sum that keeps what its rounding loses (Knuth's two-sum).
+template <class Real>
+struct ExactSum {
+    Real sum = {}, lost = {};
+
+    INLINE void add(Real term) {
+        const Real next = sum + term, added = next - sum;
+        lost += (sum - (next - added)) + (term - added);
+        sum = next;
+    }
+    INLINE void add(const ExactSum& other) {
+        add(other.sum);
+        lost += other.lost;
+    }
+};
+
+// float64 sums of float64 values have no digits to spare: with the rounding of x - mean and of the sums kept, they are as good as
+// torch's at any mean and scale.
+template <>
+struct Sums<Float64> {
+    ExactSum<Doubles> value, product;
+
+    INLINE void add(MomentTermValues<Doubles> term, Doubles mean) {
+        const Doubles d = term.x - mean, taken = term.x - d;
+        value.add(d);
+        value.lost += (term.x - (d + taken)) + (taken - mean);
+        product.add(d * d);
+    }
+    INLINE void add(GradTermValues<Doubles> term, Doubles mean) {
+        value.add(term.g);
+        product.add(term.g * (term.x - mean));
+    }
+    INLINE void add(const Sums& other) {
+        value.add(other.value);
+        product.add(other.product);
+    }
+    INLINE double total_value() const { return total_of(value); }
+    INLINE double total_product() const { return total_of(product); }
+    INLINE double value_of(int lane) const { return value.sum[lane] + value.lost[lane]; }
+    INLINE double product_of(int lane) const { return product.sum[lane] + product.lost[lane]; }
+
+  private:
+    static INLINE double total_of(const ExactSum<Doubles>& lanes) {
+        ExactSum<double> sum;
+        for (int lane = 0; lane < Float64::width; ++lane) sum.add(lanes.sum[lane]);
+        return sum.sum + (sum.lost + total(lanes.lost));
+    }
 };
 
 enum class Residual { none, some, asked };  // known to the compiler, or asked about for each vector
@@ -36,11 +117,11 @@ struct Elements {
 
     // A select, not a product: 0 · NaN is NaN, and padding may hold anything.
     template <class Part>
-    INLINE Vector where_counted(Vector values, int64_t m, Part part) const {
+    INLINE Vector counted(Vector values, Vector others, int64_t m, Part part) const {
         if constexpr (!has_mask) return values;
-        typename T::Mask counted = {};
-        for (int lane = 0; lane < lanes(part); ++lane) counted[lane] = mask[m + lane] ? -1 : 0;
-        return counted ? values : Vector{};
+        typename T::Mask counts = {};
+        for (int lane = 0; lane < lanes(part); ++lane) counts[lane] = mask[m + lane] ? -1 : 0;
+        return counts ? values : others;
     }
 
     template <class Part>
@@ -67,30 +148,30 @@ struct Elements {
     static INLINE int lanes(Some some) { return some.count; }
 };
 
-// Σ(x-K) and Σ(x-K)²
+// Lanes that do not count are given the value of the mean, and no gradient.
 template <class E>
 struct MomentTerm {
     const E& elements;
 
     template <class Part>
-    INLINE Term<typename E::Vector> operator()(
+    INLINE MomentTermValues<typename E::Vector> operator()(
         int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
-        const auto d = keep(elements.where_counted(elements.deviation(i, channel, part), m, part), part);
-        return {d, d, d};
+        const auto x = elements.counted(E::T::load(elements.x + i, part), channel.mean, m, part);
+        return {first(x, channel.mean, part)};
     }
 };
 
-// Σg and Σg·d
 template <class E>
 struct GradTerm {
     const E& elements;
 
     template <class Part>
-    INLINE Term<typename E::Vector> operator()(
+    INLINE GradTermValues<typename E::Vector> operator()(
         int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
-        const auto d = elements.where_counted(elements.deviation(i, channel, part), m, part);
-        const auto g = elements.where_counted(elements.grad(i, d, channel, part), m, part);
-        return {keep(g, part), keep(g, part), keep(d, part)};
+        typedef typename E::Vector Vector;
+        const Vector x = elements.counted(E::T::load(elements.x + i, part), channel.mean, m, part);
+        const Vector g = elements.counted(elements.grad(i, x - channel.mean, channel, part), Vector{}, m, part);
+        return {first(g, Vector{}, part), first(x, channel.mean, part)};
     }
 };
 
@@ -108,7 +189,7 @@ struct NormalizeMap {
     INLINE Written<typename E::Vector> operator()(
         int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
         const auto z = elements.pre_activation(i, elements.deviation(i, channel, part), channel, part);
-        const auto y = elements.where_counted(elements.activation.value(z), m, part);
+        const auto y = elements.counted(elements.activation.value(z), typename E::Vector{}, m, part);
         return {y, y};
     }
 };
@@ -121,9 +202,10 @@ struct InputGradMap {
     INLINE Written<typename E::Vector> operator()(
         int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
         const auto d = elements.deviation(i, channel, part);
-        const auto g = elements.where_counted(elements.grad(i, d, channel, part), m, part);
-        const auto dx = (g + (d * channel.slope + channel.level)) * channel.grad_scale;
-        return {elements.where_counted(dx, m, part), g};
+        const typename E::Vector nothing = {};
+        const auto g = elements.counted(elements.grad(i, d, channel, part), nothing, m, part);
+        const auto dx = g * channel.grad_scale + ((d * channel.rstd) * channel.slope + channel.level);
+        return {elements.counted(dx, nothing, m, part), g};
     }
 };
 
@@ -166,10 +248,5 @@ void parallel(int threads, int64_t tasks, const Body& body) {
 INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
 INLINE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// A float32 sum that overflowed, or whose squares fell below what float32 resolves, is taken again in float64.
-INLINE bool needs_float64(double value, double product, double count) {
-    return !isfinite(value) || !isfinite(product) || (value != 0.0 && fabs(product) < underflow_per_value * count);
-}
 
 }  // namespace

@@ -13,8 +13,6 @@
 namespace {
 
 constexpr int64_t most_chunks = 64;
-constexpr int64_t rows_per_float32_sum = 256;        // in sums of eight
-constexpr int64_t single_rows_per_float32_sum = 32;  // one by one, where a mask picks them
 constexpr int64_t rows_at_once = 8;  // that share a channel's numbers, and one trip of its sums to memory and back
 constexpr int64_t shortest_row = 64;
 constexpr int64_t longest_joint_row = 4096;
@@ -100,73 +98,37 @@ class Interleaved {
 
     double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Some{1})[0]; }
 
-    // The sums of a chunk: (2, C), Σ value and Σ left · right.
+    // The sums of a chunk: (2, C), Σ value and Σ product.
     template <class Term>
-    __attribute__((noinline)) void sum_chunk(int64_t chunk, const Term& term, double* sums) {
-        const int64_t length = channels.length, padded = divide_up(length, T::width) * T::width;
-        const int64_t m1 = at_most((chunk + 1) * rows, M);
-        double* wide = (double*)calloc(2 * padded, sizeof(double));
-        Real* narrow = (Real*)malloc(2 * padded * sizeof(Real));
-        const int64_t step = task.mask ? single_rows_per_float32_sum : rows_per_float32_sum * channels.copies;
-        for (int64_t m0 = chunk * rows; m0 < m1; m0 += step) {
-            memset(narrow, 0, 2 * padded * sizeof(Real));
-            sum_rows(m0, at_most(m0 + step, m1), term, narrow, narrow + padded);
-            for (int64_t j = 0; j < 2 * padded; ++j) wide[j] += (double)narrow[j];
-        }
-        bool precise = true;
-        for (int64_t c = 0; c < C; ++c) {
-            double value = 0.0, product = 0.0;
-            for (int64_t j = c; j < length; j += C) value += wide[j], product += wide[padded + j];
-            sums[c] = value, sums[C + c] = product;
-            precise &= !needs_float64(value, product, m1 - chunk * rows);
-        }
-        free(narrow);
-        free(wide);
-        if (!precise) sum_chunk_in_float64(chunk, term, sums);
-    }
-
-    template <class Term>
-    void sum_rows(int64_t m0, int64_t m1, const Term& term, Real* values, Real* products) {
-        const int64_t length = channels.length, end = m1 * C;
-        int64_t i = m0 * C;
+    __attribute__((noinline)) void sum_chunk(int64_t chunk, const Term& term, double* totals) {
+        const int64_t length = channels.length, end = at_most((chunk + 1) * rows, M) * C;
+        Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, divide_up(length, T::width) * sizeof(Sums<T>));
+        for (int64_t j = 0; j < length; j += T::width) sums[j / T::width] = {};
+        int64_t i = chunk * rows * C;
         if (!task.mask)
             for (; i + rows_at_once * length <= end; i += rows_at_once * length)
                 for_columns(length, [&](int64_t j, auto part) {
                     const Channel<Vector> channel = channels.from(j);
-                    Vector value = {}, product = {};
-                    for (int64_t row = 0; row < rows_at_once; ++row) {
-                        const auto t = term(i + row * length + j, 0, channel, part);
-                        value += t.value, product += t.left * t.right;
-                    }
-                    value += load_vector<Vector>(values + j), product += load_vector<Vector>(products + j);
-                    memcpy(values + j, &value, sizeof value);
-                    memcpy(products + j, &product, sizeof product);
+                    Sums<T> here = sums[j / T::width];
+                    for (int64_t row = i + j; row < i + j + rows_at_once * length; row += length)
+                        here.add(term(row, 0, channel, part), channel.mean);
+                    sums[j / T::width] = here;
                 });
         for (; i < end; i += length)
             if (!task.mask || task.mask[i / C])
                 for_columns(at_most(length, end - i), [&](int64_t j, auto part) {
-                    const auto t = term(i + j, 0, channels.from(j), part);
-                    const Vector value = load_vector<Vector>(values + j) + t.value;
-                    const Vector product = load_vector<Vector>(products + j) + t.left * t.right;
-                    memcpy(values + j, &value, sizeof value);
-                    memcpy(products + j, &product, sizeof product);
+                    const Channel<Vector> channel = channels.from(j);
+                    sums[j / T::width].add(term(i + j, 0, channel, part), channel.mean);
                 });
-    }
-
-    template <class Term>
-    __attribute__((noinline)) void sum_chunk_in_float64(int64_t chunk, const Term& term, double* sums) {
-        memset(sums, 0, 2 * C * sizeof(double));
-        for (int64_t m = chunk * rows; m < at_most((chunk + 1) * rows, M); ++m) {
-            if (task.mask && !task.mask[m]) continue;
-            for (int64_t c = 0; c < C; c += T::width) {
-                const Some part = {(int)at_most(T::width, C - c)};
-                const auto t = term(m * C + c, 0, channels.from(c), part);
-                for (int lane = 0; lane < part.count; ++lane) {
-                    sums[c + lane] += (double)t.value[lane];
-                    sums[C + c + lane] += (double)t.left[lane] * (double)t.right[lane];
-                }
+        for (int64_t c = 0; c < C; ++c) {
+            ExactSum<double> value, product;
+            for (int64_t j = c; j < length; j += C) {
+                value.add(sums[j / T::width].value_of(j % T::width));
+                product.add(sums[j / T::width].product_of(j % T::width));
             }
+            totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
         }
+        free(sums);
     }
 
     template <class Map>

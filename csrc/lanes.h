@@ -211,39 +211,42 @@ struct Float16Format {
 typedef Half<BFloat16Format> BFloat16;
 typedef Half<Float16Format> Float16;
 
-// The first lanes as they are, the others 0: what a partial vector may add to a sum.
+// The first lanes of `values`; of `others` the rest.
 template <class Vector>
-INLINE Vector keep(Vector values, Whole) {
+INLINE Vector first(Vector values, Vector, Whole) {
     return values;
 }
-INLINE Floats keep(Floats values, Some some) {
-    Ints numbers;
-    for (int lane = 0; lane < vector_bytes / 4; ++lane) numbers[lane] = lane;
-    return numbers < some.count ? values : Floats{};
+INLINE Floats first(Floats values, Floats others, Some some) {
+    Ints lanes;
+    for (int lane = 0; lane < vector_bytes / 4; ++lane) lanes[lane] = lane;
+    return lanes < some.count ? values : others;
 }
-INLINE Doubles keep(Doubles values, Some some) {
-    Longs numbers;
-    for (int lane = 0; lane < vector_bytes / 8; ++lane) numbers[lane] = lane;
-    return numbers < (int64_t)some.count ? values : Doubles{};
+INLINE Doubles first(Doubles values, Doubles others, Some some) {
+    Longs lanes;
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) lanes[lane] = lane;
+    return lanes < (int64_t)some.count ? values : others;
 }
 
-// Sums that outlive a block of float32 sums: the same lanes in float64.
-struct WideSum {
-    Doubles low = {}, high = {};
+// A Vector's lanes in float64, in order.
+template <class Vector>
+struct Wide;
 
-    INLINE void add(Floats values) {
+template <>
+struct Wide<Floats> {
+    Doubles low, high;
+
+    INLINE explicit Wide(Floats values) {
         HalfOfFloats halves[2];
         memcpy(halves, &values, sizeof values);
-        low += __builtin_convertvector(halves[0], Doubles);
-        high += __builtin_convertvector(halves[1], Doubles);
-    }
-    INLINE void add(Doubles values) { low += values; }
-    INLINE double total() const {
-        const Doubles both = low + high;
-        double sum = 0.0;
-        for (int lane = 0; lane < vector_bytes / 8; ++lane) sum += both[lane];
-        return sum;
+        low = __builtin_convertvector(halves[0], Doubles);
+        high = __builtin_convertvector(halves[1], Doubles);
     }
 };
+
+INLINE double total(Doubles lanes) {
+    double sum = 0.0;
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) sum += lanes[lane];
+    return sum;
+}
 
 }  // namespace

@@ -4,8 +4,7 @@
 // cache: one read and one write of memory. The blocks also make long runs of short rows (7x7 planes are 196 bytes). When there
 // are too few channels for the threads, the channel itself is cut instead, and the passes are apart.
 //
-// Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone; a chunk's float32 lanes
-// go into float64 every 4096 values, and the chunks are added in order.
+// Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone, which are added in order.
 #pragma once
 
 #include "elements.h"
@@ -13,7 +12,7 @@
 namespace {
 
 constexpr int64_t chunk_values = 1 << 16;
-constexpr int64_t block_channels = 64;       // their accumulators, 24 KB on the stack, stay in the first-level cache
+constexpr int64_t block_channels = 64;       // their sums, 16 KB on the stack, stay in the first-level cache
 constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes read: half of a 1 MB second-level cache
 constexpr int64_t staged_row_bytes = 1024;   // shorter rows are gathered before they are written around the cache
 constexpr int64_t stage_bytes = 16 * 1024;
@@ -195,72 +194,32 @@ class Planar {
 
     // The sums of one chunk of channels c0 ... c1 - 1.
     template <class Term>
-    __attribute__((noinline)) void sum_chunk(int64_t c0, int64_t c1, Span span, const Term& term, double* values, double* products) {
-        Vector value[block_channels], product[block_channels];
-        WideSum wide_value[block_channels], wide_product[block_channels];
-        const int64_t width = span.s1 - span.s0;
-        const int64_t step_s = at_most(width, values_per_float32_sum);
-        const int64_t step_n = width > values_per_float32_sum ? 1 : values_per_float32_sum / width;
-        for (int64_t n0 = span.n0; n0 < span.n1; n0 += step_n) {
-            const int64_t n1 = at_most(n0 + step_n, span.n1);
-            for (int64_t s0 = span.s0; s0 < span.s1; s0 += step_s) {
-                const int64_t count = at_most(step_s, span.s1 - s0);
-                for (int64_t c = 0; c < c1 - c0; ++c) value[c] = product[c] = Vector{};
-                for (int64_t n = n0; n < n1; ++n)
-                    for (int64_t c = 0; c < c1 - c0; ++c)
-                        sum_row((n * C + c0 + c) * S + s0, n * S + s0, count, channels.of(c0 + c), term, value[c],
-                                product[c]);
-                for (int64_t c = 0; c < c1 - c0; ++c) wide_value[c].add(value[c]), wide_product[c].add(product[c]);
-            }
-        }
-        for (int64_t c = 0; c < c1 - c0; ++c) {
-            values[c] = wide_value[c].total(), products[c] = wide_product[c].total();
-            if (needs_float64(values[c], products[c], (span.n1 - span.n0) * width))
-                sum_chunk_in_float64(c0 + c, span, term, values[c], products[c]);
-        }
+    __attribute__((noinline)) void sum_chunk(
+        int64_t c0, int64_t c1, Span span, const Term& term, double* values, double* products) {
+        Sums<T> sums[block_channels];
+        for (int64_t n = span.n0; n < span.n1; ++n)
+            for (int64_t c = c0; c < c1; ++c)
+                sum_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.of(c), term, sums[c - c0]);
+        for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
 
-    // Four sums of each kind hide the latency of the addition.
+    // Two sums of each kind hide the latency of the addition.
     template <class Term>
     static INLINE void sum_row(
-        int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Term& term, Vector& value, Vector& product) {
+        int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Term& term, Sums<T>& sums) {
         constexpr int64_t width = T::width;
-        Vector v0 = value, v1 = {}, v2 = {}, v3 = {}, p0 = product, p1 = {}, p2 = {}, p3 = {};
+        Sums<T> even = sums, odd;
         int64_t j = 0;
-        for (; j + 4 * width <= count; j += 4 * width) {
-            const auto t0 = term(i + j, m + j, channel, Whole{});
-            const auto t1 = term(i + j + width, m + j + width, channel, Whole{});
-            const auto t2 = term(i + j + 2 * width, m + j + 2 * width, channel, Whole{});
-            const auto t3 = term(i + j + 3 * width, m + j + 3 * width, channel, Whole{});
-            v0 += t0.value, v1 += t1.value, v2 += t2.value, v3 += t3.value;
-            p0 += t0.left * t0.right, p1 += t1.left * t1.right, p2 += t2.left * t2.right, p3 += t3.left * t3.right;
+        for (; j + 2 * width <= count; j += 2 * width) {
+            even.add(term(i + j, m + j, channel, Whole{}), channel.mean);
+            odd.add(term(i + j + width, m + j + width, channel, Whole{}), channel.mean);
         }
-        for (; j + width <= count; j += width) {
-            const auto t = term(i + j, m + j, channel, Whole{});
-            v0 += t.value, p0 += t.left * t.right;
+        for (; j < count; j += width) {
+            const Some part = {(int)at_most(width, count - j)};
+            even.add(term(i + j, m + j, channel, part), channel.mean);
         }
-        if (j < count) {
-            const auto t = term(i + j, m + j, channel, Some{(int)(count - j)});
-            v1 += t.value, p1 += t.left * t.right;
-        }
-        value = (v0 + v1) + (v2 + v3);
-        product = (p0 + p1) + (p2 + p3);
-    }
-
-    template <class Term>
-    __attribute__((noinline)) void sum_chunk_in_float64(
-        int64_t c, Span span, const Term& term, double& value, double& product) {
-        const Channel<Vector> channel = channels.of(c);
-        value = product = 0.0;
-        for (int64_t n = span.n0; n < span.n1; ++n)
-            for (int64_t s = span.s0; s < span.s1; s += T::width) {
-                const Some part = {(int)at_most(T::width, span.s1 - s)};
-                const auto t = term((n * C + c) * S + s, n * S + s, channel, part);
-                for (int lane = 0; lane < part.count; ++lane) {
-                    value += (double)t.value[lane];
-                    product += (double)t.left[lane] * (double)t.right[lane];
-                }
-            }
+        even.add(odd);
+        sums = even;
     }
 
     template <class Map>

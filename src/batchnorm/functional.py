@@ -3,8 +3,9 @@
 Which way a call goes, in this order (the checks together cost less than a microsecond):
 
 1. a `torch.func` transform or forward-mode AD is active: the verbs in plain torch, differentiated by torch itself, to any order;
-2. `torch.export`: torch's own operator where it says the same, so that exporters see a batch norm;
-3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward and nothing else.
+2. `torch.export` and `torch.jit.trace`: torch's own operator where it says the same, so that exporters see a batch norm;
+3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward, and beside a residual
+   what the activation's derivative is read off: y, which the next layer keeps anyway, or the residual.
    Its backward, when it is itself to be differentiated, goes through plain torch again;
 4. nothing needs a gradient: the kernel alone.
 
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] (a C module)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from batchnorm import kernels
 from batchnorm.errors import ArgumentError, DTypeError, InputError, ShapeError, StateError
-from batchnorm.kernels import Activation, Epilogue, eager
+from batchnorm.kernels import Activation, Epilogue, cpu, eager
 from batchnorm.moments import Moments
 
 
@@ -121,11 +123,11 @@ def normalize(
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = _epilogue(input, weight, bias, activation, residual, mask)
-    if _differentiated_by_torch() or torch.compiler.is_exporting():
+    if _differentiated_by_torch() or _exporting():
         output, moments, _ = eager.forward(input, eps, epilogue)
         return output, moments.detach()
     if _needs_grad(input, epilogue):
-        output, *moments = _Normalize.apply(input, None, None, eps, *epilogue)
+        output, *moments = _Normalize.apply(input, None, None, eps, *epilogue[:5])
         return output, Moments(*moments)
     return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
 
@@ -168,14 +170,14 @@ def normalize_with(
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone()
     epilogue = _epilogue(input, weight, bias, activation, residual, mask)
-    if torch.compiler.is_exporting() and _torch_says_the_same(input, mean, variance, epilogue):
+    if _exporting() and _torch_says_the_same(input, mean, variance, epilogue):
         return _by_torch(input, mean, variance, eps, epilogue)
     wide = eager.wide_dtype(input)
     mean, rstd = mean.detach().to(wide), (variance.detach().to(wide) + eps).rsqrt()
-    if _differentiated_by_torch() or torch.compiler.is_exporting():
+    if _differentiated_by_torch() or _exporting():
         return eager.normalize(input, mean, rstd, epilogue)
     if _needs_grad(input, epilogue):
-        return _Normalize.apply(input, mean, rstd, eps, *epilogue)[0]
+        return _Normalize.apply(input, mean, rstd, eps, *epilogue[:5])[0]
     return kernels.select(input, epilogue).normalize(input, mean, rstd, epilogue)
 
 
@@ -211,10 +213,14 @@ def move_running_statistics(
     count = moments.count
     if isinstance(count, int) and count == 0:
         return None
-    if running_mean.is_complex():
+    if not isinstance(momentum, (int, float, Tensor)):
+        raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
+    if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = _parts_of_buffer(running_mean), _parts_of_buffer(running_var)
         moments = Moments(count, _parts_of_buffer(moments.mean), _parts_of_buffer(moments.m2))
-    _refuse_shared_buffers_under_vmap(running_mean, moments.mean)
+    if cpu.moves(running_mean, running_var, moments, momentum) and not _differentiated_by_torch():
+        finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite)
+        return finite if skip_nonfinite else None
     steps = [
         (running, (1 - momentum) * running.to(value.dtype) + momentum * value)
         for running, value in ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
@@ -225,8 +231,36 @@ def move_running_statistics(
         finite = torch.stack([step.to(running.dtype).isfinite().all() for running, step in steps]).all()
         moves = finite if moves is None else moves & finite
     for running, step in steps:
-        running.copy_(step if moves is None else torch.where(moves, step, running.to(step.dtype)))
+        write(running, step if moves is None else torch.where(moves, step, running.to(step.dtype)))
     return finite
+
+
+def write(buffer: Tensor, value: Tensor) -> None:
+    """`buffer.copy_(value)`, also from inside `torch.func.grad`, which refuses to write to a tensor it did not get as an argument.
+
+    A buffer holds values, never gradients: what is written is what lies below the gradient levels.
+
+    Raises:
+        StateError: under `torch.vmap`, if the value differs from slice to slice and the buffer does not.
+    """
+    if forward_ad._current_level >= 0:
+        value = forward_ad.unpack_dual(value).primal
+    if not torch._C._are_functorch_transforms_active():
+        buffer.copy_(value)
+        return
+    target, source = _below_gradient_levels(buffer), _below_gradient_levels(value)
+    if not (functorch.is_batchedtensor(target) or functorch.is_batchedtensor(source)):
+        with temporarily_clear_interpreter_stack():
+            target.copy_(source)
+        return
+    try:
+        buffer.copy_(value)
+    except RuntimeError as error:
+        raise StateError(
+            "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
+            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
+            "call batchnorm.functional.normalize, which returns the moments"
+        ) from error
 
 
 def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None:
@@ -292,12 +326,13 @@ class _Normalize(torch.autograd.Function):
         ctx.eps, ctx.activation, ctx.constant_statistics = eps, activation, mean is not None
         if mean is not None and rstd is not None:
             ctx.count = None
-            ctx.save_for_backward(x, mean, rstd, weight, bias, residual, mask, None)
-            return kernel.normalize(x, mean, rstd, epilogue), None, None, None
+            y = kernel.normalize(x, mean, rstd, epilogue)
+            ctx.save_for_backward(x, mean, rstd, weight, bias, *_kept_of_residual(epilogue, y), mask, None)
+            return y, None, None, None
         y, moments, rstd = kernel.forward(x, eps, epilogue)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
-        ctx.save_for_backward(x, moments.mean, rstd, weight, bias, residual, mask, masked_count)
+        ctx.save_for_backward(x, moments.mean, rstd, weight, bias, *_kept_of_residual(epilogue, y), mask, masked_count)
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 
@@ -306,8 +341,8 @@ class _Normalize(torch.autograd.Function):
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
             return (None,) * 9
-        x, mean, rstd, weight, bias, residual, mask, masked_count = ctx.saved_tensors
-        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation)
+        x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
+        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             given = (mean, rstd) if ctx.constant_statistics else None
             dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue)
@@ -319,7 +354,16 @@ class _Normalize(torch.autograd.Function):
             )
             dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
             dbias = None if bias is None else sum_grad.to(bias.dtype)
+        if ctx.activation is None and ctx.needs_input_grad[6]:
+            dresidual = dy if mask is None else torch.where(mask, dy, 0)
         return dx, None, None, None, dweight, dbias, dresidual, None, None
+
+
+def _kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
+    if epilogue.residual is None or epilogue.activation is None:
+        return None, None
+    return (None, y) if epilogue.activation.derivative_from_output else (epilogue.residual, None)
 
 
 def _differentiable_backward(
@@ -328,15 +372,25 @@ def _differentiable_backward(
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
     Each input is taken by a fresh alias: where weight was itself computed from x, the gradient of x must not run through weight.
+    An activation whose derivative is read off y is made of straight lines: there the derivative is a constant.
     """
     x = x.view_as(x)
     weight, bias, residual = (None if value is None else value.view_as(value) for value in epilogue[:3])
     inputs = (x, weight, bias, residual)
-    epilogue = Epilogue(weight, bias, residual, epilogue.mask, epilogue.activation)
+    activation, output, mask = epilogue.activation, epilogue.output, epilogue.mask
+    if activation is not None and output is not None:
+        dy = dy * activation.derivative(output.detach())
+        activation = None
+    epilogue = Epilogue(weight, bias, residual, mask, activation)
     y = eager.forward(x, eps, epilogue)[0] if given is None else eager.normalize(x, *given, epilogue)
     wanted = [value for value in inputs if value is not None and value.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(grads) if value is not None and value.requires_grad else None for value in inputs]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)) if wanted else iter(())
+    dx, dweight, dbias, dresidual = (
+        next(grads) if value is not None and value.requires_grad else None for value in inputs
+    )
+    if output is not None:
+        dresidual = dy if mask is None else torch.where(mask, dy, 0)
+    return [dx, dweight, dbias, dresidual]
 
 
 def _epilogue(
@@ -380,6 +434,10 @@ def _differentiated_by_torch() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def _torch_says_the_same(input: Tensor, mean: Tensor, variance: Tensor, epilogue: Epilogue) -> bool:
     """Whether torch's operator takes these dtypes: all alike, or float32 beside half-precision input."""
     dtypes = {value.dtype for value in (mean, variance, epilogue.weight, epilogue.bias) if value is not None}
@@ -394,16 +452,10 @@ def _by_torch(input: Tensor, mean: Tensor, variance: Tensor, eps: float, epilogu
     return output if epilogue.activation is None else epilogue.activation(output)
 
 
-def _refuse_shared_buffers_under_vmap(running: Tensor, value: Tensor) -> None:
-    if not torch._C._are_functorch_transforms_active():
-        return
-    batched = functorch.is_batchedtensor
-    if batched(value) and not batched(running):
-        raise StateError(
-            "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
-            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
-            "call batchnorm.functional.normalize, which returns the moments"
-        )
+def _below_gradient_levels(value: Tensor) -> Tensor:
+    while functorch.is_gradtrackingtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def _parts_as_channels(x: Tensor) -> Tensor:
@@ -427,7 +479,10 @@ def _parts_of_parameter(values: Tensor | None) -> Tensor | None:
 def _parts_of_buffer(values: Tensor) -> Tensor:
     """(C,) complex as a (2C,) view that writes through."""
     if not values.is_complex():
-        raise DTypeError(f"running statistics of complex input must be complex, one part each, but got {values.dtype}")
+        raise DTypeError(
+            "statistics of complex input must be complex, one part each, and of real input real, but a complex tensor met "
+            f"one of {values.dtype}; build the layer with the input's dtype"
+        )
     return torch.view_as_real(values).view(-1)
 
 

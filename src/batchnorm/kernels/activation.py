@@ -42,14 +42,14 @@ class Activation:
         return _FORWARD[self.name](z)
 
     def derivative(self, z: Tensor) -> Tensor:
-        """d activation / dz, of z's shape and dtype. At a kink it is torch's choice; NaN counts as positive, as in torch."""
+        """d activation / dz, of z's shape and dtype. At a kink it is torch's choice."""
         match self.name:
             case "relu":
                 return (~(z <= 0)).to(z.dtype)
             case "relu6":
                 return (~((z <= 0) | (z >= 6))).to(z.dtype)
             case "leaky_relu":
-                return torch.where(z > 0, torch.ones_like(z), self.negative_slope)
+                return torch.full_like(z, self.negative_slope).masked_fill_(z > 0, 1.0)
             case "silu":
                 sigmoid = z.sigmoid()
                 return sigmoid * (1 + z * (1 - sigmoid))

@@ -122,8 +122,36 @@ def backward(
         wants_dresidual,
         needs_input_grad,
     )
-    return Backward(
-        dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat
+    return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat)
+
+
+def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: object) -> bool:
+    """Whether `update_running` takes this step. A compiler does better with the plain operators: it fuses them."""
+    dtype = running_mean.dtype
+    return (
+        _unavailable is None
+        and isinstance(momentum, float)
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and running_var.dtype is dtype
+        and moments.mean.dtype is torch.float64
+        and running_mean.device.type == running_var.device.type == moments.mean.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    momentum: float,
+    unbiased: bool,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """`functional.move_running_statistics` in one call, for buffers that `moves`; whether the statistics were finite, 0-d bool."""
+    count, mean, m2 = moments
+    masked, whole = (count, 0.0) if isinstance(count, Tensor) else (None, float(count))
+    return torch.ops.batchnorm.update_running(
+        running_mean, running_var, mean, m2, masked, whole, momentum, unbiased, skip_nonfinite
     )
 
 
@@ -137,7 +165,9 @@ def instruction_set() -> str | None:
     return _instruction_set
 
 
-def _arguments(x: Tensor, epilogue: Epilogue) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
+def _arguments(
+    x: Tensor, epilogue: Epilogue
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
     weight, bias, residual, mask, activation, output = epilogue
     mask = None if mask is None else mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
     residual = residual if output is None else output
@@ -214,4 +244,6 @@ def _warn_once() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(f"batchnorm runs on plain torch operators on the CPU: {_unavailable}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"batchnorm runs on plain torch operators on the CPU: {_unavailable}", RuntimeWarning, stacklevel=2
+        )

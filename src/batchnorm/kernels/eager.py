@@ -23,7 +23,7 @@ def refuses(x: Tensor, epilogue: Epilogue) -> str | None:  # noqa: ARG001 (the c
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
     wide, axes = x.to(wide_dtype(x)), _reduced_axes(x)
     if mask is None:
-        count: int | Tensor = x.numel() // x.shape[1]
+        count: int | Tensor = x.numel() // x.shape[1] if x.shape[1] else 0
     else:
         wide = torch.where(mask, wide, 0)
         count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=wide.dtype)
@@ -110,7 +110,7 @@ def _pre_activation_grad(
 ) -> tuple[Tensor, Tensor]:
     """g = dy · activation'(z) and x̂, both in the wide dtype, 0 where masked."""
     normalized = _normalized(x, mean, rstd, epilogue.mask)
-    grad = dy.to(mean.dtype)
+    grad = torch.empty_like(x, dtype=mean.dtype).copy_(dy)  # in x's layout, whatever dy's: it becomes dx's
     if epilogue.activation is not None:
         output = epilogue.output
         z = _pre_activation(normalized, epilogue) if output is None else output.to(grad.dtype)

@@ -1,0 +1,289 @@
+"""Batch normalization of one small mini-batch, step by step: Algorithm 1 of the paper, and its backward of section 3.
+
+Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+arXiv:1502.03167. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError
+from batchnorm.moments import Moments
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every intermediate of one mini-batch through batch normalization; rows have one number per value.
+
+    `str()` of it is a table with the formulas, `to_dict()` is JSON.
+
+    Attributes:
+        values: x, the mini-batch.
+        gamma: scale of the output.
+        beta: shift of the output.
+        eps: added to the variance before the square root.
+        momentum: weight of the new value in the running statistics.
+        sum: of the values.
+        mean: sum / m.
+        deviations: x - mean.
+        squared_deviations: their squares.
+        variance: biased, the mean of the squared deviations.
+        std: sqrt(variance + eps).
+        normalized: x̂ = deviations / std.
+        output: y = gamma · x̂ + beta.
+        running_mean: after this one step, from 0.
+        running_variance: after this one step, from 1; of the unbiased variance.
+        grad_output: dL/dy, given.
+        grad_normalized: dL/dx̂.
+        grad_variance: dL/dσ².
+        grad_mean: dL/dµ.
+        grad_through_normalized: the part of dL/dx that passes x̂ alone.
+        grad_through_variance: the part that passes the variance.
+        grad_through_mean: the part that passes the mean.
+        grad_input: dL/dx, the sum of the three.
+        grad_gamma: dL/dγ.
+        grad_beta: dL/dβ.
+    """
+
+    values: Row
+    gamma: float
+    beta: float
+    eps: float
+    momentum: float
+    sum: float
+    mean: float
+    deviations: Row
+    squared_deviations: Row
+    variance: float
+    std: float
+    normalized: Row
+    output: Row
+    running_mean: float
+    running_variance: float
+    grad_output: Row
+    grad_normalized: Row
+    grad_variance: float
+    grad_mean: float
+    grad_through_normalized: Row
+    grad_through_variance: Row
+    grad_through_mean: float
+    grad_input: Row
+    grad_gamma: float
+    grad_beta: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name: numbers, and lists of numbers."""
+        return {name: list(field) if isinstance(field, tuple) else field for name, field in asdict(self).items()}
+
+    def __str__(self) -> str:
+        m, old = len(self.values), 1 - self.momentum
+        rows = range(1, m + 1)
+        one_hot = self.grad_output == (1.0,) + (0.0,) * (m - 1)
+        return "\n".join(
+            [
+                f"Batch normalization of m = {m} values with γ = {self.gamma:g}, β = {self.beta:g}, ε = {self.eps:g}",
+                "",
+                "Forward (Ioffe & Szegedy 2015, Algorithm 1)",
+                *_formulas(
+                    ("sum", "Σ xᵢ", self.sum, ""),
+                    ("mean", "µ = Σ xᵢ / m", self.mean, ""),
+                    ("variance", "σ² = Σ (xᵢ - µ)² / m", self.variance, "biased: divided by m"),
+                    ("standard deviation", "√(σ² + ε)", self.std, ""),
+                ),
+                "",
+                *_columns(
+                    ("i", rows),
+                    ("xᵢ", self.values),
+                    ("xᵢ - µ", self.deviations),
+                    ("(xᵢ - µ)²", self.squared_deviations),
+                    ("x̂ᵢ = (xᵢ - µ) / √(σ² + ε)", self.normalized),
+                    ("yᵢ = γ x̂ᵢ + β", self.output),
+                ),
+                "",
+                f"Running statistics after this batch, from mean 0 and variance 1; momentum {self.momentum:g} weighs the new value",
+                *_formulas(
+                    ("running mean", f"{old:g} · 0 + {self.momentum:g} · µ", self.running_mean, ""),
+                    (
+                        "running variance",
+                        f"{old:g} · 1 + {self.momentum:g} · σ² · m / (m - 1)",
+                        self.running_variance,
+                        "unbiased: the batch stands for the population",
+                    ),
+                ),
+                "",
+                "Backward (section 3), "
+                + ("for L = y₁: how every xᵢ moves the first output" if one_hot else "for the given dL/dyᵢ"),
+                *_formulas(
+                    ("variance", "dL/dσ² = Σ dL/dx̂ᵢ · (xᵢ - µ) · -½ (σ² + ε)^(-3/2)", self.grad_variance, ""),
+                    ("mean", "dL/dµ = Σ dL/dx̂ᵢ · -1 / √(σ² + ε) + dL/dσ² · Σ -2 (xᵢ - µ) / m", self.grad_mean, ""),
+                    ("scale", "dL/dγ = Σ dL/dyᵢ · x̂ᵢ", self.grad_gamma, ""),
+                    ("shift", "dL/dβ = Σ dL/dyᵢ", self.grad_beta, ""),
+                ),
+                "",
+                "  dL/dxᵢ = a + b + c,  a = dL/dx̂ᵢ / √(σ² + ε),  b = dL/dσ² · 2 (xᵢ - µ) / m,  c = dL/dµ / m",
+                "",
+                *_columns(
+                    ("i", rows),
+                    ("dL/dyᵢ", self.grad_output),
+                    ("dL/dx̂ᵢ = dL/dyᵢ · γ", self.grad_normalized),
+                    ("a", self.grad_through_normalized),
+                    ("b", self.grad_through_variance),
+                    ("c", (self.grad_through_mean,) * m),
+                    ("dL/dxᵢ", self.grad_input),
+                ),
+            ]
+        )
+
+
+def explain(
+    values: Sequence[float] | Tensor,
+    gamma: float = 1.0,
+    beta: float = 0.0,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    *,
+    grad_output: Sequence[float] | Tensor | None = None,
+) -> Explanation:
+    """Normalize one channel's mini-batch and keep every intermediate, forward and backward, in float64.
+
+    Args:
+        values: (m,), at least two finite numbers.
+        gamma: scale of the output.
+        beta: shift of the output.
+        eps: added to the variance, above 0.
+        momentum: weight of the new value in the running statistics, 0 to 1.
+        grad_output: (m,), dL/dy; by default 1 for the first output and 0 for the others, so L = y₁.
+
+    Raises:
+        InputError: an argument is not as said here, or the numbers are too large for their squares to be finite.
+    """
+    for name, number in (("gamma", gamma), ("beta", beta), ("eps", eps), ("momentum", momentum)):
+        if not math.isfinite(number):
+            raise InputError(f"{name} must be a finite number, got {number}")
+    if eps <= 0:
+        raise InputError(f"eps must be above 0, it keeps the division finite; got {eps:g}: leave it at 1e-5")
+    if not 0 <= momentum <= 1:
+        raise InputError(f"momentum must be from 0 to 1, it weighs the new value; got {momentum:g}: leave it at 0.1")
+
+    x = _row(values, "values")
+    m = len(x)
+    if m < 2:
+        raise InputError(f"values must be at least 2, of one alone the variance says nothing; got {m}: give more")
+    dy = torch.eye(1, m, dtype=torch.float64)[0] if grad_output is None else _row(grad_output, "grad_output")
+    if len(dy) != m:
+        raise InputError(f"grad_output must have one number per value; got {len(dy)} for {m} values")
+
+    # Algorithm 1
+    total = x.sum()
+    mean = total / m
+    deviation = x - mean  # (m,)
+    squared = deviation**2  # (m,)
+    moments = Moments(m, mean, squared.sum())
+    variance = moments.variance()
+    std = (variance + eps).sqrt()
+    normalized = deviation / std  # (m,)
+    output = gamma * normalized + beta  # (m,)
+
+    # Section 3, in the paper's order
+    dnormalized = dy * gamma  # (m,)
+    dvariance = (dnormalized * deviation * -0.5 * std**-3).sum()
+    dmean = (dnormalized * -1 / std).sum() + dvariance * (-2 * deviation).sum() / m
+    through_normalized = dnormalized / std  # (m,)
+    through_variance = dvariance * 2 * deviation / m  # (m,)
+    through_mean = dmean / m
+    dx = through_normalized + through_variance + through_mean  # (m,)
+
+    if not all(bool(result.isfinite().all()) for result in (moments.m2, output, dx)):
+        raise InputError(
+            f"values, gamma, beta and grad_output must be small enough for float64 squares and products, "
+            f"got values up to {float(x.abs().max()):g}: scale them down"
+        )
+    return Explanation(
+        values=_numbers(x),
+        gamma=float(gamma),
+        beta=float(beta),
+        eps=float(eps),
+        momentum=float(momentum),
+        sum=float(total),
+        mean=float(mean),
+        deviations=_numbers(deviation),
+        squared_deviations=_numbers(squared),
+        variance=float(variance),
+        std=float(std),
+        normalized=_numbers(normalized),
+        output=_numbers(output),
+        running_mean=float(momentum * mean),
+        running_variance=float((1 - momentum) + momentum * moments.variance(unbiased=True)),
+        grad_output=_numbers(dy),
+        grad_normalized=_numbers(dnormalized),
+        grad_variance=float(dvariance),
+        grad_mean=float(dmean),
+        grad_through_normalized=_numbers(through_normalized),
+        grad_through_variance=_numbers(through_variance),
+        grad_through_mean=float(through_mean),
+        grad_input=_numbers(dx),
+        grad_gamma=float((dy * normalized).sum()),
+        grad_beta=float(dy.sum()),
+    )
+
+
+def _row(values: Sequence[float] | Tensor, name: str) -> Tensor:
+    """The values as a float64 tensor (m,) of their own."""
+    remedy = "give a flat list such as [0.8, 1.2, 0.9, 1.1]"
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        if values.is_complex():
+            raise InputError(f"{name} must be real numbers, got {values.dtype}: explain the two parts one by one")
+    try:
+        row = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be real numbers in one row, got {values!r}: {remedy}") from error
+    if row.dim() != 1:
+        raise InputError(f"{name} must be numbers in one row, got shape {tuple(row.shape)}: {remedy}")
+    if not row.isfinite().all():
+        raise InputError(f"{name} must be finite, got {row.tolist()}: leave out NaN and infinity")
+    return row
+
+
+def _numbers(row: Tensor) -> Row:
+    return tuple(row.tolist())
+
+
+def _formulas(*lines: tuple[str, str, float, str]) -> list[str]:
+    """Name, formula, value and remark, aligned."""
+    names = max(_width(name) for name, _, _, _ in lines)
+    formulas = max(_width(formula) for _, formula, _, _ in lines)
+    values = max(len(f"{value:.6g}") for _, _, value, _ in lines)
+    return [
+        f"  {_left(name, names)}  {_left(formula, formulas)} = {f'{value:.6g}':<{values}}  {remark}".rstrip()
+        for name, formula, value, remark in lines
+    ]
+
+
+def _columns(*columns: tuple[str, Sequence[float]]) -> list[str]:
+    """A heading per column, right-aligned over its numbers."""
+    cells = [[heading, *(f"{number:.6g}" for number in numbers)] for heading, numbers in columns]
+    widths = [max(map(_width, column)) for column in cells]
+    return [
+        "  " + "  ".join(" " * (width - _width(cell)) + cell for cell, width in zip(line, widths, strict=True))
+        for line in zip(*cells, strict=True)
+    ]
+
+
+def _left(text: str, width: int) -> str:
+    return text + " " * (width - _width(text))
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: the hat of x̂ takes none."""
+    return sum(unicodedata.combining(character) == 0 for character in text)

@@ -1,0 +1,51 @@
+"""What every data set of the lab looks like."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images (N, 1, H, W) in float32 and their classes (N,) in int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Examples":
+        return Examples(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """
+    Three disjoint parts: networks learn from `train`, choices are made on `validation`, `test` is only reported.
+
+    `fingerprint` changes when the data change.
+    """
+
+    name: str
+    train: Examples
+    validation: Examples
+    test: Examples
+    fingerprint: str
+
+    def standardized(self) -> "Dataset":
+        """The same data with the mean and the standard deviation of all training pixels taken out of every part."""
+        deviation, mean = torch.std_mean(self.train.images)
+
+        def standardize(part: Examples) -> Examples:
+            return Examples((part.images - mean) / deviation, part.labels)
+
+        return Dataset(
+            self.name, standardize(self.train), standardize(self.validation), standardize(self.test), self.fingerprint
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of examples in each part."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}

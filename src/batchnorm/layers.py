@@ -1,0 +1,289 @@
+"""The layers: torch's constructor, checks, attributes and state_dict, with our statistics, kernels and options.
+
+`BatchNorm` takes input of any rank. `BatchNorm1d`, `2d` and `3d` check the rank as torch's do and are instances of torch's classes,
+so that code asking `isinstance(module, nn.BatchNorm2d)` finds them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import init
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.kernels import Activation, parse
+from batchnorm.logs import logger
+from batchnorm.statistics import Batch, Statistics
+
+_CHOICES = {
+    "running_variance": ("unbiased", "biased"),
+    "on_single": ("error", "running", "skip"),
+    "on_nonfinite": ("skip", "propagate", "error"),
+}
+STATISTICS = ("running_mean", "running_var")
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization over every axis but the channel's (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+        y = activation(weight · (x - mean) / sqrt(variance + eps) + bias + residual)
+
+    In training mean and variance are those of the batch (variance biased), and the running statistics follow them; in inference
+    they are the running ones. State, names and defaults are torch's, checkpoints go both ways.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance; in units of x squared.
+        momentum: the weight of the new batch in the running statistics, so a larger one follows faster; None averages all batches
+            alike.
+        affine: learn weight (gamma) and bias (beta), (C,) each.
+        track_running_stats: keep running statistics; without them inference normalizes by the batch too.
+        device: of parameters and buffers.
+        dtype: of parameters and input. Running statistics are float32 where it is narrower (see `keep_wide_statistics`).
+        bias: learn beta beside gamma.
+        activation: applied in the same pass: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", or torch's module.
+        statistics: where the statistics come from, a part of `batchnorm.statistics`; None is `Batch()`.
+        channel_axis: the axis of the channels; -1 for (N, L, C) or (N, H, W, C).
+        running_variance: "unbiased" (torch, and the paper's section 3.1) or "biased" (Keras, Flax, ONNX).
+        on_single: what one value per channel does in training: "error" (torch), "running" normalizes it by the running statistics,
+            "skip" by its own (its output is the bias); neither moves the running statistics.
+        on_nonfinite: what a batch with NaN or Inf does to the running statistics: "skip" leaves them and counts the batch in
+            `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device).
+
+    Attributes:
+        weight, bias: (C,) parameters or None; `gamma` and `beta` are the same objects.
+        running_mean, running_var: (C,) buffers or None.
+        num_batches_tracked: 0-d int64 buffer, how many batches moved the running statistics.
+        num_nonfinite_batches: 0-d int64 buffer, not in the state_dict: how many were skipped.
+        keep_wide_statistics: set it to False before `.half()` or `.bfloat16()` to let the running statistics be cast too.
+
+    Shape:
+        input (N, C, *S) with the channels on `channel_axis`; output the same. residual: input's shape. mask: bool, (N, *S) or
+        broadcastable to it, True counts; where False, output and gradient are 0.
+
+    Raises:
+        InputError: on a rank or an option out of range; on one value per channel in training.
+        ShapeError: on sizes that do not fit together.
+        DTypeError: on integer input.
+    """
+
+    activation: Activation | None = None
+    statistics: Statistics = Batch()
+    channel_axis: int = 1
+    running_variance: str = "unbiased"
+    on_single: str = "error"
+    on_nonfinite: str = "skip"
+    keep_wide_statistics: bool = True
+    num_nonfinite_batches: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | nn.Module | Activation | None = None,
+        statistics: Statistics | None = None,
+        channel_axis: int = 1,
+        running_variance: str = "unbiased",
+        on_single: str = "error",
+        on_nonfinite: str = "skip",
+    ) -> None:
+        if not isinstance(num_features, int) or isinstance(num_features, bool):
+            raise ArgumentError(f"num_features must be an int, the number of channels, but got {num_features!r}")
+        if num_features < 1:
+            raise InputError(f"num_features must be at least 1, but got {num_features}; it is the number of channels")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            self.bias = None
+        self._set_options(
+            activation=parse(activation),
+            statistics=Batch() if statistics is None else statistics,
+            channel_axis=channel_axis,
+            running_variance=running_variance,
+            on_single=on_single,
+            on_nonfinite=on_nonfinite,
+        )
+        self._prepare_buffers()
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The tutorial's name of `weight`."""
+        return self.weight
+
+    @property
+    def beta(self) -> Tensor | None:
+        """The tutorial's name of `bias`."""
+        return self.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__({"gamma": "weight", "beta": "bias"}.get(name, name), value)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalize; see the class for shapes and errors."""
+        if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
+            path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
+            return input.tracer.create_proxy("call_module", path, (input, residual, mask), {})  # pyright: ignore
+        if not isinstance(input, Tensor):
+            raise ArgumentError(
+                f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor"
+            )
+        self._check_input_dim(input)
+        if self.channel_axis == 1:
+            return self.statistics(self, input, residual, mask)
+        x = input.movedim(self.channel_axis, 1)
+        residual = None if residual is None else residual.movedim(self.channel_axis, 1)
+        return self.statistics(self, x, residual, mask).movedim(1, self.channel_axis)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, counters 0."""
+        super().reset_running_stats()
+        skipped = self._buffers.get("num_nonfinite_batches")  # torch's constructor resets before it exists
+        if skipped is not None:
+            skipped.zero_()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, running statistics as new."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Torch's, and our options where they differ from the default."""
+        options = [
+            f"{name}={value if name == 'activation' else repr(value)}"
+            for name in ("activation", "statistics", "channel_axis", *_CHOICES)
+            if (value := getattr(self, name)) != getattr(BatchNorm, name)
+        ]
+        return ", ".join([super().extra_repr(), *options])
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise InputError(
+                f"expected input of at least 2D, (N, C, *S) (got {input.dim()}D input); add the missing axis with unsqueeze"
+            )
+        if not -input.dim() <= self.channel_axis < input.dim():
+            raise InputError(f"channel_axis={self.channel_axis} is out of range for {input.dim()}D input")
+
+    def _set_options(self, **options: Any) -> None:
+        for name, choices in _CHOICES.items():
+            if options[name] not in choices:
+                raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {options[name]!r}")
+        if not isinstance(options["channel_axis"], int) or options["channel_axis"] == 0:
+            raise InputError(
+                f"channel_axis must be an axis other than 0, the batch's, but got {options['channel_axis']!r}"
+            )
+        if not callable(options["statistics"]):
+            raise InputError(
+                f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got "
+                f"{options['statistics']!r}"
+            )
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def _prepare_buffers(self) -> None:
+        """What ours have beyond torch's: wide running statistics, and the counter of batches skipped."""
+        counter = self.num_batches_tracked
+        self.register_buffer(
+            "num_nonfinite_batches", None if counter is None else torch.zeros_like(counter), persistent=False
+        )
+        self._widen_statistics({})
+
+    def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
+        """Running statistics that became narrower than 32 bits per part are set back, from their originals where there are some.
+
+        A running mean of bfloat16 stalls: with momentum 0.001 and data of mean 10 it never passes 4.
+        """
+        for name in STATISTICS:
+            buffer = self._buffers.get(name)
+            if (
+                not self.keep_wide_statistics
+                or buffer is None
+                or isinstance(buffer, UninitializedBuffer)
+                or _is_wide(buffer)
+            ):
+                continue
+            source = originals.get(name, buffer)
+            dtype = torch.promote_types(source.dtype, torch.float32)
+            self._buffers[name] = source.to(device=buffer.device, dtype=dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BatchNorm:
+        originals = {name: buffer for name in STATISTICS if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        self._widen_statistics(originals)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Torch's, and the tutorial's checkpoints: `gamma`, `beta`, no counter, perhaps no running statistics."""
+        if prefix + "gamma" in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "gamma")
+            if prefix + "beta" in state_dict:
+                state_dict[prefix + "bias"] = state_dict.pop(prefix + "beta")
+            lacking = [name for name in (*STATISTICS, "num_batches_tracked") if prefix + name not in state_dict]
+            for name in lacking:
+                if self._buffers.get(name) is not None:
+                    state_dict[prefix + name] = self._buffers[name]
+            if "running_mean" in lacking:
+                logger.warning(
+                    "%s: the checkpoint has gamma and beta but no running statistics; the layer keeps its own. "
+                    "Run the training data through it in training mode before inference",
+                    prefix.rstrip(".") or type(self).__name__,
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._widen_statistics({})
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """`BatchNorm` of (N, C) or (N, C, L) input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _expect_rank(input, 2, 3)
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """`BatchNorm` of (N, C, H, W) input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _expect_rank(input, 4)
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """`BatchNorm` of (N, C, D, H, W) input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _expect_rank(input, 5)
+
+
+def _expect_rank(input: Tensor, *ranks: int) -> None:
+    if input.dim() not in ranks:
+        wanted = " or ".join(f"{rank}D" for rank in ranks)
+        raise InputError(
+            f"expected {wanted} input (got {input.dim()}D input); reshape it, or use batchnorm.BatchNorm, which takes any rank"
+        )
+
+
+def _is_wide(values: Tensor) -> bool:
+    """Whether each number, or each part of a complex one, has at least 32 bits."""
+    return values.element_size() >= (8 if values.is_complex() else 4)

@@ -1,0 +1,86 @@
+"""Lazy layers: the number of channels comes with the first input, as in torch's `LazyBatchNorm2d`."""
+
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# (torch types its lazy mixin and its placeholders for its own use only)
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from batchnorm.layers import STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
+    """A layer that learns its number of channels from its first input, then becomes `cls_to_become`."""
+
+    cls_to_become: ClassVar[type[BatchNorm]]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        # Built without parameters and buffers, which come as placeholders: one channel here stands for a number not yet known.
+        super().__init__(1, eps, momentum, False, False, device, dtype, **options)
+        self.num_features = 0
+        self.affine, self.track_running_stats = affine, track_running_stats
+        if affine:
+            self.weight = UninitializedParameter(device=device, dtype=dtype)
+            if bias:
+                self.bias = UninitializedParameter(device=device, dtype=dtype)
+        if track_running_stats:
+            for name in STATISTICS:
+                self.register_buffer(name, UninitializedBuffer(device=device, dtype=dtype))
+            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+            self._prepare_buffers()
+
+    def reset_parameters(self) -> None:
+        """As the layer it becomes, once it knows its number of channels."""
+        if self.num_features and not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Take the number of channels from the first input.
+
+        Raises:
+            InputError: if its rank is not the layer's.
+        """
+        if not self.has_uninitialized_params():
+            return
+        self._check_input_dim(input)
+        self.num_features = input.shape[self.channel_axis]
+        for value in (self.weight, self.bias, *(self._buffers[name] for name in STATISTICS)):
+            if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+                value.materialize((self.num_features,))
+        self._widen_statistics({})
+        self.reset_parameters()
+
+
+class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
+    """`BatchNorm1d` that learns num_features from its first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_LazyBatchNorm, BatchNorm2d):
+    """`BatchNorm2d` that learns num_features from its first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_LazyBatchNorm, BatchNorm3d):
+    """`BatchNorm3d` that learns num_features from its first input."""
+
+    cls_to_become = BatchNorm3d

@@ -1,0 +1,131 @@
+"""Where the normalizing statistics come from, as parts a layer is given: `BatchNorm2d(64, statistics=Running())`.
+
+A part is stateless: what it remembers lives in the layer's buffers, so that every layer has the state_dict of torch's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError, StateError
+from batchnorm.functional import check_several_values, move_running_statistics, normalize, normalize_with, write
+from batchnorm.kernels import Activation
+from batchnorm.moments import Moments
+
+
+class Layer(Protocol):
+    """What a part sees of the layer it serves; the names are those of `torch.nn.BatchNorm2d` and of `layers.BatchNorm`."""
+
+    training: bool
+    eps: float
+    momentum: float | None
+    track_running_stats: bool
+    activation: Activation | None
+    running_variance: str
+    on_single: str
+    on_nonfinite: str
+
+    @property
+    def gamma(self) -> Tensor | None: ...
+    @property
+    def beta(self) -> Tensor | None: ...
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    num_nonfinite_batches: Tensor | None
+
+
+class Statistics(Protocol):
+    """A source of statistics: normalizes x (N, C, *S) for a layer, and moves the layer's buffers if that is its way."""
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The layer's output for x, of x's shape and dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The paper's: batch statistics in training, running statistics in inference (Ioffe & Szegedy 2015, Algorithms 1 and 2).
+
+    A layer without running statistics normalizes by the batch in inference as well, as torch's does.
+    """
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if not layer.training and layer.running_mean is not None:
+            return _by_running_statistics(layer, x, residual, mask)
+        moves = layer.training and layer.track_running_stats
+        if x.numel() == x.shape[1]:  # one value per channel
+            if layer.on_single == "running":
+                return _by_running_statistics(layer, x, residual, mask)
+            if layer.on_single == "error":
+                check_several_values(x)
+            moves = False
+        y, moments = normalize(
+            x, layer.gamma, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask
+        )
+        if moves and layer.running_mean is not None and layer.running_var is not None:
+            _move(layer, layer.running_mean, layer.running_var, moments)
+        return y
+
+
+@dataclass(frozen=True)
+class Running:
+    """The running statistics, in training too: a frozen layer. Its affine parameters still learn, its buffers never move."""
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        return _by_running_statistics(layer, x, residual, mask)
+
+
+def _by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    if layer.running_mean is None or layer.running_var is None:
+        raise StateError(
+            "normalizing by running statistics needs them, but this layer has none; build it with track_running_stats=True"
+        )
+    return normalize_with(
+        x,
+        layer.running_mean,
+        layer.running_var,
+        layer.gamma,
+        layer.beta,
+        layer.eps,
+        activation=layer.activation,
+        residual=residual,
+        mask=mask,
+    )
+
+
+def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:
+    """Move the running statistics by one batch and count it, unless it is empty or not finite; no host synchronization."""
+    if isinstance(moments.count, int) and moments.count == 0:
+        return
+    counter = layer.num_batches_tracked
+    momentum = layer.momentum
+    if momentum is None:  # the mean of all batches so far: the n-th weighs 1/n
+        if counter is None:
+            raise StateError("momentum=None averages over all batches and needs the counter num_batches_tracked")
+        momentum = 1.0 / (counter + 1).to(moments.mean.dtype)
+    finite = move_running_statistics(
+        running_mean,
+        running_var,
+        moments,
+        momentum,
+        unbiased=layer.running_variance == "unbiased",
+        skip_nonfinite=layer.on_nonfinite != "propagate",
+    )
+    if layer.on_nonfinite == "error" and finite is not None and not torch.compiler.is_compiling() and not finite:
+        raise InputError(
+            "the statistics of this batch are not finite, so its input holds NaN or Inf; the running statistics did not "
+            'move. Find the batch, or use on_nonfinite="skip" to pass over such batches'
+        )
+    moved = None if isinstance(moments.count, int) else moments.count > 1
+    if finite is not None:
+        moved = finite if moved is None else moved & finite
+        if layer.num_nonfinite_batches is not None:
+            write(layer.num_nonfinite_batches, layer.num_nonfinite_batches + ~finite)
+    if counter is not None:
+        write(counter, counter + (1 if moved is None else moved))

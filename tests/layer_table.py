@@ -1,0 +1,66 @@
+"""One table of layers for every sweep (tests/test_sweep.py). Adding a layer or an option is adding a row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.statistics import Running
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer, the input it takes, and torch's way to say the same (None where torch has none)."""
+
+    name: str
+    ours: Callable[..., nn.Module]
+    shape: tuple[int, ...]
+    torchs: Callable[..., nn.Module] | None = None
+
+
+ROWS = [
+    Row("BatchNorm1d", lambda **k: bn.BatchNorm1d(3, **k), (8, 3), lambda **k: nn.BatchNorm1d(3, **k)),
+    Row("BatchNorm1d-3d", lambda **k: bn.BatchNorm1d(3, **k), (4, 3, 5), lambda **k: nn.BatchNorm1d(3, **k)),
+    Row("BatchNorm2d", lambda **k: bn.BatchNorm2d(3, **k), (4, 3, 5, 2), lambda **k: nn.BatchNorm2d(3, **k)),
+    Row("BatchNorm3d", lambda **k: bn.BatchNorm3d(3, **k), (2, 3, 2, 3, 2), lambda **k: nn.BatchNorm3d(3, **k)),
+    Row("BatchNorm", lambda **k: bn.BatchNorm(3, **k), (4, 3, 5, 2), lambda **k: nn.BatchNorm2d(3, **k)),
+    Row(
+        "no-affine",
+        lambda **k: bn.BatchNorm2d(3, affine=False, **k),
+        (4, 3, 5, 2),
+        lambda **k: nn.BatchNorm2d(3, affine=False, **k),
+    ),
+    Row(
+        "no-tracking",
+        lambda **k: bn.BatchNorm2d(3, track_running_stats=False, **k),
+        (4, 3, 5, 2),
+        lambda **k: nn.BatchNorm2d(3, track_running_stats=False, **k),
+    ),
+    Row(
+        "cumulative",
+        lambda **k: bn.BatchNorm2d(3, momentum=None, **k),
+        (4, 3, 5, 2),
+        lambda **k: nn.BatchNorm2d(3, momentum=None, **k),
+    ),
+    *(
+        Row(
+            f"relu-like-{name}",
+            lambda name=name, **k: bn.BatchNorm2d(3, activation=name, **k),
+            (4, 3, 5, 2),
+            lambda module=module, **k: nn.Sequential(nn.BatchNorm2d(3, **k), module),
+        )
+        for name, module in {
+            "relu": nn.ReLU(),
+            "relu6": nn.ReLU6(),
+            "leaky_relu": nn.LeakyReLU(),
+            "silu": nn.SiLU(),
+            "hardswish": nn.Hardswish(),
+            "gelu": nn.GELU(),
+        }.items()
+    ),
+    Row("channels-last-axis", lambda **k: bn.BatchNorm(3, channel_axis=-1, **k), (4, 5, 3)),
+    Row("biased", lambda **k: bn.BatchNorm2d(3, running_variance="biased", **k), (4, 3, 5, 2)),
+    Row("propagating", lambda **k: bn.BatchNorm2d(3, on_nonfinite="propagate", **k), (4, 3, 5, 2)),
+    Row("running", lambda **k: bn.BatchNorm2d(3, statistics=Running(), **k), (4, 3, 5, 2)),
+]

@@ -1,0 +1,219 @@
+"""Bad input: the invariant, what came, the remedy; torch's exception type; nothing moved."""
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, InputError, ShapeError, StateError
+from batchnorm.functional import batch_norm, normalize, normalize_with
+
+X = torch.randn(4, 3, 5)
+
+
+def layer(**options):
+    return bn.BatchNorm1d(3, **options)
+
+
+LAYER_CASES = {
+    "rank-1d": (layer, (torch.randn(2, 3, 4, 4),), InputError, ValueError, r"expected 2D or 3D input \(got 4D input\)"),
+    "rank-2d": (lambda: bn.BatchNorm2d(3), (X,), InputError, ValueError, r"expected 4D input \(got 3D input\)"),
+    "rank-3d": (lambda: bn.BatchNorm3d(3), (X,), InputError, ValueError, r"expected 5D input \(got 3D input\)"),
+    "rank-any": (lambda: bn.BatchNorm(3), (torch.randn(3),), InputError, ValueError, r"at least 2D.*got 1D"),
+    "axis": (lambda: bn.BatchNorm(3, channel_axis=4), (X,), InputError, ValueError, r"channel_axis=4 is out of range"),
+    "channels": (layer, (torch.randn(4, 2, 5),), ShapeError, RuntimeError, r"should contain 2 elements.*\(3,\)"),
+    "channels-untracked": (
+        lambda: layer(track_running_stats=False),
+        (torch.randn(4, 2),),
+        ShapeError,
+        RuntimeError,
+        "weight should contain 2 elements",
+    ),
+    "integers": (
+        layer,
+        (torch.ones(4, 3, dtype=torch.long),),
+        DTypeError,
+        NotImplementedError,
+        "not implemented for torch.int64",
+    ),
+    "booleans": (
+        layer,
+        (torch.ones(4, 3, dtype=torch.bool),),
+        DTypeError,
+        RuntimeError,
+        "not implemented for torch.bool",
+    ),
+    "float8": (layer, (torch.ones(4, 3).to(torch.float8_e4m3fn),), DTypeError, TypeError, "at least 16 bits"),
+    "one-value": (
+        layer,
+        (torch.randn(1, 3),),
+        InputError,
+        ValueError,
+        "Expected more than 1 value per channel when training",
+    ),
+    "one-value-3d": (layer, (torch.randn(1, 3, 1),), InputError, ValueError, "Expected more than 1 value per channel"),
+    "eps-zero": (
+        lambda: layer(eps=0.0),
+        (X,),
+        InputError,
+        ValueError,
+        "eps must be positive during training, but got 0.0",
+    ),
+    "eps-negative": (lambda: layer(eps=-1.0).eval(), (X,), InputError, ValueError, "eps must be positive"),
+    "residual-shape": (
+        layer,
+        (X, torch.randn(4, 3, 1)),
+        ShapeError,
+        ValueError,
+        r"residual must have the input's shape \(4, 3, 5\)",
+    ),
+    "mask-dtype": (layer, (X, None, torch.ones(4, 5)), DTypeError, TypeError, "mask must be boolean"),
+    "mask-shape": (
+        layer,
+        (X, None, torch.ones(4, 3, dtype=torch.bool)),
+        ShapeError,
+        ValueError,
+        r"broadcast.*\(4, 5\).*\(4, 3\)",
+    ),
+    "mask-rank": (
+        layer,
+        (X, None, torch.ones(4, 1, 5, dtype=torch.bool)),
+        ShapeError,
+        ValueError,
+        "without its channel axis",
+    ),
+    "momentum-text": (
+        lambda: layer(momentum="fast"),
+        (X,),
+        ArgumentError,
+        TypeError,
+        "momentum must be a number.*'fast'",
+    ),
+    "complex-residual": (
+        lambda: bn.BatchNorm1d(3, dtype=torch.complex64),
+        (X.to(torch.complex64), X),
+        DTypeError,
+        TypeError,
+        "residual must be complex",
+    ),
+    "complex-into-real": (layer, (X.to(torch.complex64),), DTypeError, TypeError, "must be complex, one part each"),
+    "no-running": (
+        lambda: layer(track_running_stats=False, statistics=bn.statistics.Running()),
+        (X,),
+        StateError,
+        RuntimeError,
+        "this layer has none",
+    ),
+    "not-a-tensor": (layer, ([[1.0, 2.0, 3.0]],), ArgumentError, TypeError, "input must be a tensor, but got list"),
+}
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+def test_layers_refuse_and_nothing_moves(case):
+    make, inputs, ours, torchs, message = LAYER_CASES[case]
+    built = make()
+    before = {name: value.clone() for name, value in built.named_buffers()}
+    with pytest.raises(ours, match=message) as raised:
+        built(*inputs)
+    assert isinstance(raised.value, torchs)
+    assert isinstance(raised.value, BatchNormError)
+    torch.testing.assert_close(dict(built.named_buffers()), before, rtol=0, atol=0)
+
+
+CONSTRUCTOR_CASES = {
+    "no-channels": (lambda: bn.BatchNorm1d(0), InputError, "num_features must be at least 1, but got 0"),
+    "negative-channels": (lambda: bn.BatchNorm1d(-3), InputError, "at least 1, but got -3"),
+    "channels-text": (lambda: bn.BatchNorm1d("3"), ArgumentError, "num_features must be an int.*'3'"),
+    "channels-float": (lambda: bn.BatchNorm1d(3.0), ArgumentError, "num_features must be an int"),
+    "channels-bool": (lambda: bn.BatchNorm1d(True), ArgumentError, "num_features must be an int"),
+    "activation": (
+        lambda: layer(activation="sigmoid"),
+        InputError,
+        "activation must be None, one of 'relu'.*'sigmoid'",
+    ),
+    "activation-module": (lambda: layer(activation=nn.Tanh()), InputError, r"Tanh\(\).*after the layer"),
+    "axis-batch": (lambda: bn.BatchNorm(3, channel_axis=0), InputError, "other than 0"),
+    "axis-fixed": (lambda: bn.BatchNorm(3, channel_axis="last"), InputError, "channel_axis must be an axis"),
+    "variance": (
+        lambda: layer(running_variance="sample"),
+        InputError,
+        "running_variance must be one of 'unbiased', 'biased'",
+    ),
+    "on-single": (lambda: layer(on_single="ignore"), InputError, "on_single must be one of"),
+    "on-nonfinite": (lambda: layer(on_nonfinite=None), InputError, "on_nonfinite must be one of"),
+    "statistics": (lambda: layer(statistics="running"), InputError, r"part of batchnorm.statistics such as Batch\(\)"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTOR_CASES)
+def test_constructors_refuse(case):
+    make, ours, message = CONSTRUCTOR_CASES[case]
+    with pytest.raises(ours, match=message):
+        make()
+
+
+FUNCTION_CASES = {
+    "one-buffer": (
+        lambda: batch_norm(X, torch.zeros(3), None, training=True),
+        InputError,
+        ValueError,
+        "both be None or neither",
+    ),
+    "no-buffers": (lambda: batch_norm(X, None, None), StateError, RuntimeError, "must be defined in evaluation mode"),
+    "weight": (
+        lambda: batch_norm(X, None, None, torch.ones(4), training=True),
+        ShapeError,
+        RuntimeError,
+        "weight should contain 3",
+    ),
+    "weight-rank": (
+        lambda: normalize(X, torch.ones(3, 1)),
+        ShapeError,
+        RuntimeError,
+        r"weight should contain 3.*\(3, 1\)",
+    ),
+    "bias": (lambda: normalize(X, None, torch.ones(4)), ShapeError, RuntimeError, "bias should contain 3"),
+    "vector": (lambda: normalize(torch.randn(3)), ShapeError, RuntimeError, r"batch axis and a channel axis.*\(3,\)"),
+    "scalar": (lambda: normalize(torch.tensor(1.0)), ShapeError, RuntimeError, "batch axis and a channel axis"),
+    "eps": (lambda: normalize(X, eps=0.0), InputError, ValueError, "eps must be positive during training"),
+    "eps-given": (
+        lambda: normalize_with(X, torch.zeros(3), torch.ones(3), eps=-1.0),
+        InputError,
+        ValueError,
+        "but got -1.0",
+    ),
+    "mean": (
+        lambda: normalize_with(X, torch.zeros(4), torch.ones(4)),
+        ShapeError,
+        RuntimeError,
+        "running_mean should contain 3",
+    ),
+    "one-value": (
+        lambda: batch_norm(X[:1, :, :1], None, None, training=True),
+        InputError,
+        ValueError,
+        "drop_last=True",
+    ),
+    "momentum": (
+        lambda: batch_norm(X, torch.zeros(3), torch.ones(3), training=True, momentum=None),
+        ArgumentError,
+        TypeError,
+        "momentum must be a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTION_CASES)
+def test_functions_refuse(case):
+    call, ours, torchs, message = FUNCTION_CASES[case]
+    with pytest.raises(ours, match=message) as raised:
+        call()
+    assert isinstance(raised.value, torchs)
+
+
+def test_no_channels_is_torchs_nothing():
+    buffers = torch.zeros(0), torch.zeros(0)
+    assert batch_norm(torch.randn(2, 0, 3), *buffers, training=True).shape == (2, 0, 3)
+    assert batch_norm(torch.randn(0), *buffers, training=True).shape == (0,)
+    assert batch_norm(torch.randn(0), *buffers).shape == (0,)
+    assert normalize(torch.randn(0))[1].mean.shape == (0,)

@@ -1,0 +1,199 @@
+"""The commands as a person types them: numbers, JSON, one-line errors, Ctrl-C and going on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from batchnorm import __main__
+from batchnorm.cli import commands
+from batchnorm.explain import explain
+from batchnorm.lab import extras
+from batchnorm.lab.experiments.learning_rates import Plan
+from tests.idx_files import write_idx_files
+
+SOURCE = Path(__main__.__file__).parents[1]
+
+
+def call(*arguments):
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+def start(*arguments):
+    """A process of its own, with the interrupt handling that a terminal gives."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "batchnorm", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+class TestExplain:
+    def test_the_tutorials_example(self):
+        result = call("explain", 0.8, 1.2, 0.9, 1.1, "--gamma", 0.5, "--beta", 2)
+        assert result.exit_code == 0
+        assert result.output == str(explain([0.8, 1.2, 0.9, 1.1], gamma=0.5, beta=2)) + "\n"
+
+    def test_json(self):
+        result = call("explain", 1, 2, 4, "--eps", 0.1, "--momentum", 0.5, "--grad", "0,1,-2.5", "--json")
+        assert (
+            json.loads(result.stdout) == explain([1, 2, 4], eps=0.1, momentum=0.5, grad_output=[0, 1, -2.5]).to_dict()
+        )
+
+    @pytest.mark.parametrize(
+        "values", [("-1", "2"), ("-1.5", "-2e-3"), ("1", "-2", "--gamma", "-3"), ("--", "-1", "2")]
+    )
+    def test_negative_numbers_are_values(self, values):
+        assert call("explain", *values).exit_code == 0
+
+    def test_as_a_module(self):
+        process = start("explain", "-1", "2")
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
+        assert output == str(explain([-1, 2])) + "\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("1",), "at least 2"),
+            (("1", "nan"), "finite"),
+            (("1", "2", "--eps", "0"), "eps must be above 0"),
+            (("1", "2", "--grad", "1"), "one number per value"),
+            (("1", "2", "--grad", "a,b"), "commas"),
+            (("1", "two"), "not a valid float"),
+            (("1", "2", "--gama", "3"), "--gama"),
+            ((), "Missing argument"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_exit_2(self, arguments, message):
+        result = call("explain", *arguments)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+        assert len(errors) == 1
+        assert message in errors[0]
+        assert "Traceback" not in result.stderr
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["demo", "explain"])
+    def test_each_command_has_an_example(self, command):
+        result = call(command, "--help")
+        assert result.exit_code == 0
+        assert f"Example: batchnorm {command} " in result.output
+
+    def test_version(self):
+        assert re.match(r"batchnorm, version \S+", call("--version").output)
+
+
+class TestMissingExtras:
+    def test_without_click_one_line(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "click", None)
+        monkeypatch.delitem(sys.modules, "batchnorm.cli")
+        with pytest.raises(SystemExit) as stop:
+            __main__.main()
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == "Error: the command line needs click: pip install 'batchnorm[cli]'\n"
+
+    def test_the_commands_load_no_package_of_the_lab(self):
+        listing = (
+            "import sys, batchnorm.cli; print([name for name in ('matplotlib', 'sklearn') if name in sys.modules])"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+        done = subprocess.run(
+            [sys.executable, "-c", listing], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "[]\n"
+
+    def test_without_matplotlib_one_line_before_any_work(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "matplotlib" else object())
+        result = call("demo", "--out", tmp_path / "run")
+        assert result.exit_code == 2
+        assert result.stderr == "Error: the lab needs matplotlib: pip install 'batchnorm[lab]'\n"
+        assert not (tmp_path / "run").exists()
+
+
+def parts(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "parts").glob("[!.]*.json")}
+
+
+class TestDemo:
+    def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(self, tmp_path):
+        arguments = ("demo", "--quick", "--workers", 1, "--out", tmp_path)
+        process = start(*arguments)
+        while len(parts(tmp_path)) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        assert "Learning rates that train" in output
+        assert not (tmp_path / "result.json").exists()
+        kept = parts(tmp_path)
+        assert 2 <= len(kept) < 6
+        flat = " ".join(errors.split())
+        assert f"{len(kept)} of 6 trainings are finished and kept. Continue with: batchnorm demo" in flat
+
+        process = start(*arguments, "--json")
+        output, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (0, "")
+        after = parts(tmp_path)
+        assert len(after) == 6
+        assert {name: after[name] for name in kept} == kept
+        result = json.loads(output)
+        assert result == json.loads((tmp_path / "result.json").read_text())
+        assert result["complete"]
+        assert [claim["holds"] for claim in result["claims"][:2]] == [True, True]
+        assert (tmp_path / "report.html").read_text().count("<svg") == 4
+
+    def test_idx_files_and_the_printed_table(self, tmp_path, monkeypatch):
+        tiny = Plan(seeds=1, learning_rates=(0.1,), steps=10, data=str(tmp_path / "data"))
+        monkeypatch.setattr(Plan, "of", lambda *_: tiny)
+        write_idx_files(tmp_path / "data", zipped=True)
+        result = call("demo", "--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", 1)
+        assert result.exit_code == 0, result.output
+        assert "IDX files: 200 images train, 40 validate, 80 test" in result.output
+        assert "without BN" in result.output
+        assert result.output.count("held") == 4
+        saved = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert "--data" in saved["command"]
+        assert saved["protocol"]["sizes"] == {"train": 200, "validation": 40, "test": 80}
+
+    @pytest.mark.parametrize("damage", ["missing", "corrupt"])
+    def test_bad_idx_files_are_one_line_and_exit_2(self, tmp_path, damage):
+        write_idx_files(tmp_path)
+        path = tmp_path / "train-images-idx3-ubyte"
+        path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-1])
+        result = call("demo", "--data", tmp_path, "--out", tmp_path / "run")
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        assert "train-images-idx3-ubyte" in result.stderr
+
+    def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        result = call("demo", "--quick", "--out", tmp_path / "file")
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert "cannot write into" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "seeds", "rates", "steps"),
+        [((None, False, None), 3, 7, 300), ((None, True, None), 1, 3, 120), (("mnist", False, 2), 2, 7, 1000)],
+    )
+    def test_plans(self, arguments, seeds, rates, steps):
+        plan = Plan.of(*arguments)
+        assert (plan.seeds, len(plan.learning_rates), plan.steps, plan.data) == (seeds, rates, steps, arguments[0])

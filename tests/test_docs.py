@@ -1,0 +1,79 @@
+"""The documentation runs: Python blocks as they stand, one namespace a page; commands print what the page says they print."""
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUICK = ("explain", "--version")  # commands that a test may run
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name)
+def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, tmp_path):
+    """A `text` block that directly follows a `python` block is what the latter prints."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "docs"}
+    printed = ""
+    for language, source in blocks(page):
+        if language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(source, str(page), "exec"), namespace)
+            printed = out.getvalue()
+        elif language == "text" and printed:
+            assert printed.strip() == source.strip()
+            printed = ""
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """Command and shown output of the console blocks' quick commands."""
+    found = []
+    for language, source in blocks(page):
+        if language != "console":
+            continue
+        for part in re.split(r"^\$ ", source, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            words = shlex.split(command)
+            if words[0] == "batchnorm" and words[1] in QUICK:
+                found.append((command, output))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [pytest.param(*found, id=f"{page.name}-{found[0]}") for page in PAGES for found in commands(page)],
+)
+def test_commands_print_what_is_shown(command, shown):
+    words = shlex.split(command)
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=True)
+    lines = [line.rstrip() for line in shown.strip().splitlines()]
+    printed = [line.rstrip() for line in done.stdout.strip().splitlines()]
+    for part in " \n".join(lines).split("..."):  # an ellipsis leaves lines out
+        assert part.strip(" \n").replace(" \n", "\n") in "\n".join(printed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+        assert page.name in navigation, page.name

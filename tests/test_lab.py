@@ -1,0 +1,320 @@
+"""The lab: data, the training loop's measurements, the runner that never trains twice, and the direction of the effect."""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm.layers
+from batchnorm.errors import InputError, MissingExtraError, StateError
+from batchnorm.lab import extras, runner
+from batchnorm.lab.data import Dataset, Examples, idx, load
+from batchnorm.lab.experiments import learning_rates
+from batchnorm.lab.experiments.learning_rates import Plan
+from batchnorm.lab.networks import tutorial_network
+from batchnorm.lab.result import Result, Training, check_writable, to_json, write
+from batchnorm.lab.runner import Job
+from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, train
+from tests.idx_files import header, write_idx_files
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load()
+
+
+class TestDigits:
+    def test_three_parts_share_no_image_and_every_class(self, digits):
+        assert digits.sizes == {"train": 1197, "validation": 240, "test": 360}
+        parts = (digits.train, digits.validation, digits.test)
+        everything = torch.cat([part.images for part in parts]).flatten(1)
+        assert len(torch.unique(everything, dim=0)) == 1797
+        for part in parts:
+            shares = torch.bincount(part.labels, minlength=10) / len(part)
+            assert shares.min() > 0.09
+            assert shares.max() < 0.11
+
+    def test_standardized_with_the_training_images_only(self, digits):
+        assert digits.train.images.shape == (1197, 1, 28, 28)
+        assert float(digits.train.images.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(digits.train.images.std()) == pytest.approx(1, abs=1e-5)
+        assert float(digits.test.images.mean()) != pytest.approx(0, abs=1e-5)
+
+    def test_the_same_on_every_call(self, digits):
+        assert torch.equal(load().test.images, digits.test.images)
+
+
+class TestIdx:
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_reads_what_was_written(self, tmp_path, zipped):
+        images, labels = write_idx_files(tmp_path, zipped=zipped)
+        data = load(tmp_path)
+        assert data.sizes == {"train": 200, "validation": 40, "test": 80}
+        assert torch.equal(data.test.labels, labels[240:].long())
+        pixels = data.test.images.squeeze(1)
+        restored = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+        expected = images[240:].float()
+        torch.testing.assert_close(restored, (expected - expected.min()) / (expected.max() - expected.min()))
+        assert float(data.train.images.std()) == pytest.approx(1, abs=1e-5)
+
+    def test_train_and_validation_share_no_image(self, tmp_path):
+        write_idx_files(tmp_path)
+        data = load(tmp_path)
+        together = torch.cat([data.train.images, data.validation.images]).flatten(1)
+        assert len(torch.unique(together, dim=0)) == 240
+
+    def test_the_fingerprint_follows_the_bytes(self, tmp_path):
+        write_idx_files(tmp_path)
+        before = load(tmp_path).fingerprint
+        assert load(tmp_path).fingerprint == before
+        path = tmp_path / "t10k-labels-idx1-ubyte"
+        content = bytearray(path.read_bytes())
+        content[-1] = 9 - content[-1]
+        path.write_bytes(content)
+        assert load(tmp_path).fingerprint != before
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("train-images-idx3-ubyte", None, "train-images-idx3-ubyte .*is missing"),
+            ("train-images-idx3-ubyte", b"", "16 bytes of IDX header, it has 0"),
+            ("train-images-idx3-ubyte", b"<html>not found</html>", "must begin with the IDX number 2051"),
+            ("train-images-idx3-ubyte", header(1, 240) + bytes(240), "number 2051, it has 2049"),
+            (
+                "train-images-idx3-ubyte",
+                header(3, 240, 28, 28) + bytes(99),
+                "announces 240 x 28 x 28 = 188160 bytes, 99",
+            ),
+            ("train-images-idx3-ubyte", header(3, 240, 8, 8) + bytes(240 * 64), "28x28.*8x8"),
+            ("train-labels-idx1-ubyte", header(1, 9) + bytes(9), "holds 240 and train-labels-idx1-ubyte holds 9"),
+            ("train-labels-idx1-ubyte", header(1, 240) + bytes([10] * 240), "labels from 0 to 9.*up to 10"),
+        ],
+    )
+    def test_a_bad_file_is_named(self, tmp_path, name, content, message):
+        write_idx_files(tmp_path)
+        (tmp_path / name).unlink()
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(header(1, 500) + bytes(500))[:-12]])
+    def test_a_bad_archive_is_named(self, tmp_path, content):
+        path = tmp_path / "labels.gz"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot read .*labels\.gz"):
+            idx.read(path, dimensions=1)
+
+    def test_a_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
+            load(tmp_path / "nowhere")
+
+    def test_too_few_images(self, tmp_path):
+        write_idx_files(tmp_path, train=240, test=20)
+        with pytest.raises(InputError, match=r"at least 64 labels.*holds 20"):
+            load(tmp_path)
+
+
+class TestTraining:
+    def test_a_pass_is_a_permutation_without_its_incomplete_batch(self):
+        order = batches(10, 3, seed=0)
+        passes = [torch.cat([next(order) for _ in range(3)]) for _ in range(2)]
+        for once in passes:
+            assert len(set(once.tolist())) == 9
+        assert passes[0].tolist() != passes[1].tolist()
+
+    def test_the_seed_decides_the_order(self):
+        assert torch.equal(next(batches(100, 10, seed=1)), next(batches(100, 10, seed=1)))
+        assert not torch.equal(next(batches(100, 10, seed=1)), next(batches(100, 10, seed=2)))
+
+    def test_both_networks_start_from_the_same_weights(self):
+        linear = []
+        for batch_norm in (False, True):
+            torch.manual_seed(3)
+            network = tutorial_network(batch_norm)
+            linear.append([layer for layer in network if isinstance(layer, nn.Linear)])
+        for plain, normalized in zip(*linear, strict=True):
+            assert torch.equal(plain.weight, normalized.weight)
+            assert torch.equal(plain.bias, normalized.bias)
+
+    def test_the_network_is_the_tutorials(self):
+        network = tutorial_network(batch_norm=True)
+        assert [layer.in_features for layer in network if isinstance(layer, nn.Linear)] == [784, 512, 256]
+        assert sum(type(layer) is batchnorm.layers.BatchNorm1d for layer in network) == 2
+        assert network(torch.randn(4, 1, 28, 28)).shape == (4, 10)
+
+    def test_a_step_is_plain_gradient_descent_and_leaves_its_gradient(self, digits):
+        network = tutorial_network(batch_norm=False)
+        before = network[1].weight.detach().clone()
+        step, loss = next(train(network, digits.train, Schedule(0.5, steps=3, batch_size=64, seed=0)))
+        assert step == 1
+        assert loss == pytest.approx(math.log(10), abs=0.2)
+        torch.testing.assert_close(network[1].weight.detach(), before - 0.5 * network[1].weight.grad)
+        assert gradient_norms(network)[0] == pytest.approx(
+            float(network[1].weight.grad.square().sum().sqrt()), rel=1e-4
+        )
+        assert len(gradient_norms(network)) == 3
+
+    def test_it_ends_at_a_loss_that_is_not_finite(self, digits):
+        network = tutorial_network(batch_norm=False)
+        losses = [loss for _, loss in train(network, digits.train, Schedule(1e6, steps=50, batch_size=64, seed=0))]
+        assert len(losses) < 50
+        assert not math.isfinite(losses[-1])
+        assert all(math.isfinite(loss) for loss in losses[:-1])
+
+    def test_accuracy_is_of_evaluation_mode(self):
+        network = nn.Sequential(nn.Flatten(), nn.Dropout(0.99), nn.Identity())
+        labels = torch.arange(10).repeat(150)
+        images = nn.functional.one_hot(labels, 10).float()[:, None, :, None]
+        assert accuracy(network, Examples(images, labels)) == 1.0
+        assert accuracy(network, Examples(images, (labels + 1) % 10)) == 0.0
+
+    def test_looking_at_hidden_inputs_changes_nothing(self, digits):
+        network = tutorial_network(batch_norm=True)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        inputs = activation_input(network, digits.validation)
+        assert inputs.shape == (240, 256)
+        torch.testing.assert_close(inputs.mean(0), torch.zeros(256), atol=1e-5, rtol=0)  # normalized by these images
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def job(arm="plain", rate=0.1, seed=0, steps=60, fingerprint="test"):
+    return Job("learning_rates", arm, rate, seed, steps, 64, 5, None, fingerprint)
+
+
+class TestLearningRates:
+    def test_the_plan_is_paired_and_begins_with_the_common_learning_rate(self, digits):
+        jobs = Plan().jobs(digits)
+        assert len(jobs) == len({job.file_name for job in jobs}) == 2 * 3 * 7
+        assert {job.learning_rate for job in jobs[:6]} == {learning_rates.COMMON}
+        arms = [
+            {(job.learning_rate, job.seed, job.steps) for job in jobs if job.arm == arm} for arm in learning_rates.ARMS
+        ]
+        assert arms[0] == arms[1]
+
+    def test_other_arguments_are_another_training(self):
+        different = [job(), job("batch_norm"), job(rate=1.0), job(seed=1), job(steps=9), job(fingerprint="other")]
+        assert len({each.file_name for each in different}) == len(different)
+        assert job().file_name == dataclasses.replace(job(), data="moved/elsewhere").file_name
+
+    def test_batch_normalization_is_faster_and_trains_where_the_plain_network_does_not(self):
+        plain, normalized = learning_rates.measure(job(steps=100)), learning_rates.measure(job("batch_norm", steps=100))
+        assert normalized.steps_to_target is not None
+        assert plain.steps_to_target is None or normalized.steps_to_target < plain.steps_to_target
+        assert normalized.drift < plain.drift
+        plain, normalized = learning_rates.measure(job(rate=3.0)), learning_rates.measure(job("batch_norm", 3.0))
+        assert plain.test_accuracy < 0.2
+        assert plain.loss[-1] is None  # it diverged, and stopped
+        assert normalized.test_accuracy > 0.9
+
+    def test_a_training_depends_on_its_arguments_alone(self):
+        once, again = (
+            dataclasses.replace(learning_rates.measure(job("batch_norm", steps=10)), seconds=0.0) for _ in "12"
+        )
+        assert once == again
+        assert once.steps == [0, 5, 10]
+        assert len(once.loss) == len(once.validation_accuracy) == len(once.percentiles) == len(once.gradient_norms) == 3
+        assert all(low < middle < high for low, middle, high in once.percentiles)
+
+
+def record(job):
+    """A stand-in for a training: quick, and it leaves a trace of having run."""
+    if job.seed == 13:
+        os._exit(9)
+    if job.seed == 14:
+        raise InputError("the data are gone")
+    return Training(
+        job.arm, job.seed, job.learning_rate, [0], [0.5], [None], [], [[1.0]], None, None, 0.5, float(os.getpid())
+    )
+
+
+class TestRunner:
+    def test_what_is_stored_is_not_trained_again(self, tmp_path):
+        first = list(runner.run(record, [job(seed=0), job(seed=1)], tmp_path, workers=1))
+        assert {training.seed for training in first} == {0, 1}
+        assert all(training.seconds != os.getpid() for training in first)  # in another process
+        again = list(runner.run(record, [job(seed=1), job(seed=0)], tmp_path, workers=1))
+        assert sorted(again, key=lambda t: t.seed) == sorted(first, key=lambda t: t.seed)
+
+    def test_a_damaged_part_is_no_part(self, tmp_path):
+        (tmp_path / job().file_name).write_text('{"arm": ')
+        assert runner.stored(job(), tmp_path) is None
+
+    def test_a_dead_worker_is_reported_and_the_rest_is_kept(self, tmp_path):
+        with pytest.raises(StateError, match=r"seed13.*exit code 9"):
+            list(runner.run(record, [job(seed=0), job(seed=13)], tmp_path, workers=1))
+        assert runner.stored(job(seed=0), tmp_path) is not None
+
+    def test_an_error_of_ours_comes_back_from_the_worker(self, tmp_path):
+        with pytest.raises(InputError, match="the data are gone"):
+            list(runner.run(record, [job(seed=14)], tmp_path, workers=1))
+
+    def test_a_change_of_code_is_another_training(self, monkeypatch):
+        before = job().file_name
+        monkeypatch.setattr(runner, "code_version", lambda: "another")
+        assert job().file_name != before
+
+
+class TestResult:
+    def test_saved_and_loaded_is_equal(self, tmp_path, digits):
+        plan = Plan(seeds=1, learning_rates=(0.1,))
+        trainings = [record(job(arm)) for arm in learning_rates.ARMS]
+        result = learning_rates.summarize(plan, digits, trainings, "batchnorm demo")
+        path = tmp_path / "deep" / "result.json"
+        result.save(path)
+        read = json.loads(path.read_text())
+        assert read["schema"] == 1
+        assert set(read) == set(Result.__dataclass_fields__)
+        assert set(read["trainings"][0]) == set(Training.__dataclass_fields__)
+        assert to_json(Result.load(path).to_dict()) == to_json(result.to_dict())
+        assert [file.name for file in path.parent.iterdir()] == ["result.json"]  # nothing temporary is left
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', None])
+    def test_what_is_not_a_result_is_refused(self, tmp_path, content):
+        path = tmp_path / "result.json"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(InputError, match="must be a result of schema 1"):
+            Result.load(path)
+
+    def test_no_claim_is_judged_before_all_is_trained(self, digits):
+        result = learning_rates.summarize(Plan(seeds=1), digits, [record(job())], "batchnorm demo")
+        assert not result.complete
+        assert result.claims == []
+
+    def test_json_has_no_nan(self):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            to_json({"loss": math.nan})
+
+    def test_a_failed_write_leaves_the_old_file(self, tmp_path):
+        path = tmp_path / "result.json"
+        write(path, "old")
+        with pytest.raises(UnicodeEncodeError):
+            write(path, "\ud800")
+        assert path.read_text() == "old"
+        assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+    def test_a_place_that_cannot_be_written_is_named(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match=r"cannot write into .*file"):
+            check_writable(tmp_path / "file" / "parts")
+        with pytest.raises(InputError, match=r"cannot write .*result\.json"):
+            write(tmp_path / "file" / "result.json", "")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "sklearn" else object())
+    with pytest.raises(MissingExtraError, match=r"scikit-learn: pip install 'batchnorm\[lab\]'"):
+        load()
+
+
+def test_a_dataset_is_standardized_with_its_training_part():
+    parts = [Examples(torch.randn(50, 1, 2, 2) * 3 + shift, torch.zeros(50, dtype=torch.int64)) for shift in (5, 5, 9)]
+    data = Dataset("random", *parts, fingerprint="").standardized()
+    assert float(data.train.images.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(data.test.images.mean()) == pytest.approx(4 / 3, abs=0.3)

@@ -1,0 +1,246 @@
+"""Converting a model and going back: nothing that anybody could hold on to is lost."""
+
+import copy
+import logging
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.statistics import Running
+from batchnorm.surgery import Absorbed, walk
+
+
+class Residual(nn.Module):
+    """A block whose batch norm hangs in two places, with an activation that is not in a Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.body = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(4, 4, 3, padding=1), norm=nn.BatchNorm2d(4), act=nn.SiLU())
+        )
+        self.again = self.norm
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.again(self.body(self.norm(x))) + x)
+
+
+def network():
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), Residual(), nn.BatchNorm2d(4, affine=False),
+        nn.LeakyReLU(0.2), nn.Flatten(1), nn.Linear(144, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh(),
+    )  # fmt: skip
+    for value in model.parameters():
+        value.data.uniform_(-0.5, 0.5)
+    return model
+
+
+def sample():
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+
+
+def shape_of(model: nn.Module) -> list[tuple]:
+    """Everything but the weights: where hangs what, which objects, attributes and hooks."""
+    rows = []
+    for slot in walk(model):
+        public = {k: v for k, v in vars(slot.module).items() if not k.startswith("_")}
+        hooks = {k: len(v) for k, v in vars(slot.module).items() if k.endswith("_hooks") and v}
+        tensors = [(k, id(v)) for k, v in {**slot.module._parameters, **slot.module._buffers}.items()]
+        rows.append((slot.path, type(slot.module), id(slot.module), public, hooks, tensors))
+    return rows
+
+
+def test_there_and_back_again_is_the_identity():
+    model = network()
+    model[1].custom = "kept"
+    model[0].register_forward_hook(lambda *_: None)
+    model[8].eval()
+    model[4].running_mean.fill_(0.3)
+    before, state = shape_of(model), copy.deepcopy(model.state_dict())
+    converted = bn.convert(model)
+    assert converted is model
+    assert sum(isinstance(m, bn.BatchNorm) for m in model.modules()) == 5
+    assert bn.revert(model) is model
+    assert shape_of(model) == before
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_converted_models_do_the_same(fuse, dtype):
+    torchs = network().to(dtype)
+    ours = bn.convert(copy.deepcopy(torchs), fuse=fuse)
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (torchs, ours)]
+    for _ in range(3):
+        losses = []
+        for model, optimizer in zip((torchs, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(sample().to(dtype)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        torch.testing.assert_close(*losses)
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+    torch.testing.assert_close(ours.eval()(sample().to(dtype)), torchs.eval()(sample().to(dtype)))
+
+
+def test_activations_in_a_sequential_are_taken_in():
+    model = bn.convert(network())
+    assert (str(model[1].activation), str(model[4].activation)) == ("relu", "leaky_relu(0.2)")
+    assert isinstance(model[2], Absorbed)
+    assert repr(model[2]) == "Absorbed(ReLU(inplace=True))"
+    assert str(model[3].body.norm.activation) == "silu"
+    assert model[8].activation is None
+    assert isinstance(model[9], nn.Tanh)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in network().named_parameters()]
+
+
+def test_shared_layers_stay_shared_and_unfused(caplog):
+    shared = nn.BatchNorm2d(4)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Sequential(shared, nn.SiLU()))
+    expected = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.convert(model)
+    assert model[0] is model[2] is model[3][0] is shared
+    assert shared.activation is None
+    assert "left 0 and 1 apart: the layer hangs in several places" in caplog.text
+    assert "0, 2, 3.0 is now batchnorm.BatchNorm2d" in caplog.text
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(model(x), expected(x))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["layer", "activation"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_keep_layer_and_activation_apart(place, kind):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+    seen = []
+    handle = getattr(model[place], kind)(lambda *arguments: seen.append(arguments[1:]))
+    bn.convert(model)
+    model(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+    assert type(model[1]) is nn.ReLU
+    handle.remove()
+    model(torch.randn(4, 3))
+    assert len(seen) == 1
+
+
+def test_subclasses_are_left_alone_and_reported(caplog):
+    class Mine(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = nn.Sequential(Mine(3), nn.SyncBatchNorm(3))
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.convert(model)
+    assert [type(layer) for layer in model] == [Mine, nn.SyncBatchNorm]
+    assert "left 0: it is a Mine" in caplog.text
+    assert "left 1: it is a SyncBatchNorm" in caplog.text
+
+
+def test_sequentials_with_their_own_forward_are_not_fused():
+    class Skipping(nn.Sequential):
+        def forward(self, input):
+            return self[0](input)
+
+    model = bn.convert(Skipping(nn.BatchNorm1d(3), nn.ReLU()))
+    assert model[0].activation is None
+
+
+def test_attributes_of_the_users_are_not_overwritten(caplog):
+    layer = nn.BatchNorm1d(3)
+    layer.activation = nn.Tanh()
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.convert(layer)
+    assert type(layer) is nn.BatchNorm1d
+    assert "an attribute 'activation' of its own" in caplog.text
+
+
+def test_the_model_may_be_the_layer_itself():
+    layer = nn.BatchNorm1d(3)
+    assert bn.convert(layer) is layer
+    assert type(layer) is bn.BatchNorm1d
+    assert type(bn.revert(layer)) is nn.BatchNorm1d
+
+
+def test_our_own_layers_take_activations_in_too():
+    model = bn.convert(nn.Sequential(bn.BatchNorm1d(3), nn.GELU()))
+    assert str(model[0].activation) == "gelu"
+    again = bn.convert(model)
+    assert str(again[0].activation) == "gelu"
+    assert type(bn.revert(model)[1]) is nn.GELU
+
+
+def test_revert_leaves_what_torch_cannot_say(caplog):
+    model = nn.Sequential(
+        bn.BatchNorm1d(3, activation="relu"),
+        bn.BatchNorm(3),
+        bn.BatchNorm1d(3, statistics=Running()),
+        bn.BatchNorm1d(3, on_single="running"),
+    )
+    bn.revert(model)
+    assert [type(layer) for layer in model] == [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm1d, nn.BatchNorm1d]
+    for reason in (
+        "left 0: torch's layer has no activation",
+        "left 1: torch has no BatchNorm",
+        "left 2: torch's layer has no stat",
+    ):
+        assert reason in caplog.text
+
+
+def test_training_flags_are_kept():
+    model = network()
+    model[1].eval()
+    model[2].eval()
+    bn.convert(model)
+    assert not model[1].training
+    model.train()
+    bn.revert(model)
+    assert model[2].training
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "no-affine"])
+def test_half_precision_statistics_are_widened_and_come_back(affine):
+    layer = nn.BatchNorm1d(3, affine=affine).bfloat16()
+    layer.running_mean.fill_(0.3)
+    state = copy.deepcopy(layer.state_dict())
+    bn.convert(layer)
+    assert layer.running_mean.dtype == torch.float32
+    torch.testing.assert_close(bn.revert(layer).state_dict(), state, rtol=0, atol=0)
+
+
+def test_lazy_layers_stay_lazy():
+    model = bn.convert(nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()))
+    assert type(model[0]) is bn.LazyBatchNorm2d
+    x = torch.randn(2, 5, 3, 3)
+    torch.testing.assert_close(model(x), nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())(x))
+    assert type(bn.revert(model)[0]) is nn.BatchNorm2d
+    lazy = bn.revert(bn.convert(nn.LazyBatchNorm1d()))
+    assert type(lazy) is nn.LazyBatchNorm1d
+    lazy(torch.randn(4, 3))
+    assert type(lazy) is nn.BatchNorm1d
+
+
+def test_compiled_and_copied_after_conversion():
+    model = bn.convert(network())
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(torch.compile(twin, backend="aot_eager", fullgraph=True)(sample()), model(sample()))
+    torch.testing.assert_close(bn.revert(twin).state_dict(), bn.revert(model).state_dict())
+
+
+def test_walk_ends_on_cycles_and_names_every_slot():
+    parent, child = nn.Module(), nn.Module()
+    parent.child, child.parent, parent.nothing = child, parent, None
+    assert [slot.path for slot in walk(parent)] == ["", "child", "child.parent"]
+
+
+@pytest.mark.parametrize("surgery", [bn.convert, bn.revert])
+def test_a_model_is_a_module(surgery):
+    with pytest.raises(bn.errors.ArgumentError, match=r"must be a torch.nn.Module, but got list"):
+        surgery([nn.BatchNorm1d(3)])
