@@ -60,7 +60,7 @@ class TestExplain:
 
     def test_as_a_module(self):
         process = start("explain", "-1", "2")
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
         assert (process.returncode, errors) == (0, "")
         assert output == str(explain([-1, 2])) + "\n"
 
@@ -137,7 +137,7 @@ class TestDemo:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == 130
         assert "Traceback" not in errors
         assert "Learning rates that train" in output
@@ -148,7 +148,7 @@ class TestDemo:
         assert f"{len(kept)} of 6 trainings are finished and kept. Continue with: batchnorm demo" in flat
 
         process = start(*arguments, "--json")
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         assert (process.returncode, errors) == (0, "")
         after = parts(tmp_path)
         assert len(after) == 6

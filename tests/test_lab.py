@@ -103,7 +103,9 @@ class TestIdx:
         with pytest.raises(InputError, match=message):
             load(tmp_path)
 
-    @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(header(1, 500) + bytes(500))[:-12]])
+    @pytest.mark.parametrize(
+        "content", [b"not gzip", gzip.compress(header(1, 500) + bytes(500))[:-12]], ids=["no archive", "cut short"]
+    )
     def test_a_bad_archive_is_named(self, tmp_path, content):
         path = tmp_path / "labels.gz"
         path.write_bytes(content)

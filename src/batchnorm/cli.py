@@ -123,10 +123,9 @@ def demo(
     dataset = load(plan.data)
     jobs, finished = plan.jobs(dataset), list[Training]()
     command = _command_line(ctx)
-    messages = Console(stderr=True)
     try:
         with (
-            _progress(messages) as progress,
+            _progress() as progress,
             closing(run(learning_rates.measure, jobs, out / "parts", workers)) as trainings,
         ):
             task = progress.add_task("training", total=len(jobs))
@@ -140,9 +139,8 @@ def demo(
         write(out / "report.html", render(result))
     except KeyboardInterrupt:
         _show(learning_rates.summarize(plan, dataset, finished, command), as_json)
-        messages.print(
-            f"\nInterrupted; {len(finished)} of {len(jobs)} trainings are finished and kept. Continue with:\n  {command}"
-        )
+        kept = f"{len(finished)} of {len(jobs)} trainings are finished and kept"
+        click.echo(f"\nInterrupted; {kept}. Continue with:\n  {command}", err=True)
         ctx.exit(130)
     _show(result, as_json)
     if not as_json:
@@ -164,7 +162,9 @@ def _command_line(ctx: click.Context) -> str:
     return shlex.join(words)
 
 
-def _progress(console: Console) -> Progress:
+def _progress() -> Progress:
+    """A line with an estimate, while stderr is a terminal."""
+    console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -195,5 +195,6 @@ def _show(result: Result, as_json: bool) -> None:
         verdicts.add_row("held" if claim.holds else "not held", claim.claim)
     console = Console(highlight=False)
     console.print(table)
-    console.print()
-    console.print(verdicts)
+    if result.claims:
+        console.print()
+        console.print(verdicts)

@@ -348,7 +348,11 @@ class _Normalize(torch.autograd.Function):
             dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue)
         else:
             count = ctx.count if masked_count is None else masked_count
-            dx, dresidual, sum_grad, sum_grad_xhat = ctx.kernel.backward(
+            if _differentiated_by_torch():  # vmap over dy: a batch of gradients at once
+                kernel = eager
+            else:
+                kernel, dy = ctx.kernel, _in_layout_of(x, dy)
+            dx, dresidual, sum_grad, sum_grad_xhat = kernel.backward(
                 dy, x, mean, rstd, epilogue, count, needs_input_grad=ctx.needs_input_grad[0]
             )
             dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
@@ -390,6 +394,13 @@ def _differentiable_backward(
     if output is not None:
         dresidual = dy if mask is None else torch.where(mask, dy, 0)
     return [dx, dweight, dbias, dresidual]
+
+
+def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
+    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own."""
+    if torch.compiler.is_compiling() or dy.stride() == x.stride():
+        return dy
+    return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
 def _epilogue(

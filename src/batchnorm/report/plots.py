@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,11 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from batchnorm.lab.result import Arm, Result, Training
+from batchnorm.report.rows import test_accuracy
 
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-ARM_COLORS = {"plain": "#040404", "batch_norm": "#050505"}
-ARM_LINES = {"plain": (0, (4, 1.5)), "batch_norm": "solid"}
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", "#040404": "--plain", "#050505": "--batch-norm"}
+INK, MUTED, GRID, PLAIN, BATCH_NORM = "#010101", "#020202", "#030303", "#040404", "#050505"
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PLAIN: "--plain", BATCH_NORM: "--batch-norm"}
+COLORS = {"plain": PLAIN, "batch_norm": BATCH_NORM}
+LINES: dict[str, Any] = {  # a second sign beside the color
+    "plain": {"color": PLAIN, "linestyle": (0, (4, 1.5))},
+    "batch_norm": {"color": BATCH_NORM, "linestyle": "solid"},
+}
+LAYER_LINES: list[Any] = ["solid", (0, (5, 1.5)), (0, (1, 1.2))]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 11,
@@ -46,68 +51,49 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-WIDTH, HEIGHT = (
-    5.6,
-    3.8,
-)  # inches of 72 units: about as many units as a telephone has pixels, so that text stays legible
+# In inches of 72 units: about as many units as a telephone has pixels, so that text stays legible there.
+SIZE = (5.6, 3.8)
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
 PLAIN_NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def learning_curves(result: Result) -> str:
     """Validation accuracy against the step at the common learning rate: one thin line per seed, their mean thick."""
+    target = result.protocol["target"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        target = result.protocol["target"]
         axes.axhline(target, color=MUTED, linewidth=0.8)
-        axes.annotate(f"{target:.0%}", (1, target), xycoords=("axes fraction", "data"), xytext=(3, 0),
-                      textcoords="offset points", va="center", color=MUTED)  # fmt: skip
+        axes.text(1.01, target, f"{target:.0%}", transform=axes.get_yaxis_transform(), va="center", color=MUTED)
         for arm in result.arms:
             group = _common(result, arm)
             for training in group:
-                axes.plot(
-                    training.steps, training.validation_accuracy, color=ARM_COLORS[arm.name], linewidth=0.7, alpha=0.5
-                )
-            shared = min((training.steps for training in group), key=len)  # one that diverged ends early
-            curves = zip(*(training.validation_accuracy[: len(shared)] for training in group), strict=True)
-            axes.plot(shared, [fmean(point) for point in curves], label=arm.label,
-                      color=ARM_COLORS[arm.name], linestyle=ARM_LINES[arm.name], linewidth=2)  # fmt: skip
+                curve = training.validation_accuracy
+                axes.plot(training.steps, curve, color=COLORS[arm.name], linewidth=0.7, alpha=0.5)
+            steps = _shared_steps(group)
+            means = [fmean(training.validation_accuracy[index] for training in group) for index in range(len(steps))]
+            axes.plot(steps, means, label=arm.label, linewidth=2, **LINES[arm.name])
         axes.set(xlabel="step", ylabel="validation accuracy", xlim=(0, None), ylim=(0.4, 1.01))
         axes.yaxis.set_major_formatter(PERCENT)
         axes.legend(loc="lower right")
 
-    description = (
-        f"Line chart of validation accuracy against training step at learning rate {_rate(result)}. "
-        + "; ".join(
-            f"{arm.label}, steps to {result.protocol['target']:.0%} per seed: "
-            + ", ".join("never" if steps is None else str(steps) for steps in arm.steps_to_target)
-            for arm in result.arms
-        )
-    )
-    return _svg("curves", description, draw)
+    def say(arm: Arm) -> str:
+        return ", ".join("never" if steps is None else str(steps) for steps in arm.steps_to_target)
+
+    title = f"Validation accuracy against the step; steps to {target:.0%} per seed"
+    return _svg("curves", _description(title, result, say), draw)
 
 
 def learning_rate_sweep(result: Result) -> str:
     """Test accuracy against the learning rate: mean of the seeds, and a bar from the least to the greatest."""
     rates = sorted(result.protocol["learning_rates"])
 
-    def accuracies(arm: Arm) -> list[list[float]]:
-        return [
-            [t.test_accuracy for t in result.trainings if t.arm == arm.name and t.learning_rate == rate]
-            for rate in rates
-        ]
-
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for arm in result.arms:
-            groups = accuracies(arm)
-            color = ARM_COLORS[arm.name]
-            axes.vlines(
-                rates, [min(group) for group in groups], [max(group) for group in groups], color=color, linewidth=1.2
-            )
-            axes.plot(rates, [fmean(group) for group in groups], label=arm.label, marker="o", markersize=4.5,
-                      color=color, linestyle=ARM_LINES[arm.name])  # fmt: skip
+            groups = [test_accuracy(result, arm, rate) for rate in rates]
+            axes.vlines(rates, list(map(min, groups)), list(map(max, groups)), color=COLORS[arm.name], linewidth=1.2)
+            axes.plot(rates, list(map(fmean, groups)), label=arm.label, marker="o", markersize=4.5, **LINES[arm.name])
         axes.set_xscale("log")
         axes.set_xticks(rates)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -116,65 +102,62 @@ def learning_rate_sweep(result: Result) -> str:
         axes.yaxis.set_major_formatter(PERCENT)
         axes.legend(loc="lower center")
 
-    description = "Line chart of test accuracy against learning rate. " + "; ".join(
-        f"{arm.label}: "
-        + ", ".join(f"{fmean(group):.0%} at {rate:g}" for rate, group in zip(rates, accuracies(arm), strict=True))
-        for arm in result.arms
-    )
-    return _svg("sweep", description, draw)
+    def say(arm: Arm) -> str:
+        return ", ".join(f"{fmean(test_accuracy(result, arm, rate)):.0%} at {rate:g}" for rate in rates)
+
+    return _svg("sweep", _description("Test accuracy against the learning rate", result, say), draw)
 
 
 def hidden_distribution(result: Result) -> str:
     """Percentiles 15, 50 and 85 of what a typical unit of the last hidden activation receives (paper, figure 1b and c)."""
 
     def draw(figure: Figure) -> None:
+        ends: list[float] = []
         for axes, arm in _panels(figure, result):
-            training = _common(result, arm)[0]
-            low, middle, high = zip(*training.percentiles, strict=True)
-            steps, color = training.steps, ARM_COLORS[arm.name]
-            finite = [index for index, row in enumerate(training.percentiles) if None not in row]
-            steps, low, middle, high = ([values[index] for index in finite] for values in (steps, low, middle, high))
+            training, color = _common(result, arm)[0], COLORS[arm.name]
+            drawn = [
+                (step, *row) for step, row in zip(training.steps, training.percentiles, strict=True) if None not in row
+            ]
+            steps, low, middle, high = (list(column) for column in zip(*drawn, strict=True))
             axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
             axes.plot(steps, low, steps, high, color=color, linewidth=0.9)
             axes.plot(steps, middle, color=color, linewidth=2)
-            for values, name in ((low, "15th"), (middle, "median"), (high, "85th")):
-                axes.annotate(name, (steps[-1], values[-1]), xytext=(-2, 3), textcoords="offset points",
-                              ha="right", va="bottom", color=MUTED, fontsize=9.5)  # fmt: skip
+            ends = [low[-1], middle[-1], high[-1]]
+        for end, name in zip(ends, ("15th", "median", "85th"), strict=True):  # beside the last panel
+            last = figure.axes[-1]
+            last.text(1.03, end, name, transform=last.get_yaxis_transform(), va="center", color=MUTED, fontsize=9.5)
         figure.axes[0].set_ylabel("input of the activation")
 
-    description = (
-        f"Bands from the 15th to the 85th percentile of a hidden unit's input at learning rate {_rate(result)}. "
-        + (
-            "; ".join(
-                f"{arm.label}, largest move of the median in widths of the first distribution: "
-                + ", ".join("diverged" if drift is None else f"{drift:.2f}" for drift in arm.drift)
-                for arm in result.arms
-            )
-        )
+    def say(arm: Arm) -> str:
+        return ", ".join("diverged" if drift is None else f"{drift:.2f}" for drift in arm.drift)
+
+    title = (
+        "Bands from the 15th to the 85th percentile of a hidden unit's input against the step; "
+        "largest move of the median per seed, in widths of the first distribution"
     )
-    return _svg("distribution", description, draw)
+    return _svg("distribution", _description(title, result, say), draw)
 
 
 def gradient_norms(result: Result) -> str:
     """Norm of the gradient of each linear layer's weights against the step, mean of the seeds; the dot is the initialization."""
 
-    def means(arm: Arm) -> tuple[list[int], list[list[float]]]:
+    def means(arm: Arm) -> list[tuple[int, list[float]]]:
+        """Step, and a mean for each layer; steps at which a seed diverged are left out."""
         group = _common(result, arm)
-        steps = min((training.steps for training in group), key=len)
-        rows = [[training.gradient_norms[index] for training in group] for index in range(len(steps))]
-        finite = [index for index, seeds in enumerate(rows) if not any(None in norms for norms in seeds)]
-        layers = range(len(rows[0][0]))
-        return [steps[index] for index in finite], [
-            [fmean(norms[layer] or 0.0 for norms in rows[index]) for index in finite] for layer in layers
-        ]
+        kept = []
+        for index, step in enumerate(_shared_steps(group)):
+            by_layer = list(zip(*(training.gradient_norms[index] for training in group), strict=True))
+            finite = [[norm for norm in seeds if norm is not None] for seeds in by_layer]
+            if all(len(seeds) == len(group) for seeds in finite):
+                kept.append((step, list(map(fmean, finite))))
+        return kept
 
     def draw(figure: Figure) -> None:
         for axes, arm in _panels(figure, result):
-            steps, layers = means(arm)
-            for layer, norms in enumerate(layers):
-                style = {"linestyle": ("solid", (0, (5, 1.5)), (0, (1, 1.2)))[layer % 3], "color": ARM_COLORS[arm.name]}
-                axes.plot(steps, norms, label=f"layer {layer + 1}", linewidth=1.5, **style)
-                axes.plot(steps[:1], norms[:1], marker="o", markersize=4.5, color=ARM_COLORS[arm.name])
+            steps, norms = zip(*means(arm), strict=True)
+            for number, (layer, line) in enumerate(zip(zip(*norms, strict=True), LAYER_LINES, strict=True), start=1):
+                axes.plot(steps, layer, label=f"layer {number}", linewidth=1.5, color=COLORS[arm.name], linestyle=line)
+                axes.plot(steps[0], layer[0], marker="o", markersize=4.5, color=COLORS[arm.name])
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             axes.yaxis.set_major_formatter(PLAIN_NUMBER)
@@ -182,15 +165,12 @@ def gradient_norms(result: Result) -> str:
             axes.legend(loc="lower left", fontsize=9.5, handlelength=2.2)
         figure.axes[0].set_ylabel("gradient norm")
 
-    description = (
-        f"Line charts of the gradient norm of each layer's weights at learning rate {_rate(result)}. "
-        + "; ".join(
-            f"{arm.label}, at initialization: "
-            + ", ".join(f"layer {layer + 1} {norms[0]:.2g}" for layer, norms in enumerate(means(arm)[1]))
-            for arm in result.arms
-        )
-    )
-    return _svg("gradients", description, draw)
+    def say(arm: Arm) -> str:
+        _, initial = means(arm)[0]
+        return ", ".join(f"layer {number} {norm:.2g}" for number, norm in enumerate(initial, start=1))
+
+    title = "Gradient norm of each layer's weights against the step; at initialization"
+    return _svg("gradients", _description(title, result, say), draw)
 
 
 def _common(result: Result, arm: Arm) -> list[Training]:
@@ -198,8 +178,9 @@ def _common(result: Result, arm: Arm) -> list[Training]:
     return [training for training in result.trainings if training.arm == arm.name and training.learning_rate == rate]
 
 
-def _rate(result: Result) -> str:
-    return f"{result.protocol['common_learning_rate']:g}"
+def _shared_steps(group: Sequence[Training]) -> list[int]:
+    """The steps at which every seed was measured: one that diverged ends early."""
+    return min((training.steps for training in group), key=len)
 
 
 def _panels(figure: Figure, result: Result) -> list[tuple[Axes, Arm]]:
@@ -210,23 +191,31 @@ def _panels(figure: Figure, result: Result) -> list[tuple[Axes, Arm]]:
     return list(zip(row, result.arms, strict=True))
 
 
+def _description(title: str, result: Result, say: Callable[[Arm], str]) -> str:
+    """The plot in words, for who does not see it."""
+    return f"{title}: " + "; ".join(f"{arm.label} {say(arm)}" for arm in result.arms) + "."
+
+
 def _svg(name: str, description: str, draw: Callable[[Figure], None]) -> str:
     """Run `draw` on an empty figure and return its `<svg>` element: no fonts, colors or addresses of its own."""
     with mpl.rc_context(STYLE), mpl.rc_context({"svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=SIZE, layout="constrained")
         draw(figure)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # an inline drawing has no XML declaration, no doctype, no namespaces
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # four drawings share one page
-    svg = re.sub(
-        r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*", lambda m: f"font-size: {m[1]}" if m[1] else "", svg
-    )
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the page
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;", _size_only, svg)  # the page's font
     for placeholder, variable in VARIABLES.items():
         svg = svg.replace(placeholder, f"var({variable})")
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     opening = f'<svg role="img" aria-label="{html.escape(description)}" '
-    return re.sub(r"<svg [^>]*?(?=viewBox)", lambda _: opening, svg, count=1)
+    return re.sub(r"<svg [^>]*?(?=viewBox)", lambda _: opening, svg, count=1)  # no width, no height: the page decides
+
+
+def _size_only(font: re.Match[str]) -> str:
+    """Older versions of matplotlib write size and family in one property."""
+    return f"font-size: {font[1]}" if font[1] else ""
