@@ -8,13 +8,13 @@ import platform
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from batchnorm.errors import InputError
+from batchnorm.version import __version__
 
 SCHEMA = 1
 
@@ -133,20 +133,12 @@ class Result:
 def environment() -> dict[str, str]:
     """What a reader needs to know to make the numbers again: versions, the kind of machine, and when."""
     return {
-        "batchnorm": version(),
+        "batchnorm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def version() -> str:
-    """The installed version of batchnorm."""
-    try:
-        return metadata.version("batchnorm")
-    except metadata.PackageNotFoundError:
-        return "from a source tree"
 
 
 def to_json(data: Any) -> str:
