@@ -93,6 +93,9 @@ struct Sums<Float64> {
     }
 };
 
+template <>
+struct Sums<ExactFloat32> : Sums<Float64> {};
+
 enum class Residual { none, some, asked };  // known to the compiler, or asked about for each vector
 
 // The tensors of one call, and the elementwise formulas over them. `i` is the place of an element in x, `m` in the mask.

@@ -46,13 +46,20 @@ void run_storage(Task& task) {
     run_layout<T, AnyActivation<T>, Residual::asked>(task, any);
 }
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr int64_t exact_values = 4096;  // one microsecond of float64 arithmetic
+#else
+constexpr int64_t exact_values = INT64_MAX;
+#endif
+
 }  // namespace
 
 namespace batchnorm {
 
 void BATCHNORM_ISA(Task& task) {
     switch (task.dtype) {
-        case Dtype::float32: return run_storage<Float32>(task);
+        case Dtype::float32:
+            return task.N * task.C * task.S <= exact_values ? run_storage<ExactFloat32>(task) : run_storage<Float32>(task);
         case Dtype::float64: return run_storage<Float64>(task);
         case Dtype::bfloat16: return run_storage<BFloat16>(task);
         case Dtype::float16: return run_storage<Float16>(task);

@@ -1,7 +1,7 @@
 // Vectors of the widest kind that the target has, in the vector extensions that gcc and clang share; intrinsics only where those
 // have no word for it: stores around the cache, partial loads, half precision.
 //
-// A storage type (Float32, Float64, BFloat16, Float16) loads and stores `width` elements as one Vector of Real; half precision is
+// A storage type (Float32, ExactFloat32, Float64, BFloat16, Float16) loads and stores `width` elements as one Vector of Real; half precision is
 // computed in float32. Everything lives in an unnamed namespace: each instruction set's build must keep its own copy, because a
 // copy merged by the linker could bring AVX-512 to a processor without it. For the same reason nothing here uses std::.
 #pragma once
@@ -130,6 +130,33 @@ struct Float64 {
     static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float64>(from, some.count); }
     static INLINE void store(Element* to, Vector values, Some some) {
         store_through_stack<Float64>(to, values, some.count);
+    }
+};
+
+// float32 elements computed in float64: for calls so small that their arithmetic costs nothing, and for processors that cannot
+// round a · b + c once, where three roundings of float32 are more than torch's two.
+struct ExactFloat32 {
+    typedef float Element;
+    typedef double Real;
+    typedef Doubles Vector;
+    typedef Longs Mask;
+    static constexpr int width = Float64::width;
+
+    static INLINE Vector load(const Element* from, Whole) {
+        return __builtin_convertvector(load_vector<HalfOfFloats>(from), Vector);
+    }
+    static INLINE void store(Element* to, Vector values, Whole) {
+        const HalfOfFloats narrow = __builtin_convertvector(values, HalfOfFloats);
+        memcpy(to, &narrow, sizeof narrow);
+    }
+    static INLINE void stream(Element* to, Vector values) {
+        stream_vector(to, __builtin_convertvector(values, HalfOfFloats));
+    }
+    static INLINE Vector load(const Element* from, Some some) {
+        return load_through_stack<ExactFloat32>(from, some.count);
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        store_through_stack<ExactFloat32>(to, values, some.count);
     }
 };
 

@@ -109,7 +109,8 @@ def _kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Ten
     """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
     if epilogue.residual is None or epilogue.activation is None:
         return None, None
-    return (None, y) if epilogue.activation.derivative_from_output else (epilogue.residual, None)
+    from_output = epilogue.activation.derivative_from_output and epilogue.residual.dtype == y.dtype
+    return (None, y) if from_output else (epilogue.residual, None)
 
 
 def _differentiable_backward(
