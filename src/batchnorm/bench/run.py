@@ -1,0 +1,111 @@
+"""Cases times providers: times, errors and memory, as rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from batchnorm.bench import accuracy, memory
+from batchnorm.bench.case import Case, Tensors, tensors
+from batchnorm.bench.providers import Provider
+from batchnorm.bench.row import Row, circumstances
+from batchnorm.bench.timing import Effort, interleaved, percentile
+
+MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
+UNITS = {"us": 1e6, "ms": 1e3}
+
+
+def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float) -> Iterator[list[Row]]:
+    """Measure each case and yield its rows, one per provider that takes it; about `seconds` for all that are left.
+
+    Every case gets its share of the time, but no fewer than three rounds, so the large ones of slow providers can take longer.
+    """
+    deadline, shared = time.perf_counter() + seconds, None
+    for index, case in enumerate(cases):
+        if shared is None or not _same_tensors(case, cases[index - 1]):
+            shared = tensors(case)
+        share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
+        with settled(case.threads), memory.outputs(case.outputs):
+            yield _measure(case, shared, providers, Effort(share, least=3))
+
+
+def _same_tensors(case: Case, other: Case) -> bool:
+    return (case.layer, case.layout, case.dtype) == (other.layer, other.layout, other.dtype)
+
+
+@contextmanager
+def settled(threads: int) -> Iterator[None]:
+    """Run with so many threads, and afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(case: Case, given: Tensors, providers: Sequence[Provider], effort: Effort) -> list[Row]:
+    start = time.perf_counter()
+    timed, errors, peaks = {}, {}, {}
+    with torch.set_grad_enabled(case.needs_grad):
+        for provider in providers:
+            if provider.refuses(case) is not None:
+                continue
+            function = timed[provider.name] = provider.prepare(case, given)
+            errors[provider.name] = None if provider.name == "copy" else accuracy.max_error(case, given, function()[0])
+            peaks[provider.name] = memory.peak_bytes(function)
+        left = effort.seconds - (time.perf_counter() - start)
+        samples = interleaved(timed, Effort(left, effort.least, effort.most))
+    return rows(case, samples, errors, peaks)
+
+
+def rows(
+    case: Case,
+    samples: dict[str, list[float]],
+    errors: dict[str, float | None],
+    peaks: dict[str, int | None],
+) -> list[Row]:
+    """The rows of a case from the seconds of each round; the byte limit follows from those of "copy"."""
+    unit = "us" if case.tensor_bytes <= MICROSECONDS_BELOW else "ms"
+    median = {name: percentile(values, 50) for name, values in samples.items()}
+    limit = median["copy"] * case.passes / 2  # the copy reads once and writes once
+
+    def row(name: str, values: list[float]) -> Row:
+        p20, p50, p80 = (percentile(values, percent) * UNITS[unit] for percent in (20, 50, 80))
+        return Row(
+            suite=case.suite,
+            case=f"{case.through} {case.direction}",
+            shape=case.shape,
+            count=case.layer.count,
+            epilogue=case.epilogue,
+            layout=case.layout,
+            dtype=case.dtype,
+            direction=case.direction,
+            outputs=case.outputs,
+            threads=case.threads,
+            provider=name,
+            metric="time per call",
+            unit=unit,
+            p20=digits(p20),
+            p50=digits(p50),
+            p80=digits(p80),
+            rounds=len(values),
+            tensor_bytes=case.tensor_bytes,
+            limit=digits(limit * UNITS[unit]),
+            ratio_to_limit=digits(median[name] / (median["copy"] if name == "copy" else limit)),
+            ratio_to_eager=digits(median["eager"] / median[name]),
+            max_error=None if (error := errors[name]) is None else digits(error),
+            peak_bytes=peaks[name],
+            saved_bytes=None,
+            **circumstances(),
+        )
+
+    return [row(name, values) for name, values in samples.items()]
+
+
+def digits(value: float) -> float:
+    """Four: more than a busy machine's times have."""
+    return float(f"{value:.4g}")
