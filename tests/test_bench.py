@@ -65,7 +65,7 @@ class TestShapes:
         for module in network.modules():
             body = list(module.body) if isinstance(module, Bottleneck) else []
             children = list(module) if isinstance(module, nn.Sequential) else []
-            for child, follower in zip(children, [*children[1:], None], strict=True):
+            for child, follower in zip(children, [*children, None][1:], strict=True):
                 if isinstance(child, nn.BatchNorm2d):
                     child.relu = isinstance(follower, nn.ReLU)
             if body:
@@ -432,6 +432,6 @@ def test_a_page_of_made_up_rows_says_what_held():
 
 def test_clones_are_timed_in_processes_of_their_own():
     clone = allocator.measure_clone(numel=1000, processes=1, clones=2)
-    assert clone.faster == pytest.approx(clone.without_ms[1] / clone.with_ms[1], rel=0.5, abs=1)
+    assert clone.faster == pytest.approx(clone.without_ms[1] / clone.with_ms[1], rel=1e-3)
     assert clone.bytes == 4000
     assert "times faster" in str(clone)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batchnorm.bench.row import circumstances
-from batchnorm.bench.timing import percentile
+from batchnorm.bench.timing import digits, percentile
 from batchnorm.env import ADVICE, huge_pages
 from batchnorm.errors import StateError
 
@@ -65,9 +65,9 @@ def measure_clone(numel: int = NUMEL, processes: int = 5, clones: int = 5) -> Cl
     return Clone(
         bytes=4 * numel,
         huge_pages=huge_pages(),
-        without_ms=[round(value, 2) for value in without],
-        with_ms=[round(value, 2) for value in asked],
-        faster=round(without[1] / asked[1], 2),
+        without_ms=[digits(value) for value in without],
+        with_ms=[digits(value) for value in asked],
+        faster=digits(without[1] / asked[1]),
         circumstances=circumstances(),
     )
 

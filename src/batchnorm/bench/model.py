@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from batchnorm.bench import memory
 from batchnorm.bench.row import Row, circumstances
-from batchnorm.bench.run import digits, settled
-from batchnorm.bench.timing import Effort, interleaved, percentile
+from batchnorm.bench.run import settled
+from batchnorm.bench.timing import Effort, digits, interleaved, percentile
 from batchnorm.errors import InputError
 from batchnorm.lab.networks import resnet50
 from batchnorm.surgery import convert

@@ -12,7 +12,7 @@ from batchnorm.bench import accuracy, memory
 from batchnorm.bench.case import Case, Tensors, tensors
 from batchnorm.bench.providers import Provider
 from batchnorm.bench.row import Row, circumstances
-from batchnorm.bench.timing import Effort, interleaved, percentile
+from batchnorm.bench.timing import Effort, digits, interleaved, percentile
 
 MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
 UNITS = {"us": 1e6, "ms": 1e3}
@@ -104,8 +104,3 @@ def rows(
         )
 
     return [row(name, values) for name, values in samples.items()]
-
-
-def digits(value: float) -> float:
-    """Four: more than a busy machine's times have."""
-    return float(f"{value:.4g}")

@@ -74,3 +74,8 @@ def geometric_mean(values: Sequence[float], weights: Sequence[float] | None = No
     """exp of the weighted mean of logarithms."""
     weights = [1.0] * len(values) if weights is None else weights
     return math.exp(math.fsum(w * math.log(v) for v, w in zip(values, weights, strict=True)) / math.fsum(weights))
+
+
+def digits(value: float) -> float:
+    """Four: more than a busy machine's times have."""
+    return float(f"{value:.4g}")

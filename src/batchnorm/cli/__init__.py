@@ -12,9 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.cli.bench import bench
+from batchnorm.cli.bench import bench_command
 from batchnorm.cli.common import command_line, cores, progress_bar
-from batchnorm.cli.env import env
+from batchnorm.cli.env import env_command
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import explain
 from batchnorm.lab import extras
@@ -48,8 +48,8 @@ def commands() -> None:
     """Batch normalization for PyTorch: see it work, and see how it works."""
 
 
-commands.add_command(bench)
-commands.add_command(env)
+commands.add_command(bench_command)
+commands.add_command(env_command)
 
 
 class Numbers(click.ParamType):

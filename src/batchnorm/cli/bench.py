@@ -44,7 +44,7 @@ def several(
     return click.option(name, multiple=True, default=values, metavar="A,B,...", callback=callback, help=shown)
 
 
-@click.command(epilog="Example: batchnorm bench --suite resnet50 --json out.json")
+@click.command("bench", epilog="Example: batchnorm bench --suite resnet50 --json out.json")
 @several(
     "--suite", "resnet50", f"Networks whose batch norms are measured: {', '.join(suite.names())}, or a .toml file."
 )
@@ -67,7 +67,7 @@ def several(
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="File to write the rows to, as a table.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML page to write, with plots.")
 @click.pass_context
-def bench(
+def bench_command(
     ctx: click.Context,
     json_file: Path | None,
     csv_file: Path | None,

@@ -7,18 +7,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm import env as environments
 from batchnorm.bench.allocator import Clone, measure_clone
-from batchnorm.env import Environment
+from batchnorm.env import Environment, environment
 from batchnorm.lab.result import to_json
 
 
-@click.command(epilog="Example: batchnorm env --json")
+@click.command("env", epilog="Example: batchnorm env --json")
 @click.option("--measure", is_flag=True, help="Time a fresh 100 MB tensor with and without torch's huge pages.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
-def env(measure: bool, as_json: bool) -> None:
+def env_command(measure: bool, as_json: bool) -> None:
     """Show versions, machine, and which kernel runs for which input, and why."""
-    found = environments.environment()
+    found = environment()
     clone = measure_clone() if measure else None
     if as_json:
         measured = {} if clone is None else {"clone": clone.to_dict()}
