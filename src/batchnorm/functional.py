@@ -343,7 +343,10 @@ class _Normalize(torch.autograd.Function):
             dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue)
         else:
             count = ctx.count if masked_count is None else masked_count
-            kernel = kernels.select(x, epilogue)
+            if _differentiated_by_torch():  # vmap over dy: a batch of gradients at once
+                kernel = eager
+            else:
+                kernel, dy = kernels.select(x, epilogue), _in_layout_of(x, dy)
             dx, dresidual, sum_grad, sum_grad_xhat = kernel.backward(
                 dy, x, mean, rstd, epilogue, count, needs_input_grad=ctx.needs_input_grad[0]
             )
@@ -367,6 +370,13 @@ def _differentiable_backward(
     wanted = [value for value in inputs if value is not None and value.requires_grad]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
     return [next(grads) if value is not None and value.requires_grad else None for value in inputs]
+
+
+def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
+    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own."""
+    if torch.compiler.is_compiling() or dy.stride() == x.stride():
+        return dy
+    return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
 def _epilogue(

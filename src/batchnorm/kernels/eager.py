@@ -109,7 +109,7 @@ def _pre_activation_grad(
 ) -> tuple[Tensor, Tensor]:
     """g = dy · activation'(z) and x̂, both in the wide dtype, 0 where masked."""
     normalized = _normalized(x, mean, rstd, epilogue.mask)
-    grad = torch.empty_like(x, dtype=mean.dtype).copy_(dy)  # in x's layout, whatever dy's: it becomes dx's
+    grad = dy.to(mean.dtype)
     if epilogue.activation is not None:
         grad = grad * epilogue.activation.derivative(_pre_activation(normalized, epilogue))
     return _masked(grad, epilogue.mask), normalized
