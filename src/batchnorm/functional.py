@@ -4,7 +4,8 @@ Which way a call goes, in this order (the checks together cost less than a micro
 
 1. a `torch.func` transform or forward-mode AD is active: the verbs in plain torch, differentiated by torch itself, to any order;
 2. `torch.export` and `torch.jit.trace`: torch's own operator where it says the same, so that exporters see a batch norm;
-3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward and nothing else.
+3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward, and beside a residual
+   what the activation's derivative is read off: y, which the next layer keeps anyway, or the residual.
    Its backward, when it is itself to be differentiated, goes through plain torch again;
 4. nothing needs a gradient: the kernel alone.
 
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from batchnorm import kernels
 from batchnorm.errors import ArgumentError, DTypeError, InputError, ShapeError, StateError
-from batchnorm.kernels import Activation, Epilogue, eager
+from batchnorm.kernels import Activation, Epilogue, cpu, eager
 from batchnorm.moments import Moments
 
 
@@ -123,12 +124,12 @@ def normalize(
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = _epilogue(input, weight, bias, activation, residual, mask)
     if _differentiated_by_torch() or _exporting():
-        output, moments = eager.forward(input, eps, epilogue)
+        output, moments, _ = eager.forward(input, eps, epilogue)
         return output, moments.detach()
     if _needs_grad(input, epilogue):
-        output, *moments = _Normalize.apply(input, None, None, eps, *epilogue)
+        output, *moments = _Normalize.apply(input, None, None, eps, *epilogue[:5])
         return output, Moments(*moments)
-    return kernels.select(input, epilogue).forward(input, eps, epilogue)
+    return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
 
 
 def normalize_with(
@@ -176,7 +177,7 @@ def normalize_with(
     if _differentiated_by_torch() or _exporting():
         return eager.normalize(input, mean, rstd, epilogue)
     if _needs_grad(input, epilogue):
-        return _Normalize.apply(input, mean, rstd, eps, *epilogue)[0]
+        return _Normalize.apply(input, mean, rstd, eps, *epilogue[:5])[0]
     return kernels.select(input, epilogue).normalize(input, mean, rstd, epilogue)
 
 
@@ -217,6 +218,9 @@ def move_running_statistics(
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = _parts_of_buffer(running_mean), _parts_of_buffer(running_var)
         moments = Moments(count, _parts_of_buffer(moments.mean), _parts_of_buffer(moments.m2))
+    if cpu.moves(running_mean, running_var, moments, momentum) and not _differentiated_by_torch():
+        finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite)
+        return finite if skip_nonfinite else None
     steps = [
         (running, (1 - momentum) * running.to(value.dtype) + momentum * value)
         for running, value in ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
@@ -322,12 +326,13 @@ class _Normalize(torch.autograd.Function):
         ctx.eps, ctx.activation, ctx.constant_statistics = eps, activation, mean is not None
         if mean is not None and rstd is not None:
             ctx.count = None
-            ctx.save_for_backward(x, mean, rstd, weight, bias, residual, mask, None)
-            return kernel.normalize(x, mean, rstd, epilogue), None, None, None
-        y, moments = kernel.forward(x, eps, epilogue)
+            y = kernel.normalize(x, mean, rstd, epilogue)
+            ctx.save_for_backward(x, mean, rstd, weight, bias, *_kept_of_residual(epilogue, y), mask, None)
+            return y, None, None, None
+        y, moments, rstd = kernel.forward(x, eps, epilogue)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
-        ctx.save_for_backward(x, moments.mean, moments.rstd(eps), weight, bias, residual, mask, masked_count)
+        ctx.save_for_backward(x, moments.mean, rstd, weight, bias, *_kept_of_residual(epilogue, y), mask, masked_count)
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 
@@ -336,8 +341,8 @@ class _Normalize(torch.autograd.Function):
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
             return (None,) * 9
-        x, mean, rstd, weight, bias, residual, mask, masked_count = ctx.saved_tensors
-        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation)
+        x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
+        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             given = (mean, rstd) if ctx.constant_statistics else None
             dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue)
@@ -352,7 +357,16 @@ class _Normalize(torch.autograd.Function):
             )
             dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
             dbias = None if bias is None else sum_grad.to(bias.dtype)
+        if ctx.activation is None and ctx.needs_input_grad[6]:
+            dresidual = dy if mask is None else torch.where(mask, dy, 0)
         return dx, None, None, None, dweight, dbias, dresidual, None, None
+
+
+def _kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
+    if epilogue.residual is None or epilogue.activation is None:
+        return None, None
+    return (None, y) if epilogue.activation.derivative_from_output else (epilogue.residual, None)
 
 
 def _differentiable_backward(
@@ -361,15 +375,25 @@ def _differentiable_backward(
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
     Each input is taken by a fresh alias: where weight was itself computed from x, the gradient of x must not run through weight.
+    An activation whose derivative is read off y is made of straight lines: there the derivative is a constant.
     """
     x = x.view_as(x)
     weight, bias, residual = (None if value is None else value.view_as(value) for value in epilogue[:3])
     inputs = (x, weight, bias, residual)
-    epilogue = Epilogue(weight, bias, residual, epilogue.mask, epilogue.activation)
+    activation, output, mask = epilogue.activation, epilogue.output, epilogue.mask
+    if activation is not None and output is not None:
+        dy = dy * activation.derivative(output.detach())
+        activation = None
+    epilogue = Epilogue(weight, bias, residual, mask, activation)
     y = eager.forward(x, eps, epilogue)[0] if given is None else eager.normalize(x, *given, epilogue)
     wanted = [value for value in inputs if value is not None and value.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(grads) if value is not None and value.requires_grad else None for value in inputs]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)) if wanted else iter(())
+    dx, dweight, dbias, dresidual = (
+        next(grads) if value is not None and value.requires_grad else None for value in inputs
+    )
+    if output is not None:
+        dresidual = dy if mask is None else torch.where(mask, dy, 0)
+    return [dx, dweight, dbias, dresidual]
 
 
 def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:

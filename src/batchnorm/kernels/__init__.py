@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from batchnorm.kernels import eager
+from batchnorm.kernels import cpu, eager
 from batchnorm.kernels.activation import Activation, from_module, parse
 from batchnorm.kernels.contract import Backward, Epilogue, Kernel
 
-KERNELS: tuple[Kernel, ...] = (eager,)
+KERNELS: tuple[Kernel, ...] = (cpu, eager)
 
 
 def select(x: Tensor, epilogue: Epilogue) -> Kernel:

@@ -64,6 +64,11 @@ class Activation:
                 slope = scale * (1 + 3 * 0.044715 * z.square())
                 return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
 
+    @property
+    def derivative_from_output(self) -> bool:
+        """Whether the derivative at z is the derivative at y: no kink is crossed between them."""
+        return self.name in ("relu", "relu6") or (self.name == "leaky_relu" and self.negative_slope > 0)
+
     def __str__(self) -> str:
         return f"leaky_relu({self.negative_slope:g})" if self.name == "leaky_relu" else self.name
 

@@ -38,6 +38,8 @@ class Epilogue(NamedTuple):
         residual: added before the activation; x's shape, or None.
         mask: bool, (N, 1, *S) or broadcastable to it; True counts. None counts all.
         activation: applied last, or None.
+        output: y. In the backward it may stand in place of the residual where `Activation.derivative_from_output`: what the
+            activation let through can be read off y, which the next layer keeps anyway.
     """
 
     weight: Tensor | None = None
@@ -45,6 +47,12 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     mask: Tensor | None = None
     activation: Activation | None = None
+    output: Tensor | None = None
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether there is a dresidual to be computed."""
+        return self.residual is not None or self.output is not None
 
 
 class Backward(NamedTuple):
@@ -98,8 +106,8 @@ class Kernel(Protocol):
         """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None where the statistics are constants."""
         ...
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
-        """`moments` and `normalize`, fused: y, and the moments it was normalized with."""
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
+        """`moments` and `normalize`, fused: y, the moments it was normalized with, and their rstd."""
         ...
 
     def backward(

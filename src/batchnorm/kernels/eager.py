@@ -60,9 +60,10 @@ def input_grad(
     return _input_grad(x, grad, normalized, rstd, epilogue, mean_grads)
 
 
-def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments]:
+def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
     batch = moments(x, epilogue.mask)
-    return normalize(x, batch.mean, batch.rstd(eps), epilogue), batch
+    rstd = batch.rstd(eps)
+    return normalize(x, batch.mean, rstd, epilogue), batch, rstd
 
 
 def backward(
@@ -77,7 +78,7 @@ def backward(
     grad, normalized = _pre_activation_grad(dy, x, mean, rstd, epilogue)
     sums = _reduce(grad, normalized)
     if not needs_input_grad:
-        return Backward(None, None if epilogue.residual is None else grad.to(epilogue.residual.dtype), *sums)
+        return Backward(None, _residual_grad(grad, epilogue), *sums)
     mean_grads = None if count is None else (sums[0] / at_least_one(count), sums[1] / at_least_one(count))
     return Backward(*_input_grad(x, grad, normalized, rstd, epilogue, mean_grads), *sums)
 
@@ -111,7 +112,9 @@ def _pre_activation_grad(
     normalized = _normalized(x, mean, rstd, epilogue.mask)
     grad = dy.to(mean.dtype)
     if epilogue.activation is not None:
-        grad = grad * epilogue.activation.derivative(_pre_activation(normalized, epilogue))
+        output = epilogue.output
+        z = _pre_activation(normalized, epilogue) if output is None else output.to(grad.dtype)
+        grad = grad * epilogue.activation.derivative(z)
     return _masked(grad, epilogue.mask), normalized
 
 
@@ -134,7 +137,12 @@ def _input_grad(
         mean_grad, mean_grad_xhat = mean_grads
         centered = grad - _along_channels(mean_grad, x) - normalized * _along_channels(mean_grad_xhat, x)
     dx = _masked(centered * _along_channels(scale, x), epilogue.mask).to(x.dtype)
-    return dx, None if epilogue.residual is None else grad.to(epilogue.residual.dtype)
+    return dx, _residual_grad(grad, epilogue)
+
+
+def _residual_grad(grad: Tensor, epilogue: Epilogue) -> Tensor | None:
+    like = epilogue.residual if epilogue.residual is not None else epilogue.output
+    return None if like is None else grad.to(like.dtype)
 
 
 def _masked(value: Tensor, mask: Tensor | None) -> Tensor:

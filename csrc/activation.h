@@ -1,0 +1,166 @@
+// The activations of kernels/activation.py on vectors: `value(z)`, and `grad(dy, z)` = dy · activation'(z).
+//
+// At a kink, and for NaN, they do what torch does: the comparisons are written so that NaN takes the branch of the positive numbers.
+// relu and no activation have a type of their own; the others share one with a switch, whose branch never changes within a call.
+#pragma once
+
+#include "api.h"
+#include "lanes.h"
+
+namespace {
+
+using batchnorm::Activation;
+
+struct Identity {
+    static constexpr bool needs_z = false;
+    template <class Vector>
+    INLINE Vector value(Vector z) const {
+        return z;
+    }
+    template <class Vector>
+    INLINE Vector grad(Vector dy, Vector) const {
+        return dy;
+    }
+};
+
+struct Relu {
+    static constexpr bool needs_z = true;
+    template <class Vector>
+    INLINE Vector value(Vector z) const {
+        return z <= 0 ? Vector{} : z;
+    }
+    template <class Vector>
+    INLINE Vector grad(Vector dy, Vector z) const {
+        return z <= 0 ? Vector{} : dy;
+    }
+};
+
+// e^x = 2^n · e^r, |r| <= ln(2) / 2, with the Taylor-like polynomial of Cephes' expf: below 2 ulp of float32. Clamped to
+// [-87.3, 88.3], where e^x neither overflows nor becomes subnormal; NaN passes.
+INLINE Floats exponential(Floats x) {
+    x = x > 88.3f ? Floats{} + 88.3f : x;
+    x = x < -87.3f ? Floats{} - 87.3f : x;
+    const float magic = 0x1.8p23f;  // added to a number it leaves the nearest integer in the low bits
+    const Floats shifted = x * 0x1.715476p0f + magic;
+    const Floats n = shifted - magic;
+    Floats r = x - n * 0x1.62e4p-1f;
+    r = r - n * 0x1.7f7d1cp-20f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * bits_as<Floats>((bits_as<Words>(shifted) << 23) + 0x3f800000u);
+}
+
+// erf to 1 ulp of float32: an odd polynomial up to 475/512, 1 - e^polynomial beyond (after N. Juffa, public domain).
+INLINE Floats error_function(Floats x) {
+    const Floats magnitude = bits_as<Floats>(bits_as<Words>(x) & 0x7fffffffu);
+    const Floats square = x * x;
+    Floats far = magnitude * -1.72853470e-5f + 3.83197126e-4f;
+    far = far * square + (magnitude * -3.88396438e-3f + 2.42546219e-2f);
+    far = far * magnitude - 1.06777877e-1f;
+    far = far * magnitude - 6.34846687e-1f;
+    far = far * magnitude - 1.28717512e-1f;
+    far = far * magnitude - magnitude;
+    far = 1.0f - exponential(far);
+    far = bits_as<Floats>(bits_as<Words>(far) | (bits_as<Words>(x) & 0x80000000u));
+    far = magnitude > 4.0f ? bits_as<Floats>((bits_as<Words>(x) & 0x80000000u) | 0x3f800000u) : far;
+    Floats near = square * -5.96761703e-4f + 4.99119423e-3f;
+    near = near * square - 2.67681349e-2f;
+    near = near * square + 1.12819925e-1f;
+    near = near * square - 3.76125336e-1f;
+    near = near * square + 1.28379166e-1f;
+    near = near * x + x;
+    return magnitude > 0.927734375f ? far : near;
+}
+
+// float64 is not made for speed: the C library, lane by lane.
+INLINE Doubles exponential(Doubles x) {
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = exp(x[lane]);
+    return x;
+}
+INLINE Doubles error_function(Doubles x) {
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = erf(x[lane]);
+    return x;
+}
+
+// Not inlined: with e^x in every loop the library would take minutes to build.
+template <class T>
+struct AnyActivation {
+    typedef typename T::Real Real;
+    typedef typename T::Vector Vector;
+    static constexpr bool needs_z = true;
+    Activation kind;
+    Real slope;
+
+    static INLINE Vector sigmoid(Vector z) {
+        return Real(1) / (Real(1) + exponential(-z));
+    }
+    // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3)
+    static INLINE Vector tanh_gate(Vector z) {
+        const Real twice = Real(1.5957691216057308);
+        return sigmoid(z * (twice + twice * Real(0.044715) * (z * z)));
+    }
+    static INLINE Vector normal_distribution(Vector z) {
+        return Real(0.5) + Real(0.5) * error_function(z * Real(0.70710678118654752));
+    }
+
+    __attribute__((noinline)) Vector value(Vector z) const {
+        switch (kind) {
+            case Activation::identity: return z;
+            case Activation::relu: return z <= 0 ? Vector{} : z;
+            case Activation::relu6: {
+                const Vector top = Vector{} + Real(6), below = z <= 0 ? Vector{} : z;
+                return below >= 6 ? top : below;
+            }
+            case Activation::leaky_relu: {
+                const Vector sloped = z * slope;
+                return z > 0 ? z : sloped;
+            }
+            case Activation::silu: return z * sigmoid(z);
+            case Activation::hardswish: {
+                const Vector middle = z * (z + Real(3)) * Real(1.0 / 6.0), above = z >= 3 ? z : middle;
+                return z <= -3 ? Vector{} : above;
+            }
+            case Activation::gelu: return z * normal_distribution(z);
+            default: return z * tanh_gate(z);
+        }
+    }
+
+    __attribute__((noinline)) Vector grad(Vector dy, Vector z) const {
+        switch (kind) {
+            case Activation::identity: return dy;
+            case Activation::relu: return z <= 0 ? Vector{} : dy;
+            case Activation::relu6: {
+                const Vector above = z <= 0 ? Vector{} : dy;
+                return z >= 6 ? Vector{} : above;
+            }
+            case Activation::leaky_relu: {
+                const Vector sloped = dy * slope;
+                return z > 0 ? dy : sloped;
+            }
+            case Activation::silu: {
+                const Vector gate = sigmoid(z);
+                return dy * (gate * (Real(1) + z * (Real(1) - gate)));
+            }
+            case Activation::hardswish: {
+                const Vector middle = dy * (z * Real(1.0 / 3.0) + Real(0.5)), above = z < 3 ? middle : dy;
+                return z <= -3 ? Vector{} : above;
+            }
+            case Activation::gelu: {
+                const Vector density = exponential(Real(-0.5) * z * z) * Real(0.39894228040143268);
+                return dy * (normal_distribution(z) + z * density);
+            }
+            default: {
+                const Vector gate = tanh_gate(z);
+                const Real twice = Real(1.5957691216057308);
+                const Vector slope_of_u = twice + twice * Real(3 * 0.044715) * (z * z);
+                return dy * (gate + z * gate * (Real(1) - gate) * slope_of_u);
+            }
+        }
+    }
+};
+
+}  // namespace

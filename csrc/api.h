@@ -1,0 +1,55 @@
+// What the three parts of the library tell each other: torch_shim.cpp (torch's tensors) fills a Task, dispatch.cpp picks the
+// build for this processor, kernels.cpp (built once per instruction set) runs it.
+#pragma once
+
+#include <stdint.h>
+
+namespace batchnorm {
+
+enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
+
+// The order is that of `ACTIVATIONS` in kernels/cpu.py.
+enum class Activation : int32_t { identity, relu, relu6, leaky_relu, silu, hardswish, gelu, gelu_tanh };
+
+enum class Verb : int32_t { moments, normalize, reduce_grad, input_grad, forward, backward };
+
+// One call of one verb; names and formulas are those of kernels/contract.py.
+struct Task {
+    Verb verb;
+    Dtype dtype;       // of x, dy, residual, y, dx and dresidual
+    bool interleaved;  // x is (N, S, C) in memory; otherwise (N, C, S)
+    int64_t N, C, S;
+
+    const void* x;
+    const void* dy;
+    const void* residual;     // x's layout, or null
+    bool residual_is_output;  // in backward: `residual` holds y, and the derivative is read off it
+    const uint8_t* mask;      // (N, S), or null
+    void* output;             // y or dx; null where dx is not asked for
+    void* dresidual;          // or null
+
+    const double* weight;  // (C,), or null for 1
+    const double* bias;    // (C,), or null for 0
+    double* mean;          // (C,), written by moments and forward, read by the others
+    double* m2;            // (C,), written by moments and forward
+    double* rstd;          // (C,), written by forward, read by the others
+    double* sum_grad;       // (C,), written by reduce_grad and backward
+    double* sum_grad_xhat;  // (C,), likewise
+    const double* mean_grad;       // (C,), read by input_grad; null where the statistics are constants
+    const double* mean_grad_xhat;  // (C,), likewise
+
+    double count;  // values per channel that the mask lets through; 0 in backward: the statistics are constants
+    double eps;
+    Activation activation;
+    double slope;  // of leaky_relu
+
+    int threads;
+    bool stream;  // write around the cache
+};
+
+// Runs on the fastest build this processor has, with at most `task.threads` threads.
+void run(Task& task);
+
+const char* instruction_set();
+
+}  // namespace batchnorm

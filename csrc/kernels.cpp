@@ -1,0 +1,62 @@
+// The verbs of kernels/contract.py over both layouts. Built once per instruction set, with BATCHNORM_ISA as its entry's name.
+#include "interleaved.h"
+
+namespace {
+
+using batchnorm::Dtype;
+
+template <class Layout, class E>
+void run_verb(Task& task, typename E::Activation activation) {
+    // Moments know nothing of what follows: all activations share their loops.
+    typedef Elements<typename E::T, Identity, Residual::none, E::has_mask> Plain;
+    const E elements(task, activation);
+    const Plain plain(task, {});
+    const int tensors = 1 + (task.dy != nullptr) + (task.residual != nullptr);
+    Layout layout(task);
+    switch (task.verb) {
+        case Verb::moments: return layout.reduce(MomentTerm<Plain>{plain}, tensors);
+        case Verb::normalize: return layout.map(NormalizeMap<E>{elements});
+        case Verb::reduce_grad: return layout.reduce(GradTerm<E>{elements}, tensors);
+        case Verb::input_grad: return layout.map(InputGradMap<E>{elements});
+        case Verb::forward: return layout.fused(MomentTerm<Plain>{plain}, NormalizeMap<E>{elements}, tensors);
+        case Verb::backward: return layout.fused(GradTerm<E>{elements}, InputGradMap<E>{elements}, tensors);
+    }
+}
+
+template <class T, class Act, Residual residual>
+void run_layout(Task& task, Act activation) {
+    typedef Elements<T, Act, residual, false> E;
+    if (task.interleaved) return run_verb<Interleaved<T>, E>(task, activation);
+    run_verb<Planar<T>, E>(task, activation);
+}
+
+// What is common has loops of its own; the other activations, masks and float64 share the general ones.
+template <class T>
+void run_storage(Task& task) {
+    const AnyActivation<T> any = {task.activation, (typename T::Real)task.slope};
+    if (task.mask && !task.interleaved)  // in the other layout a mask leaves out rows, not lanes
+        return run_verb<Planar<T>, Elements<T, AnyActivation<T>, Residual::asked, true>>(task, any);
+    if constexpr (sizeof(typename T::Real) == sizeof(float)) {
+        if (task.activation == Activation::identity && !task.residual)
+            return run_layout<T, Identity, Residual::none>(task, {});
+        if (task.activation == Activation::relu)
+            return task.residual ? run_layout<T, Relu, Residual::some>(task, {})
+                                 : run_layout<T, Relu, Residual::none>(task, {});
+    }
+    run_layout<T, AnyActivation<T>, Residual::asked>(task, any);
+}
+
+}  // namespace
+
+namespace batchnorm {
+
+void BATCHNORM_ISA(Task& task) {
+    switch (task.dtype) {
+        case Dtype::float32: return run_storage<Float32>(task);
+        case Dtype::float64: return run_storage<Float64>(task);
+        case Dtype::bfloat16: return run_storage<BFloat16>(task);
+        case Dtype::float16: return run_storage<Float16>(task);
+    }
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,252 @@
+// Vectors of the widest kind that the target has, in the vector extensions that gcc and clang share; intrinsics only where those
+// have no word for it: stores around the cache, partial loads, half precision.
+//
+// A storage type (Float32, Float64, BFloat16, Float16) loads and stores `width` elements as one Vector of Real; half precision is
+// computed in float32. Everything lives in an unnamed namespace: each instruction set's build must keep its own copy, because a
+// copy merged by the linker could bring AVX-512 to a processor without it. For the same reason nothing here uses std::.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+constexpr int cache_line = 64;
+
+typedef float Floats __attribute__((vector_size(vector_bytes)));
+typedef int32_t Ints __attribute__((vector_size(vector_bytes)));
+typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+typedef double Doubles __attribute__((vector_size(vector_bytes)));
+typedef int64_t Longs __attribute__((vector_size(vector_bytes)));
+typedef float HalfOfFloats __attribute__((vector_size(vector_bytes / 2)));
+typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+
+// How much of a vector is meant: all of it, or the first `count` lanes (the others load as 0 and are not stored).
+struct Whole {};
+struct Some {
+    int count;
+};
+
+template <class To, class From>
+INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <class Vector>
+INLINE Vector load_vector(const void* from) {
+    Vector vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+// Around the cache: the line is not read before it is written, which saves a third of a map's traffic. `to` is aligned to Vector.
+template <class Vector>
+INLINE void stream_vector(void* to, Vector vector) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Vector) == 64) return _mm512_stream_si512((__m512i*)to, bits_as<__m512i>(vector));
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof(Vector) == 32) return _mm256_stream_si256((__m256i*)to, bits_as<__m256i>(vector));
+#endif
+#if defined(__x86_64__)
+    if constexpr (sizeof(Vector) == 16) return _mm_stream_si128((__m128i*)to, bits_as<__m128i>(vector));
+#endif
+    memcpy(to, &vector, sizeof vector);
+}
+
+// To be called by a thread that streamed, before another may read.
+INLINE void end_streaming() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// Partial loads and stores go through the stack, but for AVX-512, which has masked ones (7x7 planes end in one odd element).
+template <class Storage>
+INLINE typename Storage::Vector load_through_stack(const typename Storage::Element* from, int count) {
+    typename Storage::Element buffer[Storage::width] = {};
+    for (int lane = 0; lane < count; ++lane) buffer[lane] = from[lane];
+    return Storage::load(buffer, Whole{});
+}
+
+template <class Storage>
+INLINE void store_through_stack(typename Storage::Element* to, typename Storage::Vector values, int count) {
+    typename Storage::Element buffer[Storage::width];
+    Storage::store(buffer, values, Whole{});
+    for (int lane = 0; lane < count; ++lane) to[lane] = buffer[lane];
+}
+
+struct Float32 {
+    typedef float Element;
+    typedef float Real;
+    typedef Floats Vector;
+    typedef Ints Mask;
+    static constexpr int width = vector_bytes / sizeof(Real);
+
+    static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
+    static INLINE void store(Element* to, Vector values, Whole) { memcpy(to, &values, sizeof values); }
+    static INLINE void stream(Element* to, Vector values) { stream_vector(to, values); }
+#if defined(__AVX512F__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return bits_as<Vector>(_mm512_maskz_loadu_ps((__mmask16)((1u << some.count) - 1), from));
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        _mm512_mask_storeu_ps(to, (__mmask16)((1u << some.count) - 1), bits_as<__m512>(values));
+    }
+#else
+    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float32>(from, some.count); }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        store_through_stack<Float32>(to, values, some.count);
+    }
+#endif
+};
+
+struct Float64 {
+    typedef double Element;
+    typedef double Real;
+    typedef Doubles Vector;
+    typedef Longs Mask;
+    static constexpr int width = vector_bytes / sizeof(Real);
+
+    static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
+    static INLINE void store(Element* to, Vector values, Whole) { memcpy(to, &values, sizeof values); }
+    static INLINE void stream(Element* to, Vector values) { stream_vector(to, values); }
+    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float64>(from, some.count); }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        store_through_stack<Float64>(to, values, some.count);
+    }
+};
+
+// What the 16-bit types share: loads and stores of bits; Format says what the bits mean.
+template <class Format>
+struct Half {
+    typedef uint16_t Element;
+    typedef float Real;
+    typedef Floats Vector;
+    typedef Ints Mask;
+    static constexpr int width = vector_bytes / sizeof(Real);
+
+    static INLINE Vector load(const Element* from, Whole) { return Format::widen(load_vector<Halves>(from)); }
+    static INLINE void store(Element* to, Vector values, Whole) {
+        const Halves halves = Format::narrow(values);
+        memcpy(to, &halves, sizeof halves);
+    }
+    static INLINE void stream(Element* to, Vector values) { stream_vector(to, Format::narrow(values)); }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return Format::widen(bits_as<Halves>(_mm256_maskz_loadu_epi16((__mmask16)((1u << some.count) - 1), from)));
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        _mm256_mask_storeu_epi16(to, (__mmask16)((1u << some.count) - 1), bits_as<__m256i>(Format::narrow(values)));
+    }
+#else
+    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Half>(from, some.count); }
+    static INLINE void store(Element* to, Vector values, Some some) { store_through_stack<Half>(to, values, some.count); }
+#endif
+};
+
+// The upper half of a float32, rounded to nearest even.
+struct BFloat16Format {
+    static INLINE Floats widen(Halves halves) { return bits_as<Floats>(__builtin_convertvector(halves, Words) << 16); }
+    static INLINE Halves narrow(Floats values) {
+        const Words bits = bits_as<Words>(values);
+        const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const Words quiet_nan = (bits >> 16) | 0x40u;
+        return __builtin_convertvector((Words)(values != values ? quiet_nan : rounded), Halves);
+    }
+};
+
+// IEEE binary16: instructions where there are some, otherwise bits (after F. Giesen, "Float->half variants", public domain).
+struct Float16Format {
+#if defined(__AVX512F__)
+    static INLINE Floats widen(Halves halves) { return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(halves))); }
+    static INLINE Halves narrow(Floats values) {
+        return bits_as<Halves>(_mm512_cvtps_ph(bits_as<__m512>(values), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#elif defined(__F16C__)
+    static INLINE Floats widen(Halves halves) { return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(halves))); }
+    static INLINE Halves narrow(Floats values) {
+        return bits_as<Halves>(_mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#elif defined(__aarch64__)
+    typedef __fp16 Binary16 __attribute__((vector_size(vector_bytes / 2)));
+    static INLINE Floats widen(Halves halves) { return __builtin_convertvector(bits_as<Binary16>(halves), Floats); }
+    static INLINE Halves narrow(Floats values) { return bits_as<Halves>(__builtin_convertvector(values, Binary16)); }
+#else
+    static INLINE Floats widen(Halves halves) {
+        const Words bits = __builtin_convertvector(halves, Words);
+        const Floats scaled = bits_as<Floats>((bits & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormal numbers too
+        const Words magnitude = bits_as<Words>(scaled);
+        const Words special = magnitude | 0x7f800000u;
+        return bits_as<Floats>((Words)((bits & 0x7c00u) == 0x7c00u ? special : magnitude) | ((bits & 0x8000u) << 16));
+    }
+    static INLINE Halves narrow(Floats values) {
+        const Words bits = bits_as<Words>(values), magnitude = bits & 0x7fffffffu;
+        const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        const Words subnormal = bits_as<Words>(bits_as<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+        const Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+        const Words finite = magnitude < 0x38800000u ? subnormal : normal;
+        const Words half = magnitude >= 0x47800000u ? special : finite;
+        return __builtin_convertvector(half | ((bits ^ magnitude) >> 16), Halves);
+    }
+#endif
+};
+
+typedef Half<BFloat16Format> BFloat16;
+typedef Half<Float16Format> Float16;
+
+// The first lanes of `values`; of `others` the rest.
+template <class Vector>
+INLINE Vector first(Vector values, Vector, Whole) {
+    return values;
+}
+INLINE Floats first(Floats values, Floats others, Some some) {
+    Ints lanes;
+    for (int lane = 0; lane < vector_bytes / 4; ++lane) lanes[lane] = lane;
+    return lanes < some.count ? values : others;
+}
+INLINE Doubles first(Doubles values, Doubles others, Some some) {
+    Longs lanes;
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) lanes[lane] = lane;
+    return lanes < (int64_t)some.count ? values : others;
+}
+
+// A Vector's lanes in float64, in order.
+template <class Vector>
+struct Wide;
+
+template <>
+struct Wide<Floats> {
+    Doubles low, high;
+
+    INLINE explicit Wide(Floats values) {
+        HalfOfFloats halves[2];
+        memcpy(halves, &values, sizeof values);
+        low = __builtin_convertvector(halves[0], Doubles);
+        high = __builtin_convertvector(halves[1], Doubles);
+    }
+};
+
+INLINE double total(Doubles lanes) {
+    double sum = 0.0;
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) sum += lanes[lane];
+    return sum;
+}
+
+}  // namespace

@@ -1,0 +1,517 @@
+// The verbs as operators of torch's dispatcher, without torch's headers: the functions of its stable C interface
+// (torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable/c/shim.h, kept from release to release) are looked up in the
+// libtorch_cpu that `import torch` loaded. One library serves every torch from 2.11 and every Python. kernels/cpu.py has the schemas.
+//
+// An operator receives its arguments as 64-bit words: a tensor is an owned handle, an optional one a pointer to such a word or null,
+// numbers lie in their low bytes. It leaves its results in the same place.
+#include <dlfcn.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+using namespace batchnorm;
+
+typedef uint64_t Word;
+typedef void* Handle;
+
+// Each is looked up by its own name; an error code other than 0 is a failure.
+#define TORCH_FUNCTIONS(_)                                                                                            \
+    _(aoti_torch_library_init_impl, int32_t, const char*, const char*, const char*, uint32_t, Handle*)                \
+    _(aoti_torch_library_impl, int32_t, Handle, const char*, void (*)(Word*, uint64_t, uint64_t))                     \
+    _(aoti_torch_get_data_ptr, int32_t, Handle, void**)                                                               \
+    _(aoti_torch_get_sizes, int32_t, Handle, int64_t**)                                                               \
+    _(aoti_torch_get_strides, int32_t, Handle, int64_t**)                                                             \
+    _(aoti_torch_get_dim, int32_t, Handle, int64_t*)                                                                  \
+    _(aoti_torch_get_dtype, int32_t, Handle, int32_t*)                                                                \
+    _(aoti_torch_empty_strided, int32_t, int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*) \
+    _(aoti_torch_copy_, int32_t, Handle, Handle, int32_t)                                                             \
+    _(aoti_torch_delete_tensor_object, int32_t, Handle)                                                               \
+    _(aoti_torch_device_type_cpu, int32_t, void)                                                                      \
+    _(aoti_torch_dtype_float32, int32_t, void)                                                                        \
+    _(aoti_torch_dtype_float64, int32_t, void)                                                                        \
+    _(aoti_torch_dtype_bfloat16, int32_t, void)                                                                       \
+    _(aoti_torch_dtype_float16, int32_t, void)                                                                        \
+    _(aoti_torch_dtype_bool, int32_t, void)                                                                           \
+    _(torch_get_num_threads, int32_t, uint32_t*)
+
+#define DECLARE(name, result, ...) result (*name)(__VA_ARGS__);
+TORCH_FUNCTIONS(DECLARE)
+#undef DECLARE
+
+int32_t (*torch_delete_stable_ivalue)(Word*);  // since 2.13; before, `delete`
+
+int32_t cpu, dtypes[4], boolean;
+
+void check(int32_t error, const char* what) {
+    if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
+}
+
+// An owned tensor, or none.
+class Tensor {
+  public:
+    Tensor() = default;
+    explicit Tensor(Handle handle) : handle(handle) {
+        int64_t dimensions;
+        aoti_torch_get_sizes(handle, &sizes);
+        aoti_torch_get_strides(handle, &strides);
+        aoti_torch_get_dim(handle, &dimensions);
+        aoti_torch_get_dtype(handle, &dtype);
+        rank = (int)dimensions;
+    }
+    Tensor(Tensor&& other) noexcept { swap(other); }
+    Tensor& operator=(Tensor&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~Tensor() {
+        if (handle) aoti_torch_delete_tensor_object(handle);
+    }
+
+    static Tensor empty(int rank, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+        Handle handle;
+        check(aoti_torch_empty_strided(rank, sizes, strides, dtype, cpu, 0, &handle), "allocate a tensor");
+        return Tensor(handle);
+    }
+    static Tensor vector(int64_t size, int32_t dtype) {
+        const int64_t stride = 1;
+        return empty(1, &size, &stride, dtype);
+    }
+    Tensor empty_like() const { return empty(rank, sizes, strides, dtype); }
+
+    explicit operator bool() const { return handle; }
+    Word release() {
+        const Word word = (Word)handle;
+        handle = nullptr;
+        return word;
+    }
+    template <class T>
+    T* data() const {
+        void* pointer = nullptr;
+        if (handle) aoti_torch_get_data_ptr(handle, &pointer);
+        return (T*)pointer;
+    }
+    int64_t values() const {
+        int64_t product = 1;
+        for (int axis = 0; axis < rank; ++axis) product *= sizes[axis];
+        return product;
+    }
+    bool lies_as(const Tensor& other) const {
+        if (dtype != other.dtype || rank != other.rank) return false;
+        for (int axis = 0; axis < rank; ++axis)
+            if (sizes[axis] != other.sizes[axis] || (sizes[axis] > 1 && strides[axis] != other.strides[axis])) return false;
+        return true;
+    }
+
+    Handle handle = nullptr;
+    int64_t *sizes = nullptr, *strides = nullptr;
+    int rank = 0;
+    int32_t dtype = 0;
+
+  private:
+    void swap(Tensor& other) {
+        std::swap(handle, other.handle);
+        std::swap(sizes, other.sizes);
+        std::swap(strides, other.strides);
+        std::swap(rank, other.rank);
+        std::swap(dtype, other.dtype);
+    }
+};
+
+// Arguments one after the other.
+class Arguments {
+  public:
+    explicit Arguments(Word* stack) : at(stack) {}
+    Tensor tensor() { return Tensor((Handle)*at++); }
+    Tensor optional_tensor() {
+        Word* boxed = (Word*)*at++;
+        if (!boxed) return {};
+        Tensor tensor((Handle)*boxed);
+        if (torch_delete_stable_ivalue) {
+            torch_delete_stable_ivalue(boxed);
+        } else {
+            delete boxed;
+        }
+        return tensor;
+    }
+    double number() {
+        double value;
+        memcpy(&value, at++, sizeof value);
+        return value;
+    }
+    int64_t integer() { return (int64_t)*at++; }
+    bool flag() {
+        bool value;
+        memcpy(&value, at++, sizeof value);
+        return value;
+    }
+
+  private:
+    Word* at;
+};
+
+// Channel values in float64: their own memory where they are that already.
+class ChannelValues {
+  public:
+    ChannelValues(const Tensor& tensor, int64_t C) {
+        if (!tensor) return;
+        const int64_t stride = tensor.rank ? tensor.strides[0] : 1;
+        if (tensor.dtype == dtypes[(int)Dtype::float64] && (stride == 1 || C == 1)) {
+            values = tensor.data<double>();
+            return;
+        }
+        own.resize(C + 1);  // never empty: null means something else
+        values = own.data();
+        for (int64_t c = 0; c < C; ++c) own[c] = read(tensor, c * stride);
+    }
+    operator double*() const { return values; }
+
+    static double read(const Tensor& tensor, int64_t i) {
+        if (tensor.dtype == dtypes[(int)Dtype::float32]) return tensor.data<float>()[i];
+        if (tensor.dtype == dtypes[(int)Dtype::float64]) return tensor.data<double>()[i];
+        if (tensor.dtype == dtypes[(int)Dtype::bfloat16]) {
+            const uint32_t bits = (uint32_t)tensor.data<uint16_t>()[i] << 16;
+            float value;
+            memcpy(&value, &bits, sizeof value);
+            return value;
+        }
+        if (tensor.dtype != dtypes[(int)Dtype::float16])
+            throw std::runtime_error("batchnorm: weight, bias and statistics must be floating");
+        const uint32_t half = tensor.data<uint16_t>()[i], magnitude = (half & 0x7fff) << 13;
+        uint32_t bits = magnitude;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        value *= 0x1p112f;  // exact, subnormal numbers too
+        memcpy(&bits, &value, sizeof bits);
+        if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+        bits |= (half & 0x8000) << 16;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+
+  private:
+    double* values = nullptr;
+    std::vector<double> own;
+};
+
+// Fresh memory of several megabytes comes without pages, and a fault for every 4 KB costs more than the kernel: 103 MB took 40 to
+// 80 ms of faults, 9 ms with huge pages. Memory that the allocator reuses has its pages, and the call then costs a microsecond.
+constexpr int64_t bytes_worth_huge_pages = 4 << 20;
+constexpr uint64_t huge_page = 2 << 20;
+
+// Outputs below fit the cache, where the next operator finds them.
+constexpr int64_t bytes_worth_streaming = 8 << 20;
+
+void use_huge_pages(const Tensor& tensor, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    if (bytes < bytes_worth_huge_pages) return;
+    const uint64_t start = (uint64_t)tensor.data<void>();
+    const uint64_t from = (start + huge_page - 1) / huge_page * huge_page, to = (start + bytes) / huge_page * huge_page;
+    if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);  // advice: it may be declined
+#else
+    (void)tensor, (void)bytes;
+#endif
+}
+
+// One call on x: its sizes and layout, and what is read and written beside it.
+class Call {
+  public:
+    Call(Verb verb, const Tensor& x) : x(x) {
+        task.verb = verb;
+        task.dtype = dtype_of(x);
+        task.x = x.data<void>();
+        task.N = x.sizes[0], task.C = x.sizes[1], task.S = 1;
+        for (int axis = 2; axis < x.rank; ++axis) task.S *= x.sizes[axis];
+        if (x.values() > 0) set_layout();
+        uint32_t threads = 1;
+        torch_get_num_threads(&threads);
+        task.threads = (int)threads;
+    }
+
+    // `tensor` where it lies as x does; otherwise a copy that does.
+    const void* beside(Tensor& tensor) {
+        if (!tensor) return nullptr;
+        if (!tensor.lies_as(x)) {
+            Tensor copy = x.empty_like();
+            use_huge_pages(copy, copy.values() * element_size());
+            check(aoti_torch_copy_(copy.handle, tensor.handle, 0), "copy a tensor to the layout of another");
+            tensor = static_cast<Tensor&&>(copy);
+        }
+        return tensor.data<void>();
+    }
+    Tensor output() {
+        Tensor tensor = x.empty_like();
+        const int64_t bytes = tensor.values() * element_size();
+        use_huge_pages(tensor, bytes);
+        task.stream = bytes >= bytes_worth_streaming;
+        return tensor;
+    }
+    void run() {
+        if (x.values() > 0) batchnorm::run(task);
+    }
+
+    Task task = {};
+
+  private:
+    const Tensor& x;
+
+    static Dtype dtype_of(const Tensor& x) {
+        for (int dtype = 0; dtype < 4; ++dtype)
+            if (x.dtype == dtypes[dtype]) return (Dtype)dtype;
+        throw std::runtime_error("batchnorm: the CPU kernels take float32, float64, bfloat16 and float16");
+    }
+    int64_t element_size() const {
+        return task.dtype == Dtype::float64 ? 8 : task.dtype == Dtype::float32 ? 4 : 2;
+    }
+
+    // Axes of size 1 may have any stride. One channel, or planes of one value, make the layouts the same.
+    void set_layout() {
+        int64_t planar = 1, interleaved = task.C;
+        bool is_planar = true, is_interleaved = task.C == 1 || x.strides[1] == 1;
+        for (int axis = x.rank - 1; axis >= 0; --axis) {
+            if (x.sizes[axis] > 1) is_planar &= x.strides[axis] == planar;
+            planar *= x.sizes[axis];
+            if (axis == 1) continue;
+            if (x.sizes[axis] > 1) is_interleaved &= x.strides[axis] == interleaved;
+            interleaved *= x.sizes[axis];
+        }
+        if (!is_planar && !is_interleaved)
+            throw std::runtime_error("batchnorm: the CPU kernels take x as (N, C, *S) or as (N, *S, C) in memory, without gaps");
+        task.interleaved = task.C > 1 && (!is_planar || task.S == 1);
+        if (task.C == 1) task.S *= task.N, task.N = 1;
+    }
+};
+
+// weight, bias, residual, mask, activation, slope, residual_is_output: the end of every verb's arguments but those of `moments`.
+struct Epilogue {
+    Tensor weight, bias, residual, mask;
+    ChannelValues weights, biases;
+
+    Epilogue(Arguments& arguments, int64_t C, Call& call)
+        : weight(arguments.optional_tensor()),
+          bias(arguments.optional_tensor()),
+          residual(arguments.optional_tensor()),
+          mask(arguments.optional_tensor()),
+          weights(weight, C),
+          biases(bias, C) {
+        call.task.weight = weights;
+        call.task.bias = biases;
+        call.task.residual = call.beside(residual);
+        call.task.mask = mask.data<uint8_t>();
+        call.task.activation = (Activation)arguments.integer();
+        call.task.slope = arguments.number();
+    }
+};
+
+// Values per channel: those of x, or those the mask counts.
+double count_of(const Tensor& x, const Tensor& masked_count) {
+    if (masked_count) return ChannelValues::read(masked_count, 0);
+    return x.sizes[1] ? (double)(x.values() / x.sizes[1]) : 0.0;
+}
+
+Tensor channel_vector(const Tensor& x) {
+    Tensor vector = Tensor::vector(x.sizes[1], dtypes[(int)Dtype::float64]);
+    if (!x.values()) memset(vector.data<double>(), 0, x.sizes[1] * sizeof(double));
+    return vector;
+}
+
+Tensor nothing(const Tensor& x) { return Tensor::vector(0, x.dtype); }
+
+void moments(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor(), mask = arguments.optional_tensor(), count = arguments.optional_tensor();
+    Call call(Verb::moments, x);
+    Tensor mean = channel_vector(x), m2 = channel_vector(x);
+    call.task.mask = mask.data<uint8_t>();
+    call.task.count = count_of(x, count);
+    call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>();
+    call.run();
+    stack[0] = mean.release(), stack[1] = m2.release();
+}
+
+void forward(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor(), count = arguments.optional_tensor();
+    Call call(Verb::forward, x);
+    call.task.count = count_of(x, count);
+    call.task.eps = arguments.number();
+    const Epilogue epilogue(arguments, x.sizes[1], call);
+    Tensor y = call.output(), mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
+    call.task.output = y.data<void>();
+    call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
+    call.run();
+    stack[0] = y.release(), stack[1] = mean.release(), stack[2] = m2.release(), stack[3] = rstd.release();
+}
+
+void normalize(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor(), mean = arguments.tensor(), rstd = arguments.tensor();
+    Call call(Verb::normalize, x);
+    const ChannelValues means(mean, x.sizes[1]), rstds(rstd, x.sizes[1]);
+    call.task.mean = means, call.task.rstd = rstds;
+    const Epilogue epilogue(arguments, x.sizes[1], call);
+    Tensor y = call.output();
+    call.task.output = y.data<void>();
+    call.run();
+    stack[0] = y.release();
+}
+
+// What the three verbs of the backward share: dy, x, mean, rstd first, the epilogue last.
+struct BackwardCall {
+    Tensor dy, x, mean, rstd;
+    Call call;
+    ChannelValues means, rstds;
+
+    BackwardCall(Verb verb, Arguments& arguments)
+        : dy(arguments.tensor()),
+          x(arguments.tensor()),
+          mean(arguments.tensor()),
+          rstd(arguments.tensor()),
+          call(verb, x),
+          means(mean, x.sizes[1]),
+          rstds(rstd, x.sizes[1]) {
+        call.task.dy = call.beside(dy);
+        call.task.mean = means, call.task.rstd = rstds;
+    }
+};
+
+void reduce_grad(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    BackwardCall backward(Verb::reduce_grad, arguments);
+    const Tensor& x = backward.x;
+    const Epilogue epilogue(arguments, x.sizes[1], backward.call);
+    backward.call.task.residual_is_output = arguments.flag();
+    Tensor sum_grad = channel_vector(x), sum_grad_xhat = channel_vector(x);
+    backward.call.task.sum_grad = sum_grad.data<double>();
+    backward.call.task.sum_grad_xhat = sum_grad_xhat.data<double>();
+    backward.call.run();
+    stack[0] = sum_grad.release(), stack[1] = sum_grad_xhat.release();
+}
+
+void input_grad(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    BackwardCall backward(Verb::input_grad, arguments);
+    const Tensor& x = backward.x;
+    const Tensor mean_grad = arguments.optional_tensor(), mean_grad_xhat = arguments.optional_tensor();
+    const ChannelValues mean_grads(mean_grad, x.sizes[1]), mean_grad_xhats(mean_grad_xhat, x.sizes[1]);
+    Task& task = backward.call.task;
+    task.mean_grad = mean_grads, task.mean_grad_xhat = mean_grad_xhats;
+    const Epilogue epilogue(arguments, x.sizes[1], backward.call);
+    task.residual_is_output = arguments.flag();
+    const bool wants_dresidual = arguments.flag();
+    Tensor dx = backward.call.output(), dresidual = wants_dresidual ? backward.call.output() : nothing(x);
+    task.output = dx.data<void>();
+    task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
+    backward.call.run();
+    stack[0] = dx.release(), stack[1] = dresidual.release();
+}
+
+void backward(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    BackwardCall backward(Verb::backward, arguments);
+    const Tensor& x = backward.x;
+    Task& task = backward.call.task;
+    const Tensor masked_count = arguments.optional_tensor();
+    const bool constant_statistics = arguments.flag();
+    const Epilogue epilogue(arguments, x.sizes[1], backward.call);
+    task.residual_is_output = arguments.flag();
+    const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
+    const double count = count_of(x, masked_count);
+    task.count = constant_statistics ? 0.0 : count > 1.0 ? count : 1.0;
+    Tensor sum_grad = channel_vector(x), sum_grad_xhat = channel_vector(x);
+    task.sum_grad = sum_grad.data<double>(), task.sum_grad_xhat = sum_grad_xhat.data<double>();
+    Tensor dx = wants_dx ? backward.call.output() : nothing(x);
+    Tensor dresidual = wants_dresidual ? backward.call.output() : nothing(x);
+    task.output = wants_dx ? dx.data<void>() : nullptr;
+    task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
+    if (!wants_dx && !wants_dresidual) task.verb = Verb::reduce_grad;
+    backward.call.run();
+    stack[0] = dx.release(), stack[1] = dresidual.release();
+    stack[2] = sum_grad.release(), stack[3] = sum_grad_xhat.release();
+}
+
+// running = (1 - momentum) · running + momentum · batch, for both buffers or, if one would not be finite, for neither.
+template <class Real>
+bool move(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
+          double divisor, double momentum, bool moves, bool skip_nonfinite) {
+    Real *means = running_mean.data<Real>(), *variances = running_var.data<Real>();
+    const int64_t mean_stride = running_mean.strides[0], variance_stride = running_var.strides[0];
+    const auto step = [&](Real running, double value) {
+        return (Real)((1.0 - momentum) * (double)running + momentum * value);
+    };
+    bool finite = true;
+    for (int64_t c = 0; c < C; ++c) {
+        const Real both[2] = {step(means[c * mean_stride], mean[c]), step(variances[c * variance_stride], m2[c] / divisor)};
+        finite &= __builtin_isfinite(both[0]) && __builtin_isfinite(both[1]);
+    }
+    if (!moves || (skip_nonfinite && !finite)) return finite;
+    for (int64_t c = 0; c < C; ++c) {
+        means[c * mean_stride] = step(means[c * mean_stride], mean[c]);
+        variances[c * variance_stride] = step(variances[c * variance_stride], m2[c] / divisor);
+    }
+    return finite;
+}
+
+void update_running(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
+    const Tensor mean = arguments.tensor(), m2 = arguments.tensor(), masked_count = arguments.optional_tensor();
+    const double whole_count = arguments.number(), momentum = arguments.number();
+    const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
+    const int64_t C = mean.sizes[0];
+    const ChannelValues means(mean, C), m2s(m2, C);
+    const double count = masked_count ? ChannelValues::read(masked_count, 0) : whole_count;
+    const double divisor = unbiased ? count - 1.0 : count;
+    const bool moves = !masked_count || count > 1.0;
+    if (running_mean.dtype != running_var.dtype) throw std::runtime_error("batchnorm: running statistics of two dtypes");
+    const auto step = running_mean.dtype == dtypes[(int)Dtype::float32] ? move<float> : move<double>;
+    Tensor finite = Tensor::empty(0, nullptr, nullptr, boolean);
+    *finite.data<bool>() = step(running_mean, running_var, means, m2s, C, divisor > 1.0 ? divisor : 1.0, momentum, moves,
+                                skip_nonfinite);
+    stack[0] = finite.release();
+}
+
+const struct {
+    const char* name;
+    void (*run)(Word*, uint64_t, uint64_t);
+} operators[] = {
+    {"moments", moments},         {"normalize", normalize}, {"reduce_grad", reduce_grad},
+    {"input_grad", input_grad},   {"forward", forward},     {"backward", backward},
+    {"update_running", update_running},
+};
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Registers the operators, whose schemas must be defined. Null, or what is missing.
+EXPORT const char* batchnorm_register() {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+    if (!torch) torch = dlopen("libtorch_cpu.dylib", RTLD_NOLOAD | RTLD_LAZY);
+    if (!torch) return "libtorch_cpu is not loaded";
+#define LOOK_UP(name, ...) \
+    if (!(*(void**)&name = dlsym(torch, #name))) return "torch has no " #name;
+    TORCH_FUNCTIONS(LOOK_UP)
+#undef LOOK_UP
+    *(void**)&torch_delete_stable_ivalue = dlsym(torch, "torch_delete_stable_ivalue");
+    cpu = aoti_torch_device_type_cpu();
+    dtypes[(int)Dtype::float32] = aoti_torch_dtype_float32();
+    dtypes[(int)Dtype::float64] = aoti_torch_dtype_float64();
+    dtypes[(int)Dtype::bfloat16] = aoti_torch_dtype_bfloat16();
+    dtypes[(int)Dtype::float16] = aoti_torch_dtype_float16();
+    boolean = aoti_torch_dtype_bool();
+    Handle library = nullptr;  // lives as long as the process
+    if (aoti_torch_library_init_impl("batchnorm", "CPU", "torch_shim.cpp", __LINE__, &library))
+        return "torch refused to extend the operator library";
+    for (const auto& entry : operators)
+        if (aoti_torch_library_impl(library, entry.name, entry.run)) return "torch refused an operator";
+    return nullptr;
+}
+
+EXPORT const char* batchnorm_instruction_set() { return instruction_set(); }

@@ -1,0 +1,249 @@
+"""The verbs in C++ for the CPU: csrc/, compiled into one library beside this file and registered as operators `batchnorm::*`.
+
+Memory is read and written as often as the formulas ask for and no oftener; csrc/planar.h and csrc/interleaved.h say how. The library
+picks a build for the processor when it is loaded. It needs no particular torch: torch_shim.cpp finds what it uses at run time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.activation import Activation
+from batchnorm.kernels.contract import Backward, Epilogue
+from batchnorm.moments import Moments
+
+name = "cpu"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The order is that of `enum class Activation` in csrc/api.h.
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
+_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
+
+_EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, int activation, float slope"
+_SCHEMAS = (
+    "moments(Tensor x, Tensor? mask, Tensor? count) -> (Tensor, Tensor)",
+    f"forward(Tensor x, Tensor? count, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"normalize(Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}) -> Tensor",
+    f"reduce_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}, bool residual_is_output)"
+    " -> (Tensor, Tensor)",
+    "input_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, "
+    f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual) -> (Tensor, Tensor)",
+    "backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, "
+    f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual, bool wants_dx) -> (Tensor, Tensor, Tensor, Tensor)",
+    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor m2, Tensor? masked_count, "
+    "float count, float momentum, bool unbiased, bool skip_nonfinite) -> Tensor",
+)
+
+
+def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}"
+    if _unavailable is not None:
+        _warn_once()
+        return _unavailable
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}"
+    if not (x.is_contiguous() or _is_interleaved(x)):
+        return "x is neither (N, C, *S) nor (N, *S, C) in memory"
+    for beside in (epilogue.residual, epilogue.output):
+        if beside is not None and beside.dtype != x.dtype:
+            return f"the residual is {beside.dtype} and x is {x.dtype}"
+    return None
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Moments:
+    mask, count = _whole(mask, x)
+    mean, m2 = torch.ops.batchnorm.moments(x, mask, count)
+    return Moments(_count(x) if count is None else count, mean, m2)
+
+
+def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
+    return torch.ops.batchnorm.normalize(x, mean, rstd, *_arguments(x, epilogue))
+
+
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    arguments = _arguments(x, epilogue)
+    return torch.ops.batchnorm.reduce_grad(dy, x, mean, rstd, *arguments, epilogue.output is not None)
+
+
+def input_grad(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    mean_grads: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
+    dx, dresidual = torch.ops.batchnorm.input_grad(
+        dy, x, mean, rstd, *(mean_grads or (None, None)), *_arguments(x, epilogue), is_output, wants_dresidual
+    )
+    return dx, dresidual if wants_dresidual else None
+
+
+def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
+    arguments = _arguments(x, epilogue)
+    if epilogue.mask is None:
+        y, mean, m2, rstd = torch.ops.batchnorm.forward(x, None, eps, *arguments)
+        return y, Moments(_count(x), mean, m2), rstd
+    _, count = _whole(epilogue.mask, x)
+    y, mean, m2, rstd = torch.ops.batchnorm.forward(x, count, eps, *arguments)
+    return y, Moments(count, mean, m2), rstd  # pyright: ignore[reportArgumentType] (with a mask there is a count)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    count: int | Tensor | None,
+    needs_input_grad: bool = True,
+) -> Backward:
+    other_count = count if isinstance(count, Tensor) else None
+    if other_count is None and count is not None and count != _count(x):
+        other_count = torch.full((), count, dtype=torch.float64)
+    wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
+    dx, dresidual, sum_grad, sum_grad_xhat = torch.ops.batchnorm.backward(
+        dy,
+        x,
+        mean,
+        rstd,
+        other_count,
+        count is None,
+        *_arguments(x, epilogue),
+        is_output,
+        wants_dresidual,
+        needs_input_grad,
+    )
+    return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat)
+
+
+def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: object) -> bool:
+    """Whether `update_running` takes this step. A compiler does better with the plain operators: it fuses them."""
+    dtype = running_mean.dtype
+    return (
+        _unavailable is None
+        and isinstance(momentum, float)
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and running_var.dtype is dtype
+        and moments.mean.dtype is torch.float64
+        and running_mean.device.type == running_var.device.type == moments.mean.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    momentum: float,
+    unbiased: bool,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """`functional.move_running_statistics` in one call, for buffers that `moves`; whether the statistics were finite, 0-d bool."""
+    count, mean, m2 = moments
+    masked, whole = (count, 0.0) if isinstance(count, Tensor) else (None, float(count))
+    return torch.ops.batchnorm.update_running(
+        running_mean, running_var, mean, m2, masked, whole, momentum, unbiased, skip_nonfinite
+    )
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot be used on this machine, or None if they can."""
+    return _unavailable
+
+
+def instruction_set() -> str | None:
+    """Which of the library's builds runs here: "AVX-512", "AVX2" or "baseline"; None without the library."""
+    return _instruction_set
+
+
+def _arguments(
+    x: Tensor, epilogue: Epilogue
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
+    weight, bias, residual, mask, activation, output = epilogue
+    mask = None if mask is None else mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
+    residual = residual if output is None else output
+    if activation is None:
+        return weight, bias, residual, mask, 0, 0.0
+    return weight, bias, residual, mask, _CODES[activation.name], activation.negative_slope
+
+
+def _whole(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as (N, 1, *S) without gaps, and how many values of each channel it counts."""
+    if mask is None:
+        return None, None
+    mask = mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
+    return mask, mask.sum(dtype=torch.float64)
+
+
+def _count(x: Tensor) -> int:
+    return x.numel() // x.shape[1] if x.shape[1] else 0
+
+
+def _is_interleaved(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _load() -> tuple[str | None, str | None]:
+    """Load the library and register its operators: why that did not work, and the name of the build that runs here."""
+    path = Path(__file__).with_name("_cpu.so")
+    if not path.exists():
+        return "the C++ kernels were not built (is there a C++ compiler?)", None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the C++ kernels could not be loaded: {error}", None
+    library.batchnorm_register.restype = library.batchnorm_instruction_set.restype = ctypes.c_char_p
+    for schema in _SCHEMAS:
+        torch.library.define(f"batchnorm::{schema.partition('(')[0]}", schema[schema.index("(") :])
+    problem = library.batchnorm_register()
+    if problem is not None:
+        return f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", None
+    for verb, fake in _FAKES.items():
+        torch.library.register_fake(f"batchnorm::{verb}", fake)
+    return None, library.batchnorm_instruction_set().decode()
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty_strided(x.shape, x.stride())
+
+
+def _channels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float64)
+
+
+# What the operators return, for tracing: shapes, strides and dtypes without values.
+_FAKES = {
+    "moments": lambda x, *_: (_channels(x), _channels(x)),
+    "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
+    "normalize": lambda x, *_: _like(x),
+    "reduce_grad": lambda dy, x, *_: (_channels(x), _channels(x)),
+    "input_grad": lambda dy, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
+    "backward": lambda dy, x, *rest: (
+        _like(x) if rest[-1] else x.new_empty(0),
+        _like(x) if rest[-2] else x.new_empty(0),
+        _channels(x),
+        _channels(x),
+    ),
+    "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
+}
+
+_unavailable, _instruction_set = _load()
+_warned = _unavailable is None
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"batchnorm runs on plain torch operators on the CPU: {_unavailable}", RuntimeWarning, stacklevel=2
+        )
