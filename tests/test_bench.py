@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.bench import accuracy, allocator, memory, model, providers, run, suite, targets, timing
+from batchnorm.bench import allocator, memory, model, providers, run, suite, targets, timing
+from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import DIRECTIONS, Case, cases, laid_out, quick, tensors
 from batchnorm.bench.row import Row, load
 from batchnorm.bench.suite import Layer, Suite
@@ -200,7 +201,9 @@ class TestArithmetic:
 
     def test_rounds_end_with_the_time_and_with_the_most(self):
         functions = {"a": lambda: None}
-        assert len(timing.interleaved(functions, timing.Effort(1e9, least=1, most=4), FakeClock())["a"]) == 4
+        assert (
+            len(timing.interleaved(functions, timing.Effort(1e9, least=1, most=4), FakeClock(), FakeClock())["a"]) == 4
+        )
         assert len(timing.interleaved(functions, timing.Effort(0.0, least=2), FakeClock())["a"]) == 2
 
     def test_short_calls_are_repeated_within_a_sample(self):
@@ -266,7 +269,7 @@ class TestProviders:
             (provider,) = (found for found in providers.PROVIDERS if found.name == name)
             if provider.refuses(one) is None:
                 with torch.set_grad_enabled(one.needs_grad):
-                    assert accuracy.max_error(one, given, provider.prepare(one, given)()[0]) < 2e-6
+                    assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
 
     @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("shape", [(8, 5), (4, 3, 7), (2, 3, 4, 4), (2, 3, 2, 3, 4)])
@@ -276,23 +279,23 @@ class TestProviders:
         for provider in providers.PROVIDERS:
             if provider.name != "copy" and provider.refuses(one) is None:
                 with torch.set_grad_enabled(one.needs_grad):
-                    assert accuracy.max_error(one, given, provider.prepare(one, given)()[0]) < 2e-6
+                    assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
 
     @pytest.mark.parametrize("activation", [None, "relu6", "leaky_relu", "silu", "hardswish", "gelu"])
     def test_activations(self, activation):
         one = case(layer=Layer((4, 6, 5, 5), activation=activation), direction="step")
         given = tensors(one)
         for provider in providers.find(["ours"])[1:]:
-            assert accuracy.max_error(one, given, provider.prepare(one, given)()[0]) < 2e-6
+            assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
 
     def test_an_error_is_seen(self):
         one = case(direction="forward")
         given = tensors(one)
         y = providers.Eager().prepare(one, given)()[0]
         y[0, 0, 0, 0] += 0.5
-        assert accuracy.max_error(one, given, y) == pytest.approx(0.5, abs=1e-5)
+        assert Exact(one, given).error(y) == pytest.approx(0.5, abs=1e-5)
         y[0, 0, 0, 0] = math.nan
-        assert accuracy.max_error(one, given, y) == math.inf
+        assert Exact(one, given).error(y) == math.inf
 
     def test_what_cannot_be_done_is_refused_with_a_reason(self):
         assert "float32" in providers.OneDNN().refuses(case(dtype="bfloat16"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from batchnorm import kernels
-from batchnorm.kernels import Activation, Epilogue
+from batchnorm.kernels import Activation, Epilogue, cpu
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ADVICE = "THP_MEM_ALLOC_ENABLE"
@@ -113,11 +113,7 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def library() -> str:
     """Whether the C++ kernels run, in which build, or why not."""
-    for kernel in kernels.KERNELS:
-        if kernel.name == "cpu":
-            problem = kernel.unavailable()  # pyright: ignore[reportAttributeAccessIssue]
-            return problem if problem is not None else f"loaded, {kernel.instruction_set()}"  # pyright: ignore[reportAttributeAccessIssue]
-    return "not part of this version"
+    return cpu.unavailable() or f"loaded, {cpu.instruction_set()}"
 
 
 def huge_pages() -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from batchnorm.bench import memory
 from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.run import settled
-from batchnorm.bench.timing import Effort, digits, interleaved, percentile
+from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
 from batchnorm.errors import InputError
 from batchnorm.lab.networks import resnet50
 from batchnorm.surgery import convert
@@ -69,7 +69,7 @@ def _measure(
             lambda forward=forward: F.cross_entropy(forward(x), labels), chain(model.parameters(), model.buffers(), [x])
         )
         steps[variant] = _step(model, forward, x, labels)
-    samples = interleaved(steps, Effort(0.0, least=rounds))
+    samples = interleaved(steps, Effort(0.0, least=rounds), clock_for(threads)[0])
     eager = percentile(samples["eager"], 50)
 
     def row(variant: str, values: list[float]) -> Row:
@@ -86,7 +86,7 @@ def _measure(
             outputs="fresh",
             threads=threads,
             provider=variant,
-            metric="time per training step",
+            metric=f"{clock_for(threads)[1]} per training step",
             unit="ms",
             p20=p20,
             p50=p50,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 
-from batchnorm.bench import accuracy, memory
+from batchnorm.bench import memory
+from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import Case, Tensors, tensors
-from batchnorm.bench.providers import Provider
+from batchnorm.bench.providers import Provider, Timed
 from batchnorm.bench.row import Row, circumstances
-from batchnorm.bench.timing import Effort, digits, interleaved, percentile
+from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
 
 MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
 UNITS = {"us": 1e6, "ms": 1e3}
@@ -23,17 +25,21 @@ def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float) ->
 
     Every case gets its share of the time, but no fewer than three rounds, so the large ones of slow providers can take longer.
     """
-    deadline, shared = time.perf_counter() + seconds, None
-    for index, case in enumerate(cases):
-        if shared is None or not _same_tensors(case, cases[index - 1]):
-            shared = tensors(case)
-        share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
-        with settled(case.threads), memory.outputs(case.outputs):
-            yield _measure(case, shared, providers, Effort(share, least=3))
+    deadline = time.perf_counter() + seconds
+    for _, alike in groupby(enumerate(cases), key=lambda numbered: _same_tensors(numbered[1])):
+        given = None
+        for _, same_result in groupby(alike, key=lambda numbered: numbered[1].direction):
+            exact, peaks = None, dict[tuple[str, str], int]()
+            for index, case in same_result:
+                given = tensors(case) if given is None else given
+                exact = Exact(case, given) if exact is None else exact
+                share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
+                with settled(case.threads), memory.outputs(case.outputs):
+                    yield _measure(case, given, exact, peaks, providers, share)
 
 
-def _same_tensors(case: Case, other: Case) -> bool:
-    return (case.layer, case.layout, case.dtype) == (other.layer, other.layout, other.dtype)
+def _same_tensors(case: Case) -> tuple[object, ...]:
+    return case.suite, case.layer, case.layout, case.dtype
 
 
 @contextmanager
@@ -47,26 +53,36 @@ def settled(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measure(case: Case, given: Tensors, providers: Sequence[Provider], effort: Effort) -> list[Row]:
+def _measure(
+    case: Case,
+    given: Tensors,
+    exact: Exact,
+    peaks: dict[tuple[str, str], int],
+    providers: Sequence[Provider],
+    seconds: float,
+) -> list[Row]:
+    """`peaks`, by outputs and provider, are known from other numbers of threads; they are looked at once."""
     start = time.perf_counter()
-    timed, errors, peaks = {}, {}, {}
+    timed, errors = dict[str, Timed](), dict[str, float | None]()
     with torch.set_grad_enabled(case.needs_grad):
         for provider in providers:
             if provider.refuses(case) is not None:
                 continue
-            function = timed[provider.name] = provider.prepare(case, given)
-            errors[provider.name] = None if provider.name == "copy" else accuracy.max_error(case, given, function()[0])
-            peaks[provider.name] = memory.peak_bytes(function)
-        left = effort.seconds - (time.perf_counter() - start)
-        samples = interleaved(timed, Effort(left, effort.least, effort.most))
-    return rows(case, samples, errors, peaks)
+            name = provider.name
+            function = timed[name] = provider.prepare(case, given)
+            errors[name] = None if name == "copy" else exact.error(function()[0])
+            if (case.outputs, name) not in peaks:
+                peaks[case.outputs, name] = memory.peak_bytes(function)
+        left = seconds - (time.perf_counter() - start)
+        samples = interleaved(timed, Effort(left, least=3), clock_for(case.threads)[0])
+    return rows(case, samples, errors, {name: peaks[case.outputs, name] for name in samples})
 
 
 def rows(
     case: Case,
     samples: dict[str, list[float]],
-    errors: dict[str, float | None],
-    peaks: dict[str, int | None],
+    errors: Mapping[str, float | None],
+    peaks: Mapping[str, int | None],
 ) -> list[Row]:
     """The rows of a case from the seconds of each round; the byte limit follows from those of "copy"."""
     unit = "us" if case.tensor_bytes <= MICROSECONDS_BELOW else "ms"
@@ -87,7 +103,7 @@ def rows(
             outputs=case.outputs,
             threads=case.threads,
             provider=name,
-            metric="time per call",
+            metric=f"{clock_for(case.threads)[1]} per call",
             unit=unit,
             p20=digits(p20),
             p50=digits(p50),

@@ -26,7 +26,7 @@ def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
         names = list(dict.fromkeys(name for found in shapes.values() for name in found if name != "copy"))
         layers = title[1].startswith("layer")
         what = "time" if layers else "/ limit"
-        columns = ["shape", "layers", "", "limit", *(f"{name}\n{what}" for name in names), "ours\nvs eager", "error"]
+        columns = ["shape", "", "", "limit", *(f"{name}\n{what}" for name in names), "ours\nvs eager", "error"]
         table = _table(" · ".join(title), columns)
         for (shape, epilogue), found in shapes.items():
             ours, copy = found.get("ours"), found["copy"]
@@ -43,38 +43,31 @@ def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
 
 
 def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
-    """Geometric means, with what was promised in brackets; one table for each suite, dtype and kind of outputs."""
-    groups: dict[tuple[str, ...], list[Summary]] = {}
+    """Geometric means, with what was promised in brackets; one table for each suite, dtype, kind of outputs and number of threads."""
+    groups: dict[tuple[str, bool], list[Summary]] = {}
     for summary in summaries:
         group = summary.group
-        title = f"{group.suite} · {group.dtype} · {group.outputs} outputs"
-        groups.setdefault((title, group.case.split()[0]), []).append(summary)
-    for (title, through), members in groups.items():
-        which = f"shapes above {LARGE // 2**20} MB" if through == "function" else "all shapes"
+        title = f"{group.suite} · {group.dtype} · {group.outputs} outputs · {threads(group.threads)}"
+        groups.setdefault((title, group.case.startswith("layer")), []).append(summary)
+    for (title, layers), members in groups.items():
+        which = "all shapes" if layers else f"shapes above {LARGE // 2**20} MB"
         others = list(dict.fromkeys(name for summary in members for name in summary.faster))
-        columns = ["", "ours\n/ limit", *(f"ours\nvs {name}" for name in others), "worst\nvs eager", ""]
-        table = _table(f"{title} · geometric means over {which}, weighed by layers (targets in brackets)", columns)
+        measures = ["worst\nvs eager"] if layers else ["ours\n/ limit"]
+        columns = ["", "", "", *measures, *(f"ours\nvs {name}" for name in others), ""]
+        table = _table(f"{title}\ngeometric means over {which}, weighed by layers (targets in brackets)", columns)
         for summary in members:
-            table.add_row(label(summary), *cells(summary, others), verdict(summary))
+            group, target = summary.group, summary.target
+            where = (group.direction, group.layout, group.epilogue)
+            if layers:
+                wanted = f" (≥{target.eager:.2f})" if target and target.eager else ""
+                table.add_row(
+                    *where, _faster(summary.worst) + wanted, *map(_faster, summary.faster.values()), verdict(summary)
+                )
+                continue
+            bound = f" (≤{target.limit:g})" if target and target.limit else ""
+            factors = (_promised(summary.faster.get(name), getattr(target, name, None)) for name in others)
+            table.add_row(*where, f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict(summary))
         yield table
-
-
-def label(summary: Summary) -> str:
-    """What is averaged, in words."""
-    group = summary.group
-    return f"{group.direction} {group.layout} {group.epilogue}, {threads(group.threads)}"
-
-
-def cells(summary: Summary, others: Sequence[str]) -> list[str]:
-    """Ours against the limit, against each of `others`, and the worst against eager; what was promised in brackets."""
-    target = summary.target
-    tiny = summary.group.case.startswith("layer")
-    limit = f"{summary.ratio_to_limit['ours']:.2f}" + (f" (≤{target.limit:g})" if target and target.limit else "")
-    found = [MISSING if tiny else limit]
-    for name in others:
-        wanted = getattr(target, name, None) if target and not tiny else None
-        found.append(_faster(summary.faster.get(name)) + (f" (≥{wanted:g})" if wanted else ""))
-    return [*found, _faster(summary.worst) + (f" (≥{target.eager:.2f})" if tiny and target and target.eager else "")]
 
 
 def verdict(summary: Summary) -> str:
@@ -99,9 +92,7 @@ def threads(number: int) -> str:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 or not column else "right", no_wrap=True)
     return table
@@ -115,3 +106,7 @@ def _cell(row: Row | None, time: bool) -> str:
 
 def _faster(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}x"
+
+
+def _promised(factor: float | None, wanted: float | None) -> str:
+    return _faster(factor) + (f" (≥{wanted:g})" if wanted else "")

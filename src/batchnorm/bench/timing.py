@@ -21,21 +21,35 @@ class Effort:
     most: int = 200
 
 
+Clock = Callable[[], float]
+
+
+def clock_for(threads: int) -> tuple[Clock, str]:
+    """The clock for calls on so many threads, and what it measures.
+
+    One thread's own processor time stands still while other processes have the core, and is the same where there are none.
+    """
+    return (time.thread_time, "processor time") if threads == 1 else (time.perf_counter, "time")
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     effort: Effort,
-    clock: Callable[[], float] = time.perf_counter,
-    seed: int = 0,
+    clock: Clock = time.perf_counter,
+    watch: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each function, one entry per round; each round calls all of them in a random order."""
-    order, shuffle = list(functions), random.Random(seed).shuffle
+    """Seconds per call of each function by `clock`, one entry per round; each round calls all of them in a random order.
+
+    `watch` is what the effort's seconds are measured with.
+    """
+    order, shuffle = list(functions), random.Random(0).shuffle
     repeats = {name: _repeats(function, clock) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     collecting = gc.isenabled()
     gc.disable()
     try:
-        start, rounds = clock(), 0
-        while rounds < effort.least or (rounds < effort.most and clock() - start < effort.seconds):
+        start, rounds = watch(), 0
+        while rounds < effort.least or (rounds < effort.most and watch() - start < effort.seconds):
             shuffle(order)
             for name in order:
                 samples[name].append(_sample(functions[name], repeats[name], clock))
@@ -46,14 +60,14 @@ def interleaved(
     return samples
 
 
-def _sample(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+def _sample(function: Callable[[], object], repeats: int, clock: Clock) -> float:
     start = clock()
     for _ in range(repeats):
         function()
     return (clock() - start) / repeats
 
 
-def _repeats(function: Callable[[], object], clock: Callable[[], float]) -> int:
+def _repeats(function: Callable[[], object], clock: Clock) -> int:
     """How many calls make a sample. The first call warms up; a short one is looked at again."""
     once = _sample(function, 1, clock)
     if once < 10 * SAMPLE:

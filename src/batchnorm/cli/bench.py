@@ -22,6 +22,7 @@ from batchnorm.lab.result import to_json, write
 MINUTES, QUICK_MINUTES = 3.5, 0.3
 ROUNDS, QUICK_ROUNDS = 7, 3
 BATCH, QUICK_BATCH = 16, 2
+WIDTH = 120  # of a file or a pipe: nothing need be cut there
 
 
 def _words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str]:  # noqa: ARG001 (click's)
@@ -142,6 +143,8 @@ def _collect(measured: Iterable[list[Row]], total: int) -> tuple[list[Row], bool
 
 def _show(rows: list[Row]) -> None:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
     steps = [row for row in rows if row.case == "model step"]
     calls = [row for row in rows if row.case != "model step"]
     tables = [*case_tables(calls), *summary_tables(summarize(calls))]
