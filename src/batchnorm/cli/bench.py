@@ -52,7 +52,7 @@ def several(
 @several("--layout", "planar,channels_last", "Layouts.")
 @several("--dtype", "float32", f"Of {', '.join(DTYPES)}.")
 @several("--direction", None, f"Of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
-@several("--outputs", "reused", f"Where outputs come from, of {', '.join(OUTPUTS)}.")
+@several("--outputs", "fresh", f"Where outputs come from, of {', '.join(OUTPUTS)}.")
 @several("--threads", f"1,{cores()}" if cores() > 1 else "1", "Numbers of threads.", _numbers)
 @several("--provider", ",".join(providers.USUAL), "Who is compared; compile takes ten seconds a case.")
 @click.option(
