@@ -397,10 +397,13 @@ def _differentiable_backward(
 
 
 def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
-    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own."""
+    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own.
+
+    Out of place, since dy may be a batch of gradients (`is_grads_batched`), which cannot be written into one.
+    """
     if torch.compiler.is_compiling() or dy.stride() == x.stride():
         return dy
-    return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    return torch.zeros_like(x, dtype=dy.dtype) + dy
 
 
 def _epilogue(

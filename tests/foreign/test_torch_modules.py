@@ -197,6 +197,23 @@ def test_memory_format_is_kept(case):
 
 
 @every_case
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "non_contiguous"])
+def test_a_batch_of_gradients_at_once(case, layout):
+    """What `torch.autograd.functional.jacobian(..., vectorize=True)` asks: each gradient as if it came alone."""
+    _, ours, x = case.build()
+    x = x.detach()
+    if layout == "non_contiguous":
+        x = noncontiguous_like(x)
+    elif layout == "channels_last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # of any rank
+    y = ours(x.requires_grad_())
+    dys = torch.randn(3, *x.shape, dtype=x.dtype)
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    one_by_one = torch.stack([torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys])
+    assert_ulps("dx", batched, one_by_one, ULPS, scale=largest_term_of_dx(ours, x, dys))
+
+
+@every_case
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_factory_arguments(case, device, dtype):
