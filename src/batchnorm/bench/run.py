@@ -35,7 +35,8 @@ def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float) ->
                 exact = Exact(case, given) if exact is None else exact
                 share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
                 with settled(case.threads), memory.outputs(case.outputs):
-                    yield _measure(case, given, exact, peaks, providers, share)
+                    found = _measure(case, given, exact, peaks, providers, share)
+                yield found
 
 
 def _same_tensors(case: Case) -> tuple[object, ...]:
