@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import nn
 
 import batchnorm as bn
@@ -18,6 +19,7 @@ from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import DIRECTIONS, tensors
 from batchnorm.bench.row import Row, load
 from batchnorm.bench.suite import Layer
+from batchnorm.bench.tables import summary_tables
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
 from batchnorm.lab.networks import resnet50
@@ -299,3 +301,14 @@ def test_clones_are_timed_in_processes_of_their_own():
     assert clone.faster == pytest.approx(clone.without_ms[1] / clone.with_ms[1], rel=1e-3)
     assert clone.bytes == 4000
     assert "times faster" in str(clone)
+
+
+def test_the_table_of_means_shows_what_was_promised():
+    console = Console(width=120, file=io.StringIO())
+    for table in summary_tables(targets.summarize([*made_up_rows(), *made_up_rows(0.2)])):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "2.00 (≤1.3)" in text
+    assert "5.00x (≥5)" in text
+    assert "2.50x (≥3)" in text
+    assert "missed" in text

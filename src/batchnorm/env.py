@@ -85,18 +85,26 @@ def environment() -> Environment:
 
 def versions() -> dict[str, str]:
     """Of this library, torch and Python."""
+    return {"batchnorm": version(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def version() -> str:
+    """The installed version of batchnorm."""
     try:
-        ours = metadata.version("batchnorm")
+        return metadata.version("batchnorm")
     except metadata.PackageNotFoundError:
-        ours = "from a source tree"
-    return {"batchnorm": ours, "torch": torch.__version__, "python": platform.python_version()}
+        return "from a source tree"
+
+
+def cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> Machine:
     """Processor, cores this process may use, and the instruction set torch compiled for and found here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     system = f"{platform.system()} {platform.machine()}"
-    return Machine(_cpu(), cores, torch.backends.cpu.get_cpu_capability(), system)
+    return Machine(_cpu(), cores(), torch.backends.cpu.get_cpu_capability(), system)
 
 
 def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from batchnorm.cli.bench import bench_command
-from batchnorm.cli.common import command_line, cores, progress_bar
+from batchnorm.cli.common import command_line, progress_bar
 from batchnorm.cli.env import env_command
+from batchnorm.env import cores, version
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import explain
 from batchnorm.lab import extras
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import learning_rates
-from batchnorm.lab.result import Result, Training, to_json, version, write
+from batchnorm.lab.result import Result, Training, to_json, write
 from batchnorm.lab.runner import run
 from batchnorm.report.rows import summary_rows
 

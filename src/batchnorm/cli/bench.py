@@ -15,7 +15,8 @@ from batchnorm.bench.case import DIRECTIONS, DTYPES, OUTPUTS, cases, quick
 from batchnorm.bench.row import Row, to_csv, to_dict
 from batchnorm.bench.tables import case_tables, model_table, summary_tables
 from batchnorm.bench.targets import summarize
-from batchnorm.cli.common import command_line, cores, progress_bar
+from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.env import cores
 from batchnorm.lab import extras
 from batchnorm.lab.result import to_json, write
 

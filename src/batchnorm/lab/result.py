@@ -8,12 +8,12 @@ import platform
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from batchnorm.env import version
 from batchnorm.errors import InputError
 
 SCHEMA = 1
@@ -139,14 +139,6 @@ def environment() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def version() -> str:
-    """The installed version of batchnorm."""
-    try:
-        return metadata.version("batchnorm")
-    except metadata.PackageNotFoundError:
-        return "from a source tree"
 
 
 def to_json(data: Any) -> str:
