@@ -107,3 +107,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
+
+
+def threads(number: int) -> str:
+    """In words."""
+    return "1 thread" if number == 1 else f"{number} threads"

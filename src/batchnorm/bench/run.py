@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -20,10 +21,10 @@ MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microsecon
 UNITS = {"us": 1e6, "ms": 1e3}
 
 
-def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float) -> Iterator[list[Row]]:
+def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float, least: int = 5) -> Iterator[list[Row]]:
     """Measure each case and yield its rows, one per provider that takes it; about `seconds` for all that are left.
 
-    Every case gets its share of the time, but no fewer than three rounds, so the large ones of slow providers can take longer.
+    Every case gets its share of the time, but no fewer rounds than `least`, so the large ones of slow providers can take longer.
     """
     deadline = time.perf_counter() + seconds
     for _, alike in groupby(enumerate(cases), key=lambda numbered: _same_tensors(numbered[1])):
@@ -35,7 +36,7 @@ def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float) ->
                 exact = Exact(case, given) if exact is None else exact
                 share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
                 with settled(case.threads), memory.outputs(case.outputs):
-                    found = _measure(case, given, exact, peaks, providers, share)
+                    found = _measure(case, given, exact, peaks, providers, Effort(share, least))
                 yield found
 
 
@@ -60,7 +61,7 @@ def _measure(
     exact: Exact,
     peaks: dict[tuple[str, str], int],
     providers: Sequence[Provider],
-    seconds: float,
+    effort: Effort,
 ) -> list[Row]:
     """`peaks`, by outputs and provider, are known from other numbers of threads; they are looked at once."""
     start = time.perf_counter()
@@ -74,8 +75,8 @@ def _measure(
             errors[name] = None if name == "copy" else exact.error(function()[0])
             if (case.outputs, name) not in peaks:
                 peaks[case.outputs, name] = memory.peak_bytes(function)
-        left = seconds - (time.perf_counter() - start)
-        samples = interleaved(timed, Effort(left, least=3), clock_for(case.threads)[0])
+        left = replace(effort, seconds=effort.seconds - (time.perf_counter() - start))
+        samples = interleaved(timed, left, clock_for(case.threads)[0])
     return rows(case, samples, errors, {name: peaks[case.outputs, name] for name in samples})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from batchnorm.bench.row import Row
+from batchnorm.bench.row import Row, threads
 from batchnorm.bench.targets import LARGE, Summary
 
 MISSING = "–"
@@ -86,13 +86,11 @@ def model_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def threads(number: int) -> str:
-    """In words."""
-    return "1 thread" if number == 1 else f"{number} threads"
-
-
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    width = max(map(len, title.splitlines()))
+    table = Table(
+        title=title, title_justify="left", min_width=width, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 or not column else "right", no_wrap=True)
     return table

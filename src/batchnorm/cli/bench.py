@@ -22,6 +22,7 @@ from batchnorm.lab.result import to_json, write
 
 MINUTES, QUICK_MINUTES = 3.5, 0.3
 ROUNDS, QUICK_ROUNDS = 7, 3
+LEAST_ROUNDS = 5  # of each case
 BATCH, QUICK_BATCH = 16, 2
 WIDTH = 120  # of a file or a pipe: nothing need be cut there
 
@@ -111,7 +112,8 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
     chosen = cases(suites, options["layout"], options["dtype"], options["direction"], options["outputs"], threads)
     usual = QUICK_MINUTES if options["quick"] else MINUTES
     minutes = usual if options["minutes"] is None else options["minutes"]
-    return run.run(chosen, providers.find(options["provider"]), 60 * minutes), len(chosen)
+    least = QUICK_ROUNDS if options["quick"] else LEAST_ROUNDS
+    return run.run(chosen, providers.find(options["provider"]), 60 * minutes, least), len(chosen)
 
 
 def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:

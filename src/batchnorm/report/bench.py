@@ -8,8 +8,8 @@ from html import escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from batchnorm.bench.row import Row
-from batchnorm.bench.targets import LARGE, Group, Summary, summarize
+from batchnorm.bench.row import Row, threads
+from batchnorm.bench.targets import LARGE, Summary, summarize
 from batchnorm.report.page import document, section, table
 from batchnorm.report.plots import BATCH_NORM, INK, MUTED, PLAIN, PLAIN_NUMBER, inline_svg
 
@@ -29,7 +29,7 @@ def render(rows: Sequence[Row], command: str) -> str:
     summaries = summarize(calls)
     body = []
     if summaries:
-        body.append(section("What was promised, and what came out", _summary(summaries)))
+        body.append(section("What was promised, and what came out", *_summaries(summaries)))
     if steps:
         body.append(section("Training steps", _steps(steps)))
     if calls:
@@ -56,12 +56,26 @@ def _grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     return groups
 
 
-def _title(key: Key | Group) -> str:
-    suite, case, layout, dtype, *_, outputs, threads = key
-    return f"{suite}, {case}, {layout}, {dtype}, {outputs} outputs, {threads} thread{'s' if threads > 1 else ''}"
+def _title(key: Key) -> str:
+    suite, case, layout, dtype, outputs, number = key
+    return f"{suite}, {case}, {layout}, {dtype}, {outputs} outputs, {threads(number)}"
 
 
-def _summary(summaries: Sequence[Summary]) -> str:
+def _summaries(summaries: Sequence[Summary]) -> list[str]:
+    """One table for each suite, dtype, kind of outputs and number of threads."""
+    groups: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        group = summary.group
+        title = f"{group.suite}, {group.dtype}, {group.outputs} outputs, {threads(group.threads)}"
+        groups.setdefault(title, []).append(summary)
+    note = (
+        f"<p class='note'>Geometric means over the shapes above {LARGE // 2**20} MB (of layers: all), each weighed by how many "
+        "layers of the network have it; targets in brackets.</p>"
+    )
+    return [note, *(f"<p>{escape(title)}</p>\n{_summary(title, members)}" for title, members in groups.items())]
+
+
+def _summary(title: str, summaries: Sequence[Summary]) -> str:
     others = list(dict.fromkeys(name for summary in summaries for name in summary.faster))
 
     def cells(summary: Summary) -> list[str]:
@@ -71,24 +85,21 @@ def _summary(summaries: Sequence[Summary]) -> str:
         for name in others:
             wanted = getattr(target, name, None) if target else None
             factor = summary.faster.get(name)
-            factors.append("–" if factor is None else f"{factor:.2f}×" + (f" (≥\u00a0{wanted:.2f})" if wanted else ""))
+            factors.append("–" if factor is None else f"{factor:.2f}×" + (f" (≥\u00a0{wanted:.3g})" if wanted else ""))
         verdict = {None: "", True: "✓ held", False: "✗ missed"}[summary.holds]
         return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
 
     columns = [("batch_norm", "ours / limit"), *(("", f"ours vs {name}") for name in others), ("", "")]
-    rows = [(f"{_title(summary.group)}, {summary.group.epilogue}", cells(summary)) for summary in summaries]
-    note = (
-        f"<p class='note'>Geometric means over the shapes above {LARGE // 2**20} MB (of layers: all), each weighed by how many "
-        "layers of the network have it; targets in brackets.</p>"
-    )
-    return table("Targets", "", columns, rows) + note
+    named = ((summary.group, cells(summary)) for summary in summaries)
+    rows = [(f"{group.direction}, {group.layout}, {group.epilogue}", found) for group, found in named]
+    return table(title, "", columns, rows)
 
 
 def _steps(rows: Sequence[Row]) -> str:
     columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "kept for backward")]
     lines = [
         (
-            f"{row.suite} {row.shape} {row.layout}, {row.threads} threads: {row.provider}",
+            f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}: {row.provider}",
             [
                 *(f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80)),
                 f"{row.ratio_to_eager:.2f}×",
