@@ -95,13 +95,20 @@ struct AnyActivation {
     Activation kind;
     Real slope;
 
-    static INLINE Vector sigmoid(Vector z) {
-        return Real(1) / (Real(1) + exponential(-z));
-    }
+    // sigmoid(z), and 1 - sigmoid(z) to its own last digit: z multiplies it in the derivatives.
+    struct Sigmoid {
+        Vector value, rest;
+
+        INLINE explicit Sigmoid(Vector z) {
+            const Vector e = exponential(-z);
+            value = Real(1) / (Real(1) + e);
+            rest = e * value;
+        }
+    };
     // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3)
-    static INLINE Vector tanh_gate(Vector z) {
+    static INLINE Sigmoid tanh_gate(Vector z) {
         const Real twice = Real(1.5957691216057308);
-        return sigmoid(z * (twice + twice * Real(0.044715) * (z * z)));
+        return Sigmoid(z * (twice + twice * Real(0.044715) * (z * z)));
     }
     static INLINE Vector normal_distribution(Vector z) {
         return Real(0.5) + Real(0.5) * error_function(z * Real(0.70710678118654752));
@@ -119,13 +126,13 @@ struct AnyActivation {
                 const Vector sloped = z * slope;
                 return z > 0 ? z : sloped;
             }
-            case Activation::silu: return z * sigmoid(z);
+            case Activation::silu: return z * Sigmoid(z).value;
             case Activation::hardswish: {
                 const Vector middle = z * (z + Real(3)) * Real(1.0 / 6.0), above = z >= 3 ? z : middle;
                 return z <= -3 ? Vector{} : above;
             }
             case Activation::gelu: return z * normal_distribution(z);
-            default: return z * tanh_gate(z);
+            default: return z * tanh_gate(z).value;
         }
     }
 
@@ -142,8 +149,8 @@ struct AnyActivation {
                 return z > 0 ? dy : sloped;
             }
             case Activation::silu: {
-                const Vector gate = sigmoid(z);
-                return dy * (gate * (Real(1) + z * (Real(1) - gate)));
+                const Sigmoid gate(z);
+                return dy * (gate.value * (Real(1) + z * gate.rest));
             }
             case Activation::hardswish: {
                 const Vector middle = dy * (z * Real(1.0 / 3.0) + Real(0.5)), above = z < 3 ? middle : dy;
@@ -154,10 +161,10 @@ struct AnyActivation {
                 return dy * (normal_distribution(z) + z * density);
             }
             default: {
-                const Vector gate = tanh_gate(z);
+                const Sigmoid gate = tanh_gate(z);
                 const Real twice = Real(1.5957691216057308);
                 const Vector slope_of_u = twice + twice * Real(3 * 0.044715) * (z * z);
-                return dy * (gate + z * gate * (Real(1) - gate) * slope_of_u);
+                return dy * (gate.value * (Real(1) + z * gate.rest * slope_of_u));
             }
         }
     }

@@ -218,7 +218,7 @@ def move_running_statistics(
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = _parts_of_buffer(running_mean), _parts_of_buffer(running_var)
         moments = Moments(count, _parts_of_buffer(moments.mean), _parts_of_buffer(moments.m2))
-    if cpu.moves(running_mean, running_var, moments, momentum) and not _differentiated_by_torch():
+    if isinstance(momentum, float) and cpu.moves(running_mean, running_var, moments) and not _differentiated_by_torch():
         finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite)
         return finite if skip_nonfinite else None
     steps = [
@@ -323,7 +323,7 @@ class _Normalize(torch.autograd.Function):
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         kernel = kernels.select(x, epilogue)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.activation, ctx.constant_statistics = eps, activation, mean is not None
+        ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, mean is not None
         if mean is not None and rstd is not None:
             ctx.count = None
             y = kernel.normalize(x, mean, rstd, epilogue)
@@ -351,7 +351,7 @@ class _Normalize(torch.autograd.Function):
             if _differentiated_by_torch():  # vmap over dy: a batch of gradients at once
                 kernel = eager
             else:
-                kernel, dy = kernels.select(x, epilogue), _in_layout_of(x, dy)
+                kernel, dy = ctx.kernel, _in_layout_of(x, dy)
             dx, dresidual, sum_grad, sum_grad_xhat = kernel.backward(
                 dy, x, mean, rstd, epilogue, count, needs_input_grad=ctx.needs_input_grad[0]
             )

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.activation import Activation
 from batchnorm.kernels.contract import Backward, Epilogue
 from batchnorm.moments import Moments
 
@@ -107,7 +106,7 @@ def backward(
     needs_input_grad: bool = True,
 ) -> Backward:
     other_count = count if isinstance(count, Tensor) else None
-    if other_count is None and count is not None and count != _count(x):
+    if isinstance(count, int) and count != _count(x):
         other_count = torch.full((), count, dtype=torch.float64)
     wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
     dx, dresidual, sum_grad, sum_grad_xhat = torch.ops.batchnorm.backward(
@@ -125,12 +124,11 @@ def backward(
     return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat)
 
 
-def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: object) -> bool:
-    """Whether `update_running` takes this step. A compiler does better with the plain operators: it fuses them."""
+def moves(running_mean: Tensor, running_var: Tensor, moments: Moments) -> bool:
+    """Whether `update_running` takes these buffers. A compiler does better with the plain operators: it fuses them."""
     dtype = running_mean.dtype
     return (
         _unavailable is None
-        and isinstance(momentum, float)
         and (dtype is torch.float32 or dtype is torch.float64)
         and running_var.dtype is dtype
         and moments.mean.dtype is torch.float64
@@ -225,9 +223,9 @@ _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
     "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
     "normalize": lambda x, *_: _like(x),
-    "reduce_grad": lambda dy, x, *_: (_channels(x), _channels(x)),
-    "input_grad": lambda dy, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
-    "backward": lambda dy, x, *rest: (
+    "reduce_grad": lambda _, x, *__: (_channels(x), _channels(x)),
+    "input_grad": lambda _, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
+    "backward": lambda _, x, *rest: (
         _like(x) if rest[-1] else x.new_empty(0),
         _like(x) if rest[-2] else x.new_empty(0),
         _channels(x),
