@@ -104,10 +104,9 @@ def cases(
     return [
         Case(suite.name, layer, suite.through, layout, dtype, direction, output, number)
         for suite in suites
-        for layer, layout, dtype in itertools.product(suite.layers, layouts, dtypes)
-        if len(layer.shape) > 2 or layout == layouts[-1]
-        for layout in (["channels_last"] if len(layer.shape) == 2 else [layout])
-        for direction, output, number in itertools.product(directions or usual(suite), outputs, threads)
+        for layer in suite.layers
+        for layout in (layouts if len(layer.shape) > 2 else ["channels_last"])
+        for dtype, direction, output, number in itertools.product(dtypes, directions or usual(suite), outputs, threads)
     ]
 
 
