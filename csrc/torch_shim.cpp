@@ -436,7 +436,7 @@ void backward(Word* stack, uint64_t, uint64_t) {
     stack[2] = sum_grad.release(), stack[3] = sum_grad_xhat.release();
 }
 
-// running = (1 - momentum) · running + momentum · batch, for both buffers or, if one would not be finite, for neither.
+// running = (1 - momentum) · running + momentum · batch, for both buffers or, if the batch's would not be finite, for neither.
 template <class Real>
 bool move(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
           double divisor, double momentum, bool moves, bool skip_nonfinite) {
@@ -446,10 +446,8 @@ bool move(const Tensor& running_mean, const Tensor& running_var, const double* m
         return (Real)((1.0 - momentum) * (double)running + momentum * value);
     };
     bool finite = true;
-    for (int64_t c = 0; c < C; ++c) {
-        const Real both[2] = {step(means[c * mean_stride], mean[c]), step(variances[c * variance_stride], m2[c] / divisor)};
-        finite &= __builtin_isfinite(both[0]) && __builtin_isfinite(both[1]);
-    }
+    for (int64_t c = 0; c < C; ++c)
+        finite &= __builtin_isfinite((Real)mean[c]) && __builtin_isfinite((Real)(m2[c] / divisor));
     if (!moves || (skip_nonfinite && !finite)) return finite;
     for (int64_t c = 0; c < C; ++c) {
         means[c * mean_stride] = step(means[c * mean_stride], mean[c]);

@@ -12,6 +12,7 @@ import batchnorm
 ROOT = Path(batchnorm.__file__).parent
 # Top to bottom is the data's way. A module may import from those above it, and within its own folder.
 ORDER = [
+    "version",
     "errors",
     "logs",
     "moments",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, InputError, ShapeError, StateError
@@ -57,9 +58,15 @@ LAYER_CASES = {
         (X,),
         InputError,
         ValueError,
-        "eps must be positive during training, but got 0.0",
+        "batch_norm eps must be positive during training, but got 0.0",
     ),
-    "eps-negative": (lambda: layer(eps=-1.0).eval(), (X,), InputError, ValueError, "eps must be positive"),
+    "eps-negative": (
+        lambda: layer(eps=-1.0).eval(),
+        (X,),
+        InputError,
+        ValueError,
+        "batch_norm eps must be non-negative",
+    ),
     "residual-shape": (
         layer,
         (X, torch.randn(4, 3, 1)),
@@ -104,6 +111,25 @@ LAYER_CASES = {
         RuntimeError,
         "this layer has none",
     ),
+    "axis-batch": (
+        lambda: bn.BatchNorm(3, channel_axis=-2),
+        (X[:, :, 0],),
+        InputError,
+        ValueError,
+        "axis 0, the batch's",
+    ),
+    "axis-residual": (
+        lambda: bn.BatchNorm(5, channel_axis=-1),
+        (X, torch.randn(3)),
+        ShapeError,
+        ValueError,
+        r"residual must have the input's shape \(4, 3, 5\)",
+    ),
+    "residual-number": (layer, (X, 3), ArgumentError, TypeError, "residual must be a tensor"),
+    "residual-complex": (layer, (X, X.to(torch.complex64)), DTypeError, TypeError, "residual must be floating"),
+    "residual-integer": (layer, (X, X.long()), DTypeError, TypeError, "residual must be floating"),
+    "mask-list": (layer, (X, None, [True]), ArgumentError, TypeError, "mask must be a boolean tensor"),
+    "lazy-list": (bn.LazyBatchNorm1d, ([1, 2],), ArgumentError, TypeError, "input must be a tensor"),
     "not-a-tensor": (layer, ([[1.0, 2.0, 3.0]],), ArgumentError, TypeError, "input must be a tensor, but got list"),
 }
 
@@ -112,12 +138,13 @@ LAYER_CASES = {
 def test_layers_refuse_and_nothing_moves(case):
     make, inputs, ours, torchs, message = LAYER_CASES[case]
     built = make()
-    before = {name: value.clone() for name, value in built.named_buffers()}
+    before = {name: value.clone() for name, value in built.named_buffers() if not is_lazy(value)}
     with pytest.raises(ours, match=message) as raised:
         built(*inputs)
     assert isinstance(raised.value, torchs)
     assert isinstance(raised.value, BatchNormError)
-    torch.testing.assert_close(dict(built.named_buffers()), before, rtol=0, atol=0)
+    after = {name: value for name, value in built.named_buffers() if not is_lazy(value)}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 CONSTRUCTOR_CASES = {
@@ -133,7 +160,9 @@ CONSTRUCTOR_CASES = {
     ),
     "activation-module": (lambda: layer(activation=nn.Tanh()), InputError, r"Tanh\(\).*after the layer"),
     "axis-batch": (lambda: bn.BatchNorm(3, channel_axis=0), InputError, "other than 0"),
-    "axis-fixed": (lambda: bn.BatchNorm(3, channel_axis="last"), InputError, "channel_axis must be an axis"),
+    "axis-text": (lambda: bn.BatchNorm(3, channel_axis="last"), ArgumentError, "channel_axis must be an int"),
+    "axis-bool": (lambda: bn.BatchNorm(3, channel_axis=True), ArgumentError, "channel_axis must be an int"),
+    "statistics-class": (lambda: layer(statistics=bn.statistics.Running), InputError, "part of batchnorm.statistics"),
     "variance": (
         lambda: layer(running_variance="sample"),
         InputError,

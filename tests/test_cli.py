@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from batchnorm import __main__
+from batchnorm import __main__, cli
 from batchnorm.cli import commands
 from batchnorm.explain import explain
 from batchnorm.lab import extras
 from batchnorm.lab.experiments.learning_rates import Plan
-from tests.idx_files import write_idx_files
+from batchnorm.version import __version__
+from tests.idx_files import header, write_idx_files
 
 SOURCE = Path(__main__.__file__).parents[1]
 
@@ -95,7 +96,8 @@ class TestHelp:
         assert f"Example: batchnorm {command} " in result.output
 
     def test_version(self):
-        assert re.match(r"batchnorm, version \S+", call("--version").output)
+        assert call("--version").output == f"batchnorm, version {__version__}\n"
+        assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
 class TestMissingExtras:
@@ -182,6 +184,28 @@ class TestDemo:
         assert result.stdout == ""
         assert len(result.stderr.splitlines()) == 1
         assert "train-images-idx3-ubyte" in result.stderr
+
+    @pytest.mark.parametrize("images", ["constant", "too few"])
+    def test_images_without_use_are_one_line_and_exit_2(self, tmp_path, images):
+        write_idx_files(tmp_path, train=64 if images == "too few" else 240)
+        if images == "constant":
+            content = header(3, 240, 28, 28) + bytes([100]) * 240 * 28 * 28
+            (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+        result = call("demo", "--quick", "--data", tmp_path, "--out", tmp_path / "run")
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        assert "training images" in result.stderr
+        assert not (tmp_path / "run").exists()
+
+    def test_ctrl_c_before_any_training_is_one_line(self, tmp_path, monkeypatch):
+        def interrupted(_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "load", interrupted)
+        result = call("demo", "--out", tmp_path / "run")
+        assert result.exit_code == 130
+        assert (result.stdout, result.stderr) == ("", "\nInterrupted.\n")
 
     def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(self, tmp_path):
         (tmp_path / "file").write_text("")

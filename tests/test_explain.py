@@ -4,13 +4,14 @@ import json
 import math
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from batchnorm.errors import InputError
+from batchnorm.errors import ArgumentError, InputError
 from batchnorm.explain import explain
 
 TUTORIAL = [0.8, 1.2, 0.9, 1.1]
@@ -99,6 +100,27 @@ def test_integers_are_numbers():
     assert explain(torch.tensor([1, 2, 3])).mean == 2.0
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, torch.tensor])
+def test_scalars_of_other_libraries_are_numbers(kind):
+    it = explain([kind(1), kind(2)], gamma=kind(2), beta=kind(0), eps=kind(1), momentum=kind(1))
+    assert it == explain([1, 2], gamma=2, beta=0, eps=1, momentum=1)
+    assert {type(number) for number in (it.gamma, it.beta, it.eps, it.momentum)} == {float}
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "eps", "momentum"])
+@pytest.mark.parametrize("value", ["a", "1", None, 1j, [1.0], torch.ones(2), np.ones(2)], ids=repr)
+def test_what_is_no_number_is_named(name, value):
+    with pytest.raises(ArgumentError, match=f"^{name} must be one real number, got .*: give"):
+        explain([1, 2], **{name: value})
+
+
+@pytest.mark.parametrize("name", ["values", "grad_output"])
+@pytest.mark.parametrize("value", ["a", 3.0, ["a", "b"], [None, 1], {1, 2}, {}, object(), [[1], [2, 3]], [10**400, 1]])
+def test_what_is_no_row_is_named(name, value):
+    with pytest.raises(InputError, match=f"^{name} must be .*: "):
+        explain(**{"values": [1, 2], name: value})
+
+
 def test_it_is_frozen_and_json():
     it = explain(TUTORIAL)
     with pytest.raises(FrozenInstanceError):
@@ -136,6 +158,7 @@ def test_the_table_is_aligned():
         ({"values": [1.0, 2.0], "eps": math.nan}, "eps must be a finite"),
         ({"values": [1.0, 2.0], "momentum": 1.5}, "momentum must be from 0 to 1"),
         ({"values": [1.0, 2.0], "gamma": math.inf}, "gamma must be a finite"),
+        ({"values": [1.0, 2.0], "beta": 10**400}, "beta must be a finite"),
         ({"values": [1.0, 2.0], "grad_output": [1.0]}, "one number per value; got 1 for 2"),
     ],
 )

@@ -20,6 +20,7 @@ from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.result import Result, Training, check_writable, to_json, write
 from batchnorm.lab.runner import Job
 from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, train
+from batchnorm.version import __version__
 from tests.idx_files import header, write_idx_files
 
 
@@ -116,6 +117,14 @@ class TestIdx:
         with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
             load(tmp_path / "nowhere")
 
+    @pytest.mark.parametrize("value", [0, 100])
+    def test_images_that_show_nothing(self, tmp_path, value):
+        write_idx_files(tmp_path)
+        content = header(3, 240, 28, 28) + bytes([value]) * 240 * 28 * 28
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+        with pytest.raises(InputError, match=rf"must show something; .* 200 in the IDX files is {value / 255:g} of 1"):
+            load(tmp_path)
+
     def test_too_few_images(self, tmp_path):
         write_idx_files(tmp_path, train=240, test=20)
         with pytest.raises(InputError, match=r"at least 64 labels.*holds 20"):
@@ -199,6 +208,17 @@ class TestLearningRates:
         ]
         assert arms[0] == arms[1]
 
+    @pytest.mark.parametrize(("images", "left"), [(64, 54), (75, 63), (76, 64)])
+    def test_what_is_left_to_learn_from_is_at_least_a_batch(self, tmp_path, images, left):
+        write_idx_files(tmp_path, train=images)
+        data = load(tmp_path)
+        assert len(data.train) == left
+        if left >= 64:
+            assert Plan().jobs(data)
+        else:
+            with pytest.raises(InputError, match=f"one batch of 64 images .* {left} are, beside {images - left}"):
+                Plan().jobs(data)
+
     def test_other_arguments_are_another_training(self):
         different = [job(), job("batch_norm"), job(rate=1.0), job(seed=1), job(steps=9), job(fingerprint="other")]
         assert len({each.file_name for each in different}) == len(different)
@@ -271,6 +291,7 @@ class TestResult:
         result.save(path)
         read = json.loads(path.read_text())
         assert read["schema"] == 1
+        assert read["environment"]["batchnorm"] == __version__
         assert set(read) == set(Result.__dataclass_fields__)
         assert set(read["trainings"][0]) == set(Training.__dataclass_fields__)
         assert to_json(Result.load(path).to_dict()) == to_json(result.to_dict())

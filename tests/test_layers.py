@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -327,3 +328,115 @@ def test_reset_parameters():
     layer(torch.randn(4, 3))
     layer.reset_parameters()
     torch.testing.assert_close(layer.state_dict(), bn.BatchNorm1d(3).state_dict(), rtol=0, atol=0)
+
+
+def test_lazy_layers_keep_what_a_checkpoint_brought():
+    layer = bn.LazyBatchNorm1d()
+    layer.load_state_dict({"gamma": torch.full((4,), 2.0), "beta": torch.ones(4)})
+    layer(torch.randn(3, 4))
+    assert layer.weight.eq(2).all()
+    assert layer.bias.eq(1).all()
+    assert layer.num_batches_tracked == 1
+
+
+def test_meta_layers_load_and_move():
+    with torch.device("meta"):
+        assigned, emptied = bn.BatchNorm1d(4), bn.BatchNorm1d(4)
+    assigned.load_state_dict(bn.BatchNorm1d(4).state_dict(), assign=True)
+    assert assigned.double().to("cpu").num_nonfinite_batches == 0
+    emptied.to_empty(device="cpu").load_state_dict(bn.BatchNorm1d(4).state_dict())
+    assert emptied.num_nonfinite_batches == 0
+
+
+def test_poisoned_running_statistics_do_not_make_batches_bad():
+    """Judged is the batch, not what it meets: a NaN from an old checkpoint stays where it is and the other channels move."""
+    layer = bn.BatchNorm1d(3)
+    layer.running_mean[0] = float("nan")
+    layer(torch.randn(4, 3))
+    assert layer.num_nonfinite_batches == 0
+    assert layer.num_batches_tracked == 1
+    assert layer.running_mean[1:].ne(0).all()
+
+
+def test_values_whose_variance_leaves_float32_are_normalized_but_not_remembered():
+    layer = bn.BatchNorm1d(3)
+    y = layer(torch.randn(64, 3) * 1e25)
+    torch.testing.assert_close(y.var(0, unbiased=False), torch.ones(3))
+    assert layer.num_nonfinite_batches == 1
+    assert layer.running_var.eq(1).all()
+
+
+def test_an_error_on_nonfinite_needs_somebody_to_wait():
+    layer = bn.BatchNorm1d(3, on_nonfinite="error")
+    bad = torch.full((4, 3), float("nan"))
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(bad)
+    torch.func.grad(lambda x: layer(x).sum())(bad)
+    assert layer.num_nonfinite_batches == 2
+
+
+def test_float64_inference_can_be_differentiated_after_more_training():
+    layer = bn.BatchNorm1d(3, dtype=torch.float64).eval()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    layer.train()(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((4, 3), (1 + 1e-5) ** -0.5, dtype=torch.float64))
+
+
+def test_residual_may_be_the_input_in_compiled_code():
+    layer = bn.BatchNorm1d(3, activation="relu")
+    x = torch.randn(4, 3, requires_grad=True)
+    grads = [
+        torch.autograd.grad(call(x, residual=x).square().sum(), x)[0]
+        for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_nothing_is_kept_for_a_residual_without_activation():
+    layer = bn.BatchNorm2d(4)
+    x, residual = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, 8, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x, residual=residual)
+    assert [t.shape for t in kept if t.numel() == x.numel()] == [x.shape]
+    with torch.no_grad():
+        residual.add_(1)
+        layer.bias.add_(1)
+    first = torch.autograd.grad(y.square().sum(), (x, residual, layer.bias), create_graph=True)
+    assert all(grad.requires_grad for grad in first)
+    torch.testing.assert_close(first[2], first[1].sum((0, 2, 3)))
+
+
+def test_numpy_numbers_are_numbers():
+    layer = bn.BatchNorm1d(np.int64(3), momentum=np.float32(0.25))
+    x = torch.randn(4, 3)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, 0.25 * x.mean(0))
+
+
+def test_gamma_can_be_deleted():
+    layer = bn.BatchNorm1d(3)
+    del layer.gamma
+    assert "weight" not in dict(layer.named_parameters())
+
+
+def test_functionalize_takes_the_buffers_as_arguments():
+    ours, torchs = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    buffers, x = dict(ours.named_buffers()), torch.randn(4, 3)
+    call = torch.func.functionalize(lambda buffers, x: torch.func.functional_call(ours, buffers, (x,)))
+    torch.testing.assert_close(call(buffers, x), torchs(x))
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+
+
+def test_vmap_moves_all_buffers_or_none():
+    layer = bn.BatchNorm1d(3)
+    means, variance = torch.zeros(2, 3), torch.ones(3)
+
+    def call(mean, x):
+        state = {"running_mean": mean, "running_var": variance}
+        return torch.func.functional_call(layer, state, (x,))
+
+    with pytest.raises(bn.errors.StateError, match="map over the buffers too"):
+        torch.vmap(call)(means, torch.randn(2, 4, 3))
+    assert not means.any()

@@ -5,6 +5,7 @@ import torch
 
 from batchnorm import Moments
 from batchnorm.errors import InputError
+from batchnorm.functional import normalize
 
 
 def moments_of(x: torch.Tensor) -> Moments:
@@ -60,3 +61,12 @@ def test_few_values_have_variance_zero(count):
 def test_other_channels_do_not_merge():
     with pytest.raises(InputError, match=r"channel by channel.*\(2,\).*\(3,\)"):
         Moments(1, torch.zeros(2), torch.zeros(2)).merge(Moments(1, torch.zeros(3), torch.zeros(3)))
+
+
+def test_complex_moments_merge_part_by_part():
+    x = torch.randn(20, 3, dtype=torch.complex128)
+    whole, one, other = (normalize(part)[1] for part in (x, x[:7], x[7:]))
+    torch.testing.assert_close(tuple(one.merge(other)), tuple(whole))
+    parts = torch.view_as_real(x).var(0, unbiased=False)
+    torch.testing.assert_close(torch.view_as_real(whole.rstd(1e-3)), (parts + 1e-3).rsqrt())
+    torch.testing.assert_close(normalize(x.conj())[1].mean, whole.mean.conj().resolve_conj())

@@ -15,7 +15,8 @@ from batchnorm.report import plots, rows
 from batchnorm.report.page import render
 
 EMPTY = Examples(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
-DATASET = Dataset("<made-up> data", EMPTY, EMPTY, EMPTY, fingerprint="")
+BATCH = Examples(torch.zeros(64, 1, 28, 28), torch.zeros(64, dtype=torch.int64))
+DATASET = Dataset("<made-up> data", BATCH, EMPTY, EMPTY, fingerprint="")
 PLAN = Plan(seeds=2, learning_rates=(0.01, 0.1, 1.0))
 
 
@@ -179,6 +180,31 @@ class TestVerdict:
         ]
         text = render(learning_rates.summarize(PLAN, DATASET, trainings, ""))
         assert "in widths of the first distribution: without BN diverged, diverged; with BN 0.10, 0.10." in text
+        assert "nothing to show" not in text
+
+    @pytest.mark.parametrize("arms", [["plain"], ["batch_norm"], ["plain", "batch_norm"]], ids=str)
+    @pytest.mark.parametrize("start", [[0.0, 1.0, 2.0], [None] * 3], ids=["finite", "not finite"])
+    def test_a_training_that_diverged_at_once_leaves_nothing_to_show(self, arms, start):
+        diverged = {
+            "steps": [0, 1],
+            "validation_accuracy": [0.1, 0.1],
+            "loss": [None, None],
+            "percentiles": [start, [None] * 3],
+            "gradient_norms": [[None] * 3] * 2,
+            "drift": None,
+            "steps_to_target": None,
+        }
+        trainings = [
+            dataclasses.replace(t, **diverged) if t.arm in arms and t.learning_rate == 0.1 else t
+            for t in made_up_result().trainings
+        ]
+        result = learning_rates.summarize(PLAN, DATASET, trainings, "")
+        assert plots.hidden_distribution(result).count("nothing to show") == len(arms)
+        gradients = plots.gradient_norms(result)
+        assert gradients.count("nothing to show") == len(arms)
+        for arm in arms:
+            assert f"{learning_rates.ARMS[arm]} diverged" in gradients
+        assert render(result)
 
 
 class TestRows:

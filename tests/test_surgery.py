@@ -185,7 +185,7 @@ def test_revert_leaves_what_torch_cannot_say(caplog):
         bn.BatchNorm1d(3, on_single="running"),
     )
     bn.revert(model)
-    assert [type(layer) for layer in model] == [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm1d, nn.BatchNorm1d]
+    assert [type(layer) for layer in model] == [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm1d, bn.BatchNorm1d]
     for reason in (
         "left 0: torch's layer has no activation",
         "left 1: torch has no BatchNorm",
@@ -244,3 +244,50 @@ def test_walk_ends_on_cycles_and_names_every_slot():
 def test_a_model_is_a_module(surgery):
     with pytest.raises(bn.errors.ArgumentError, match=r"must be a torch.nn.Module, but got list"):
         surgery([nn.BatchNorm1d(3)])
+
+
+@pytest.mark.parametrize("place", [0, 1, None], ids=["layer", "activation", "sequential"])
+def test_a_forward_of_its_own_keeps_them_apart(place):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+    module = model if place is None else model[place]
+    original = module.forward
+    module.forward = lambda x: original(x) * 2
+    x = torch.randn(4, 3)
+    expected = copy.deepcopy(model.state_dict()), model(x)
+    model.load_state_dict(expected[0])
+    torch.testing.assert_close(bn.convert(model)(x), expected[1])
+    assert type(model[1]) is nn.ReLU
+
+
+def test_an_exchanged_layer_does_not_lose_its_activation_silently():
+    model = bn.convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU()))
+    exchanged = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
+    with pytest.raises(bn.errors.StateError, match=r"ReLU\(\) must stand before it, but there is a SyncBatchNorm now"):
+        exchanged(torch.randn(4, 3))
+    model[1] = nn.Sequential(model[1])  # wrapped, it is still there
+    model(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("name", ["num_nonfinite_batches", "gamma", "keep_wide_statistics"])
+def test_names_with_a_meaning_in_ours_are_left(name):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    setattr(model[1], name, 3)
+    bn.convert(model)
+    assert [type(layer) for layer in model] == [bn.BatchNorm1d, nn.BatchNorm1d]
+
+
+@pytest.mark.parametrize("half", ["weight", "running_mean"])
+def test_mixed_dtypes_come_back(half):
+    layer = nn.BatchNorm1d(3)
+    getattr(layer, half).data = getattr(layer, half).data.half()
+    before = copy.deepcopy(layer.state_dict())
+    layer.keep = True
+    bn.convert(layer).keep_wide_statistics = True
+    torch.testing.assert_close(bn.revert(layer).state_dict(), before, rtol=0, atol=0)
+    assert "keep_wide_statistics" not in vars(layer)
+
+
+def test_a_model_cast_in_between_has_torchs_dtypes_afterwards():
+    layer = bn.revert(bn.convert(nn.BatchNorm1d(3)).bfloat16())
+    assert layer.running_mean.dtype == torch.bfloat16
+    layer(torch.randn(4, 3).bfloat16())

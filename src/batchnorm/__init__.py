@@ -7,8 +7,7 @@ from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.surgery import convert, revert
-
-__version__ = "0.1.0"
+from batchnorm.version import __version__
 
 __all__ = [
     "BatchNorm",
@@ -21,6 +20,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "__version__",
     "convert",
     "errors",
     "explain",

@@ -12,6 +12,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"Error: the command line needs {error.name}: pip install 'batchnorm[cli]'\n")
         sys.exit(2)
+    except KeyboardInterrupt:  # torch takes a second to load
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
     commands()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError
+from batchnorm.errors import ArgumentError, InputError
 from batchnorm.moments import Moments
 
 Row = tuple[float, ...]
@@ -165,11 +165,11 @@ def explain(
         grad_output: (m,), dL/dy; by default 1 for the first output and 0 for the others, so L = y₁.
 
     Raises:
+        ArgumentError: gamma, beta, eps or momentum is not a number.
         InputError: an argument is not as said here, or the numbers are too large for their squares to be finite.
     """
-    for name, number in (("gamma", gamma), ("beta", beta), ("eps", eps), ("momentum", momentum)):
-        if not math.isfinite(number):
-            raise InputError(f"{name} must be a finite number, got {number}")
+    gamma, beta = _number(gamma, "gamma"), _number(beta, "beta")
+    eps, momentum = _number(eps, "eps"), _number(momentum, "momentum")
     if eps <= 0:
         raise InputError(f"eps must be above 0, it keeps the division finite; got {eps:g}: leave it at 1e-5")
     if not 0 <= momentum <= 1:
@@ -210,10 +210,10 @@ def explain(
         )
     return Explanation(
         values=_numbers(x),
-        gamma=float(gamma),
-        beta=float(beta),
-        eps=float(eps),
-        momentum=float(momentum),
+        gamma=gamma,
+        beta=beta,
+        eps=eps,
+        momentum=momentum,
         sum=float(total),
         mean=float(mean),
         deviations=_numbers(deviation),
@@ -237,6 +237,19 @@ def explain(
     )
 
 
+def _number(value: float, name: str) -> float:
+    """The value as a float, also from NumPy or a tensor of one element."""
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        finite = False
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} must be one real number, got {value!r}: give one such as 0.5") from error
+    if not finite:
+        raise InputError(f"{name} must be a finite number, got {value}: give one such as 0.5")
+    return float(value)
+
+
 def _row(values: Sequence[float] | Tensor, name: str) -> Tensor:
     """The values as a float64 tensor (m,) of their own."""
     remedy = "give a flat list such as [0.8, 1.2, 0.9, 1.1]"
@@ -246,7 +259,7 @@ def _row(values: Sequence[float] | Tensor, name: str) -> Tensor:
             raise InputError(f"{name} must be real numbers, got {values.dtype}: explain the two parts one by one")
     try:
         row = torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{name} must be real numbers in one row, got {values!r}: {remedy}") from error
     if row.dim() != 1:
         raise InputError(f"{name} must be numbers in one row, got shape {tuple(row.shape)}: {remedy}")

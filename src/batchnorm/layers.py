@@ -6,6 +6,7 @@ so that code asking `isinstance(module, nn.BatchNorm2d)` finds them.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import ArgumentError, InputError
+from batchnorm.functional import check_residual
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics
@@ -52,7 +54,8 @@ class BatchNorm(_BatchNorm):
         on_single: what one value per channel does in training: "error" (torch), "running" normalizes it by the running statistics,
             "skip" by its own (its output is the bias); neither moves the running statistics.
         on_nonfinite: what a batch with NaN or Inf does to the running statistics: "skip" leaves them and counts the batch in
-            `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device).
+            `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device; where nothing can be waited
+            for, in compiled code, under `torch.func` and on the meta device, it is "skip").
 
     Attributes:
         weight, bias: (C,) parameters or None; `gamma` and `beta` are the same objects.
@@ -98,8 +101,7 @@ class BatchNorm(_BatchNorm):
         on_single: str = "error",
         on_nonfinite: str = "skip",
     ) -> None:
-        if not isinstance(num_features, int) or isinstance(num_features, bool):
-            raise ArgumentError(f"num_features must be an int, the number of channels, but got {num_features!r}")
+        num_features = _integer(num_features, "num_features")
         if num_features < 1:
             raise InputError(f"num_features must be at least 1, but got {num_features}; it is the number of channels")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -128,21 +130,23 @@ class BatchNorm(_BatchNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__({"gamma": "weight", "beta": "bias"}.get(name, name), value)
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__({"gamma": "weight", "beta": "bias"}.get(name, name))
+
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize; see the class for shapes and errors."""
         if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
-            return input.tracer.create_proxy("call_module", path, (input, residual, mask), {})  # pyright: ignore
-        if not isinstance(input, Tensor):
-            raise ArgumentError(
-                f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor"
-            )
+            given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+            return input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
         self._check_input_dim(input)
         if self.channel_axis == 1:
             return self.statistics(self, input, residual, mask)
-        x = input.movedim(self.channel_axis, 1)
-        residual = None if residual is None else residual.movedim(self.channel_axis, 1)
-        return self.statistics(self, x, residual, mask).movedim(1, self.channel_axis)
+        axis = self._axis(input)
+        if residual is not None:
+            check_residual(residual, input)
+            residual = residual.movedim(axis, 1)
+        return self.statistics(self, input.movedim(axis, 1), residual, mask).movedim(1, axis)
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, counters 0."""
@@ -168,23 +172,31 @@ class BatchNorm(_BatchNorm):
         ]
         return ", ".join([super().extra_repr(), *options])
 
+    def _axis(self, input: Tensor) -> int:
+        """The channel axis, counted from the front."""
+        if not -input.dim() <= self.channel_axis < input.dim():
+            raise InputError(f"channel_axis={self.channel_axis} is out of range for {input.dim()}D input")
+        axis = self.channel_axis % input.dim()
+        if axis == 0:
+            raise InputError(
+                f"channel_axis={self.channel_axis} of {input.dim()}D input is axis 0, the batch's; name another axis"
+            )
+        return axis
+
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
+        if _rank(input) < 2:
             raise InputError(
                 f"expected input of at least 2D, (N, C, *S) (got {input.dim()}D input); add the missing axis with unsqueeze"
             )
-        if not -input.dim() <= self.channel_axis < input.dim():
-            raise InputError(f"channel_axis={self.channel_axis} is out of range for {input.dim()}D input")
 
     def _set_options(self, **options: Any) -> None:
         for name, choices in _CHOICES.items():
             if options[name] not in choices:
                 raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {options[name]!r}")
-        if not isinstance(options["channel_axis"], int) or options["channel_axis"] == 0:
-            raise InputError(
-                f"channel_axis must be an axis other than 0, the batch's, but got {options['channel_axis']!r}"
-            )
-        if not callable(options["statistics"]):
+        options["channel_axis"] = _integer(options["channel_axis"], "channel_axis")
+        if options["channel_axis"] == 0:
+            raise InputError("channel_axis must be an axis other than 0, the batch's, but got 0")
+        if not callable(options["statistics"]) or isinstance(options["statistics"], type):
             raise InputError(
                 f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got "
                 f"{options['statistics']!r}"
@@ -253,6 +265,11 @@ class BatchNorm(_BatchNorm):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._widen_statistics({})
+        skipped, counter = self.num_nonfinite_batches, self.num_batches_tracked
+        if (
+            skipped is not None and counter is not None
+        ):  # not in the checkpoint: it counts anew, where the counter is now
+            self.num_nonfinite_batches = torch.zeros_like(counter)
 
 
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
@@ -277,11 +294,23 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
 
 
 def _expect_rank(input: Tensor, *ranks: int) -> None:
-    if input.dim() not in ranks:
+    if _rank(input) not in ranks:
         wanted = " or ".join(f"{rank}D" for rank in ranks)
         raise InputError(
             f"expected {wanted} input (got {input.dim()}D input); reshape it, or use batchnorm.BatchNorm, which takes any rank"
         )
+
+
+def _rank(input: Tensor) -> int:
+    if not isinstance(input, Tensor):
+        raise ArgumentError(f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor")
+    return input.dim()
+
+
+def _integer(value: Any, name: str) -> int:
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        return operator.index(value)
+    raise ArgumentError(f"{name} must be an int, but got {value!r}")
 
 
 def _is_wide(values: Tensor) -> bool:

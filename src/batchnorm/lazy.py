@@ -61,11 +61,14 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
             return
         self._check_input_dim(input)
         self.num_features = input.shape[self.channel_axis]
-        for value in (self.weight, self.bias, *(self._buffers[name] for name in STATISTICS)):
-            if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+        initial = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+        for name, start in initial.items():
+            value = getattr(self, name)
+            if isinstance(value, (UninitializedParameter, UninitializedBuffer)):  # others came from a checkpoint
                 value.materialize((self.num_features,))
+                with torch.no_grad():
+                    value.fill_(start)
         self._widen_statistics({})
-        self.reset_parameters()
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):

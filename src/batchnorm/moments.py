@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
@@ -23,7 +24,7 @@ class Moments(NamedTuple):
 
     Attributes:
         count: values per channel; an int, or a 0-d float64 tensor where a mask decides it.
-        mean: (C,), float64 where the device has it.
+        mean: (C,), float64 where the device has it; of complex input complex, one part each.
         m2: (C,), the same dtype: the sum of (x - mean)^2.
     """
 
@@ -41,6 +42,8 @@ class Moments(NamedTuple):
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(biased variance + eps), (C,): what the paper's Algorithm 1 multiplies by."""
+        if self.mean.is_complex():
+            return torch.view_as_complex((torch.view_as_real(self.variance()) + eps).rsqrt())
         return (self.variance() + eps).rsqrt()
 
     def detach(self) -> Moments:
@@ -59,10 +62,17 @@ class Moments(NamedTuple):
                 f"moments merge channel by channel, but one has shape {tuple(self.mean.shape)} and the other "
                 f"{tuple(other.mean.shape)}; merge moments of the same layer"
             )
+        if self.mean.is_complex():
+            merged = self._parts().merge(other._parts())
+            return Moments(merged.count, torch.view_as_complex(merged.mean), torch.view_as_complex(merged.m2))
         count = self.count + other.count
         share = other.count / at_least_one(count)
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
+
+    def _parts(self) -> Moments:
+        """Moments of the real and the imaginary parts, (C, 2)."""
+        return Moments(self.count, torch.view_as_real(self.mean), torch.view_as_real(self.m2))
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:

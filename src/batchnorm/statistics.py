@@ -13,6 +13,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import check_several_values, move_running_statistics, normalize, normalize_with, write
+from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.kernels import Activation
 from batchnorm.moments import Moments
 
@@ -117,10 +118,10 @@ def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mome
         unbiased=layer.running_variance == "unbiased",
         skip_nonfinite=layer.on_nonfinite != "propagate",
     )
-    if layer.on_nonfinite == "error" and finite is not None and not torch.compiler.is_compiling() and not finite:
+    if layer.on_nonfinite == "error" and finite is not None and _can_wait_for(finite) and not finite:
         raise InputError(
-            "the statistics of this batch are not finite, so its input holds NaN or Inf; the running statistics did not "
-            'move. Find the batch, or use on_nonfinite="skip" to pass over such batches'
+            f"the statistics of a batch must be finite in {running_mean.dtype}, but its input holds NaN or Inf, or values too "
+            'large; the running statistics did not move. Find the batch, or use on_nonfinite="skip" to pass over it'
         )
     moved = None if isinstance(moments.count, int) else moments.count > 1
     if finite is not None:
@@ -129,3 +130,7 @@ def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mome
             write(layer.num_nonfinite_batches, layer.num_nonfinite_batches + ~finite)
     if counter is not None:
         write(counter, counter + (1 if moved is None else moved))
+
+
+def _can_wait_for(value: Tensor) -> bool:
+    return not (value.is_meta or torch.compiler.is_compiling() or differentiated_by_torch())

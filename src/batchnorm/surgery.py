@@ -14,13 +14,12 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, StateError
 from batchnorm.kernels import from_module
 from batchnorm.layers import STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
@@ -36,36 +35,8 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _OPTIONS = ("activation", "statistics", "channel_axis", "running_variance", "on_single", "on_nonfinite")
-_HARMLESS = (
-    "on_single",
-    "on_nonfinite",
-)  # policies for batches torch refuses or is spoilt by; going back means torch's
-_NARROW = "_converted_from_dtype"
-
-
-class Absorbed(nn.Module):
-    """Stands where an activation stood that the batch norm before it now applies; returns its input.
-
-    It keeps the place, so that the names of a Sequential's children and the keys of its state_dict stay, and the original, for
-    `revert`.
-    """
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self._original = (
-            original,
-        )  # in a tuple, so that it is no child: a child would be visited by hooks, apply and repr
-
-    @property
-    def original(self) -> nn.Module:
-        """The activation that stood here."""
-        return self._original[0]
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input
-
-    def extra_repr(self) -> str:
-        return repr(self.original)
+_TAKEN = (*_OPTIONS, "num_nonfinite_batches", "keep_wide_statistics", "gamma", "beta")  # names with a meaning in ours
+_DTYPES = "_dtypes_before_conversion"
 
 
 class Slot(NamedTuple):
@@ -87,6 +58,43 @@ class Slot(NamedTuple):
         """Hang another module in this place, which is not the root."""
         assert self.parent is not None
         self.parent._modules[self.name] = module
+
+
+class Absorbed(nn.Module):
+    """Stands where an activation stood that the batch norm before it now applies; returns its input.
+
+    It keeps the place, so that the names of a Sequential's children and the keys of its state_dict stay, and the original, for
+    `revert`. Should the batch norm be exchanged (by torch's `convert_sync_batchnorm`, say), the activation would be lost: then it
+    raises a StateError.
+    """
+
+    def __init__(self, original: nn.Module, layer: Slot) -> None:
+        super().__init__()
+        # In tuples, so that they are no children: those would be visited by hooks, apply and repr.
+        self._original, self._layer = (original,), layer
+
+    @property
+    def original(self) -> nn.Module:
+        """The activation that stood here."""
+        return self._original[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input, which the layer before has activated already.
+
+        Raises:
+            StateError: if that layer is no longer there.
+        """
+        _, parent, name, layer = self._layer
+        there = None if parent is None else parent._modules.get(name)
+        if there is not layer and (there is None or all(module is not layer for module in there.modules())):
+            raise StateError(
+                f"the batch norm that applies {self.original} must stand before it, but there is a {type(there).__name__} "
+                "now; call batchnorm.revert before layers are exchanged, or convert with fuse=False"
+            )
+        return input
+
+    def extra_repr(self) -> str:
+        return repr(self.original)
 
 
 def walk(model: nn.Module) -> Iterator[Slot]:
@@ -114,7 +122,9 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
     Args:
         model: changed in place; it may be the layer itself.
         fuse: let a batch norm apply the activation that directly follows it in an `nn.Sequential`, in the same pass. They stay
-            apart where somebody could tell the difference: where either has hooks, or the batch norm hangs in several places.
+            apart where either has hooks or a forward of its own, or the batch norm hangs in several places. Code that reads the
+            output of the batch norm itself, by indexing, slicing or iterating over the Sequential or by a reference of its own,
+            would find it activated: use False there.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -129,9 +139,11 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
             continue
         _become(layer, _OURS[type(layer)])
         assert isinstance(layer, BatchNorm)
-        statistics = layer.running_mean
-        if statistics is not None and statistics.dtype in (torch.float16, torch.bfloat16):
-            layer.__dict__[_NARROW] = statistics.dtype
+        layer.__dict__[_DTYPES] = {
+            name: value.dtype
+            for name in ("weight", *STATISTICS)
+            if (value := getattr(layer, name)) is not None and not is_lazy(value)
+        }
         layer._prepare_buffers()
         logger.info("convert: %s is now batchnorm.%s", paths, type(layer).__name__)
     if fuse:
@@ -161,9 +173,9 @@ def revert(model: nn.Module) -> nn.Module:
         if reason:
             logger.warning("revert: left %s: %s", paths, reason)
             continue
-        _narrow_statistics(layer)
+        _restore_statistics_dtypes(layer)
         del layer.num_nonfinite_batches
-        for name in _OPTIONS:
+        for name in (*_OPTIONS, "keep_wide_statistics"):
             layer.__dict__.pop(name, None)
         _become(layer, _TORCHS[type(layer)])
         logger.info("revert: %s is now torch.nn.%s", paths, type(layer).__name__)
@@ -198,7 +210,11 @@ def _sequential_pairs(slots: list[Slot]) -> Iterator[tuple[Slot, Slot]]:
 
 
 def _is_sequential(parent: nn.Module | None) -> bool:
-    return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+    return (
+        isinstance(parent, nn.Sequential)
+        and type(parent).forward is nn.Sequential.forward
+        and "forward" not in parent.__dict__
+    )
 
 
 def _absorb_activations(slots: list[Slot]) -> None:
@@ -207,41 +223,48 @@ def _absorb_activations(slots: list[Slot]) -> None:
         layer, activation = before.module, from_module(after.module)
         if not isinstance(layer, BatchNorm) or activation is None or layer.activation is not None:
             continue
-        if places[id(layer)] > 1 or _has_hooks(layer) or _has_hooks(after.module):
-            reason = "the layer hangs in several places" if places[id(layer)] > 1 else "there are hooks between them"
+        if places[id(layer)] > 1 or _is_watched(layer) or _is_watched(after.module):
+            reason = (
+                "the layer hangs in several places" if places[id(layer)] > 1 else "one has hooks or its own forward"
+            )
             logger.info("convert: left %s and %s apart: %s", before.path, after.path, reason)
             continue
         layer.activation = activation
-        absorbed = Absorbed(after.module).train(after.module.training)
+        absorbed = Absorbed(after.module, before).train(after.module.training)
         after.hang(absorbed)
         logger.info("convert: %s now applies %s", before.path, activation)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of this very object, stand between it and its neighbor."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     lazy = isinstance(module, LazyModuleMixin)  # whose own pre-hook goes away with its first input
-    return any(hooks) and not (lazy and sum(map(len, hooks)) == 1)
+    return "forward" in module.__dict__ or (any(hooks) and not (lazy and sum(map(len, hooks)) == 1))
 
 
 def _not_convertible(layer: _BatchNorm) -> str | None:
     if type(layer) not in _OURS:
         return f"it is a {type(layer).__name__}, whose forward may differ"
-    taken = [name for name in _OPTIONS if hasattr(layer, name)]
+    if "forward" in layer.__dict__:
+        return "it has a forward of its own"
+    taken = [name for name in _TAKEN if hasattr(layer, name)]
     return f"it has an attribute {taken[0]!r} of its own, which means something else in ours" if taken else None
 
 
 def _not_revertible(layer: BatchNorm) -> str | None:
     if type(layer) not in _TORCHS:
         return f"torch has no {type(layer).__name__}"
-    beyond = [name for name in _OPTIONS if getattr(layer, name) != getattr(BatchNorm, name) and name not in _HARMLESS]
+    beyond = [name for name in _OPTIONS if getattr(layer, name) != getattr(BatchNorm, name)]
     return f"torch's layer has no {', '.join(beyond)}" if beyond else None
 
 
-def _narrow_statistics(layer: BatchNorm) -> None:
-    """Running statistics as torch keeps them: of the parameters' dtype, or of that they were converted from."""
-    recorded = layer.__dict__.pop(_NARROW, None)
-    dtype = recorded if layer.weight is None else layer.weight.dtype
+def _restore_statistics_dtypes(layer: BatchNorm) -> None:
+    """Running statistics as torch has them: those they came with, unless the model was cast since; then the parameters'."""
+    before = layer.__dict__.pop(_DTYPES, {})
+    weight = None if layer.weight is None else layer.weight.dtype
+    cast = weight != before.get("weight")
     for name in STATISTICS:
         buffer = layer._buffers.get(name)
-        if dtype is not None and buffer is not None and not isinstance(buffer, UninitializedBuffer):
+        dtype = weight if cast else before.get(name)
+        if dtype is not None and buffer is not None and not is_lazy(buffer):
             layer._buffers[name] = buffer.to(dtype)

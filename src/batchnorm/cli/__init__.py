@@ -24,6 +24,7 @@ from batchnorm.lab.experiments import learning_rates
 from batchnorm.lab.result import Result, Training, to_json, write
 from batchnorm.lab.runner import run
 from batchnorm.report.rows import summary_rows
+from batchnorm.version import __version__
 
 
 class UserError(click.ClickException):
@@ -33,18 +34,21 @@ class UserError(click.ClickException):
 
 
 class Commands(click.Group):
-    """Commands whose errors of ours are one line and exit code 2, without a traceback."""
+    """Commands whose errors of ours are one line and exit code 2, and Ctrl-C one line and 130, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and turn a `BatchNormError` into click's own kind."""
+        """Run the command, turn a `BatchNormError` into click's own kind, and an interrupt into its exit code."""
         try:
             return super().invoke(ctx)
         except BatchNormError as error:
             raise UserError(" ".join(str(error).split())) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
 
 
 @click.group("batchnorm", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version(), prog_name="batchnorm")
+@click.version_option(__version__, prog_name="batchnorm")
 def commands() -> None:
     """Batch normalization for PyTorch: see it work, and see how it works."""
 

@@ -15,6 +15,7 @@ import torch
 
 from batchnorm.env import version
 from batchnorm.errors import InputError
+from batchnorm.version import __version__
 
 SCHEMA = 1
 
@@ -133,7 +134,7 @@ class Result:
 def environment() -> dict[str, str]:
     """What a reader needs to know to make the numbers again: versions, the kind of machine, and when."""
     return {
-        "batchnorm": version(),
+        "batchnorm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -112,20 +112,22 @@ def hidden_distribution(result: Result) -> str:
     """Percentiles 15, 50 and 85 of what a typical unit of the last hidden activation receives (paper, figure 1b and c)."""
 
     def draw(figure: Figure) -> None:
-        ends: list[float] = []
         for axes, arm in _panels(figure, result):
             training, color = _common(result, arm)[0], COLORS[arm.name]
             drawn = [
                 (step, *row) for step, row in zip(training.steps, training.percentiles, strict=True) if None not in row
             ]
+            if len(drawn) < 2:  # one point is no line
+                _say_nothing_to_show(axes)
+                continue
             steps, low, middle, high = (list(column) for column in zip(*drawn, strict=True))
             axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
             axes.plot(steps, low, steps, high, color=color, linewidth=0.9)
             axes.plot(steps, middle, color=color, linewidth=2)
-            ends = [low[-1], middle[-1], high[-1]]
-        for end, name in zip(ends, ("15th", "median", "85th"), strict=True):  # beside the last panel
-            last = figure.axes[-1]
-            last.text(1.03, end, name, transform=last.get_yaxis_transform(), va="center", color=MUTED, fontsize=9.5)
+            if axes is figure.axes[-1]:
+                for row, name in ((low, "15th"), (middle, "median"), (high, "85th")):
+                    place = axes.get_yaxis_transform()
+                    axes.text(1.03, row[-1], name, transform=place, va="center", color=MUTED, fontsize=9.5)
         figure.axes[0].set_ylabel("input of the activation")
 
     def say(arm: Arm) -> str:
@@ -154,7 +156,11 @@ def gradient_norms(result: Result) -> str:
 
     def draw(figure: Figure) -> None:
         for axes, arm in _panels(figure, result):
-            steps, norms = zip(*means(arm), strict=True)
+            kept = means(arm)
+            if not kept:
+                _say_nothing_to_show(axes)
+                continue
+            steps, norms = zip(*kept, strict=True)
             for number, (layer, line) in enumerate(zip(zip(*norms, strict=True), LAYER_LINES, strict=True), start=1):
                 axes.plot(steps, layer, label=f"layer {number}", linewidth=1.5, color=COLORS[arm.name], linestyle=line)
                 axes.plot(steps[0], layer[0], marker="o", markersize=4.5, color=COLORS[arm.name])
@@ -166,7 +172,10 @@ def gradient_norms(result: Result) -> str:
         figure.axes[0].set_ylabel("gradient norm")
 
     def say(arm: Arm) -> str:
-        _, initial = means(arm)[0]
+        kept = means(arm)
+        if not kept:
+            return "diverged"
+        _, initial = kept[0]
         return ", ".join(f"layer {number} {norm:.2g}" for number, norm in enumerate(initial, start=1))
 
     title = "Gradient norm of each layer's weights against the step; at initialization"
@@ -189,6 +198,11 @@ def _panels(figure: Figure, result: Result) -> list[tuple[Axes, Arm]]:
     for axes, arm in zip(row, result.arms, strict=True):
         axes.set(title=arm.label, xlabel="step")
     return list(zip(row, result.arms, strict=True))
+
+
+def _say_nothing_to_show(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "nothing to show:\nit diverged at once", transform=axes.transAxes, ha="center", color=MUTED)
+    axes.set_xticks([])
 
 
 def _description(title: str, result: Result, say: Callable[[Arm], str]) -> str:

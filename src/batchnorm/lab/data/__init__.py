@@ -13,7 +13,7 @@ def load(directory: str | Path | None = None) -> Dataset:
     Load MNIST's four IDX files from `directory`, or scikit-learn's bundled digits when there is none.
 
     Raises:
-        InputError: a file is missing or is not what its name says.
+        InputError: a file is missing, is not what its name says, or shows nothing.
         MissingExtraError: scikit-learn is not installed.
     """
     return digits.load() if directory is None else idx.load(Path(directory))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchnorm.errors import InputError
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -35,7 +37,18 @@ class Dataset:
     fingerprint: str
 
     def standardized(self) -> "Dataset":
-        """The same data with the mean and the standard deviation of all training pixels taken out of every part."""
+        """
+        The same data with the mean and the standard deviation of all training pixels taken out of every part.
+
+        Raises:
+            InputError: the training pixels are all the same.
+        """
+        low, high = self.train.images.aminmax()
+        if low == high:  # rounding may leave a deviation above 0
+            raise InputError(
+                f"training images must show something; every pixel of all {len(self.train)} in the {self.name} is "
+                f"{float(low):g} of 1: give other images"
+            )
         deviation, mean = torch.std_mean(self.train.images)
 
         def standardize(part: Examples) -> Examples:

@@ -26,7 +26,7 @@ def load(directory: Path) -> Dataset:
     the test files are used whole.
 
     Raises:
-        InputError: a file is missing, is not IDX, or the files contradict each other.
+        InputError: a file is missing, is not IDX, or the files contradict each other or show nothing.
     """
     if not directory.is_dir():
         raise InputError(f"--data must be a folder with MNIST's IDX files; there is no folder {directory}")

@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from batchnorm.errors import InputError
 from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.result import Arm, Claim, Result, Training, environment
@@ -52,7 +53,16 @@ class Plan:
         return cls(seeds or 3)
 
     def jobs(self, dataset: Dataset) -> list[Job]:
-        """Every training, the common learning rate first and the others outward from it, both arms side by side."""
+        """Every training, the common learning rate first and the others outward from it, both arms side by side.
+
+        Raises:
+            InputError: the training images do not fill a batch.
+        """
+        if len(dataset.train) < self.batch_size:
+            raise InputError(
+                f"at least one batch of {self.batch_size} images must be left to learn from; of the {dataset.name} "
+                f"{len(dataset.train)} are, beside {len(dataset.validation)} to validate: give more training images"
+            )
         outward = sorted(self.learning_rates, key=lambda rate: abs(math.log(rate / COMMON)))
         return [
             Job(

@@ -1,0 +1,219 @@
+"""Batch normalization as functions: torch's `batch_norm` and its parts, over the kernels' verbs.
+
+Which way a call goes, in this order (the checks together cost less than a microsecond):
+
+1. a `torch.func` transform or forward-mode AD is active: the verbs in plain torch, differentiated by torch itself, to any order;
+2. `torch.export` and `torch.jit.trace`: torch's own operator where it says the same, so that exporters see a batch norm;
+3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward, and beside a residual
+   what the activation's derivative is read off: y, which the next layer keeps anyway, or the residual.
+   Its backward, when it is itself to be differentiated, goes through plain torch again;
+4. nothing needs a gradient: the kernel alone.
+
+The statistics of complex input are those of its real and imaginary parts apart (the "naive" normalization of Trabelsi et al. 2018,
+"Deep Complex Networks", section 3.5); parameters and buffers are then complex too, one part each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm import kernels
+from batchnorm.errors import InputError, StateError
+from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
+from batchnorm.functional.checks import check_input, check_residual, check_several_values, epilogue_of
+from batchnorm.functional.parts import (
+    channels_as_parts,
+    parts_as_channels,
+    parts_of_buffer,
+    parts_of_parameter,
+    vector_as_complex,
+)
+from batchnorm.functional.running import move_running_statistics, write
+from batchnorm.kernels import Activation, Epilogue, eager
+from batchnorm.moments import Moments
+
+__all__ = [
+    "batch_norm",
+    "check_input",
+    "check_residual",
+    "check_several_values",
+    "move_running_statistics",
+    "normalize",
+    "normalize_with",
+    "write",
+]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | nn.Module | Activation | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` with its signature and effects, and more in the same pass.
+
+    Args:
+        input: (N, C, *S), floating or complex, any strides.
+        running_mean: (C,), used in inference, moved in training; None in training moves nothing.
+        running_var: (C,), likewise; moved by the unbiased variance, as in torch.
+        weight: gamma, (C,).
+        bias: beta, (C,).
+        training: normalize with the statistics of `input` rather than with the running ones.
+        momentum: the weight of the new value in the running statistics. A 0-d tensor will do.
+        eps: added to the variance, in units of input squared; positive in training.
+        activation: applied last: a name of `kernels.activation.NAMES`, or torch's module of it.
+        residual: added before the activation; input's shape.
+        mask: bool, (N, *S) or broadcastable to it; True counts. Where False, the output is 0 and no gradient flows.
+
+    Returns:
+        activation(weight · (input - mean) / sqrt(variance + eps) + bias + residual), of input's shape and dtype.
+
+    Raises:
+        InputError: on one value per channel in training, on eps out of range, on running statistics missing in inference.
+        ShapeError: on sizes that do not fit together.
+        DTypeError: on an integer or boolean input.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise InputError("running_mean and running_var must either both be None or neither be None; pass both or none")
+    check_input(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    if training:
+        check_several_values(input)
+        output, moments = normalize(input, weight, bias, eps, activation=activation, residual=residual, mask=mask)
+        if running_mean is not None and running_var is not None:
+            move_running_statistics(running_mean, running_var, moments, momentum)
+        return output
+    if running_mean is None or running_var is None:
+        raise StateError(
+            "running_mean must be defined in evaluation mode, and so must running_var, but got None; "
+            "pass the running statistics, or training=True to use those of the batch"
+        )
+    return normalize_with(
+        input, running_mean, running_var, weight, bias, eps, activation=activation, residual=residual, mask=mask
+    )
+
+
+def normalize(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | nn.Module | Activation | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Moments]:
+    """Normalize with the statistics of `input` itself, and return them; touches no buffer.
+
+    Takes the arguments of `batch_norm`. The moments are detached: the gradient of the output flows through the statistics, but
+    a loss of the moments themselves needs `Moments` of its own.
+
+    Raises:
+        InputError, ShapeError, DTypeError: as `batch_norm`.
+    """
+    check_input(input, {"weight": weight, "bias": bias})
+    if eps <= 0.0:
+        raise InputError(f"batch_norm eps must be positive during training, but got {eps}; the default is 1e-5")
+    if input.is_complex():
+        output, moments = normalize(
+            parts_as_channels(input),
+            parts_of_parameter(weight),
+            parts_of_parameter(bias),
+            eps,
+            activation=activation,
+            residual=None if residual is None else _residual_parts(residual, input),
+            mask=mask,
+        )
+        return channels_as_parts(output), Moments(
+            moments.count, vector_as_complex(moments.mean), vector_as_complex(moments.m2)
+        )
+    if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
+        return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
+    epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
+    if differentiated_by_torch() or exporting():
+        output, moments, _ = eager.forward(input, eps, epilogue)
+        return output, moments.detach()
+    if needs_grad(input, epilogue):
+        output, *moments = Normalize.apply(input, None, None, eps, *distinct(input, epilogue))
+        return output, Moments(*moments)
+    return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
+
+
+def normalize_with(
+    input: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | nn.Module | Activation | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Normalize with given statistics, which are constants: no gradient flows into `mean` and `variance`, each (C,).
+
+    Takes the other arguments of `batch_norm`; eps may be 0 here.
+
+    Raises:
+        InputError, ShapeError, DTypeError: as `batch_norm`.
+    """
+    check_input(input, {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias})
+    if eps < 0.0:
+        raise InputError(
+            f"batch_norm eps must be non-negative with given statistics, but got {eps}; the default is 1e-5"
+        )
+    if input.is_complex():
+        output = normalize_with(
+            parts_as_channels(input),
+            parts_of_buffer(mean),
+            parts_of_buffer(variance),
+            parts_of_parameter(weight),
+            parts_of_parameter(bias),
+            eps,
+            activation=activation,
+            residual=None if residual is None else _residual_parts(residual, input),
+            mask=mask,
+        )
+        return channels_as_parts(output)
+    if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
+        return input.clone()
+    epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
+    if exporting() and _torch_says_the_same(input, mean, variance, epilogue):
+        return _by_torch(input, mean, variance, eps, epilogue)
+    wide = eager.wide_dtype(input)
+    # A copy even where the dtype is wide already: the caller's buffers may move before the backward.
+    mean, rstd = mean.detach().to(wide, copy=True), (variance.detach().to(wide) + eps).rsqrt()
+    if differentiated_by_torch() or exporting():
+        return eager.normalize(input, mean, rstd, epilogue)
+    if needs_grad(input, epilogue):
+        return Normalize.apply(input, mean, rstd, eps, *distinct(input, epilogue))[0]
+    return kernels.select(input, epilogue).normalize(input, mean, rstd, epilogue)
+
+
+def _residual_parts(residual: Tensor, input: Tensor) -> Tensor:
+    check_residual(residual, input)
+    return parts_as_channels(residual)
+
+
+def _torch_says_the_same(input: Tensor, mean: Tensor, variance: Tensor, epilogue: Epilogue) -> bool:
+    """Whether torch's operator takes these dtypes: all alike, or float32 beside half-precision input."""
+    dtypes = {value.dtype for value in (mean, variance, epilogue.weight, epilogue.bias) if value is not None}
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return epilogue.mask is None and (dtypes == {input.dtype} or (half and dtypes == {torch.float32}))
+
+
+def _by_torch(input: Tensor, mean: Tensor, variance: Tensor, eps: float, epilogue: Epilogue) -> Tensor:
+    output = F.batch_norm(input, mean, variance, epilogue.weight, epilogue.bias, False, 0.0, eps)
+    if epilogue.residual is not None:
+        output = output + epilogue.residual
+    return output if epilogue.activation is None else epilogue.activation(output)

@@ -1,0 +1,149 @@
+"""The one autograd node over the kernels' verbs, and which calls go another way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm import kernels
+from batchnorm.kernels import Activation, Epilogue, eager
+
+
+def differentiated_by_torch() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def needs_grad(input: Tensor, epilogue: Epilogue) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad or any(value is not None and value.requires_grad for value in epilogue[:3])
+    )
+
+
+def distinct(input: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
+    """The epilogue's fields as `Normalize` takes them; while compiling no tensor comes twice, which Dynamo cannot trace."""
+    fields = [epilogue.weight, epilogue.bias, epilogue.residual, epilogue.mask, epilogue.activation]
+    if torch.compiler.is_compiling():
+        seen = [input]
+        for i, value in enumerate(fields[:3]):
+            if isinstance(value, Tensor):
+                fields[i] = value.view_as(value) if any(value is other for other in seen) else value
+                seen.append(value)
+    return tuple(fields)
+
+
+class Normalize(torch.autograd.Function):
+    """The one autograd node: `mean` and `rstd` given are constants; None means the batch's own."""
+
+    @staticmethod
+    def forward(  # the epilogue's fields come one by one: autograd only sees tensors that are arguments themselves
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: Activation | None,
+    ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
+        epilogue = Epilogue(weight, bias, residual, mask, activation)
+        kernel = kernels.select(x, epilogue)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
+        ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, mean is not None
+        if mean is not None and rstd is not None:
+            ctx.count = None
+            y = kernel.normalize(x, mean, rstd, epilogue)
+            ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
+            return y, None, None, None
+        y, moments, rstd = kernel.forward(x, eps, epilogue)
+        masked_count = moments.count if isinstance(moments.count, Tensor) else None
+        ctx.count = None if masked_count is not None else moments.count
+        kept = _kept_of_residual(epilogue, y)
+        ctx.save_for_backward(x, moments.mean, rstd, weight, kept_bias, *kept, mask, masked_count)
+        ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
+        return y, moments.count, moments.mean, moments.m2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = grads[0]  # the moments are not differentiable
+        if dy is None:
+            return (None,) * 9
+        x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
+        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            given = (mean, rstd) if ctx.constant_statistics else None
+            dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue)
+            if ctx.activation is None and ctx.needs_input_grad[5]:
+                dbias = _counted(dy, mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
+        else:
+            count = ctx.count if masked_count is None else masked_count
+            if differentiated_by_torch():  # vmap over dy: a batch of gradients at once
+                kernel = eager
+            else:
+                kernel, dy = ctx.kernel, _in_layout_of(x, dy)
+            dx, dresidual, sum_grad, sum_grad_xhat = kernel.backward(
+                dy, x, mean, rstd, epilogue, count, needs_input_grad=ctx.needs_input_grad[0]
+            )
+            dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
+            dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
+        if ctx.activation is None and ctx.needs_input_grad[6]:
+            dresidual = _counted(dy, mask)
+        return dx, None, None, None, dweight, dbias, dresidual, None, None
+
+
+def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:
+    return dy if mask is None else torch.where(mask, dy, 0)
+
+
+def _kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
+    if epilogue.residual is None or epilogue.activation is None:
+        return None, None
+    return (None, y) if epilogue.activation.derivative_from_output else (epilogue.residual, None)
+
+
+def _differentiable_backward(
+    dy: Tensor, x: Tensor, given: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
+
+    Each input is taken by a fresh alias: where weight was itself computed from x, the gradient of x must not run through weight.
+    An activation whose derivative is read off y is made of straight lines: there the derivative is a constant.
+    """
+    x = x.view_as(x)
+    weight, bias, residual = (None if value is None else value.view_as(value) for value in epilogue[:3])
+    inputs = (x, weight, bias, residual)
+    activation, output, mask = epilogue.activation, epilogue.output, epilogue.mask
+    if activation is not None and output is not None:
+        dy = dy * activation.derivative(output.detach())
+        activation = None
+    epilogue = Epilogue(weight, bias, residual, mask, activation)
+    y = eager.forward(x, eps, epilogue)[0] if given is None else eager.normalize(x, *given, epilogue)
+    wanted = [value for value in inputs if value is not None and value.requires_grad]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)) if wanted else iter(())
+    dx, dweight, dbias, dresidual = (
+        next(grads) if value is not None and value.requires_grad else None for value in inputs
+    )
+    if output is not None:
+        dresidual = _counted(dy, mask)
+    return [dx, dweight, dbias, dresidual]
+
+
+def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
+    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own.
+
+    Out of place, since dy may be a batch of gradients (`is_grads_batched`), which cannot be written into one.
+    """
+    if torch.compiler.is_compiling() or dy.stride() == x.stride():
+        return dy
+    return torch.zeros_like(x, dtype=dy.dtype) + dy

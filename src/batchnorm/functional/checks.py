@@ -1,0 +1,100 @@
+"""What the functions refuse, and in which words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import kernels
+from batchnorm.errors import ArgumentError, DTypeError, InputError, ShapeError
+from batchnorm.kernels import Activation, Epilogue
+
+
+def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None:
+    """Refuse an input that has no channels to normalize, or parameters and buffers of another number of channels.
+
+    Raises:
+        ArgumentError, DTypeError, ShapeError: saying what came.
+    """
+    if not isinstance(input, Tensor):
+        raise ArgumentError(f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor")
+    if not (input.is_floating_point() or input.is_complex()) or input.element_size() < 2:
+        raise DTypeError(
+            f'"batch_norm" not implemented for {input.dtype}: input must be floating or complex, at least 16 bits wide; '
+            "convert it, for example with input.float()"
+        )
+    if input.dim() < 2 and input.numel() > 0:
+        raise ShapeError(
+            f"input must have a batch axis and a channel axis, (N, C, *S), but got shape {tuple(input.shape)}; "
+            "add the missing axis with unsqueeze"
+        )
+    channels = input.shape[1] if input.dim() > 1 else 0
+    for name, values in channel_values.items():
+        if values is not None and (values.dim() != 1 or values.shape[0] != channels):
+            raise ShapeError(
+                f"{name} should contain {channels} elements not {values.numel()}: one for each channel of the input, seen "
+                f"as (N, C, *S) = {tuple(input.shape)}, but it has shape {tuple(values.shape)}"
+            )
+
+
+def check_several_values(input: Tensor) -> None:
+    """Refuse to learn statistics from one value per channel: its variance is 0 and its output would be the bias.
+
+    Raises:
+        InputError: saying what to do about it.
+    """
+    if input.dim() > 1 and input.shape[1] > 0 and input.numel() == input.shape[1]:
+        raise InputError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: a single value has "
+            "no variance. Use a larger batch (drop_last=True in the DataLoader), call .eval() on the layer, or give it "
+            'on_single="running"'
+        )
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
+    """Refuse a residual that cannot be added to the normalized input.
+
+    Raises:
+        ArgumentError, DTypeError, ShapeError: saying what came.
+    """
+    if not isinstance(residual, Tensor):
+        raise ArgumentError(f"residual must be a tensor of the input's shape, but got {type(residual).__name__}")
+    if residual.shape != input.shape:
+        raise ShapeError(
+            f"residual must have the input's shape {tuple(input.shape)}, but has {tuple(residual.shape)}; "
+            "expand it, or add it outside the layer"
+        )
+    if residual.is_complex() != input.is_complex() or not (residual.is_floating_point() or residual.is_complex()):
+        raise DTypeError(
+            f"residual must be {'complex' if input.is_complex() else 'floating'} as the input is, but got {residual.dtype}"
+        )
+
+
+def epilogue_of(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | nn.Module | Activation | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+) -> Epilogue:
+    if residual is not None:
+        check_residual(residual, input)
+    if mask is not None:
+        mask = _mask_along_channels(mask, input)
+    return Epilogue(weight, bias, residual, mask, kernels.parse(activation))
+
+
+def _mask_along_channels(mask: Tensor, input: Tensor) -> Tensor:
+    """(N, *S), or what broadcasts to it, as (N, 1, *S)."""
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(f"mask must be a boolean tensor, but got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise DTypeError(f"mask must be boolean, True where a value counts, but got {mask.dtype}; use mask.bool()")
+    wanted = (input.shape[0], *input.shape[2:])
+    padded = (1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)
+    if len(padded) != len(wanted) or any(m not in (1, w) for m, w in zip(padded, wanted, strict=True)):
+        raise ShapeError(
+            f"mask must broadcast to the input without its channel axis, {tuple(wanted)}, but has shape {tuple(mask.shape)}"
+        )
+    return mask.reshape(padded).unsqueeze(1)

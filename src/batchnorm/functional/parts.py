@@ -1,0 +1,42 @@
+"""Complex tensors as real ones: each part a channel of its own.
+
+The statistics of complex input are those of its real and imaginary parts apart (the "naive" normalization of Trabelsi et al. 2018,
+"Deep Complex Networks", section 3.5); parameters and buffers are then complex too, one part each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import DTypeError
+
+
+def parts_as_channels(x: Tensor) -> Tensor:
+    """(N, C, *S) complex as (N, 2C, *S) real: channel 2c is the real part of channel c, 2c + 1 its imaginary part."""
+    return torch.view_as_real(x.resolve_conj()).movedim(-1, 2).flatten(1, 2)
+
+
+def channels_as_parts(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(1, (-1, 2)).movedim(2, -1).contiguous())
+
+
+def parts_of_parameter(values: Tensor | None) -> Tensor | None:
+    """(C,) as (2C,): a complex parameter has one value for each part, a real one the same for both."""
+    if values is None:
+        return None
+    return torch.view_as_real(values.resolve_conj()).flatten() if values.is_complex() else values.repeat_interleave(2)
+
+
+def parts_of_buffer(values: Tensor) -> Tensor:
+    """(C,) complex as a (2C,) view that writes through."""
+    if not values.is_complex():
+        raise DTypeError(
+            "statistics of complex input must be complex, one part each, and of real input real, but a complex tensor met "
+            f"one of {values.dtype}; build the layer with the input's dtype"
+        )
+    return torch.view_as_real(values).view(-1)
+
+
+def vector_as_complex(values: Tensor) -> Tensor:
+    return torch.view_as_complex(values.view(-1, 2))

@@ -1,0 +1,120 @@
+"""Running statistics: one step of the moving averages, from eager code, compiled code and torch.func alike."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] (a C module)
+from torch._C._functorch import TransformType  # pyright: ignore[reportMissingImports] (a C module)
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+
+from batchnorm.errors import ArgumentError, StateError
+from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional.parts import parts_of_buffer
+from batchnorm.kernels import cpu
+from batchnorm.moments import Moments
+
+
+@torch.no_grad()
+def move_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    momentum: float | Tensor = 0.1,
+    *,
+    unbiased: bool = True,
+    skip_nonfinite: bool = False,
+) -> Tensor | None:
+    """One step of the moving averages, in place: running = (1 - momentum) · running + momentum · batch.
+
+    Computed in the moments' dtype and rounded once. Where a mask leaves fewer than two values, or the batch is empty, nothing
+    moves: there is no variance to learn from. No host synchronization.
+
+    Args:
+        running_mean: (C,), any floating dtype.
+        running_var: (C,), any floating dtype.
+        moments: of the batch.
+        momentum: the weight of the batch; a number or a 0-d tensor.
+        unbiased: follow the unbiased variance (torch, and the paper's section 3.1) or the biased one (Keras, Flax).
+        skip_nonfinite: let a batch pass by whose statistics are not finite in the buffers' dtype, whole or not at all.
+
+    Returns:
+        0-d bool, whether the statistics were finite; None if that was not asked for.
+
+    Raises:
+        StateError: under `torch.vmap`, if the batch statistics differ from slice to slice and the buffers do not.
+    """
+    count = moments.count
+    if isinstance(count, int) and count == 0:
+        return None
+    if not isinstance(momentum, (Real, Tensor)):
+        raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
+    if running_mean.is_complex() or moments.mean.is_complex():
+        running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
+        moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
+    if isinstance(momentum, float) and cpu.moves(running_mean, running_var, moments) and not differentiated_by_torch():
+        finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite)
+        return finite if skip_nonfinite else None
+    pairs = ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
+    finite = None
+    moves = None if isinstance(count, int) else count > 1
+    if skip_nonfinite:
+        finite = torch.stack([value.to(running.dtype).isfinite().all() for running, value in pairs]).all()
+        moves = finite if moves is None else moves & finite
+    steps = []
+    for running, value in pairs:
+        old = running.to(value.dtype)
+        step = (1 - momentum) * old + momentum * value
+        steps.append((running, step if moves is None else torch.where(moves, step, old)))
+    for buffer, value in steps:
+        _check_writable(buffer, value)
+    for buffer, value in steps:
+        write(buffer, value)
+    return finite
+
+
+def write(buffer: Tensor, value: Tensor) -> None:
+    """`buffer.copy_(value)`, also from inside `torch.func.grad`, which refuses to write to a tensor it did not get as an argument.
+
+    A buffer holds values, never gradients: what is written is what lies below the gradient levels.
+
+    Raises:
+        StateError: under `torch.vmap`, if the value differs from slice to slice and the buffer does not.
+    """
+    if forward_ad._current_level >= 0:
+        value = forward_ad.unpack_dual(value).primal
+    if not differentiated_by_torch() or not _only_gradient_levels():
+        _check_writable(buffer, value)
+        buffer.copy_(value)
+        return
+    with temporarily_clear_interpreter_stack():
+        _below_gradient_levels(buffer).copy_(_below_gradient_levels(value))
+
+
+def _check_writable(buffer: Tensor, value: Tensor) -> None:
+    if not differentiated_by_torch():
+        return
+    if functorch.is_batchedtensor(_below_gradient_levels(value)) > functorch.is_batchedtensor(
+        _below_gradient_levels(buffer)
+    ):
+        raise StateError(
+            "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
+            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
+            "call batchnorm.functional.normalize, which returns the moments"
+        )
+
+
+def _only_gradient_levels() -> bool:
+    """Whether every active `torch.func` transform is one that differentiates: grad, vjp, jvp."""
+    return all(
+        level.key() in (TransformType.Grad, TransformType.Jvp) for level in retrieve_all_functorch_interpreters()
+    )
+
+
+def _below_gradient_levels(value: Tensor) -> Tensor:
+    while functorch.is_gradtrackingtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
