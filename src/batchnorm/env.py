@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from batchnorm import kernels
 from batchnorm.kernels import Activation, Epilogue, cpu
+from batchnorm.version import __version__
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ADVICE = "THP_MEM_ALLOC_ENABLE"
@@ -85,15 +85,7 @@ def environment() -> Environment:
 
 def versions() -> dict[str, str]:
     """Of this library, torch and Python."""
-    return {"batchnorm": version(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def version() -> str:
-    """The installed version of batchnorm."""
-    try:
-        return metadata.version("batchnorm")
-    except metadata.PackageNotFoundError:
-        return "from a source tree"
+    return {"batchnorm": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def cores() -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 from batchnorm.cli.bench import bench_command
 from batchnorm.cli.common import command_line, progress_bar
 from batchnorm.cli.env import env_command
-from batchnorm.env import cores, version
+from batchnorm.env import cores
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import explain
 from batchnorm.lab import extras

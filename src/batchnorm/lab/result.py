@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from batchnorm.env import version
 from batchnorm.errors import InputError
 from batchnorm.version import __version__
 
