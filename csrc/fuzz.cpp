@@ -1,0 +1,114 @@
+// Every verb on random shapes, under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`): each tensor is a heap block
+// of exactly its size, at every alignment its dtype allows. Two threads must give one thread's bits.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "api.h"
+
+using namespace batchnorm;
+
+namespace {
+
+std::mt19937 numbers(0);
+
+int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[numbers() % values.size()]; }
+
+// `size` bytes that begin `shift` bytes into a heap block and end where it does.
+class Block {
+  public:
+    Block(int64_t size, int64_t shift) : bytes((char*)malloc(size + shift)), size(size), shift(shift) {
+        for (int64_t i = 0; i < size + shift; ++i) bytes[i] = (char)(numbers() % 64);
+    }
+    ~Block() { free(bytes); }
+    Block(const Block&) = delete;
+
+    void* data() { return bytes + shift; }
+    void fill(double value, Dtype dtype, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            const double noisy = value + (double)(numbers() % 1000) / 250.0 - 2.0;
+            if (dtype == Dtype::float64) ((double*)data())[i] = noisy;
+            if (dtype == Dtype::float32) ((float*)data())[i] = (float)noisy;
+            if (dtype == Dtype::bfloat16) ((uint16_t*)data())[i] = (uint16_t)(0x3f80 + numbers() % 256);
+            if (dtype == Dtype::float16) ((uint16_t*)data())[i] = (uint16_t)(0x3c00 + numbers() % 1024);
+        }
+    }
+    uint64_t hash() const {
+        uint64_t value = 14695981039346656037u;
+        for (int64_t i = 0; i < size; ++i) value = (value ^ (uint8_t)bytes[shift + i]) * 1099511628211u;
+        return value;
+    }
+
+  private:
+    char* bytes;
+    int64_t size, shift;
+};
+
+void fuzz_one() {
+    Task task = {};
+    task.verb = (Verb)(numbers() % 6);
+    task.dtype = (Dtype)(numbers() % 4);
+    task.interleaved = numbers() % 2;
+    task.N = one_of({1, 2, 3, 17, 64});
+    task.C = one_of({1, 2, 3, 13, 64, 65, 131});
+    task.S = one_of({1, 2, 15, 16, 17, 49, 101, 196, 1031});
+    if (numbers() % 16 == 0) task.N = 1, task.C = one_of({1, 2}), task.S = 140001;
+    const int64_t values = task.N * task.C * task.S, size = task.dtype == Dtype::float64   ? 8
+                                                            : task.dtype == Dtype::float32 ? 4
+                                                                                           : 2;
+    const bool backward = task.verb == Verb::backward || task.verb == Verb::input_grad || task.verb == Verb::reduce_grad;
+    const int64_t shift = numbers() % 2 ? 64 : size * (numbers() % 32);
+    Block x(values * size, shift), dy(values * size, shift), residual(values * size, shift), mask(task.N * task.S, 0);
+    x.fill(3.0, task.dtype, values), dy.fill(0.0, task.dtype, values), residual.fill(1.0, task.dtype, values);
+    for (int64_t i = 0; i < task.N * task.S; ++i) ((uint8_t*)mask.data())[i] = numbers() % 4 != 0;
+    task.x = x.data();
+    if (backward) task.dy = dy.data();
+    if (numbers() % 2 && task.verb != Verb::moments) task.residual = residual.data();
+    task.residual_is_output = backward && task.residual && numbers() % 2;
+    if (numbers() % 3 == 0) task.mask = (uint8_t*)mask.data();
+    task.count = (double)(task.N * task.S), task.eps = 1e-5;
+    task.activation = (Activation)(numbers() % 8), task.slope = 0.01;
+    task.stream = numbers() % 2;
+
+    uint64_t first = 0;
+    std::vector<double> weight(task.C, 1.25), bias(task.C, 0.5), zeros(task.C, 0.0);
+    for (int threads = 1; threads <= 3; ++threads) {
+        std::vector<double> mean(task.C, 3.0), m2(task.C), rstd(task.C, 0.5), sum(task.C), product(task.C);
+        Block output(values * size, shift), dresidual(values * size, shift);
+        task.weight = weight.data(), task.bias = bias.data();
+        task.mean = mean.data(), task.m2 = m2.data(), task.rstd = task.verb == Verb::moments ? nullptr : rstd.data();
+        task.sum_grad = sum.data(), task.sum_grad_xhat = product.data();
+        task.mean_grad = task.mean_grad_xhat = zeros.data();
+        const bool maps = task.verb != Verb::moments && task.verb != Verb::reduce_grad;
+        task.output = maps ? output.data() : nullptr;
+        task.dresidual = backward && maps && task.residual ? dresidual.data() : nullptr;
+        task.threads = threads;
+        Task call = task;
+        run(call);
+        uint64_t bits = maps ? output.hash() : 0;
+        if (task.dresidual) bits = bits * 31 + dresidual.hash();
+        for (const auto* values : {&mean, &m2, &rstd, &sum, &product})
+            for (double value : *values) {
+                uint64_t word;
+                memcpy(&word, &value, sizeof word);
+                bits = bits * 31 + word;
+            }
+        if (threads == 1) first = bits;
+        if (bits != first) {
+            printf("verb %d, dtype %d, (%ld, %ld, %ld), interleaved %d: other bits on %d threads\n", (int)task.verb,
+                   (int)task.dtype, (long)task.N, (long)task.C, (long)task.S, task.interleaved, threads);
+            exit(1);
+        }
+    }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+    const int runs = arguments[1] ? atoi(arguments[1]) : 1000;
+    for (int i = 0; i < runs; ++i) fuzz_one();
+    printf("%d calls, %s: nothing found\n", runs, instruction_set());
+}
