@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint docs sanitize clean
+.PHONY: demo bench test lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train the tutorial's network with and without batch normalization (runs/demo/report.html)"
+	@echo "make bench  measure against the byte limit and against the others (runs/bench/report.html)"
 	@echo "make test   run the tests with coverage"
 	@echo "make lint   ruff and pyright"
 	@echo "make docs   build docs/ into site/"
@@ -31,6 +32,10 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 
 demo: $(VENV)/lab
 	$(BIN)/batchnorm demo
+
+bench: $(VENV)/lab
+	$(BIN)/batchnorm env
+	$(BIN)/batchnorm bench --json runs/bench/rows.json --report runs/bench/report.html
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95

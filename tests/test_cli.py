@@ -89,7 +89,7 @@ class TestExplain:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["demo", "explain"])
+    @pytest.mark.parametrize("command", ["bench", "demo", "env", "explain"])
     def test_each_command_has_an_example(self, command):
         result = call(command, "--help")
         assert result.exit_code == 0

@@ -54,7 +54,7 @@ def code_version() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(package.rglob("*")):
         inside = path.relative_to(package)
-        if path.suffix in {".py", ".so"} and inside.parts[0] not in {"report", "cli.py", "__main__.py"}:
+        if path.suffix in {".py", ".so"} and inside.parts[0] not in {"bench", "cli", "env.py", "report", "__main__.py"}:
             digest.update(str(inside).encode() + path.read_bytes())
     return digest.hexdigest()
 

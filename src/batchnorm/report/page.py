@@ -25,15 +25,15 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <header>
-<p class="kicker">batchnorm demo · {data}</p>
+<p class="kicker">{kicker}</p>
 <h1>{title}</h1>
-<p class="lead">{verdict}</p>
+<p class="lead">{lead}</p>
 </header>
 <main>
 {body}
 </main>
 <footer>
-<p class="note">{environment}</p>
+<p class="note">{footer}</p>
 </footer>
 </body>
 </html>
@@ -44,23 +44,29 @@ def render(result: Result) -> str:
     """The page of a complete result, as text."""
     protocol = result.protocol
     body = [
-        _section("In numbers", _table("Headline numbers", "", result, summary_rows(result))),
-        _section("What was claimed, and what happened", _claims(result.claims)),
-        _section("In pictures", _figures(result)),
-        _section(
+        section("In numbers", _table("Headline numbers", "", result, summary_rows(result))),
+        section("What was claimed, and what happened", _claims(result.claims)),
+        section("In pictures", _figures(result)),
+        section(
             "Every learning rate",
             _table("Test accuracy", "Learning rate", result, sweep_rows(result)),
             f"<p class='note'>Test accuracy, mean ± standard deviation over {_count(protocol['seeds'], 'seed')}.</p>",
         ),
-        _section("How it was measured", _protocol(result)),
+        section("How it was measured", _protocol(result)),
     ]
+    environment = " · ".join(f"{name} {value}" for name, value in result.environment.items())
+    return document(f"batchnorm demo · {protocol['dataset']}", result.question, verdict(result), body, environment)
+
+
+def document(kicker: str, title: str, lead: str, body: Iterable[str], footer: str) -> str:
+    """A whole page around sections that are HTML already; the other texts are not."""
     return PAGE.format(
-        title=escape(result.question),
-        data=escape(protocol["dataset"]),
+        kicker=escape(kicker),
+        title=escape(title),
         css=resources.files("batchnorm.report").joinpath("page.css").read_text(encoding="utf-8"),
-        verdict=escape(verdict(result)),
+        lead=escape(lead),
         body="\n".join(body),
-        environment=escape(" · ".join(f"{name} {value}" for name, value in result.environment.items())),
+        footer=escape(footer),
     )
 
 
@@ -85,19 +91,25 @@ def _when(arm: Arm) -> str:
     return f"after {fmean(reached):.0f} steps"
 
 
-def _section(heading: str, *content: str) -> str:
+def section(heading: str, *content: str) -> str:
+    """A heading, and HTML below it."""
     return "\n".join(["<section>", f"<h2>{heading}</h2>", *content, "</section>"])
 
 
 def _table(caption: str, corner: str, result: Result, rows: Iterable[tuple[str, list[str]]]) -> str:
-    head = "".join(f'<th scope="col" class="{arm.name}">{escape(arm.label)}</th>' for arm in result.arms)
+    return table(caption, corner, [(arm.name, arm.label) for arm in result.arms], rows)
+
+
+def table(caption: str, corner: str, columns: Iterable[tuple[str, str]], rows: Iterable[tuple[str, list[str]]]) -> str:
+    """A table of text; each column has a CSS class and a label."""
+    head = "".join(f'<th scope="col" class="{css}">{escape(label)}</th>' for css, label in columns)
     body = "\n".join(
         f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
         for label, cells in rows
     )
     first = f'<th scope="col">{corner}</th>' if corner else "<td></td>"
     return (
-        f'<div class="scroll"><table>\n<caption>{caption}</caption>\n<thead><tr>{first}{head}</tr></thead>\n'
+        f'<div class="scroll"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{first}{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 

@@ -81,7 +81,7 @@ def learning_curves(result: Result) -> str:
         return ", ".join("never" if steps is None else str(steps) for steps in arm.steps_to_target)
 
     title = f"Validation accuracy against the step; steps to {target:.0%} per seed"
-    return _svg("curves", _description(title, result, say), draw)
+    return inline_svg("curves", _description(title, result, say), draw)
 
 
 def learning_rate_sweep(result: Result) -> str:
@@ -105,7 +105,7 @@ def learning_rate_sweep(result: Result) -> str:
     def say(arm: Arm) -> str:
         return ", ".join(f"{fmean(test_accuracy(result, arm, rate)):.0%} at {rate:g}" for rate in rates)
 
-    return _svg("sweep", _description("Test accuracy against the learning rate", result, say), draw)
+    return inline_svg("sweep", _description("Test accuracy against the learning rate", result, say), draw)
 
 
 def hidden_distribution(result: Result) -> str:
@@ -137,7 +137,7 @@ def hidden_distribution(result: Result) -> str:
         "Bands from the 15th to the 85th percentile of a hidden unit's input against the step; "
         "largest move of the median per seed, in widths of the first distribution"
     )
-    return _svg("distribution", _description(title, result, say), draw)
+    return inline_svg("distribution", _description(title, result, say), draw)
 
 
 def gradient_norms(result: Result) -> str:
@@ -179,7 +179,7 @@ def gradient_norms(result: Result) -> str:
         return ", ".join(f"layer {number} {norm:.2g}" for number, norm in enumerate(initial, start=1))
 
     title = "Gradient norm of each layer's weights against the step; at initialization"
-    return _svg("gradients", _description(title, result, say), draw)
+    return inline_svg("gradients", _description(title, result, say), draw)
 
 
 def _common(result: Result, arm: Arm) -> list[Training]:
@@ -210,10 +210,10 @@ def _description(title: str, result: Result, say: Callable[[Arm], str]) -> str:
     return f"{title}: " + "; ".join(f"{arm.label} {say(arm)}" for arm in result.arms) + "."
 
 
-def _svg(name: str, description: str, draw: Callable[[Figure], None]) -> str:
+def inline_svg(name: str, description: str, draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
     """Run `draw` on an empty figure and return its `<svg>` element: no fonts, colors or addresses of its own."""
     with mpl.rc_context(STYLE), mpl.rc_context({"svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -221,7 +221,7 @@ def _svg(name: str, description: str, draw: Callable[[Figure], None]) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # an inline drawing has no XML declaration, no doctype, no namespaces
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # four drawings share one page
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # several drawings share one page
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the page
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;", _size_only, svg)  # the page's font
     for placeholder, variable in VARIABLES.items():

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from batchnorm.cli.bench import bench_command
+from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.cli.env import env_command
+from batchnorm.env import cores
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import explain
 from batchnorm.lab import extras
@@ -51,6 +51,10 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="batchnorm")
 def commands() -> None:
     """Batch normalization for PyTorch: see it work, and see how it works."""
+
+
+commands.add_command(bench_command)
+commands.add_command(env_command)
 
 
 class Numbers(click.ParamType):
@@ -107,7 +111,7 @@ def explain_command(
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=lambda: min(_cores(), 4),
+    default=lambda: min(cores(), 4),
     help="Processes.  [default: cores, up to 4]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, and nothing else, on stdout.")
@@ -126,10 +130,10 @@ def demo(
     plan = learning_rates.Plan.of(None if data is None else str(data), quick, seeds)
     dataset = load(plan.data)
     jobs, finished = plan.jobs(dataset), list[Training]()
-    command = _command_line(ctx)
+    command = command_line(ctx)
     try:
         with (
-            _progress() as progress,
+            progress_bar() as progress,
             closing(run(learning_rates.measure, jobs, out / "parts", workers)) as trainings,
         ):
             task = progress.add_task("training", total=len(jobs))
@@ -149,35 +153,6 @@ def demo(
     _show(result, as_json)
     if not as_json:
         click.echo(f"\nWrote {out / 'report.html'} and {out / 'result.json'} in {time.perf_counter() - start:.0f} s.")
-
-
-def _cores() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _command_line(ctx: click.Context) -> str:
-    """What was typed, spelled out."""
-    words = ["batchnorm", str(ctx.info_name)]
-    for option in ctx.command.params:
-        if option.name and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
-            value = ctx.params[option.name]
-            words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
-    return shlex.join(words)
-
-
-def _progress() -> Progress:
-    """A line with an estimate, while stderr is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _show(result: Result, as_json: bool) -> None:

@@ -1,0 +1,166 @@
+"""Cases: one batch norm in one layout, dtype and direction, and the bytes that it must move."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.bench.suite import Layer, Suite
+from batchnorm.errors import InputError
+
+LAYOUTS = ("planar", "channels_last")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DIRECTIONS = ("forward", "recorded", "backward", "step", "inference")
+OUTPUTS = ("reused", "fresh")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+        suite: the network it is of.
+        layer: shape and epilogue.
+        through: "function" or "layer".
+        layout: "planar" or "channels_last". A 2-D input is always the latter.
+        dtype: of the input; parameters and buffers are float32 where it is narrower.
+        direction: "forward" in training, nothing recorded; "recorded", the same with autograd recording; "backward" alone;
+            "step", forward and backward; "inference" with running statistics.
+        outputs: "reused", memory that was written before; "fresh", as glibc's defaults hand it out.
+        threads: of torch.
+    """
+
+    suite: str
+    layer: Layer
+    through: str
+    layout: str
+    dtype: str
+    direction: str
+    outputs: str
+    threads: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the input, and of everything else that has its shape."""
+        return math.prod(self.layer.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def shape(self) -> str:
+        return "x".join(map(str, self.layer.shape))
+
+    @property
+    def epilogue(self) -> str:
+        """Such as BN+add+relu."""
+        return "+".join(["BN", *["add"] * self.layer.residual, *filter(None, [self.layer.activation])])
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.direction in ("recorded", "backward", "step")
+
+    @property
+    def passes(self) -> int:
+        """How many times a tensor of the input's size must be read or written.
+
+        forward     read x, write y; the residual is one more. Interleaved, a channel's values are spread over the whole
+                    tensor, so statistics come first and x is read again
+        backward    read x and dy, write dx; interleaved x and dy are read again. With a residual dresidual is written,
+                    and the residual is read wherever x is if there is an activation, whose derivative depends on it
+        inference   as forward, planar
+        """
+        again, residual = self.layout == "channels_last", self.layer.residual
+        derivative = residual and self.layer.activation is not None
+        forward = 2 + again + residual
+        backward = 3 + residual + derivative + again * (2 + derivative)
+        steps = {"inference": 2 + residual, "backward": backward, "step": forward + backward}
+        return steps.get(self.direction, forward)
+
+
+def cases(
+    suites: Sequence[Suite],
+    layouts: Sequence[str],
+    dtypes: Sequence[str],
+    directions: Sequence[str] | None,
+    outputs: Sequence[str],
+    threads: Sequence[int],
+) -> list[Case]:
+    """Every combination; those of the same tensors side by side. `directions` is None for each suite's own.
+
+    Raises:
+        InputError: on a word or a number that means nothing.
+    """
+    choices = {"layout": (layouts, LAYOUTS), "dtype": (dtypes, DTYPES), "outputs": (outputs, OUTPUTS)}
+    choices["direction"] = (directions or (), DIRECTIONS)
+    for what, (given, known) in choices.items():
+        for word in given:
+            if word not in known:
+                raise InputError(f"{what} must be one of {', '.join(known)}, but got {word!r}")
+    if any(number < 1 for number in threads):
+        raise InputError(f"threads must be at least 1, but got {min(threads)}")
+    return [
+        Case(suite.name, layer, suite.through, layout, dtype, direction, output, number)
+        for suite in suites
+        for layer in suite.layers
+        for layout in (layouts if len(layer.shape) > 2 else ["channels_last"])
+        for dtype, direction, output, number in itertools.product(dtypes, directions or usual(suite), outputs, threads)
+    ]
+
+
+def usual(suite: Suite) -> tuple[str, ...]:
+    """The directions that say most: of a layer everything around the kernels, of a function the kernels."""
+    return ("forward", "recorded", "step") if suite.through == "layer" else ("forward", "backward", "inference")
+
+
+def quick(suite: Suite) -> Suite:
+    """The same network with four of its layers, from the largest to the smallest."""
+    ordered = sorted(suite.layers, key=lambda layer: -math.prod(layer.shape))
+    kept = {round(index * (len(ordered) - 1) / 3) for index in range(4)}
+    return Suite(suite.name, suite.source, tuple(ordered[index] for index in sorted(kept)), suite.through)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What every provider of a case gets; shapes (N, C, *S) and (C,)."""
+
+    x: Tensor
+    dy: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def tensors(case: Case, seed: int = 0) -> Tensors:
+    """Random ones; the activations have mean 0.5 and deviation 2, as after a convolution, not 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, C = DTYPES[case.dtype], case.layer.shape[1]
+    narrow = torch.promote_types(dtype, torch.float32)
+
+    def activations(mean: float, deviation: float) -> Tensor:
+        values = torch.empty(case.layer.shape).normal_(mean, deviation, generator=generator).to(dtype)
+        return laid_out(values, case.layout)
+
+    def channels(low: float, high: float) -> Tensor:
+        return torch.empty(C, dtype=narrow).uniform_(low, high, generator=generator)
+
+    return Tensors(
+        x=activations(0.5, 2.0),
+        dy=activations(0.0, 1.0),
+        residual=activations(0.0, 1.0) if case.layer.residual else None,
+        weight=channels(0.5, 1.5),
+        bias=channels(-0.5, 0.5),
+        mean=channels(0.0, 1.0),
+        variance=channels(3.0, 5.0),
+    )
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values with the channels outermost in each sample, or innermost."""
+    if layout == "planar":
+        return values.contiguous()
+    return values.movedim(1, -1).contiguous().movedim(-1, 1)  # any rank; torch's channels_last has no 3-D

@@ -1,0 +1,116 @@
+"""Whole training steps of a network: torch's layers against the same network converted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.bench import memory
+from batchnorm.bench.row import Row, circumstances
+from batchnorm.bench.run import settled
+from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
+from batchnorm.errors import InputError
+from batchnorm.lab.networks import resnet50
+from batchnorm.surgery import convert
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"resnet50": resnet50}
+VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda model: model,
+    "ours": lambda model: convert(model),
+    "compile": lambda model: torch.compile(model, dynamic=False),
+    "compile ours": lambda model: torch.compile(convert(model), dynamic=False),
+}
+
+
+def run(
+    name: str,
+    variants: Sequence[str],
+    layouts: Sequence[str],
+    threads: Sequence[int],
+    batch: int,
+    rounds: int,
+    size: int = 224,
+) -> Iterator[list[Row]]:
+    """Steps of forward, backward and SGD at (batch, 3, size, size), the variants in turns; rows for each layout and threads.
+
+    Raises:
+        InputError: on a model or a variant that is none of ours.
+    """
+    if name not in MODELS:
+        raise InputError(f"model must be one of {', '.join(MODELS)}, but got {name!r}")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise InputError(f"of a model, provider must be one of {', '.join(VARIANTS)}, but got {variant!r}")
+    for layout in layouts:
+        for number in threads:
+            with settled(number), memory.outputs("fresh"):
+                yield _measure(name, ("eager", *variants), layout, number, batch, rounds, size)
+
+
+def _measure(
+    name: str, variants: Sequence[str], layout: str, threads: int, batch: int, rounds: int, size: int
+) -> list[Row]:
+    torch.manual_seed(0)
+    original = MODELS[name]()
+    x, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    if layout == "channels_last":
+        original = original.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stubs)
+        x = x.contiguous(memory_format=torch.channels_last)
+    steps, saved = {}, {}
+    for variant in dict.fromkeys(variants):
+        model = copy.deepcopy(original)
+        forward = VARIANTS[variant](model)
+        saved[variant] = memory.saved_bytes(
+            lambda forward=forward: F.cross_entropy(forward(x), labels), chain(model.parameters(), model.buffers(), [x])
+        )
+        steps[variant] = _step(model, forward, x, labels)
+    samples = interleaved(steps, Effort(0.0, least=rounds), clock_for(threads)[0])
+    eager = percentile(samples["eager"], 50)
+
+    def row(variant: str, values: list[float]) -> Row:
+        p20, p50, p80 = (digits(percentile(values, percent) * 1e3) for percent in (20, 50, 80))
+        return Row(
+            suite=name,
+            case="model step",
+            shape="x".join(map(str, x.shape)),
+            count=1,
+            epilogue="-",
+            layout=layout,
+            dtype="float32",
+            direction="step",
+            outputs="fresh",
+            threads=threads,
+            provider=variant,
+            metric=f"{clock_for(threads)[1]} per training step",
+            unit="ms",
+            p20=p20,
+            p50=p50,
+            p80=p80,
+            rounds=len(values),
+            tensor_bytes=x.numel() * x.itemsize,
+            limit=None,
+            ratio_to_limit=None,
+            ratio_to_eager=digits(eager / percentile(values, 50)),
+            max_error=None,
+            peak_bytes=None,
+            saved_bytes=saved[variant],
+            **circumstances(),
+        )
+
+    return [row(variant, values) for variant, values in samples.items()]
+
+
+def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(forward(x), labels).backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,215 @@
+"""Who is compared. Each says which cases it cannot do, and turns the others into a function to time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.nn import functional as F
+
+from batchnorm import functional
+from batchnorm.bench.case import Case, Tensors
+from batchnorm.errors import InputError
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+Call = Callable[..., Tensor]  # x, and the residual where there is one -> y
+Timed = Callable[[], tuple[Tensor, ...]]  # y alone, or the gradients, dx first
+
+
+class Provider(Protocol):
+    """One row of the comparison."""
+
+    name: str
+
+    def refuses(self, case: Case) -> str | None:
+        """Why there is nothing to measure, or None."""
+        ...
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        """What is timed, ready to run under `torch.set_grad_enabled(case.needs_grad)`."""
+        ...
+
+
+class Copy:
+    """A copy of x into memory that was written before: the bandwidth from which the byte limit follows."""
+
+    name = "copy"
+
+    def refuses(self, case: Case) -> str | None:  # noqa: ARG002 (the protocol's signature)
+        return None
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:  # noqa: ARG002 (the protocol's signature)
+        target = given.x.clone()
+        return lambda: (target.copy_(given.x),)
+
+
+class Eager:
+    """Plain torch as it is written: the residual and the activation in place where autograd allows."""
+
+    name = "eager"
+
+    def refuses(self, case: Case) -> str | None:  # noqa: ARG002 (the protocol's signature)
+        return None
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        return _directed(case, given, *_torchs(case, given))
+
+
+class Compile:
+    """`torch.compile` of the same, for each shape anew."""
+
+    name = "compile"
+
+    def refuses(self, case: Case) -> str | None:
+        if case.through == "layer":
+            return "compiled layers are measured in whole models"
+        return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "torch.compile needs a C++ compiler"
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        torch.compiler.reset()
+        call, parameters = _torchs(case, given)
+        with functorch_config.patch(donated_buffer=False):  # the backward is to run more than once
+            timed = _directed(case, given, torch.compile(call, dynamic=False), parameters)
+            timed()
+        return timed
+
+
+class OneDNN:
+    """oneDNN's batch norm on `to_mkldnn` tensors."""
+
+    name = "onednn"
+
+    def refuses(self, case: Case) -> str | None:
+        if not torch.backends.mkldnn.is_available():
+            return "torch is built without oneDNN"
+        if case.through == "layer":
+            return "layers are compared with torch's"
+        if case.dtype != "float32" or case.layout != "planar" or len(case.layer.shape) < 4:
+            return "to_mkldnn normalizes float32 of 4 or 5 axes, contiguous"
+        return None if case.layer.activation in (None, "relu") else f"to_mkldnn has no {case.layer.activation}"
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        weight, bias, mean, variance = _parameters(case, given)
+        training = case.direction != "inference"
+
+        def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            y = torch.batch_norm(x, weight, bias, mean, variance, training, 0.1, 1e-5, False)
+            y = y if residual is None else y + residual
+            return y if case.layer.activation is None else torch.relu(y)
+
+        residual = None if given.residual is None else given.residual.to_mkldnn()
+        blocked = replace(given, x=given.x.to_mkldnn(), dy=given.dy.to_mkldnn(), residual=residual)
+        return _directed(case, blocked, call, (weight, bias))
+
+
+class Ours:
+    """Our function or layer, through whatever kernel takes the case."""
+
+    name = "ours"
+
+    def refuses(self, case: Case) -> str | None:  # noqa: ARG002 (the protocol's signature)
+        return None
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        activation = case.layer.activation
+        if case.through == "layer":
+            ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[max(len(case.layer.shape) - 3, 0)]
+            layer = _filled(ours(case.layer.shape[1], activation=activation), case, given)
+            return _directed(case, given, layer, tuple(layer.parameters()))
+        weight, bias, mean, variance = _parameters(case, given)
+        training = case.direction != "inference"
+
+        def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return functional.batch_norm(
+                x, mean, variance, weight, bias, training, activation=activation, residual=residual
+            )
+
+        return _directed(case, given, call, (weight, bias))
+
+
+PROVIDERS: tuple[Provider, ...] = (Copy(), Eager(), Compile(), OneDNN(), Ours())
+USUAL = ("copy", "eager", "onednn", "ours")  # compiling takes ten seconds a case
+
+
+def find(names: Sequence[str]) -> list[Provider]:
+    """Those of these names, with the copy and eager that all are measured against.
+
+    Raises:
+        InputError: on a name that is none of `PROVIDERS`.
+    """
+    known = [provider.name for provider in PROVIDERS]
+    for name in names:
+        if name not in known:
+            raise InputError(f"provider must be one of {', '.join(known)}, but got {name!r}")
+    return [provider for provider in PROVIDERS if provider.name in (*names, "copy", "eager")]
+
+
+def _torchs(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:
+    """Torch's batch norm and what follows it, and its parameters."""
+    if case.through == "layer":
+        torchs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[max(len(case.layer.shape) - 3, 0)]
+        normalize = _filled(torchs(case.layer.shape[1]), case, given)
+        parameters = (normalize.weight, normalize.bias)
+    else:
+        weight, bias, mean, variance = _parameters(case, given)
+        parameters, training = (weight, bias), case.direction != "inference"
+
+        def normalize(x: Tensor) -> Tensor:
+            return F.batch_norm(x, mean, variance, weight, bias, training)
+
+    activate = _in_place(case.layer.activation)
+    if activate is None and not case.layer.residual:
+        return normalize, parameters  # a tiny tensor's time is calls: none more than a user makes
+
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = normalize(x)
+        if residual is not None:
+            y += residual
+        return y if activate is None else activate(y)
+
+    return call, parameters
+
+
+def _in_place(activation: str | None) -> Callable[[Tensor], Tensor] | None:
+    """As torchvision's networks have them; GELU has no such variant."""
+    if activation is None or activation == "gelu":
+        return None if activation is None else F.gelu
+    function = getattr(F, activation)
+    return lambda y: function(y, inplace=True)
+
+
+def _parameters(case: Case, given: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, bias, and running statistics that each provider may move for itself."""
+    weight, bias = (value.clone().requires_grad_(case.needs_grad) for value in (given.weight, given.bias))
+    return weight, bias, given.mean.clone(), given.variance.clone()
+
+
+_Layer = TypeVar("_Layer", bound=nn.modules.batchnorm._BatchNorm)
+
+
+def _filled(layer: _Layer, case: Case, given: Tensors) -> _Layer:
+    """A layer with the case's parameters and statistics."""
+    state = {"weight": given.weight, "bias": given.bias, "running_mean": given.mean, "running_var": given.variance}
+    layer.load_state_dict(state, strict=False)
+    return layer.train(case.direction != "inference")
+
+
+def _directed(case: Case, given: Tensors, call: Call, parameters: tuple[Tensor, ...]) -> Timed:
+    """The part of a training or of an inference that the case times."""
+    arguments = (given.x,) if given.residual is None else (given.x, given.residual)
+    if not case.needs_grad:
+        return lambda: (call(*arguments),)
+    arguments = tuple(value.detach().requires_grad_() for value in arguments)
+    if case.direction == "recorded":
+        return lambda: (call(*arguments),)
+    inputs, dy = (*arguments, *parameters), given.dy
+    if case.direction == "step":
+        return lambda: torch.autograd.grad(call(*arguments), inputs, dy)
+    with torch.enable_grad():
+        y = call(*arguments)
+    return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)

@@ -1,0 +1,124 @@
+"""Cases times providers: times, errors and memory, as rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+
+from batchnorm.bench import memory
+from batchnorm.bench.accuracy import Exact
+from batchnorm.bench.case import Case, Tensors, tensors
+from batchnorm.bench.providers import Provider, Timed
+from batchnorm.bench.row import Row, circumstances
+from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
+
+MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
+UNITS = {"us": 1e6, "ms": 1e3}
+
+
+def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float, least: int = 5) -> Iterator[list[Row]]:
+    """Measure each case and yield its rows, one per provider that takes it; about `seconds` for all that are left.
+
+    Every case gets its share of the time, but no fewer rounds than `least`, so the large ones of slow providers can take longer.
+    """
+    deadline = time.perf_counter() + seconds
+    for _, alike in groupby(enumerate(cases), key=lambda numbered: _same_tensors(numbered[1])):
+        given = None
+        for _, same_result in groupby(alike, key=lambda numbered: numbered[1].direction):
+            exact, peaks = None, dict[tuple[str, str], int]()
+            for index, case in same_result:
+                given = tensors(case) if given is None else given
+                exact = Exact(case, given) if exact is None else exact
+                share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
+                with settled(case.threads), memory.outputs(case.outputs):
+                    found = _measure(case, given, exact, peaks, providers, Effort(share, least))
+                yield found
+
+
+def _same_tensors(case: Case) -> tuple[object, ...]:
+    return case.suite, case.layer, case.layout, case.dtype
+
+
+@contextmanager
+def settled(threads: int) -> Iterator[None]:
+    """Run with so many threads, and afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    case: Case,
+    given: Tensors,
+    exact: Exact,
+    peaks: dict[tuple[str, str], int],
+    providers: Sequence[Provider],
+    effort: Effort,
+) -> list[Row]:
+    """`peaks`, by outputs and provider, are known from other numbers of threads; they are looked at once."""
+    start = time.perf_counter()
+    timed, errors = dict[str, Timed](), dict[str, float | None]()
+    with torch.set_grad_enabled(case.needs_grad):
+        for provider in providers:
+            if provider.refuses(case) is not None:
+                continue
+            name = provider.name
+            function = timed[name] = provider.prepare(case, given)
+            errors[name] = None if name == "copy" else exact.error(function()[0])
+            if (case.outputs, name) not in peaks:
+                peaks[case.outputs, name] = memory.peak_bytes(function)
+        left = replace(effort, seconds=effort.seconds - (time.perf_counter() - start))
+        samples = interleaved(timed, left, clock_for(case.threads)[0])
+    return rows(case, samples, errors, {name: peaks[case.outputs, name] for name in samples})
+
+
+def rows(
+    case: Case,
+    samples: dict[str, list[float]],
+    errors: Mapping[str, float | None],
+    peaks: Mapping[str, int | None],
+) -> list[Row]:
+    """The rows of a case from the seconds of each round; the byte limit follows from those of "copy"."""
+    unit = "us" if case.tensor_bytes <= MICROSECONDS_BELOW else "ms"
+    median = {name: percentile(values, 50) for name, values in samples.items()}
+    limit = median["copy"] * case.passes / 2  # the copy reads once and writes once
+
+    def row(name: str, values: list[float]) -> Row:
+        p20, p50, p80 = (percentile(values, percent) * UNITS[unit] for percent in (20, 50, 80))
+        return Row(
+            suite=case.suite,
+            case=f"{case.through} {case.direction}",
+            shape=case.shape,
+            count=case.layer.count,
+            epilogue=case.epilogue,
+            layout=case.layout,
+            dtype=case.dtype,
+            direction=case.direction,
+            outputs=case.outputs,
+            threads=case.threads,
+            provider=name,
+            metric=f"{clock_for(case.threads)[1]} per call",
+            unit=unit,
+            p20=digits(p20),
+            p50=digits(p50),
+            p80=digits(p80),
+            rounds=len(values),
+            tensor_bytes=case.tensor_bytes,
+            limit=digits(limit * UNITS[unit]),
+            ratio_to_limit=digits(median[name] / (median["copy"] if name == "copy" else limit)),
+            ratio_to_eager=digits(median["eager"] / median[name]),
+            max_error=None if (error := errors[name]) is None else digits(error),
+            peak_bytes=peaks[name],
+            saved_bytes=None,
+            **circumstances(),
+        )
+
+    return [row(name, values) for name, values in samples.items()]

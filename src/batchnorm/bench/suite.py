@@ -1,0 +1,100 @@
+"""Suites: the batch norms of one network, as data files."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from batchnorm import kernels
+from batchnorm.errors import InputError
+
+THROUGH = ("function", "layer")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Batch norms of a network that are equal in everything that costs time.
+
+    Attributes:
+        shape: (N, C, *S).
+        count: how many layers of the network have it.
+        activation: what follows, or None.
+        residual: whether a residual is added before the activation.
+    """
+
+    shape: tuple[int, ...]
+    count: int = 1
+    activation: str | None = None
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One network's training.
+
+    Attributes:
+        name: of the network.
+        source: the paper, and the table in it.
+        layers: without repetition.
+        through: "function" times the functions; "layer" the layers with all that stands around the functions.
+    """
+
+    name: str
+    source: str
+    layers: tuple[Layer, ...]
+    through: str = "function"
+
+
+def names() -> list[str]:
+    """The suites that come with the library."""
+    files = resources.files("batchnorm.bench").joinpath("shapes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load(suite: str) -> Suite:
+    """A suite by its name, or by the path of a TOML file.
+
+    Raises:
+        InputError: there is none of that name, or the file is not a suite.
+    """
+    if suite in names():
+        file = resources.files("batchnorm.bench").joinpath("shapes", f"{suite}.toml")
+    elif suite.endswith(".toml"):
+        file = Path(suite)
+    else:
+        raise InputError(f"suite must be one of {', '.join(names())}, or the path of a .toml file, but got {suite!r}")
+    try:
+        return _parse(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(
+            f"{suite} must be a suite with name, source, batch and layers, each with a shape: {reason}"
+        ) from error
+
+
+def _parse(data: dict[str, Any]) -> Suite:
+    unknown = data.keys() - {field.name for field in fields(Suite)} - {"batch"}
+    if unknown:
+        raise ValueError(f"unknown key {min(unknown)!r}")
+    layers = tuple(_layer(row, data["batch"]) for row in data["layers"])
+    if not layers:
+        raise ValueError("layers is empty")
+    through = data.get("through", "function")
+    if through not in THROUGH:
+        raise ValueError(f"through must be one of {', '.join(THROUGH)}, but is {through!r}")
+    return Suite(str(data["name"]), str(data["source"]), layers, through)
+
+
+def _layer(row: dict[str, Any], batch: int) -> Layer:
+    shape = (row.pop("batch", batch), *row.pop("shape"))
+    layer = Layer(shape, **row)
+    sizes = (*shape, layer.count)
+    if not 2 <= len(shape) <= 5 or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(
+            f"shape must be C and up to three sizes, all sizes and counts positive integers, but got {sizes}"
+        )
+    kernels.parse(layer.activation)
+    return layer

@@ -1,0 +1,110 @@
+"""Rows as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from batchnorm.bench.row import Row, threads
+from batchnorm.bench.targets import LARGE, Summary
+
+MISSING = "–"
+
+
+def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """One table for each direction, layout, dtype, kind of outputs and number of threads; one line for each shape.
+
+    Of functions the ratios to the limit are shown; of layers, which are timed where calls cost more than bytes, the times.
+    """
+    groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
+    for row in rows:
+        title = (row.suite, row.case, row.layout, row.dtype, f"{row.outputs} outputs", threads(row.threads))
+        groups.setdefault(title, {}).setdefault((row.shape, row.epilogue), {})[row.provider] = row
+    for title, shapes in groups.items():
+        names = list(dict.fromkeys(name for found in shapes.values() for name in found if name != "copy"))
+        layers = title[1].startswith("layer")
+        what = "time" if layers else "/ limit"
+        columns = ["shape", "", "", "limit", *(f"{name}\n{what}" for name in names), "ours\nvs eager", "error"]
+        table = _table(" · ".join(title), columns)
+        for (shape, epilogue), found in shapes.items():
+            ours, copy = found.get("ours"), found["copy"]
+            table.add_row(
+                shape,
+                f"x{copy.count}",
+                epilogue,
+                f"{copy.limit:.3g} {copy.unit}",
+                *(_cell(found.get(name), layers) for name in names),
+                _faster(ours.ratio_to_eager) if ours else MISSING,
+                f"{ours.max_error:.0e}" if ours and ours.max_error is not None else MISSING,
+            )
+        yield table
+
+
+def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
+    """Geometric means, with what was promised in brackets; one table for each suite, dtype, kind of outputs and number of threads."""
+    groups: dict[tuple[str, bool], list[Summary]] = {}
+    for summary in summaries:
+        group = summary.group
+        title = f"{group.suite} · {group.dtype} · {group.outputs} outputs · {threads(group.threads)}"
+        groups.setdefault((title, group.case.startswith("layer")), []).append(summary)
+    for (title, layers), members in groups.items():
+        which = "all shapes" if layers else f"shapes above {LARGE // 2**20} MB"
+        others = list(dict.fromkeys(name for summary in members for name in summary.faster))
+        measures = ["worst\nvs eager"] if layers else ["ours\n/ limit"]
+        columns = ["", "", "", *measures, *(f"ours\nvs {name}" for name in others), ""]
+        table = _table(f"{title}\ngeometric means over {which}, weighed by layers (targets in brackets)", columns)
+        for summary in members:
+            group, target = summary.group, summary.target
+            where = (group.direction, group.layout, group.epilogue)
+            if layers:
+                wanted = f" (≥{target.eager:.2f})" if target and target.eager else ""
+                table.add_row(
+                    *where, _faster(summary.worst) + wanted, *map(_faster, summary.faster.values()), verdict(summary)
+                )
+                continue
+            bound = f" (≤{target.limit:g})" if target and target.limit else ""
+            factors = (_promised(summary.faster.get(name), getattr(target, name, None)) for name in others)
+            table.add_row(*where, f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict(summary))
+        yield table
+
+
+def verdict(summary: Summary) -> str:
+    """Of what was promised; empty where nothing was."""
+    return {None: "", True: "held", False: "missed"}[summary.holds]
+
+
+def model_table(rows: Sequence[Row]) -> Table:
+    """Training steps: time, factor over eager, and what is kept for the backward."""
+    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\neager", "kept for\nbackward"])
+    for row in rows:
+        times = (f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80))
+        kept = MISSING if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.0f} MB"
+        where = f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}"
+        table.add_row(where, row.provider, *times, _faster(row.ratio_to_eager), kept)
+    return table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    width = max(map(len, title.splitlines()))
+    table = Table(
+        title=title, title_justify="left", min_width=width, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 or not column else "right", no_wrap=True)
+    return table
+
+
+def _cell(row: Row | None, time: bool) -> str:
+    if row is None or row.ratio_to_limit is None:
+        return MISSING
+    return f"{row.p50:.3g} {row.unit}" if time else f"{row.ratio_to_limit:.2f}"
+
+
+def _faster(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}x"
+
+
+def _promised(factor: float | None, wanted: float | None) -> str:
+    return _faster(factor) + (f" (≥{wanted:g})" if wanted else "")

@@ -1,0 +1,95 @@
+"""Timing that a busy machine spoils least: everything compared runs in turns, and medians are reported."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+SAMPLE = 3e-4  # seconds: a call shorter than that is repeated within one sample, so that the clock's own cost vanishes
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds until `seconds` have passed, but so many at least and at most."""
+
+    seconds: float
+    least: int = 5
+    most: int = 200
+
+
+Clock = Callable[[], float]
+
+
+def clock_for(threads: int) -> tuple[Clock, str]:
+    """The clock for calls on so many threads, and what it measures.
+
+    One thread's own processor time stands still while other processes have the core, and is the same where there are none.
+    """
+    return (time.thread_time, "processor time") if threads == 1 else (time.perf_counter, "time")
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    effort: Effort,
+    clock: Clock = time.perf_counter,
+    watch: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds per call of each function by `clock`, one entry per round; each round calls all of them in a random order.
+
+    `watch` is what the effort's seconds are measured with.
+    """
+    order, shuffle = list(functions), random.Random(0).shuffle
+    repeats = {name: _repeats(function, clock) for name, function in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start, rounds = watch(), 0
+        while rounds < effort.least or (rounds < effort.most and watch() - start < effort.seconds):
+            shuffle(order)
+            for name in order:
+                samples[name].append(_sample(functions[name], repeats[name], clock))
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _sample(function: Callable[[], object], repeats: int, clock: Clock) -> float:
+    start = clock()
+    for _ in range(repeats):
+        function()
+    return (clock() - start) / repeats
+
+
+def _repeats(function: Callable[[], object], clock: Clock) -> int:
+    """How many calls make a sample. The first call warms up; a short one is looked at again."""
+    once = _sample(function, 1, clock)
+    if once < 10 * SAMPLE:
+        once = min(_sample(function, 1, clock) for _ in range(3))
+    return max(1, math.ceil(SAMPLE / max(once, 1e-9)))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the nearest ranks, as in numpy's default."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def geometric_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """exp of the weighted mean of logarithms."""
+    weights = [1.0] * len(values) if weights is None else weights
+    return math.exp(math.fsum(w * math.log(v) for v, w in zip(values, weights, strict=True)) / math.fsum(weights))
+
+
+def digits(value: float) -> float:
+    """Four: more than a busy machine's times have."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,156 @@
+"""`batchnorm bench`: measure, show the tables, write the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from batchnorm.bench import model as models
+from batchnorm.bench import providers, run, suite
+from batchnorm.bench.case import DIRECTIONS, DTYPES, OUTPUTS, cases, quick
+from batchnorm.bench.row import Row, to_csv, to_dict
+from batchnorm.bench.tables import case_tables, model_table, summary_tables
+from batchnorm.bench.targets import summarize
+from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.env import cores
+from batchnorm.lab import extras
+from batchnorm.lab.result import to_json, write
+
+MINUTES, QUICK_MINUTES = 3.5, 0.3
+ROUNDS, QUICK_ROUNDS = 7, 3
+LEAST_ROUNDS = 5  # of each case
+BATCH, QUICK_BATCH = 16, 2
+WIDTH = 120  # of a file or a pipe: nothing need be cut there
+
+
+def _words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str]:  # noqa: ARG001 (click's)
+    return [word for part in value for word in part.split(",") if word]
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[int]:
+    try:
+        return [int(word) for word in _words(ctx, param, value)]
+    except ValueError as error:
+        raise click.BadParameter("must be whole numbers with commas between them, such as 1,2", ctx, param) from error
+
+
+def several(
+    name: str, default: str | None, what: str, callback: Callable[..., Any] = _words
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option that takes one or several words, with commas between them or each with the option."""
+    shown = f"{what}  [default: {default}]" if default else what
+    values = [] if default is None else [default]
+    return click.option(name, multiple=True, default=values, metavar="A,B,...", callback=callback, help=shown)
+
+
+@click.command("bench", epilog="Example: batchnorm bench --suite resnet50 --json out.json")
+@several(
+    "--suite", "resnet50", f"Networks whose batch norms are measured: {', '.join(suite.names())}, or a .toml file."
+)
+@several("--layout", "planar,channels_last", "Layouts.")
+@several("--dtype", "float32", f"Of {', '.join(DTYPES)}.")
+@several("--direction", None, f"Of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
+@several("--outputs", "fresh", f"Where outputs come from, of {', '.join(OUTPUTS)}.")
+@several("--threads", f"1,{cores()}" if cores() > 1 else "1", "Numbers of threads.", _numbers)
+@several("--provider", ",".join(providers.USUAL), "Who is compared; compile takes ten seconds a case.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0), help=f"Time to spend.  [default: {MINUTES}, quick: {QUICK_MINUTES}]"
+)
+@click.option("--quick", is_flag=True, help="Four of the layers on all threads; of a model, a small batch.")
+@click.option("--model", metavar="NAME", help=f"Time whole training steps of {', '.join(models.MODELS)} instead.")
+@click.option("--batch", type=click.IntRange(min=2), help=f"Of a model.  [default: {BATCH}, quick: {QUICK_BATCH}]")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), help=f"Steps of a model.  [default: {ROUNDS}, quick: {QUICK_ROUNDS}]"
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="File to write the rows to.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="File to write the rows to, as a table.")
+@click.option("--report", type=click.Path(path_type=Path), help="HTML page to write, with plots.")
+@click.pass_context
+def bench_command(
+    ctx: click.Context,
+    json_file: Path | None,
+    csv_file: Path | None,
+    report: Path | None,
+    **options: Any,
+) -> None:
+    """Measure batch normalization against a copy of the bytes it must move, and against the others.
+
+    All that is compared runs in turns, in the same rounds; shown are medians. A ratio of 1 to the limit is the speed at which
+    the machine copies. Ctrl-C shows what has been measured so far.
+    """
+    if report is not None:
+        extras.require()
+    command = command_line(ctx)
+    measured, total = (_model if options["model"] else _suites)(ctx, options)
+    rows, interrupted = _collect(measured, total)
+    _show(rows)
+    for path, text in ((json_file, to_json(to_dict(rows, command))), (csv_file, to_csv(rows))):
+        if path is not None:
+            write(path, text)
+    if report is not None:
+        from batchnorm.report.bench import render  # matplotlib takes a moment: after the work, not before
+
+        write(report, render(rows, command))
+    written = [str(path) for path in (json_file, csv_file, report) if path is not None]
+    if written:
+        click.echo(f"\nWrote {' and '.join(written)}.", err=True)
+    if interrupted:
+        click.echo("\nInterrupted; what is shown was measured before.", err=True)
+        ctx.exit(130)
+
+
+def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:
+    """The rows of every case, and how many cases there are."""
+    suites, threads = [suite.load(name) for name in options["suite"]], options["threads"]
+    if options["quick"]:
+        suites = [quick(one) for one in suites]
+        threads = threads if _typed(ctx, "threads") else [max(threads)]
+    chosen = cases(suites, options["layout"], options["dtype"], options["direction"], options["outputs"], threads)
+    usual = QUICK_MINUTES if options["quick"] else MINUTES
+    minutes = usual if options["minutes"] is None else options["minutes"]
+    least = QUICK_ROUNDS if options["quick"] else LEAST_ROUNDS
+    return run.run(chosen, providers.find(options["provider"]), 60 * minutes, least), len(chosen)
+
+
+def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:
+    """The rows of a model's training steps, one list for each layout and number of threads."""
+    threads = options["threads"] if _typed(ctx, "threads") else [max(options["threads"])]
+    variants = options["provider"] if _typed(ctx, "provider") else ["ours"]
+    batch = options["batch"] or (QUICK_BATCH if options["quick"] else BATCH)
+    rounds = options["rounds"] or (QUICK_ROUNDS if options["quick"] else ROUNDS)
+    measured = models.run(options["model"], variants, options["layout"], threads, batch, rounds)
+    return measured, len(options["layout"]) * len(threads)
+
+
+def _typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _collect(measured: Iterable[list[Row]], total: int) -> tuple[list[Row], bool]:
+    """All rows, with a line of progress; and whether Ctrl-C ended them."""
+    rows = list[Row]()
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("measuring", total=total)
+            for found in measured:
+                rows += found
+                progress.update(task, advance=1)
+    except KeyboardInterrupt:
+        return rows, True
+    return rows, False
+
+
+def _show(rows: list[Row]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    steps = [row for row in rows if row.case == "model step"]
+    calls = [row for row in rows if row.case != "model step"]
+    tables = [*case_tables(calls), *summary_tables(summarize(calls))]
+    for table in [*tables, *([model_table(steps)] if steps else [])]:
+        console.print(table)
+        console.print()

@@ -1,0 +1,164 @@
+"""What a number depends on: versions, machine, and which kernel runs for which input, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm import kernels
+from batchnorm.kernels import Activation, Epilogue, cpu
+from batchnorm.version import __version__
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ADVICE = "THP_MEM_ALLOC_ENABLE"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the numbers were made on."""
+
+    cpu: str
+    cores: int
+    isa: str
+    system: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel takes a call.
+
+    Attributes:
+        device, dtype, layout: of the input.
+        epilogue: what comes with it.
+        kernel: the name of the one that runs.
+        refusals: why each kernel before it does not.
+    """
+
+    device: str
+    dtype: str
+    layout: str
+    epilogue: str
+    kernel: str
+    refusals: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """All that `batchnorm env` prints."""
+
+    versions: dict[str, str]
+    machine: Machine
+    threads: int
+    library: str
+    huge_pages: str
+    torch_huge_pages: bool
+    gpus: list[str]
+    choices: list[Choice]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def environment() -> Environment:
+    """Look around. Nothing is measured."""
+    pages, allowed = huge_pages(), os.environ.get(ADVICE) == "1"
+    return Environment(
+        versions=versions(),
+        machine=machine(),
+        threads=torch.get_num_threads(),
+        library=library(),
+        huge_pages=pages,
+        torch_huge_pages=allowed,
+        gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        choices=choices(),
+        advice=advice(pages, allowed),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of this library, torch and Python."""
+    return {"batchnorm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> Machine:
+    """Processor, cores this process may use, and the instruction set torch compiled for and found here."""
+    system = f"{platform.system()} {platform.machine()}"
+    return Machine(_cpu(), cores(), torch.backends.cpu.get_cpu_capability(), system)
+
+
+def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name where the system tells, with family and model, for a virtual one's name says little."""
+    try:
+        lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in reversed(list(lines))}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
+
+
+def library() -> str:
+    """Whether the C++ kernels run, in which build, or why not."""
+    return cpu.unavailable() or f"loaded, {cpu.instruction_set()}"
+
+
+def huge_pages() -> str:
+    """The kernel's setting: "always", "madvise" or "never"; "unknown" where there is none."""
+    try:
+        return HUGE_PAGES.read_text(encoding="utf-8").partition("[")[2].partition("]")[0]
+    except OSError:
+        return "unknown"
+
+
+def advice(pages: str, allowed: bool) -> list[str]:
+    """What would make this machine faster."""
+    if pages == "madvise" and not allowed:
+        return [
+            f"Set {ADVICE}=1: torch then asks for huge pages, and a fresh large tensor costs hundreds of page faults, not "
+            "tens of thousands. `batchnorm env --measure` says what it brings here."
+        ]
+    if pages == "never":
+        return [f"Huge pages are off; `echo madvise > {HUGE_PAGES}` as root lets a program ask for them."]
+    return []
+
+
+def choices() -> list[Choice]:
+    """Ask every kernel, in the order of `kernels.KERNELS`, about each kind of input."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+    return [
+        choice(device, dtype, layout, masked)
+        for device in devices
+        for dtype in (DTYPES if device != "mps" else DTYPES[:3])
+        for layout in ("planar", "channels_last", "strided")
+        for masked in (False, True)
+    ]
+
+
+def choice(device: str, dtype: torch.dtype, layout: str, masked: bool) -> Choice:
+    """Which kernel takes an input of a megabyte or so, with residual and ReLU."""
+    x = torch.empty(8, 64, 28, 56 if layout == "strided" else 28, dtype=dtype, device=device)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = x[..., ::2] if layout == "strided" else x
+    mask = torch.ones(8, 1, 28, 28, dtype=torch.bool, device=device) if masked else None
+    weight = torch.empty(64, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    epilogue = Epilogue(weight, weight, x, mask, Activation("relu"))
+    kernel = kernels.select(x, epilogue)
+    earlier = kernels.KERNELS[: kernels.KERNELS.index(kernel)]
+    refusals = {other.name: str(other.refuses(x, epilogue)) for other in earlier}
+    what = "mask, add, relu" if masked else "add, relu"
+    return Choice(device, str(dtype).removeprefix("torch."), layout, what, kernel.name, refusals)

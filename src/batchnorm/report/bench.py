@@ -1,0 +1,192 @@
+"""Benchmark rows as a page: what was promised and what came out, a drawing for each comparison, and every number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from batchnorm.bench.row import Row, threads
+from batchnorm.bench.targets import LARGE, Summary, summarize
+from batchnorm.report.page import document, section, table
+from batchnorm.report.plots import BATCH_NORM, INK, MUTED, PLAIN, PLAIN_NUMBER, inline_svg
+
+MARKERS = {  # color, marker, filled
+    "ours": (BATCH_NORM, "o", "full"),
+    "eager": (PLAIN, "s", "full"),
+    "compile": (MUTED, "^", "none"),
+    "onednn": (MUTED, "D", "none"),
+}
+Key = tuple[str, str, str, str, str, int]
+
+
+def render(rows: Sequence[Row], command: str) -> str:
+    """The page of rows that were measured together, as text."""
+    calls = [row for row in rows if row.ratio_to_limit is not None]
+    steps = [row for row in rows if row.ratio_to_limit is None]
+    summaries = summarize(calls)
+    body = []
+    if summaries:
+        body.append(section("What was promised, and what came out", *_summaries(summaries)))
+    if steps:
+        body.append(section("Training steps", _steps(steps)))
+    if calls:
+        groups = _grouped(calls)
+        body.append(section("Against the limit", _figures(groups)))
+        body.append(section("Every number", *(_numbers(key, group) for key, group in groups.items())))
+    body.append(section("How it was measured", _protocol(rows, command)))
+    judged = [summary.holds for summary in summaries if summary.holds is not None]
+    lead = (
+        f"{sum(judged)} of {len(judged)} targets held. A ratio of 1 is the speed at which this machine copies the bytes that "
+        "must move; everything compared ran in turns, in the same rounds."
+        if judged
+        else "Everything compared ran in turns, in the same rounds."
+    )
+    suites = ", ".join(dict.fromkeys(row.suite for row in rows))
+    return document(f"batchnorm bench · {suites}", "How far from the speed of memory?", lead, body, _machine(rows))
+
+
+def _grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        key = (row.suite, row.case, row.layout, row.dtype, row.outputs, row.threads)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _title(key: Key) -> str:
+    suite, case, layout, dtype, outputs, number = key
+    return f"{suite}, {case}, {layout}, {dtype}, {outputs} outputs, {threads(number)}"
+
+
+def _summaries(summaries: Sequence[Summary]) -> list[str]:
+    """One table for each suite, dtype, kind of outputs and number of threads."""
+    groups: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        group = summary.group
+        title = f"{group.suite}, {group.dtype}, {group.outputs} outputs, {threads(group.threads)}"
+        groups.setdefault(title, []).append(summary)
+    note = (
+        f"<p class='note'>Geometric means over the shapes above {LARGE // 2**20} MB (of layers: all), each weighed by how many "
+        "layers of the network have it; targets in brackets.</p>"
+    )
+    return [note, *(f"<p>{escape(title)}</p>\n{_summary(title, members)}" for title, members in groups.items())]
+
+
+def _summary(title: str, summaries: Sequence[Summary]) -> str:
+    others = list(dict.fromkeys(name for summary in summaries for name in summary.faster))
+
+    def cells(summary: Summary) -> list[str]:
+        target = summary.target
+        bound = f" (≤\u00a0{target.limit:g})" if target and target.limit else ""
+        factors = []
+        for name in others:
+            wanted = getattr(target, name, None) if target else None
+            factor = summary.faster.get(name)
+            factors.append("–" if factor is None else f"{factor:.2f}×" + (f" (≥\u00a0{wanted:.3g})" if wanted else ""))
+        verdict = {None: "", True: "✓ held", False: "✗ missed"}[summary.holds]
+        return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
+
+    columns = [("batch_norm", "ours / limit"), *(("", f"ours vs {name}") for name in others), ("", "")]
+    named = ((summary.group, cells(summary)) for summary in summaries)
+    rows = [(f"{group.direction}, {group.layout}, {group.epilogue}", found) for group, found in named]
+    return table(title, "", columns, rows)
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "kept for backward")]
+    lines = [
+        (
+            f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}: {row.provider}",
+            [
+                *(f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80)),
+                f"{row.ratio_to_eager:.2f}×",
+                "–" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.0f} MB",
+            ],
+        )
+        for row in rows
+    ]
+    return table("Training steps", "", columns, lines)
+
+
+def _figures(groups: dict[Key, list[Row]]) -> str:
+    drawn = (
+        f"<figure>\n{_ratios(f'g{index}', key, group)}<figcaption><strong>{escape(_title(key))}.</strong> "
+        "Time as a multiple of the byte limit; dots are medians, bars run from the 20th to the 80th percentile.</figcaption>\n</figure>"
+        for index, (key, group) in enumerate(groups.items())
+    )
+    return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
+
+
+def _ratios(name: str, key: Key, rows: Sequence[Row]) -> str:
+    """One line per shape, one mark per provider."""
+    shapes = list(dict.fromkeys((row.shape, row.epilogue) for row in rows))
+    places = {shape: -index for index, shape in enumerate(shapes)}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axvline(1, color=INK, linewidth=0.9)
+        for provider, (color, marker, fill) in MARKERS.items():
+            found = [row for row in rows if row.provider == provider and row.limit]
+            if not found:
+                continue
+            heights = [places[row.shape, row.epilogue] for row in found]
+            low, middle, high = zip(*((row.p20 / row.limit, row.p50 / row.limit, row.p80 / row.limit)
+                                      for row in found if row.limit), strict=True)  # fmt: skip
+            axes.hlines(heights, low, high, color=color, linewidth=1.2)
+            axes.plot(middle, heights, marker, color=color, fillstyle=fill, markersize=5, label=provider)  # pyright: ignore[reportArgumentType]
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(PLAIN_NUMBER)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(list(places.values()), [f"{shape} {epilogue}" for shape, epilogue in places], fontsize=9)
+        axes.set(xlabel="time / byte limit", ylim=(0.6 - len(shapes), 0.6))
+        figure.legend(loc="outside upper right", ncols=4)
+
+    described = "; ".join(
+        f"{row.shape} {row.epilogue}, {row.provider} {row.ratio_to_limit}" for row in rows if row.provider in MARKERS
+    )
+    description = f"Ratios to the byte limit. {_title(key)}: {described}"
+    return inline_svg(name, description, draw, size=(5.6, 1.2 + 0.24 * len(shapes)))
+
+
+def _numbers(key: Key, rows: Sequence[Row]) -> str:
+    columns = [("", name) for name in ("p20", "p50", "p80", "/ limit", "vs eager", "error", "peak")]
+    lines = [
+        (
+            f"{row.shape} {row.epilogue}, {row.provider}",
+            [
+                *(f"{value:.4g} {row.unit}" for value in (row.p20, row.p50, row.p80)),
+                f"{row.ratio_to_limit:.2f}",
+                f"{row.ratio_to_eager:.2f}×",
+                "–" if row.max_error is None else f"{row.max_error:.0e}",
+                "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.4g} MB",
+            ],
+        )
+        for row in rows
+    ]
+    return f"<details><summary>{escape(_title(key))}</summary>\n{table(_title(key), '', columns, lines)}\n</details>"
+
+
+def _protocol(rows: Sequence[Row], command: str) -> str:
+    rounds = [row.rounds for row in rows]
+    entries = {
+        "Byte limit": "the bytes that must be read and written, at the speed of a copy of the input in the same rounds",
+        "Order": "in each round every provider once, in a random order; medians, 20th and 80th percentile",
+        "Rounds": f"{min(rounds, default=0)} to {max(rounds, default=0)}",
+        "Error": "largest difference from float64, of the output or of the input's gradient, on four channels",
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>\n" for name, text in entries.items())
+    return f"<dl>\n{listed}<dt>Make it again</dt><dd><code>{escape(command)}</code></dd>\n</dl>"
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "nothing was measured"
+    row = rows[-1]
+    return (
+        f"{row.cpu}, {row.cores} cores, {row.isa} · {row.system} · batchnorm {row.batchnorm} · torch {row.torch} · "
+        f"python {row.python} · {row.date}"
+    )

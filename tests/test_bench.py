@@ -1,0 +1,314 @@
+"""The benchmark: its arithmetic is right on made-up times, its rows are complete. No times are judged."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.bench import allocator, memory, model, providers, run, targets, timing
+from batchnorm.bench.accuracy import Exact
+from batchnorm.bench.case import DIRECTIONS, tensors
+from batchnorm.bench.row import Row, load
+from batchnorm.bench.suite import Layer
+from batchnorm.bench.tables import summary_tables
+from batchnorm.cli import commands
+from batchnorm.errors import InputError
+from batchnorm.lab.networks import resnet50
+from batchnorm.report.bench import render
+from tests.test_bench_cases import case
+from tests.test_report import Page
+
+
+def call(*arguments):
+    return CliRunner().invoke(commands, ["bench", *map(str, arguments)])
+
+
+class FakeClock:
+    """Every reading is one second later than the last."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+class TestArithmetic:
+    @pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0, 3.0], list(range(100))])
+    @pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
+    def test_percentiles_are_numpys(self, values, percent):
+        assert timing.percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), abs=1e-12)
+
+    def test_geometric_mean(self):
+        assert timing.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+        assert timing.geometric_mean([1.0, 16.0], [3, 1]) == pytest.approx(2.0)
+
+    def test_rounds_take_turns_in_changing_order(self):
+        order = []
+        functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
+        samples = timing.interleaved(functions, timing.Effort(0.0, least=6), FakeClock())
+        assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 6)
+        rounds = [tuple(order[-3 * k : len(order) - 3 * k + 3]) for k in range(6, 0, -1)]
+        assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+        assert len(set(rounds)) > 1
+
+    def test_rounds_end_with_the_time_and_with_the_most(self):
+        functions = {"a": lambda: None}
+        assert (
+            len(timing.interleaved(functions, timing.Effort(1e9, least=1, most=4), FakeClock(), FakeClock())["a"]) == 4
+        )
+        assert len(timing.interleaved(functions, timing.Effort(0.0, least=2), FakeClock())["a"]) == 2
+
+    def test_short_calls_are_repeated_within_a_sample(self):
+        calls = []
+        ticks = iter(i * 1e-5 for i in range(10**6))
+        timing.interleaved({"a": lambda: calls.append(1)}, timing.Effort(0.0, least=1), lambda: next(ticks))
+        assert len(calls) == 4 + 30  # warm-up, then one sample of 3e-4 s / 1e-5 s
+
+    def test_ratios_from_made_up_seconds(self):
+        one = case((64, 64, 64, 64), direction="backward")
+        samples = {"copy": [0.1, 0.2, 0.3], "eager": [0.9, 0.9, 0.9], "ours": [0.3, 0.3, 0.6]}
+        made = {row.provider: row for row in run.rows(one, samples, dict.fromkeys(samples), dict.fromkeys(samples))}
+        assert made["ours"].limit == pytest.approx(0.2e3 * 3 / 2)
+        assert made["ours"].ratio_to_limit == pytest.approx(1.0)
+        assert made["ours"].ratio_to_eager == pytest.approx(3.0)
+        assert made["copy"].ratio_to_limit == 1.0
+        assert (made["ours"].p20, made["ours"].p50, made["ours"].p80) == pytest.approx((300, 300, 480))
+        assert made["ours"].unit == "ms"
+
+
+def made_up_rows(ours=0.1, eager=1.0, shapes=((64, 64, 64, 64), (32, 64, 64, 64))):
+    found = []
+    for index, shape in enumerate(shapes):
+        one = case(layer=Layer(shape, count=index + 1, activation="relu"))
+        samples = {"copy": [0.1], "eager": [eager], "onednn": [0.5], "ours": [ours]}
+        found += run.rows(one, samples, dict.fromkeys(samples, 1e-7), dict.fromkeys(samples, 10**6))
+    return found
+
+
+class TestTargets:
+    def test_means_are_weighed_by_layers(self):
+        rows = made_up_rows()
+        rows[-1] = replace(rows[-1], ratio_to_limit=8.0)
+        (summary,) = targets.summarize(rows)
+        assert summary.ratio_to_limit["ours"] == pytest.approx(4.0)  # (1 · 8²)^(1/3)
+        assert summary.faster == {"eager": pytest.approx(10.0), "onednn": pytest.approx(5.0)}
+        assert not summary.holds
+
+    @pytest.mark.parametrize(("ours", "holds"), [(0.1, True), (0.13, True), (0.14, False), (0.3, False)])
+    def test_a_target_holds_if_all_its_parts_do(self, ours, holds):
+        assert targets.summarize(made_up_rows(ours))[0].holds is holds
+        assert targets.summarize(made_up_rows(ours, eager=0.4))[0].holds is False
+
+    def test_small_tensors_are_left_out(self):
+        assert targets.summarize(made_up_rows(shapes=((2, 3, 4, 4),))) == []
+
+    def test_of_layers_the_worst_counts(self):
+        rows = [replace(row, case="layer forward", direction="forward") for row in made_up_rows(1.04, 1.0)]
+        assert targets.summarize(rows)[0].holds
+        rows[-1] = replace(rows[-1], p50=rows[-1].p50 * 1.02)
+        assert not targets.summarize(rows)[0].holds
+
+
+class TestProviders:
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize("layout", ["planar", "channels_last"])
+    def test_all_compute_the_same(self, direction, residual, layout):
+        one = case((4, 6, 5, 5), direction=direction, layout=layout)
+        one = replace(one, layer=replace(one.layer, residual=residual))
+        given = tensors(one)
+        for name in ("eager", "onednn", "ours"):
+            (provider,) = (found for found in providers.PROVIDERS if found.name == name)
+            if provider.refuses(one) is None:
+                with torch.set_grad_enabled(one.needs_grad):
+                    assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("shape", [(8, 5), (4, 3, 7), (2, 3, 4, 4), (2, 3, 2, 3, 4)])
+    def test_layers_compute_the_same(self, direction, shape):
+        one = case(shape, direction=direction, through="layer")
+        given = tensors(one)
+        for provider in providers.PROVIDERS:
+            if provider.name != "copy" and provider.refuses(one) is None:
+                with torch.set_grad_enabled(one.needs_grad):
+                    assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
+
+    @pytest.mark.parametrize("activation", [None, "relu6", "leaky_relu", "silu", "hardswish", "gelu"])
+    def test_activations(self, activation):
+        one = case(layer=Layer((4, 6, 5, 5), activation=activation), direction="step")
+        given = tensors(one)
+        for provider in providers.find(["ours"])[1:]:
+            assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
+
+    def test_an_error_is_seen(self):
+        one = case(direction="forward")
+        given = tensors(one)
+        y = providers.Eager().prepare(one, given)()[0]
+        y[0, 0, 0, 0] += 0.5
+        assert Exact(one, given).error(y) == pytest.approx(0.5, abs=1e-5)
+        y[0, 0, 0, 0] = math.nan
+        assert Exact(one, given).error(y) == math.inf
+
+    def test_what_cannot_be_done_is_refused_with_a_reason(self):
+        assert "float32" in providers.OneDNN().refuses(case(dtype="bfloat16"))
+        assert "silu" in providers.OneDNN().refuses(case(layer=Layer((2, 3, 4, 4), activation="silu")))
+        assert "layers" in providers.Compile().refuses(case(through="layer"))
+
+
+class TestMemory:
+    def test_peak_counts_what_is_held_at_once(self):
+        def work():
+            first = torch.empty(1 << 20)
+            del first
+            return torch.empty(1 << 18) + 1
+
+        assert 4 << 20 <= memory.peak_bytes(work) < 5 << 20
+
+    def test_saved_storages_count_once(self):
+        x = torch.randn(100, 100, requires_grad=True)
+        assert memory.saved_bytes(lambda: (x * 2).exp().sum(), iter([])) == 4 * 100 * 100
+        assert memory.saved_bytes(lambda: x.square().square().sum(), iter([x])) == 4 * 100 * 100
+
+    def test_reused_outputs_need_glibc(self, monkeypatch):
+        monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("musl", ""))
+        with pytest.raises(InputError, match="glibc"), memory.outputs("reused"):
+            pass
+
+
+SMALL = """
+name = "small"
+source = "made up"
+batch = 2
+layers = [
+  { shape = [4, 6, 6], count = 2, activation = "relu" },
+  { shape = [4, 6, 6], activation = "relu", residual = true },
+  { shape = [8] },
+]
+"""
+
+
+class TestCommand:
+    @pytest.fixture
+    def small(self, tmp_path):
+        (tmp_path / "small.toml").write_text(SMALL)
+        return tmp_path / "small.toml"
+
+    def test_rows_are_complete_in_every_form(self, small, tmp_path):
+        out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "html")}
+        arguments = ("--suite", small, "--minutes", 0, "--threads", "1", "--outputs", "fresh")
+        result = call(*arguments, "--json", out["json"], "--csv", out["csv"], "--report", out["html"])
+        assert result.exit_code == 0, result.output
+        rows = load(out["json"])
+        assert len(rows) == 3 * (2 * 4 + 2 * 3 + 3)  # directions · (planar with oneDNN, channels_last, two dimensions)
+        assert all(row.ratio_to_limit > 0 and row.ratio_to_eager > 0 for row in rows)
+        assert all(row.p20 <= row.p50 <= row.p80 and row.rounds >= 5 for row in rows)
+        assert all(row.max_error < 1e-5 for row in rows if row.provider != "copy")
+        assert all(row.cpu and row.date and row.torch == torch.__version__ for row in rows)
+        assert json.loads(out["json"].read_text())["command"].startswith("batchnorm bench --suite")
+        assert "function backward" in result.stdout
+
+        table = list(csv.DictReader(io.StringIO(out["csv"].read_text())))
+        assert [line["provider"] for line in table] == [row.provider for row in rows]
+        assert list(table[0]) == [field.name for field in fields(Row)]
+
+        page = Page(out["html"].read_text())
+        assert sum(tag == "svg" for tag, _ in page.tags) == 6
+        assert len(page.ids) == len(set(page.ids))
+        assert all(value.startswith(("data:", "#")) for tag, value in page.links)
+
+    def test_quick_tiny(self):
+        result = call("--suite", "tiny", "--quick", "--minutes", 0, "--threads", "1", "--layout", "planar")
+        assert result.exit_code == 0, result.output
+        assert "tiny · layer step" in result.stdout
+        assert "all shapes" in result.stdout
+        assert "≥0.95" in result.stdout
+
+    def test_compile_is_compared_if_asked(self, small, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        arguments = ("--layout", "planar", "--threads", "1", "--minutes", 0, "--outputs", "reused")
+        result = call("--suite", small, *arguments, "--provider", "compile,ours", "--direction", "step,inference")
+        assert result.exit_code == 0, result.output
+        assert "compile" in result.stdout
+
+    def test_ctrl_c_shows_what_was_measured(self, small, tmp_path, monkeypatch):
+        measure, left = run._measure, [2]
+
+        def interrupted(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return measure(*arguments)
+
+        monkeypatch.setattr(run, "_measure", interrupted)
+        result = call("--suite", small, "--minutes", 0, "--outputs", "fresh", "--json", tmp_path / "out.json")
+        assert result.exit_code == 130
+        assert "Interrupted" in result.stderr
+        assert len({(row.direction, row.threads) for row in load(tmp_path / "out.json")}) == 2
+
+    def test_threads_are_as_before(self, small):
+        call("--suite", small, "--minutes", 0, "--threads", "2", "--outputs", "fresh", "--layout", "planar")
+        assert torch.get_num_threads() == 1
+
+    def test_a_file_that_is_no_rows(self, tmp_path):
+        (tmp_path / "rows.json").write_text('{"rows": [{"suite": "a"}]}')
+        with pytest.raises(InputError, match="measure again"):
+            load(tmp_path / "rows.json")
+
+
+class TestModel:
+    def test_steps_of_a_small_network(self, monkeypatch, tmp_path):
+        small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        monkeypatch.setitem(model.MODELS, "resnet50", lambda: nn.Sequential(*small, nn.Linear(4, 1000)))
+        out = tmp_path / "out.json"
+        arguments = ("--model", "resnet50", "--quick", "--threads", "1", "--json", out, "--report", tmp_path / "a.html")
+        result = call(*arguments, "--provider", "ours")
+        assert result.exit_code == 0, result.output
+        rows = load(out)
+        assert [(row.layout, row.provider) for row in rows] == [
+            (layout, provider) for layout in ("planar", "channels_last") for provider in ("eager", "ours")
+        ]
+        assert all(row.ratio_to_eager > 0 and row.saved_bytes > 0 for row in rows)
+        assert "Training steps" in (tmp_path / "a.html").read_text()
+
+    def test_our_resnet50_is_convertible_and_trains(self):
+        network = bn.convert(resnet50(classes=5))
+        assert sum(isinstance(module, bn.BatchNorm2d) for module in network.modules()) == 53
+        network(torch.randn(2, 3, 32, 32)).sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_page_of_made_up_rows_says_what_held():
+    text = render(made_up_rows(), "batchnorm bench --suite <made-up>")
+    assert "1 of 1 targets held" in text
+    assert "✓ held" in text
+    assert "&lt;made-up&gt;" in text
+    assert "0 of 1 targets held" in render(made_up_rows(ours=0.3), "-")
+
+
+def test_clones_are_timed_in_processes_of_their_own():
+    clone = allocator.measure_clone(numel=1000, processes=1, clones=2)
+    assert clone.faster == pytest.approx(clone.without_ms[1] / clone.with_ms[1], rel=1e-3)
+    assert clone.bytes == 4000
+    assert "times faster" in str(clone)
+
+
+def test_the_table_of_means_shows_what_was_promised():
+    console = Console(width=120, file=io.StringIO())
+    for table in summary_tables(targets.summarize([*made_up_rows(), *made_up_rows(0.2)])):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "2.00 (≤1.3)" in text
+    assert "5.00x (≥5)" in text
+    assert "2.50x (≥3)" in text
+    assert "missed" in text

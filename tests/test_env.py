@@ -1,0 +1,102 @@
+"""`batchnorm env` says what runs, and it says the truth: it asks the kernels themselves."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from batchnorm import env, kernels
+from batchnorm.cli import commands
+from batchnorm.cli import env as command
+from batchnorm.kernels import eager
+
+
+class Picky:
+    """A kernel that takes float32 without a mask."""
+
+    name = "picky"
+
+    @staticmethod
+    def refuses(x, epilogue):
+        if x.dtype != torch.float32:
+            return f"x is {x.dtype}"
+        return None if epilogue.mask is None else "there is a mask"
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", (Picky, eager))
+
+
+def call(*arguments):
+    return CliRunner().invoke(commands, ["env", *arguments])
+
+
+def test_choices_are_those_of_the_kernels(picky):
+    assert env.choice("cpu", torch.float32, "planar", masked=False).kernel == "picky"
+    refused = env.choice("cpu", torch.bfloat16, "planar", masked=False)
+    assert (refused.kernel, refused.refusals) == ("eager", {"picky": "x is torch.bfloat16"})
+    assert env.choice("cpu", torch.float32, "channels_last", masked=True).refusals == {"picky": "there is a mask"}
+
+
+def test_every_kind_of_input_is_asked_about():
+    found = {(one.device, one.dtype, one.layout, one.epilogue) for one in env.choices() if one.device == "cpu"}
+    assert len(found) == 4 * 3 * 2
+
+
+def test_inputs_lie_as_they_are_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "select", lambda x, epilogue: seen.append(x) or eager)
+    for layout in ("planar", "channels_last", "strided"):
+        env.choice("cpu", torch.float32, layout, masked=False)
+    assert [x.is_contiguous() for x in seen] == [True, False, False]
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [False, True, False]
+
+
+def test_the_table_says_why(picky):
+    result = call()
+    assert result.exit_code == 0, result.output
+    assert "picky: there is a mask" in " ".join(result.stdout.split())
+    assert torch.__version__ in result.stdout
+
+
+def test_json_is_whole():
+    result = call("--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found == env.environment().to_dict()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1
+
+
+def test_the_clone_is_measured_if_asked(monkeypatch):
+    measure = command.measure_clone
+    monkeypatch.setattr(command, "measure_clone", lambda: measure(numel=1000, processes=1, clones=1))
+    assert json.loads(call("--measure", "--json").stdout)["clone"]["bytes"] == 4000
+    assert "times faster" in call("--measure").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"), [("always [madvise] never", "madvise"), ("[always] madvise never", "always")]
+)
+def test_huge_pages(monkeypatch, tmp_path, text, setting):
+    (tmp_path / "enabled").write_text(text)
+    monkeypatch.setattr(env, "HUGE_PAGES", tmp_path / "enabled")
+    assert env.huge_pages() == setting
+    monkeypatch.setattr(env, "HUGE_PAGES", tmp_path / "none")
+    assert env.huge_pages() == "unknown"
+
+
+def test_advice_is_given_where_it_helps():
+    assert "THP_MEM_ALLOC_ENABLE=1" in env.advice("madvise", allowed=False)[0]
+    assert env.advice("madvise", allowed=True) == env.advice("always", allowed=False) == []
+    assert "root" in env.advice("never", allowed=False)[0]
+
+
+def test_a_processor_has_a_name(tmp_path):
+    (tmp_path / "cpuinfo").write_text("model name\t: Fast One\ncpu family\t: 6\nmodel\t\t: 7\n\nmodel name\t: Second\n")
+    assert env._cpu(tmp_path / "cpuinfo") == "Fast One (family 6, model 7)"
+    (tmp_path / "cpuinfo").write_text("Features: none")
+    assert env._cpu(tmp_path / "cpuinfo")
+    assert env._cpu(tmp_path / "nothing")
