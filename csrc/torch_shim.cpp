@@ -362,6 +362,24 @@ void normalize(Word* stack, uint64_t, uint64_t) {
     stack[0] = y.release();
 }
 
+void infer(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor(), running_mean = arguments.tensor(), running_var = arguments.tensor();
+    const double eps = arguments.number();
+    const int64_t C = x.sizes[1];
+    Call call(Verb::normalize, x);
+    const ChannelValues means(running_mean, C), variances(running_var, C);
+    Tensor mean = Tensor::vector(C, dtypes[(int)Dtype::float64]), rstd = Tensor::vector(C, dtypes[(int)Dtype::float64]);
+    call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
+    for (int64_t c = 0; c < C; ++c)
+        call.task.mean[c] = means[c], call.task.rstd[c] = 1.0 / __builtin_sqrt(variances[c] + eps);
+    const Epilogue epilogue(arguments, C, call);
+    Tensor y = call.output();
+    call.task.output = y.data<void>();
+    call.run();
+    stack[0] = y.release(), stack[1] = mean.release(), stack[2] = rstd.release();
+}
+
 // What the three verbs of the backward share: dy, x, mean, rstd first, the epilogue last.
 struct BackwardCall {
     Tensor dy, x, mean, rstd;
@@ -459,6 +477,7 @@ bool move(const Tensor& running_mean, const Tensor& running_var, const double* m
 void update_running(Word* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
+    const Tensor moved_batches = arguments.optional_tensor(), nonfinite_batches = arguments.optional_tensor();
     const Tensor mean = arguments.tensor(), m2 = arguments.tensor(), masked_count = arguments.optional_tensor();
     const double whole_count = arguments.number(), momentum = arguments.number();
     const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
@@ -470,8 +489,11 @@ void update_running(Word* stack, uint64_t, uint64_t) {
     if (running_mean.dtype != running_var.dtype) throw std::runtime_error("batchnorm: running statistics of two dtypes");
     const auto step = running_mean.dtype == dtypes[(int)Dtype::float32] ? move<float> : move<double>;
     Tensor finite = Tensor::empty(0, nullptr, nullptr, boolean);
-    *finite.data<bool>() = step(running_mean, running_var, means, m2s, C, divisor > 1.0 ? divisor : 1.0, momentum, moves,
+    const bool is_finite = step(running_mean, running_var, means, m2s, C, divisor > 1.0 ? divisor : 1.0, momentum, moves,
                                 skip_nonfinite);
+    *finite.data<bool>() = is_finite;
+    if (moved_batches && moves && (is_finite || !skip_nonfinite)) ++*moved_batches.data<int64_t>();
+    if (nonfinite_batches && skip_nonfinite && !is_finite) ++*nonfinite_batches.data<int64_t>();
     stack[0] = finite.release();
 }
 
@@ -479,7 +501,7 @@ const struct {
     const char* name;
     void (*run)(Word*, uint64_t, uint64_t);
 } operators[] = {
-    {"moments", moments},         {"normalize", normalize}, {"reduce_grad", reduce_grad},
+    {"moments", moments},         {"normalize", normalize}, {"infer", infer}, {"reduce_grad", reduce_grad},
     {"input_grad", input_grad},   {"forward", forward},     {"backward", backward},
     {"update_running", update_running},
 };

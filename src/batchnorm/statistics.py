@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import check_several_values, move_running_statistics, normalize, normalize_with, write
+from batchnorm.functional import check_several_values, move_running_statistics, normalize, normalize_with
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.kernels import Activation
 from batchnorm.moments import Moments
@@ -110,6 +110,7 @@ def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mome
         if counter is None:
             raise StateError("momentum=None averages over all batches and needs the counter num_batches_tracked")
         momentum = 1.0 / (counter + 1).to(moments.mean.dtype)
+    raises = layer.on_nonfinite == "error" and _can_wait_for(running_mean)
     finite = move_running_statistics(
         running_mean,
         running_var,
@@ -117,19 +118,13 @@ def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mome
         momentum,
         unbiased=layer.running_variance == "unbiased",
         skip_nonfinite=layer.on_nonfinite != "propagate",
+        counters=(counter, None if raises else layer.num_nonfinite_batches),
     )
-    if layer.on_nonfinite == "error" and finite is not None and _can_wait_for(finite) and not finite:
+    if raises and not finite:
         raise InputError(
             f"the statistics of a batch must be finite in {running_mean.dtype}, but its input holds NaN or Inf, or values too "
             'large; the running statistics did not move. Find the batch, or use on_nonfinite="skip" to pass over it'
         )
-    moved = None if isinstance(moments.count, int) else moments.count > 1
-    if finite is not None:
-        moved = finite if moved is None else moved & finite
-        if layer.num_nonfinite_batches is not None:
-            write(layer.num_nonfinite_batches, layer.num_nonfinite_batches + ~finite)
-    if counter is not None:
-        write(counter, counter + (1 if moved is None else moved))
 
 
 def _can_wait_for(value: Tensor) -> bool:

@@ -30,7 +30,7 @@ from batchnorm.functional.parts import (
     parts_of_parameter,
     vector_as_complex,
 )
-from batchnorm.functional.running import move_running_statistics, write
+from batchnorm.functional.running import move_running_statistics
 from batchnorm.kernels import Activation, Epilogue, eager
 from batchnorm.moments import Moments
 
@@ -42,7 +42,6 @@ __all__ = [
     "move_running_statistics",
     "normalize",
     "normalize_with",
-    "write",
 ]
 
 
@@ -190,14 +189,12 @@ def normalize_with(
     epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
     if exporting() and _torch_says_the_same(input, mean, variance, epilogue):
         return _by_torch(input, mean, variance, eps, epilogue)
-    wide = eager.wide_dtype(input)
-    # A copy even where the dtype is wide already: the caller's buffers may move before the backward.
-    mean, rstd = mean.detach().to(wide, copy=True), (variance.detach().to(wide) + eps).rsqrt()
+    mean, variance = mean.detach(), variance.detach()
     if differentiated_by_torch() or exporting():
-        return eager.normalize(input, mean, rstd, epilogue)
+        return eager.infer(input, mean, variance, eps, epilogue)[0]
     if needs_grad(input, epilogue):
-        return Normalize.apply(input, mean, rstd, eps, *distinct(input, epilogue))[0]
-    return kernels.select(input, epilogue).normalize(input, mean, rstd, epilogue)
+        return Normalize.apply(input, mean, variance, eps, *distinct(input, epilogue))[0]
+    return kernels.select(input, epilogue).infer(input, mean, variance, eps, epilogue)[0]
 
 
 def _residual_parts(residual: Tensor, input: Tensor) -> Tensor:

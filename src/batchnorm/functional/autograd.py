@@ -39,14 +39,14 @@ def distinct(input: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
 
 
 class Normalize(torch.autograd.Function):
-    """The one autograd node: `mean` and `rstd` given are constants; None means the batch's own."""
+    """The one autograd node: running statistics given are constants; None means the batch's own."""
 
     @staticmethod
     def forward(  # the epilogue's fields come one by one: autograd only sees tensors that are arguments themselves
         ctx: Any,
         x: Tensor,
-        mean: Tensor | None,
-        rstd: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
         eps: float,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -59,10 +59,10 @@ class Normalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
-        ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, mean is not None
-        if mean is not None and rstd is not None:
+        ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, running_mean is not None
+        if running_mean is not None and running_var is not None:
             ctx.count = None
-            y = kernel.normalize(x, mean, rstd, epilogue)
+            y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
             ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
             return y, None, None, None
         y, moments, rstd = kernel.forward(x, eps, epilogue)

@@ -18,7 +18,6 @@ from batchnorm.kernels import cpu
 from batchnorm.moments import Moments
 
 
-@torch.no_grad()
 def move_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
@@ -27,6 +26,7 @@ def move_running_statistics(
     *,
     unbiased: bool = True,
     skip_nonfinite: bool = False,
+    counters: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor | None:
     """One step of the moving averages, in place: running = (1 - momentum) · running + momentum · batch.
 
@@ -40,6 +40,7 @@ def move_running_statistics(
         momentum: the weight of the batch; a number or a 0-d tensor.
         unbiased: follow the unbiased variance (torch, and the paper's section 3.1) or the biased one (Keras, Flax).
         skip_nonfinite: let a batch pass by whose statistics are not finite in the buffers' dtype, whole or not at all.
+        counters: 0-d int64 tensors that count the batches that moved the statistics, and those that were skipped.
 
     Returns:
         0-d bool, whether the statistics were finite; None if that was not asked for.
@@ -55,9 +56,27 @@ def move_running_statistics(
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
         moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
-    if isinstance(momentum, float) and cpu.moves(running_mean, running_var, moments) and not differentiated_by_torch():
-        finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite)
+    if (
+        isinstance(momentum, float)
+        and cpu.moves(running_mean, running_var, moments, counters)
+        and not differentiated_by_torch()
+    ):
+        finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite, counters)
         return finite if skip_nonfinite else None
+    return _move_by_torch(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite, counters)
+
+
+@torch.no_grad()
+def _move_by_torch(
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    momentum: float | Tensor,
+    unbiased: bool,
+    skip_nonfinite: bool,
+    counters: tuple[Tensor | None, Tensor | None],
+) -> Tensor | None:
+    count = moments.count
     pairs = ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
     finite = None
     moves = None if isinstance(count, int) else count > 1
@@ -69,6 +88,11 @@ def move_running_statistics(
         old = running.to(value.dtype)
         step = (1 - momentum) * old + momentum * value
         steps.append((running, step if moves is None else torch.where(moves, step, old)))
+    moved, skipped = counters
+    if moved is not None:
+        steps.append((moved, moved + (1 if moves is None else moves)))
+    if skipped is not None and finite is not None:
+        steps.append((skipped, skipped + ~finite))
     for buffer, value in steps:
         _check_writable(buffer, value)
     for buffer, value in steps:

@@ -88,6 +88,12 @@ class Kernel(Protocol):
         """y from given statistics; x's dtype and, where x is dense, its strides."""
         ...
 
+    def infer(
+        self, x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`normalize` by running statistics of any floating dtype: y, and the mean and rstd the backward needs."""
+        ...
+
     def reduce_grad(
         self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue
     ) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ _EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, int a
 _SCHEMAS = (
     "moments(Tensor x, Tensor? mask, Tensor? count) -> (Tensor, Tensor)",
     f"forward(Tensor x, Tensor? count, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"infer(Tensor x, Tensor running_mean, Tensor running_var, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
     f"normalize(Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}) -> Tensor",
     f"reduce_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}, bool residual_is_output)"
     " -> (Tensor, Tensor)",
@@ -35,7 +36,8 @@ _SCHEMAS = (
     f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual) -> (Tensor, Tensor)",
     "backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, "
     f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual, bool wants_dx) -> (Tensor, Tensor, Tensor, Tensor)",
-    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor m2, Tensor? masked_count, "
+    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? moved_batches, "
+    "Tensor(d!)? nonfinite_batches, Tensor mean, Tensor m2, Tensor? masked_count, "
     "float count, float momentum, bool unbiased, bool skip_nonfinite) -> Tensor",
 )
 
@@ -62,17 +64,23 @@ def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
 
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
     mask, count = _whole(mask, x)
-    mean, m2 = torch.ops.batchnorm.moments(x, mask, count)
+    mean, m2 = torch.ops.batchnorm.moments.default(x, mask, count)
     return Moments(_count(x) if count is None else count, mean, m2)
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
-    return torch.ops.batchnorm.normalize(x, mean, rstd, *_arguments(x, epilogue))
+    return torch.ops.batchnorm.normalize.default(x, mean, rstd, *_arguments(x, epilogue))
+
+
+def infer(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.batchnorm.infer.default(x, running_mean, running_var, eps, *_arguments(x, epilogue))
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     arguments = _arguments(x, epilogue)
-    return torch.ops.batchnorm.reduce_grad(dy, x, mean, rstd, *arguments, epilogue.output is not None)
+    return torch.ops.batchnorm.reduce_grad.default(dy, x, mean, rstd, *arguments, epilogue.output is not None)
 
 
 def input_grad(
@@ -84,7 +92,7 @@ def input_grad(
     mean_grads: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
-    dx, dresidual = torch.ops.batchnorm.input_grad(
+    dx, dresidual = torch.ops.batchnorm.input_grad.default(
         dy, x, mean, rstd, *(mean_grads or (None, None)), *_arguments(x, epilogue), is_output, wants_dresidual
     )
     return dx, dresidual if wants_dresidual else None
@@ -93,10 +101,10 @@ def input_grad(
 def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
     arguments = _arguments(x, epilogue)
     if epilogue.mask is None:
-        y, mean, m2, rstd = torch.ops.batchnorm.forward(x, None, eps, *arguments)
+        y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, None, eps, *arguments)
         return y, Moments(_count(x), mean, m2), rstd
     _, count = _whole(epilogue.mask, x)
-    y, mean, m2, rstd = torch.ops.batchnorm.forward(x, count, eps, *arguments)
+    y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, count, eps, *arguments)
     return y, Moments(count, mean, m2), rstd  # pyright: ignore[reportArgumentType] (with a mask there is a count)
 
 
@@ -113,7 +121,7 @@ def backward(
     if isinstance(count, int) and count != _count(x):
         other_count = torch.full((), count, dtype=torch.float64)
     wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
-    dx, dresidual, sum_grad, sum_grad_xhat = torch.ops.batchnorm.backward(
+    dx, dresidual, sum_grad, sum_grad_xhat = torch.ops.batchnorm.backward.default(
         dy,
         x,
         mean,
@@ -128,7 +136,10 @@ def backward(
     return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat)
 
 
-def moves(running_mean: Tensor, running_var: Tensor, moments: Moments) -> bool:
+Counters = tuple[Tensor | None, Tensor | None]
+
+
+def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, counters: Counters) -> bool:
     """Whether `update_running` takes these buffers. A compiler does better with the plain operators: it fuses them."""
     dtype = running_mean.dtype
     return (
@@ -137,6 +148,9 @@ def moves(running_mean: Tensor, running_var: Tensor, moments: Moments) -> bool:
         and running_var.dtype is dtype
         and moments.mean.dtype is torch.float64
         and running_mean.device.type == running_var.device.type == moments.mean.device.type == "cpu"
+        and all(
+            counter is None or (counter.dtype is torch.int64 and counter.device.type == "cpu") for counter in counters
+        )
         and not torch.compiler.is_compiling()
     )
 
@@ -148,12 +162,13 @@ def update_running(
     momentum: float,
     unbiased: bool,
     skip_nonfinite: bool,
+    counters: Counters,
 ) -> Tensor:
     """`functional.move_running_statistics` in one call, for buffers that `moves`; whether the statistics were finite, 0-d bool."""
     count, mean, m2 = moments
     masked, whole = (count, 0.0) if isinstance(count, Tensor) else (None, float(count))
-    return torch.ops.batchnorm.update_running(
-        running_mean, running_var, mean, m2, masked, whole, momentum, unbiased, skip_nonfinite
+    return torch.ops.batchnorm.update_running.default(
+        running_mean, running_var, *counters, mean, m2, masked, whole, momentum, unbiased, skip_nonfinite
     )
 
 
@@ -227,6 +242,7 @@ _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
     "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
     "normalize": lambda x, *_: _like(x),
+    "infer": lambda x, *_: (_like(x), _channels(x), _channels(x)),
     "reduce_grad": lambda _, x, *__: (_channels(x), _channels(x)),
     "input_grad": lambda _, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
     "backward": lambda _, x, *rest: (

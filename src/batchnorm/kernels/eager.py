@@ -43,6 +43,15 @@ def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tens
     return _masked(y, epilogue.mask).to(x.dtype)
 
 
+def infer(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = wide_dtype(x)
+    # A copy even where the dtype is wide already: the caller's buffers may move before the backward.
+    mean, rstd = running_mean.detach().to(wide, copy=True), (running_var.detach().to(wide) + eps).rsqrt()
+    return normalize(x, mean, rstd, epilogue), mean, rstd
+
+
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
     grad, normalized = _pre_activation_grad(dy, x, mean, rstd, epilogue)
     return _reduce(grad, normalized)
