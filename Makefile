@@ -3,18 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo bench test lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   train the tutorial's network with and without batch normalization (runs/demo/report.html)"
-	@echo "make bench  measure against the byte limit and against the others (runs/bench/report.html)"
-	@echo "make test   run the tests with coverage"
-	@echo "make lint   ruff and pyright"
-	@echo "make docs   build docs/ into site/"
-	@echo "make sanitize   fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make clean  remove the virtual environment and what was built"
+	@echo "make demo      train the tutorial's network with and without batch normalization (runs/demo/report.html)"
+	@echo "make bench     measure against the byte limit and against the others (runs/bench/report.html)"
+	@echo "make test      run the tests with coverage"
+	@echo "make lint      ruff and pyright"
+	@echo "make docs      build docs/ into site/"
+	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clean     remove the virtual environment and what was built"
 
 # torch goes first and by exact version: as somebody's dependency it would be the newest build instead.
 $(VENV)/torch: constraints.txt
@@ -22,11 +23,11 @@ $(VENV)/torch: constraints.txt
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-$(VENV)/lab: $(VENV)/torch pyproject.toml
+$(VENV)/lab: $(VENV)/torch $(BUILT_FROM)
 	$(PIP) --editable '.[lab]'
 	@touch $@
 
-$(VENV)/dev: $(VENV)/torch pyproject.toml
+$(VENV)/dev: $(VENV)/torch $(BUILT_FROM)
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/lab
 

@@ -76,8 +76,10 @@ INLINE Floats error_function(Floats x) {
     return magnitude > 0.927734375f ? far : near;
 }
 
-// float64 is not made for speed: the C library, lane by lane.
+// float64 is not made for speed: the C library, lane by lane; clamped for the same reason.
 INLINE Doubles exponential(Doubles x) {
+    x = x > 708.0 ? Doubles{} + 708.0 : x;
+    x = x < -708.0 ? Doubles{} - 708.0 : x;
     for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = exp(x[lane]);
     return x;
 }

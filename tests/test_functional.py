@@ -313,3 +313,19 @@ def test_gradient_of_nothing_is_nothing():
     y = batch_norm(x, None, None, training=True)
     (grad,) = torch.autograd.grad(y.detach().sum() + x.sum(), x)
     assert grad.eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("module", [nn.GELU(approximate="tanh"), *ACTIVATIONS.values()], ids=str)
+@pytest.mark.parametrize("size", [9, 9000])
+def test_activations_far_out(module, dtype, size):
+    """Where e^z overflows the function is a line, and so is ours."""
+    z = torch.cat([torch.linspace(-1e5, 1e5, size), torch.linspace(-800, 800, size)]).to(dtype).unsqueeze(1)
+    z.requires_grad_()
+    y = batch_norm(z, torch.zeros(1), torch.ones(1), eps=0.0, activation=module)
+    (dz,) = torch.autograd.grad(y.sum(), z)
+    wide = z.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(module(wide).sum(), wide)
+    eps = torch.finfo(dtype).eps  # terms of size up to 25 cancel in the tails of the derivatives, torch's too
+    torch.testing.assert_close(y, module(wide).to(dtype), rtol=2 * eps, atol=2 * eps)
+    torch.testing.assert_close(dz, exact.to(dtype), rtol=2 * eps, atol=25 * eps)

@@ -424,10 +424,15 @@ def operator_calls():
     yield ops.reduce_grad.default, (dy, x, mean, rstd, *e, False)
     yield ops.input_grad.default, (dy, x, mean, rstd, mean, rstd, *e, False, True)
     yield ops.backward.default, (dy, x, mean, rstd, None, False, *e, False, True, True)
-    yield ops.update_running.default, (torch.zeros(3), torch.ones(3), mean, rstd, None, 20.0, 0.1, True, True)
+    counters = torch.tensor(1), torch.tensor(0)
+    yield ops.infer.default, (x, mean, rstd, 1e-5, *e)
+    yield (
+        ops.update_running.default,
+        (torch.zeros(3), torch.ones(3), *counters, mean, rstd, None, 20.0, 0.1, True, True),
+    )
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(9))
 def test_operators_keep_torchs_rules(call):
     operator, arguments = list(operator_calls())[call]
     torch.library.opcheck(operator, arguments)

@@ -169,7 +169,7 @@ def normalize_with(
     check_input(input, {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias})
     if eps < 0.0:
         raise InputError(
-            f"batch_norm eps must be non-negative with given statistics, but got {eps}; the default is 1e-5"
+            f"batch_norm eps must be non-negative, but got {eps}; in training eps must be positive, the default is 1e-5"
         )
     if input.is_complex():
         output = normalize_with(
