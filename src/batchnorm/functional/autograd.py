@@ -21,8 +21,14 @@ def exporting() -> bool:
 
 
 def needs_grad(input: Tensor, epilogue: Epilogue) -> bool:
-    return torch.is_grad_enabled() and (
-        input.requires_grad or any(value is not None and value.requires_grad for value in epilogue[:3])
+    if not torch.is_grad_enabled():
+        return False
+    weight, bias, residual = epilogue.weight, epilogue.bias, epilogue.residual
+    return (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     )
 
 

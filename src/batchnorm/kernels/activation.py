@@ -80,12 +80,12 @@ def parse(activation: str | nn.Module | Activation | None) -> Activation | None:
     Raises:
         InputError: if the name or the module is not one of ours.
     """
-    found = from_module(activation) if isinstance(activation, nn.Module) else activation
-    if isinstance(found, str) and found in NAMES:
-        return Activation(found)
-    if found is None and activation is None:
-        return None
-    if isinstance(found, Activation):
+    if activation is None or isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str) and activation in NAMES:
+        return Activation(activation)
+    found = from_module(activation) if isinstance(activation, nn.Module) else None
+    if found is not None:
         return found
     raise InputError(
         f"activation must be None, one of {', '.join(map(repr, NAMES))}, or torch's module of one of them, but got "

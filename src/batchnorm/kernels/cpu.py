@@ -147,10 +147,11 @@ def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, counters:
         and (dtype is torch.float32 or dtype is torch.float64)
         and running_var.dtype is dtype
         and moments.mean.dtype is torch.float64
-        and running_mean.device.type == running_var.device.type == moments.mean.device.type == "cpu"
-        and all(
-            counter is None or (counter.dtype is torch.int64 and counter.device.type == "cpu") for counter in counters
-        )
+        and running_mean.is_cpu
+        and running_var.is_cpu
+        and moments.mean.is_cpu
+        and (counters[0] is None or (counters[0].is_cpu and counters[0].dtype is torch.int64))
+        and (counters[1] is None or (counters[1].is_cpu and counters[1].dtype is torch.int64))
         and not torch.compiler.is_compiling()
     )
 
