@@ -26,6 +26,7 @@ _CHOICES = {
     "on_single": ("error", "running", "skip"),
     "on_nonfinite": ("skip", "propagate", "error"),
 }
+OPTIONS = ("activation", "statistics", "channel_axis", *_CHOICES)  # what a layer of ours has beyond torch's
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -167,7 +168,7 @@ class BatchNorm(_BatchNorm):
         """Torch's, and our options where they differ from the default."""
         options = [
             f"{name}={value if name == 'activation' else repr(value)}"
-            for name in ("activation", "statistics", "channel_axis", *_CHOICES)
+            for name in OPTIONS
             if (value := getattr(self, name)) != getattr(BatchNorm, name)
         ]
         return ", ".join([super().extra_repr(), *options])

@@ -60,7 +60,7 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
         if not self.has_uninitialized_params():
             return
         self._check_input_dim(input)
-        self.num_features = input.shape[self.channel_axis]
+        self.num_features = input.shape[self._axis(input)]
         initial = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
         for name, start in initial.items():
             value = getattr(self, name)

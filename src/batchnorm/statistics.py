@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import check_several_values, move_running_statistics, normalize, normalize_with
+from batchnorm.functional import (
+    check_several_values,
+    is_single_value,
+    move_running_statistics,
+    normalize,
+    normalize_with,
+)
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.kernels import Activation
 from batchnorm.moments import Moments
@@ -60,7 +66,7 @@ class Batch:
         if not layer.training and layer.running_mean is not None:
             return _by_running_statistics(layer, x, residual, mask)
         moves = layer.training and layer.track_running_stats
-        if x.numel() == x.shape[1]:  # one value per channel
+        if is_single_value(x):
             if layer.on_single == "running":
                 return _by_running_statistics(layer, x, residual, mask)
             if layer.on_single == "error":
@@ -102,8 +108,6 @@ def _by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mas
 
 def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:
     """Move the running statistics by one batch and count it, unless it is empty or not finite; no host synchronization."""
-    if isinstance(moments.count, int) and moments.count == 0:
-        return
     counter = layer.num_batches_tracked
     momentum = layer.momentum
     if momentum is None:  # the mean of all batches so far: the n-th weighs 1/n
@@ -120,7 +124,7 @@ def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mome
         skip_nonfinite=layer.on_nonfinite != "propagate",
         counters=(counter, None if raises else layer.num_nonfinite_batches),
     )
-    if raises and not finite:
+    if raises and finite is not None and not finite:
         raise InputError(
             f"the statistics of a batch must be finite in {running_mean.dtype}, but its input holds NaN or Inf, or values too "
             'large; the running statistics did not move. Find the batch, or use on_nonfinite="skip" to pass over it'

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError, StateError
 from batchnorm.kernels import from_module
-from batchnorm.layers import STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.logs import logger
 
@@ -34,8 +34,7 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
-_OPTIONS = ("activation", "statistics", "channel_axis", "running_variance", "on_single", "on_nonfinite")
-_TAKEN = (*_OPTIONS, "num_nonfinite_batches", "keep_wide_statistics", "gamma", "beta")  # names with a meaning in ours
+_TAKEN = (*OPTIONS, "num_nonfinite_batches", "keep_wide_statistics", "gamma", "beta")  # names with a meaning in ours
 _DTYPES = "_dtypes_before_conversion"
 
 
@@ -175,7 +174,7 @@ def revert(model: nn.Module) -> nn.Module:
             continue
         _restore_statistics_dtypes(layer)
         del layer.num_nonfinite_batches
-        for name in (*_OPTIONS, "keep_wide_statistics"):
+        for name in (*OPTIONS, "keep_wide_statistics"):
             layer.__dict__.pop(name, None)
         _become(layer, _TORCHS[type(layer)])
         logger.info("revert: %s is now torch.nn.%s", paths, type(layer).__name__)
@@ -254,7 +253,7 @@ def _not_convertible(layer: _BatchNorm) -> str | None:
 def _not_revertible(layer: BatchNorm) -> str | None:
     if type(layer) not in _TORCHS:
         return f"torch has no {type(layer).__name__}"
-    beyond = [name for name in _OPTIONS if getattr(layer, name) != getattr(BatchNorm, name)]
+    beyond = [name for name in OPTIONS if getattr(layer, name) != getattr(BatchNorm, name)]
     return f"torch's layer has no {', '.join(beyond)}" if beyond else None
 
 

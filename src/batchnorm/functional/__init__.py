@@ -1,6 +1,6 @@
 """Batch normalization as functions: torch's `batch_norm` and its parts, over the kernels' verbs.
 
-Which way a call goes, in this order (the checks together cost less than a microsecond):
+Which way a call goes, in this order:
 
 1. a `torch.func` transform or forward-mode AD is active: the verbs in plain torch, differentiated by torch itself, to any order;
 2. `torch.export` and `torch.jit.trace`: torch's own operator where it says the same, so that exporters see a batch norm;
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from batchnorm import kernels
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
-from batchnorm.functional.checks import check_input, check_residual, check_several_values, epilogue_of
+from batchnorm.functional.checks import check_input, check_residual, check_several_values, epilogue_of, is_single_value
 from batchnorm.functional.parts import (
     channels_as_parts,
     parts_as_channels,
@@ -39,6 +39,7 @@ __all__ = [
     "check_input",
     "check_residual",
     "check_several_values",
+    "is_single_value",
     "move_running_statistics",
     "normalize",
     "normalize_with",

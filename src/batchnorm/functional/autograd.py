@@ -93,10 +93,7 @@ class Normalize(torch.autograd.Function):
                 dbias = _counted(dy, mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
         else:
             count = ctx.count if masked_count is None else masked_count
-            if differentiated_by_torch():  # vmap over dy: a batch of gradients at once
-                kernel = eager
-            else:
-                kernel, dy = ctx.kernel, _in_layout_of(x, dy)
+            kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
             dx, dresidual, sum_grad, sum_grad_xhat = kernel.backward(
                 dy, x, mean, rstd, epilogue, count, needs_input_grad=ctx.needs_input_grad[0]
             )
@@ -144,13 +141,3 @@ def _differentiable_backward(
     if output is not None:
         dresidual = _counted(dy, mask)
     return [dx, dweight, dbias, dresidual]
-
-
-def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
-    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own.
-
-    Out of place, since dy may be a batch of gradients (`is_grads_batched`), which cannot be written into one.
-    """
-    if torch.compiler.is_compiling() or dy.stride() == x.stride():
-        return dy
-    return torch.zeros_like(x, dtype=dy.dtype) + dy

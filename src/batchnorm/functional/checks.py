@@ -37,13 +37,18 @@ def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None
             )
 
 
+def is_single_value(input: Tensor) -> bool:
+    """Whether each channel of the input (N, C, *S) has one value, which has no variance."""
+    return input.dim() > 1 and input.shape[1] > 0 and input.numel() == input.shape[1]
+
+
 def check_several_values(input: Tensor) -> None:
     """Refuse to learn statistics from one value per channel: its variance is 0 and its output would be the bias.
 
     Raises:
         InputError: saying what to do about it.
     """
-    if input.dim() > 1 and input.shape[1] > 0 and input.numel() == input.shape[1]:
+    if is_single_value(input):
         raise InputError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: a single value has "
             "no variance. Use a larger batch (drop_last=True in the DataLoader), call .eval() on the layer, or give it "

@@ -26,7 +26,7 @@ def move_running_statistics(
     *,
     unbiased: bool = True,
     skip_nonfinite: bool = False,
-    counters: tuple[Tensor | None, Tensor | None] = (None, None),
+    counters: cpu.Counters = (None, None),
 ) -> Tensor | None:
     """One step of the moving averages, in place: running = (1 - momentum) · running + momentum · batch.
 
@@ -74,7 +74,7 @@ def _move_by_torch(
     momentum: float | Tensor,
     unbiased: bool,
     skip_nonfinite: bool,
-    counters: tuple[Tensor | None, Tensor | None],
+    counters: cpu.Counters,
 ) -> Tensor | None:
     count = moments.count
     pairs = ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
@@ -96,22 +96,18 @@ def _move_by_torch(
     for buffer, value in steps:
         _check_writable(buffer, value)
     for buffer, value in steps:
-        write(buffer, value)
+        _write(buffer, value)
     return finite
 
 
-def write(buffer: Tensor, value: Tensor) -> None:
-    """`buffer.copy_(value)`, also from inside `torch.func.grad`, which refuses to write to a tensor it did not get as an argument.
+def _write(buffer: Tensor, value: Tensor) -> None:
+    """`buffer.copy_(value)` of a buffer found writable, also from inside `torch.func.grad`.
 
-    A buffer holds values, never gradients: what is written is what lies below the gradient levels.
-
-    Raises:
-        StateError: under `torch.vmap`, if the value differs from slice to slice and the buffer does not.
+    That refuses to write to a tensor it did not get as an argument. A buffer holds values, never gradients: what is written is what lies below the gradient levels.
     """
     if forward_ad._current_level >= 0:
         value = forward_ad.unpack_dual(value).primal
     if not differentiated_by_torch() or not _only_gradient_levels():
-        _check_writable(buffer, value)
         buffer.copy_(value)
         return
     with temporarily_clear_interpreter_stack():

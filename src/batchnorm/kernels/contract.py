@@ -71,6 +71,11 @@ class Backward(NamedTuple):
     sum_grad_xhat: Tensor
 
 
+def values_per_channel(x: Tensor) -> int:
+    """How many values of x (N, C, *S) share a mean."""
+    return x.numel() // x.shape[1] if x.shape[1] else 0
+
+
 class Kernel(Protocol):
     """One implementation of the verbs. `kernels.select` asks each in turn whether it takes a call."""
 

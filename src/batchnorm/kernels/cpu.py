@@ -13,10 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Backward, Epilogue
+from batchnorm.kernels.contract import Backward, Epilogue, values_per_channel
 from batchnorm.moments import Moments
 
 name = "cpu"
+
+Counters = tuple[
+    Tensor | None, Tensor | None
+]  # of batches that moved the statistics, and of those that were not finite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -63,9 +67,10 @@ def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
-    mask, count = _whole(mask, x)
+    mask = _whole(mask, x)
+    count = None if mask is None else _counted_by(mask)
     mean, m2 = torch.ops.batchnorm.moments.default(x, mask, count)
-    return Moments(_count(x) if count is None else count, mean, m2)
+    return Moments(values_per_channel(x) if count is None else count, mean, m2)
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
@@ -100,12 +105,10 @@ def input_grad(
 
 def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
     arguments = _arguments(x, epilogue)
-    if epilogue.mask is None:
-        y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, None, eps, *arguments)
-        return y, Moments(_count(x), mean, m2), rstd
-    _, count = _whole(epilogue.mask, x)
+    mask = arguments[3]
+    count = None if mask is None else _counted_by(mask)
     y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, count, eps, *arguments)
-    return y, Moments(count, mean, m2), rstd  # pyright: ignore[reportArgumentType] (with a mask there is a count)
+    return y, Moments(values_per_channel(x) if count is None else count, mean, m2), rstd
 
 
 def backward(
@@ -118,7 +121,7 @@ def backward(
     needs_input_grad: bool = True,
 ) -> Backward:
     other_count = count if isinstance(count, Tensor) else None
-    if isinstance(count, int) and count != _count(x):
+    if isinstance(count, int) and count != values_per_channel(x):
         other_count = torch.full((), count, dtype=torch.float64)
     wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
     dx, dresidual, sum_grad, sum_grad_xhat = torch.ops.batchnorm.backward.default(
@@ -134,9 +137,6 @@ def backward(
         needs_input_grad,
     )
     return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat)
-
-
-Counters = tuple[Tensor | None, Tensor | None]
 
 
 def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, counters: Counters) -> bool:
@@ -187,23 +187,21 @@ def _arguments(
     x: Tensor, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
     weight, bias, residual, mask, activation, output = epilogue
-    mask = None if mask is None else mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
+    mask = _whole(mask, x)
     residual = residual if output is None else output
     if activation is None:
         return weight, bias, residual, mask, 0, 0.0
     return weight, bias, residual, mask, _CODES[activation.name], activation.negative_slope
 
 
-def _whole(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as (N, 1, *S) without gaps, and how many values of each channel it counts."""
-    if mask is None:
-        return None, None
-    mask = mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
-    return mask, mask.sum(dtype=torch.float64)
+def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask as (N, 1, *S) without gaps."""
+    return None if mask is None else mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
 
 
-def _count(x: Tensor) -> int:
-    return x.numel() // x.shape[1] if x.shape[1] else 0
+def _counted_by(mask: Tensor) -> Tensor:
+    """How many values of each channel a whole mask counts."""
+    return mask.sum(dtype=torch.float64)
 
 
 def _is_interleaved(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Backward, Epilogue
+from batchnorm.kernels.contract import Backward, Epilogue, values_per_channel
 from batchnorm.moments import Moments, at_least_one
 
 name = "eager"
@@ -23,7 +23,7 @@ def refuses(x: Tensor, epilogue: Epilogue) -> str | None:  # noqa: ARG001 (the c
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
     wide, axes = x.to(wide_dtype(x)), _reduced_axes(x)
     if mask is None:
-        count: int | Tensor = x.numel() // x.shape[1] if x.shape[1] else 0
+        count: int | Tensor = values_per_channel(x)
     else:
         wide = torch.where(mask, wide, 0)
         count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=wide.dtype)
@@ -119,12 +119,22 @@ def _pre_activation_grad(
 ) -> tuple[Tensor, Tensor]:
     """g = dy · activation'(z) and x̂, both in the wide dtype, 0 where masked."""
     normalized = _normalized(x, mean, rstd, epilogue.mask)
-    grad = dy.to(mean.dtype)
+    grad = _in_layout_of(x, dy).to(mean.dtype)
     if epilogue.activation is not None:
         output = epilogue.output
         z = _pre_activation(normalized, epilogue) if output is None else output.to(grad.dtype)
         grad = grad * epilogue.activation.derivative(z)
     return _masked(grad, epilogue.mask), normalized
+
+
+def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
+    """dy with x's strides: an expanded or permuted gradient would give dx a layout of its own.
+
+    Out of place, since dy may be a batch of gradients (`is_grads_batched`), which cannot be written into one.
+    """
+    if torch.compiler.is_compiling() or dy.stride() == x.stride():
+        return dy
+    return torch.zeros_like(x, dtype=dy.dtype) + dy
 
 
 def _reduce(grad: Tensor, normalized: Tensor) -> tuple[Tensor, Tensor]:
