@@ -103,7 +103,8 @@ def _move_by_torch(
 def _write(buffer: Tensor, value: Tensor) -> None:
     """`buffer.copy_(value)` of a buffer found writable, also from inside `torch.func.grad`.
 
-    That refuses to write to a tensor it did not get as an argument. A buffer holds values, never gradients: what is written is what lies below the gradient levels.
+    That refuses to write to a tensor it did not get as an argument. A buffer holds values, never gradients: what is written is
+    what lies below the gradient levels.
     """
     if forward_ad._current_level >= 0:
         value = forward_ad.unpack_dual(value).primal
