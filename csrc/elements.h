@@ -6,7 +6,9 @@
 
 namespace {
 
-// What a reduction takes of a vector: Σ g and Σ g · (x - mean), or, where there is no g, Σ (x - mean) and Σ (x - mean)².
+constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, that are summed by one thread
+
+// What a reduction takes of a vector: Σ g and Σ g · x, or, where there is no g, Σ (x - mean) and Σ (x - mean)².
 template <class Vector>
 struct GradTermValues {
     Vector g, x;
@@ -27,21 +29,21 @@ struct Sums {
         value[0] += low, value[1] += high;
         product[0] += low * low, product[1] += high * high;
     }
-    INLINE void add(GradTermValues<Floats> term, Floats mean) {
-        const Wide<Floats> g(term.g), x(term.x), center(mean);
+    INLINE void add(GradTermValues<Floats> term, Floats) {
+        const Wide<Floats> g(term.g), x(term.x);
         value[0] += g.low, value[1] += g.high;
-        product[0] += g.low * (x.low - center.low), product[1] += g.high * (x.high - center.high);
+        product[0] += g.low * x.low, product[1] += g.high * x.high;
     }
     INLINE void add(const Sums& other) {
         for (int half = 0; half < 2; ++half) value[half] += other.value[half], product[half] += other.product[half];
     }
     INLINE double total_value() const { return total(value[0] + value[1]); }
     INLINE double total_product() const { return total(product[0] + product[1]); }
-
-    // Of the lane that stands for an interleaved channel.
-    INLINE double value_of(int lane) const { return value[lane / half_width][lane % half_width]; }
-    INLINE double product_of(int lane) const { return product[lane / half_width][lane % half_width]; }
-    static constexpr int half_width = vector_bytes / 8;
+    // Lane by lane.
+    INLINE void unpack(double* values, double* products) const {
+        memcpy(values, value, sizeof value);
+        memcpy(products, product, sizeof product);
+    }
 };
 
 // A sum that keeps what its rounding loses (Knuth's two-sum).
@@ -57,6 +59,13 @@ struct ExactSum {
     INLINE void add(const ExactSum& other) {
         add(other.sum);
         lost += other.lost;
+    }
+    // Of the lanes of a vector.
+    INLINE double total() const {
+        ExactSum<double> all;
+        for (int lane = 0; lane < vector_bytes / 8; ++lane) all.add(sum[lane]);
+        for (int lane = 0; lane < vector_bytes / 8; ++lane) all.lost += lost[lane];
+        return all.sum + all.lost;
     }
 };
 
@@ -80,21 +89,27 @@ struct Sums<Float64> {
         value.add(other.value);
         product.add(other.product);
     }
-    INLINE double total_value() const { return total_of(value); }
-    INLINE double total_product() const { return total_of(product); }
-    INLINE double value_of(int lane) const { return value.sum[lane] + value.lost[lane]; }
-    INLINE double product_of(int lane) const { return product.sum[lane] + product.lost[lane]; }
-
-  private:
-    static INLINE double total_of(const ExactSum<Doubles>& lanes) {
-        ExactSum<double> sum;
-        for (int lane = 0; lane < Float64::width; ++lane) sum.add(lanes.sum[lane]);
-        return sum.sum + (sum.lost + total(lanes.lost));
+    INLINE double total_value() const { return value.total(); }
+    INLINE double total_product() const { return product.total(); }
+    INLINE void unpack(double* values, double* products) const {
+        const Doubles all_of_value = value.sum + value.lost, all_of_product = product.sum + product.lost;
+        memcpy(values, &all_of_value, sizeof all_of_value);
+        memcpy(products, &all_of_product, sizeof all_of_product);
     }
 };
 
 template <>
 struct Sums<ExactFloat32> : Sums<Float64> {};
+
+// Sums of neighbors, of which each vector has kept what it lost.
+INLINE double total_of(const double* values, int64_t count) {
+    ExactSum<Doubles> lanes;
+    int64_t i = 0;
+    for (; i + vector_bytes / 8 <= count; i += vector_bytes / 8) lanes.add(load_vector<Doubles>(values + i));
+    ExactSum<double> rest;
+    for (; i < count; ++i) rest.add(values[i]);
+    return total(lanes.sum) + (rest.sum + (total(lanes.lost) + rest.lost));
+}
 
 enum class Residual { none, some, asked };  // known to the compiler, or asked about for each vector
 
@@ -103,7 +118,7 @@ template <class Storage, class Act, Residual with_residual, bool masked>
 struct Elements {
     typedef Storage T;
     typedef Act Activation;
-    static constexpr bool has_mask = masked;
+    static constexpr bool has_mask = masked, has_residual = with_residual != Residual::none;
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
 
@@ -118,13 +133,23 @@ struct Elements {
           mask(task.mask),
           activation(activation) {}
 
+    // Asks for what will be read of the `count` vectors from `i` on.
+    template <bool of_x_alone>
+    INLINE void fetch_vectors(int64_t i, int count) const {
+        UNROLLED
+        for (int vector = 0; vector < count; ++vector) {
+            const int64_t at = i + vector * T::width;
+            fetch(x + at);
+            if constexpr (!of_x_alone) fetch(dy + at);
+            if constexpr (!of_x_alone && has_residual) fetch(residual + at);
+        }
+    }
+
     // A select, not a product: 0 · NaN is NaN, and padding may hold anything.
     template <class Part>
     INLINE Vector counted(Vector values, Vector others, int64_t m, Part part) const {
         if constexpr (!has_mask) return values;
-        typename T::Mask counts = {};
-        for (int lane = 0; lane < lanes(part); ++lane) counts[lane] = mask[m + lane] ? -1 : 0;
-        return counts ? values : others;
+        return lanes_of<T>(mask + m, part) ? values : others;
     }
 
     template <class Part>
@@ -145,16 +170,14 @@ struct Elements {
         if constexpr (!Act::needs_z) return dy_here;
         return activation.grad(dy_here, pre_activation(i, d, channel, part));
     }
-
-  private:
-    static INLINE int lanes(Whole) { return T::width; }
-    static INLINE int lanes(Some some) { return some.count; }
 };
 
 // Lanes that do not count are given the value of the mean, and no gradient.
 template <class E>
 struct MomentTerm {
-    const E& elements;
+    const E elements;
+
+    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
     INLINE MomentTermValues<typename E::Vector> operator()(
@@ -166,7 +189,9 @@ struct MomentTerm {
 
 template <class E>
 struct GradTerm {
-    const E& elements;
+    const E elements;
+
+    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
     template <class Part>
     INLINE GradTermValues<typename E::Vector> operator()(
@@ -186,7 +211,10 @@ struct Written {
 
 template <class E>
 struct NormalizeMap {
-    const E& elements;
+    static constexpr bool writes_two = false;
+    const E elements;
+
+    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
     INLINE Written<typename E::Vector> operator()(
@@ -199,7 +227,10 @@ struct NormalizeMap {
 
 template <class E>
 struct InputGradMap {
-    const E& elements;
+    static constexpr bool writes_two = E::has_residual;
+    const E elements;
+
+    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
     template <class Part>
     INLINE Written<typename E::Vector> operator()(
@@ -212,26 +243,32 @@ struct InputGradMap {
     }
 };
 
-// Where a map writes: `second` is null but for dresidual, `first` where only that is wanted.
-template <class T>
+// Where a map writes: `first` is y or dx. Of `two`, `second` is dresidual, and either may be null.
+template <class T, bool two>
 struct Outputs {
     typename T::Element *first, *second;
 
+    explicit Outputs(const Task& task)
+        : first((typename T::Element*)task.output), second((typename T::Element*)task.dresidual) {}
+
     template <class Part>
     INLINE void store(int64_t i, const Written<typename T::Vector>& values, Part part) const {
-        if (first) T::store(first + i, values.first, part);
-        if (second) T::store(second + i, values.second, part);
+        if (!two || first) T::store(first + i, values.first, part);
+        if (two && second) T::store(second + i, values.second, part);
     }
     INLINE void stream(int64_t i, const Written<typename T::Vector>& values) const {
-        if (first) T::stream(first + i, values.first);
-        if (second) T::stream(second + i, values.second);
+        if (!two || first) T::stream(first + i, values.first);
+        if (two && second) T::stream(second + i, values.second);
     }
-    INLINE Outputs moved(int64_t by) const { return {first ? first + by : nullptr, second ? second + by : nullptr}; }
+    void clear(int64_t from, int64_t to) const {
+        if (first) memset(first + from, 0, (to - from) * sizeof(typename T::Element));
+        if (second) memset(second + from, 0, (to - from) * sizeof(typename T::Element));
+    }
 
-    // Elements before the first whose vector is aligned; -1 if the two tensors disagree.
-    INLINE int64_t to_alignment() const {
+    // Elements from `i` to the first whose vector is aligned; -1 if the two tensors disagree.
+    INLINE int64_t to_alignment(int64_t i) const {
         constexpr uint64_t size = sizeof(typename T::Element), vector = size * T::width;
-        const uint64_t address = (uint64_t)(first ? first : second);
+        const uint64_t address = (uint64_t)(first ? first : second) + i * size;
         if (first && second && ((uint64_t)first ^ (uint64_t)second) % vector) return -1;
         return address % size ? -1 : (int64_t)((vector - address % vector) % vector / size);
     }
@@ -247,9 +284,5 @@ void parallel(int threads, int64_t tasks, const Body& body) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)(threads < tasks ? threads : tasks))
     for (int64_t task = 0; task < tasks; ++task) body(task);
 }
-
-INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
-INLINE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 }  // namespace

@@ -8,12 +8,11 @@
 // and channel c has k sums, which are added at the end of the chunk.
 #pragma once
 
-#include "planar.h"
+#include "columns.h"
 
 namespace {
 
 constexpr int64_t most_chunks = 64;
-constexpr int64_t rows_at_once = 8;  // that share a channel's numbers, and one trip of its sums to memory and back
 constexpr int64_t shortest_row = 64;
 constexpr int64_t longest_joint_row = 4096;
 
@@ -45,7 +44,9 @@ class Interleaved {
         memset(open, true, C);
         bool more = true;
         for (bool last = false; more; last = true) {
-            parallel(task.threads, chunks, [&](int64_t chunk) { sum_chunk(chunk, term, sums + 2 * C * chunk); });
+            parallel(task.threads, chunks, [&](int64_t chunk) {
+                sum_chunk(chunk, term, sums + 2 * C * chunk);
+            });
             more = false;
             for (int64_t chunk = 1; chunk < chunks; ++chunk)
                 for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
@@ -89,7 +90,6 @@ class Interleaved {
     }
 
     static int64_t joined_rows(const Task& task) {
-        if (task.mask) return 1;  // whole rows are left out
         int64_t joint = 1;
         while (joint * task.C * sizeof(Element) % cache_line || joint * task.C < shortest_row) ++joint;
         if (joint * task.C <= longest_joint_row) return joint;
@@ -98,75 +98,62 @@ class Interleaved {
 
     double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Some{1})[0]; }
 
+    // Rows m0 ... m1 - 1 as rows of the joint length, and what is left of them.
+    template <class Body>
+    void for_rows(int64_t m0, int64_t m1, const Body& body) {
+        const int64_t length = C * channels.copies, whole = (m1 - m0) / channels.copies;
+        if (whole) body(Rows{m0 * C, whole, length, length});
+        m0 += whole * channels.copies;
+        if (m0 < m1) body(Rows{m0 * C, 1, length, (m1 - m0) * C});
+    }
+
+    // body(m0, m1, counted) for each run of rows that count or do not.
+    template <class Body>
+    void for_runs(int64_t chunk, const Body& body) {
+        const int64_t end = at_most((chunk + 1) * rows, M);
+        int64_t m = chunk * rows;
+        if (!task.mask) return body(m, end, true);
+        while (m < end) {
+            int64_t until = m + 1;
+            while (until < end && task.mask[until] == task.mask[m]) ++until;
+            body(m, until, task.mask[m] != 0);
+            m = until;
+        }
+    }
+
     // The sums of a chunk: (2, C), Σ value and Σ product.
     template <class Term>
     __attribute__((noinline)) void sum_chunk(int64_t chunk, const Term& term, double* totals) {
-        const int64_t length = channels.length, end = at_most((chunk + 1) * rows, M) * C;
-        Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, divide_up(length, T::width) * sizeof(Sums<T>));
-        for (int64_t j = 0; j < length; j += T::width) sums[j / T::width] = {};
-        int64_t i = chunk * rows * C;
-        if (!task.mask)
-            for (; i + rows_at_once * length <= end; i += rows_at_once * length)
-                for_columns(length, [&](int64_t j, auto part) {
-                    const Channel<Vector> channel = channels.from(j);
-                    Sums<T> here = sums[j / T::width];
-                    for (int64_t row = i + j; row < i + j + rows_at_once * length; row += length)
-                        here.add(term(row, 0, channel, part), channel.mean);
-                    sums[j / T::width] = here;
-                });
-        for (; i < end; i += length)
-            if (!task.mask || task.mask[i / C])
-                for_columns(at_most(length, end - i), [&](int64_t j, auto part) {
-                    const Channel<Vector> channel = channels.from(j);
-                    sums[j / T::width].add(term(i + j, 0, channel, part), channel.mean);
-                });
+        const int64_t length = C * channels.copies, vectors = divide_up(length, T::width);
+        Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, vectors * sizeof(Sums<T>));
+        for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
+        for_runs(chunk, [&](int64_t m0, int64_t m1, bool counted) {
+            if (counted) for_rows(m0, m1, [&](const Rows& some) { sum_columns(channels.table, some, term, sums); });
+        });
+        double* columns = (double*)malloc(2 * vectors * T::width * sizeof(double));
+        double* products = columns + vectors * T::width;
+        for (int64_t vector = 0; vector < vectors; ++vector)
+            sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
         for (int64_t c = 0; c < C; ++c) {
             ExactSum<double> value, product;
-            for (int64_t j = c; j < length; j += C) {
-                value.add(sums[j / T::width].value_of(j % T::width));
-                product.add(sums[j / T::width].product_of(j % T::width));
-            }
+            for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
             totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
         }
+        free(columns);
         free(sums);
     }
 
     template <class Map>
     __attribute__((noinline)) void map_chunk(int64_t chunk, const Map& map) {
-        const int64_t length = channels.length, end = at_most((chunk + 1) * rows, M) * C;
-        const Outputs<T> out = {(Element*)task.output, (Element*)task.dresidual};
-        const bool stream = task.stream && length * sizeof(Element) % cache_line == 0 && out.to_alignment() == 0;
-        int64_t i = chunk * rows * C;
-        if (!task.mask)
-            for (; i + 4 * length <= end; i += 4 * length)
-                for_columns(length, [&](int64_t j, auto part) {
-                    const Channel<Vector> channel = channels.from(j);
-                    for (int64_t row = i + j; row < i + j + 4 * length; row += length)
-                        write(out, row, map(row, 0, channel, part), part, stream);
-                });
-        for (; i < end; i += length) {
-            const bool counted = !task.mask || task.mask[i / C];
-            for_columns(at_most(length, end - i), [&](int64_t j, auto part) {
-                const Written<Vector> nothing = {};
-                write(out, i + j, counted ? map(i + j, 0, channels.from(j), part) : nothing, part, stream);
+        const Outputs<T, Map::writes_two> out(task);
+        const bool aligned = C * channels.copies * sizeof(Element) % cache_line == 0;
+        for_runs(chunk, [&](int64_t m0, int64_t m1, bool counted) {
+            if (!counted) return out.clear(m0 * C, m1 * C);
+            const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
+            for_rows(m0, m1, [&](const Rows& some) {
+                stream ? map_columns<true>(channels.table, some, map, out) : map_columns<false>(channels.table, some, map, out);
             });
-        }
-    }
-
-    static INLINE void write(const Outputs<T>& out, int64_t i, const Written<Vector>& values, Whole, bool stream) {
-        if (stream) return out.stream(i, values);
-        out.store(i, values, Whole{});
-    }
-    static INLINE void write(const Outputs<T>& out, int64_t i, const Written<Vector>& values, Some some, bool) {
-        out.store(i, values, some);
-    }
-
-    // body(j, Whole) for each vector of a row, body(j, Some) for what is left.
-    template <class Body>
-    static INLINE void for_columns(int64_t length, const Body& body) {
-        int64_t j = 0;
-        for (; j + T::width <= length; j += T::width) body(j, Whole{});
-        if (j < length) body(j, Some{(int)(length - j)});
+        });
     }
 };
 

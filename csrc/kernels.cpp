@@ -1,5 +1,6 @@
 // The verbs of kernels/contract.py over both layouts. Built once per instruction set, with BATCHNORM_ISA as its entry's name.
 #include "interleaved.h"
+#include "planar.h"
 
 namespace {
 

@@ -14,6 +14,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
+#define UNROLLED _Pragma("GCC unroll 16")
 
 namespace {
 
@@ -33,10 +35,15 @@ typedef double Doubles __attribute__((vector_size(vector_bytes)));
 typedef int64_t Longs __attribute__((vector_size(vector_bytes)));
 typedef float HalfOfFloats __attribute__((vector_size(vector_bytes / 2)));
 typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+typedef uint8_t BytePerFloat __attribute__((vector_size(vector_bytes / 4)));
+typedef uint8_t BytePerDouble __attribute__((vector_size(vector_bytes / 8)));
 
 // How much of a vector is meant: all of it, or the first `count` lanes (the others load as 0 and are not stored).
-struct Whole {};
+struct Whole {
+    static constexpr bool is_whole = true;
+};
 struct Some {
+    static constexpr bool is_whole = false;
     int count;
 };
 
@@ -46,6 +53,64 @@ INLINE To bits_as(From from) {
     To to;
     memcpy(&to, &from, sizeof to);
     return to;
+}
+
+// Conversions are one instruction each, for which gcc 12 writes up to eight where it is asked for a __builtin_convertvector.
+INLINE Doubles widen(HalfOfFloats values) {
+#if defined(__AVX512F__)
+    return bits_as<Doubles>(_mm512_cvtps_pd(bits_as<__m256>(values)));
+#elif defined(__AVX__)
+    return bits_as<Doubles>(_mm256_cvtps_pd(bits_as<__m128>(values)));
+#else
+    return __builtin_convertvector(values, Doubles);
+#endif
+}
+INLINE HalfOfFloats narrow(Doubles values) {
+#if defined(__AVX512F__)
+    return bits_as<HalfOfFloats>(_mm512_cvtpd_ps(bits_as<__m512d>(values)));
+#elif defined(__AVX__)
+    return bits_as<HalfOfFloats>(_mm256_cvtpd_ps(bits_as<__m256d>(values)));
+#else
+    return __builtin_convertvector(values, HalfOfFloats);
+#endif
+}
+INLINE Words widen(Halves values) {
+#if defined(__AVX512F__)
+    return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(values)));
+#elif defined(__AVX2__)
+    return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(values)));
+#else
+    return __builtin_convertvector(values, Words);
+#endif
+}
+// Of values below 2^16.
+INLINE Halves narrow(Words values) {
+#if defined(__AVX512F__)
+    return bits_as<Halves>(_mm512_cvtepi32_epi16(bits_as<__m512i>(values)));
+#elif defined(__AVX2__)
+    const __m256i words = bits_as<__m256i>(values);
+    return bits_as<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+    return __builtin_convertvector(values, Halves);
+#endif
+}
+INLINE Ints widen(BytePerFloat values) {
+#if defined(__AVX512F__)
+    return bits_as<Ints>(_mm512_cvtepu8_epi32(bits_as<__m128i>(values)));
+#elif defined(__AVX2__)
+    return bits_as<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(values))));
+#else
+    return __builtin_convertvector(values, Ints);
+#endif
+}
+INLINE Longs widen(BytePerDouble values) {
+#if defined(__AVX512F__)
+    return bits_as<Longs>(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(bits_as<int64_t>(values))));
+#elif defined(__AVX2__)
+    return bits_as<Longs>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bits_as<int32_t>(values))));
+#else
+    return __builtin_convertvector(values, Longs);
+#endif
 }
 
 template <class Vector>
@@ -69,6 +134,10 @@ INLINE void stream_vector(void* to, Vector vector) {
 #endif
     memcpy(to, &vector, sizeof vector);
 }
+
+// Asks the second-level cache for a line that will be read soon; the address may be anything. The processor's own prefetching ends at
+// each page of 4 KB: with ours the sums of 56x56 planes took 2.7 ns a line, without 5.5, and asking the first-level cache 5.6.
+INLINE void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 // To be called by a thread that streamed, before another may read.
 INLINE void end_streaming() {
@@ -97,6 +166,7 @@ struct Float32 {
     typedef float Real;
     typedef Floats Vector;
     typedef Ints Mask;
+    typedef BytePerFloat Bytes;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
@@ -122,6 +192,7 @@ struct Float64 {
     typedef double Real;
     typedef Doubles Vector;
     typedef Longs Mask;
+    typedef BytePerDouble Bytes;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
@@ -140,17 +211,18 @@ struct ExactFloat32 {
     typedef double Real;
     typedef Doubles Vector;
     typedef Longs Mask;
+    typedef BytePerDouble Bytes;
     static constexpr int width = Float64::width;
 
     static INLINE Vector load(const Element* from, Whole) {
-        return __builtin_convertvector(load_vector<HalfOfFloats>(from), Vector);
+        return widen(load_vector<HalfOfFloats>(from));
     }
     static INLINE void store(Element* to, Vector values, Whole) {
-        const HalfOfFloats narrow = __builtin_convertvector(values, HalfOfFloats);
-        memcpy(to, &narrow, sizeof narrow);
+        const HalfOfFloats halves = narrow(values);
+        memcpy(to, &halves, sizeof halves);
     }
     static INLINE void stream(Element* to, Vector values) {
-        stream_vector(to, __builtin_convertvector(values, HalfOfFloats));
+        stream_vector(to, narrow(values));
     }
     static INLINE Vector load(const Element* from, Some some) {
         return load_through_stack<ExactFloat32>(from, some.count);
@@ -167,6 +239,7 @@ struct Half {
     typedef float Real;
     typedef Floats Vector;
     typedef Ints Mask;
+    typedef BytePerFloat Bytes;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return Format::widen(load_vector<Halves>(from)); }
@@ -190,12 +263,12 @@ struct Half {
 
 // The upper half of a float32, rounded to nearest even.
 struct BFloat16Format {
-    static INLINE Floats widen(Halves halves) { return bits_as<Floats>(__builtin_convertvector(halves, Words) << 16); }
+    static INLINE Floats widen(Halves halves) { return bits_as<Floats>(::widen(halves) << 16); }
     static INLINE Halves narrow(Floats values) {
         const Words bits = bits_as<Words>(values);
         const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         const Words quiet_nan = (bits >> 16) | 0x40u;
-        return __builtin_convertvector((Words)(values != values ? quiet_nan : rounded), Halves);
+        return ::narrow((Words)(values != values ? quiet_nan : rounded));
     }
 };
 
@@ -217,7 +290,7 @@ struct Float16Format {
     static INLINE Halves narrow(Floats values) { return bits_as<Halves>(__builtin_convertvector(values, Binary16)); }
 #else
     static INLINE Floats widen(Halves halves) {
-        const Words bits = __builtin_convertvector(halves, Words);
+        const Words bits = ::widen(halves);
         const Floats scaled = bits_as<Floats>((bits & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormal numbers too
         const Words magnitude = bits_as<Words>(scaled);
         const Words special = magnitude | 0x7f800000u;
@@ -230,7 +303,7 @@ struct Float16Format {
         const Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
         const Words finite = magnitude < 0x38800000u ? subnormal : normal;
         const Words half = magnitude >= 0x47800000u ? special : finite;
-        return __builtin_convertvector(half | ((bits ^ magnitude) >> 16), Halves);
+        return ::narrow(half | ((bits ^ magnitude) >> 16));
     }
 #endif
 };
@@ -254,6 +327,18 @@ INLINE Doubles first(Doubles values, Doubles others, Some some) {
     return lanes < (int64_t)some.count ? values : others;
 }
 
+// Which lanes count, from one byte each.
+template <class Storage>
+INLINE typename Storage::Mask lanes_of(const uint8_t* counted, Whole) {
+    return widen(load_vector<typename Storage::Bytes>(counted)) != 0;
+}
+template <class Storage>
+INLINE typename Storage::Mask lanes_of(const uint8_t* counted, Some some) {
+    uint8_t buffer[Storage::width] = {};
+    for (int lane = 0; lane < some.count; ++lane) buffer[lane] = counted[lane];
+    return lanes_of<Storage>(buffer, Whole{});
+}
+
 // A Vector's lanes in float64, in order.
 template <class Vector>
 struct Wide;
@@ -265,8 +350,7 @@ struct Wide<Floats> {
     INLINE explicit Wide(Floats values) {
         HalfOfFloats halves[2];
         memcpy(halves, &values, sizeof values);
-        low = __builtin_convertvector(halves[0], Doubles);
-        high = __builtin_convertvector(halves[1], Doubles);
+        low = widen(halves[0]), high = widen(halves[1]);
     }
 };
 

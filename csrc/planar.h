@@ -7,46 +7,19 @@
 // Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone, which are added in order.
 #pragma once
 
-#include "elements.h"
+#include "columns.h"
 
 namespace {
 
-constexpr int64_t chunk_values = 1 << 16;
 constexpr int64_t block_channels = 64;       // their sums, 16 KB on the stack, stay in the first-level cache
 constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes read: half of a 1 MB second-level cache
-constexpr int64_t staged_row_bytes = 1024;   // shorter rows are gathered before they are written around the cache
-constexpr int64_t stage_bytes = 16 * 1024;
+constexpr int64_t short_plane = 128;         // values; shorter planes are taken side by side, as columns
+constexpr int64_t most_columns = 4096;
+constexpr int64_t bytes_ahead = 8192;  // of what is read, asked for before
 
 // Rows n0 ... n1 - 1 and in each the elements s0 ... s1 - 1.
 struct Span {
     int64_t n0, n1, s0, s1;
-};
-
-// Gathers short rows into whole cache lines: a line that is only partly written around the cache is read first after all.
-template <class T>
-class Stage {
-  public:
-    typedef typename T::Element Element;
-
-    // The place to write what belongs at `target`: as far from a cache line's start as that.
-    Element* begin(Element* target, int64_t elements) {
-        this->target = (uint8_t*)target;
-        size = elements * sizeof(Element);
-        staged = bytes + (uint64_t)target % cache_line;
-        return (Element*)staged;
-    }
-    void flush() {
-        int64_t at = at_most((cache_line - (uint64_t)target % cache_line) % cache_line, size);
-        memcpy(target, staged, at);
-        for (; at + vector_bytes <= size; at += vector_bytes)
-            stream_vector(target + at, load_vector<Floats>(staged + at));
-        memcpy(target + at, staged + at, size - at);
-    }
-
-  private:
-    alignas(cache_line) uint8_t bytes[stage_bytes + cache_line];
-    uint8_t *target, *staged;
-    int64_t size;
 };
 
 template <class T>
@@ -55,12 +28,17 @@ class Planar {
     typedef typename T::Real Real;
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
+    static constexpr int64_t ahead = bytes_ahead / sizeof(Element);
 
     explicit Planar(Task& task) : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S) {
         row_values = at_most(S, chunk_values);
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
         chunks = divide_up(N, rows) * chunks_of_row;
+        const bool many_rows = !task.mask && N >= rows_of_sums;
+        sums_by_columns = many_rows && S < short_plane;
+        // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
+        maps_by_columns = sums_by_columns || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
     }
 
     // Both passes over one block of channels after the other.
@@ -99,12 +77,14 @@ class Planar {
     Channels<T> channels;
     const int64_t N, C, S;
     int64_t rows, row_values, chunks_of_row, chunks;
+    bool sums_by_columns, maps_by_columns;
 
     // A map alone runs through memory as it lies.
     template <class Map>
     void map_in_order(const Map& map) {
-        const int64_t block = at_most(at_least(chunk_values / at_least(S, 1), 1), C), blocks = divide_up(C, block);
-        const int64_t samples = blocks > 1 ? 1 : at_least(chunk_values / (C * S), 1);
+        const int64_t in_order = at_most(at_least(chunk_values / at_least(S, 1), 1), C);
+        const int64_t block = maps_by_columns ? channels_per_task(1) : in_order, blocks = divide_up(C, block);
+        const int64_t samples = maps_by_columns ? rows : blocks > 1 ? 1 : at_least(chunk_values / (C * S), 1);
         const int64_t pieces = divide_up(N, samples);
         parallel(task.threads, pieces * blocks * chunks_of_row, [&](int64_t number) {
             const int64_t s = number % chunks_of_row, rest = number / chunks_of_row;
@@ -132,7 +112,10 @@ class Planar {
     int64_t channels_per_task(int tensors) const {
         const int64_t channel_bytes = at_least(N * S * (int64_t)sizeof(Element) * tensors, 1);
         const int64_t cached = at_least(block_bytes / channel_bytes, 1), shared = divide_up(C, 4 * (int64_t)task.threads);
-        return at_most(at_most(cached, shared), block_channels);
+        const int64_t block = at_most(at_most(cached, shared), block_channels);
+        if (!maps_by_columns) return block;
+        const int64_t plane = S * sizeof(Element), odd = plane & -plane, lines = at_least(cache_line / odd, 1);
+        return at_least(at_most(block, most_columns / S) / lines * lines, lines);  // whole cache lines
     }
 
     // Whether threads would wait for one another more than half as long as they work.
@@ -152,8 +135,9 @@ class Planar {
         sum_chunks(c0, c1, term, values, products);
         for (int64_t c = c0; c < c1; ++c) {
             if (channels.finish(c, values[c - c0], products[c - c0], false)) continue;
-            sum_chunks(c, c + 1, term, values, products);
-            channels.finish(c, values[0], products[0], true);
+            double value, product;
+            sum_chunks(c, c + 1, term, &value, &product);
+            channels.finish(c, value, product, true);
         }
     }
 
@@ -178,7 +162,8 @@ class Planar {
             more = false;
             parallel(task.threads, C * chunks, [&](int64_t number) {
                 const int64_t c = number / chunks;
-                if (open[c]) sum_chunk(c, c + 1, chunk(number % chunks), term, sums + 2 * number, sums + 2 * number + 1);
+                if (!open[c]) return;
+                sum_chunk(c, c + 1, chunk(number % chunks), term, sums + 2 * number, sums + 2 * number + 1);
             });
             for (int64_t c = 0; c < C; ++c) {
                 double value = 0.0, product = 0.0;
@@ -196,76 +181,92 @@ class Planar {
     template <class Term>
     __attribute__((noinline)) void sum_chunk(
         int64_t c0, int64_t c1, Span span, const Term& term, double* values, double* products) {
+        if (sums_by_columns) return sum_columns_of(c0, c1, span, term, values, products);
         Sums<T> sums[block_channels];
-        for (int64_t n = span.n0; n < span.n1; ++n)
-            for (int64_t c = c0; c < c1; ++c)
-                sum_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.of(c), term, sums[c - c0]);
+        const int64_t width = span.s1 - span.s0, length = (c1 - c0) * width;
+        for (int64_t n = span.n0; n < span.n1; ++n) {
+            const int64_t run = (n * C + c0) * S + span.s0;
+            const int64_t next = n + 1 < span.n1 ? run + C * S : (span.n0 * C + c1) * S + span.s0;
+            for (int64_t c = c0; c < c1; ++c) {
+                const int64_t at = (c - c0) * S;
+                sum_row(run + at, n * S + span.s0, width, length - at, next - length - run, channels.table.of(c), term, sums[c - c0]);
+            }
+        }
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
 
-    // Two sums of each kind hide the latency of the addition.
     template <class Term>
     static INLINE void sum_row(
-        int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Term& term, Sums<T>& sums) {
-        constexpr int64_t width = T::width;
+        int64_t i, int64_t m, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term, Sums<T>& sums) {
+        constexpr int64_t width = T::width, together = rows_of_sums * width;
         Sums<T> even = sums, odd;
         int64_t j = 0;
-        for (; j + 2 * width <= count; j += 2 * width) {
-            even.add(term(i + j, m + j, channel, Whole{}), channel.mean);
-            odd.add(term(i + j + width, m + j + width, channel, Whole{}), channel.mean);
+        for (; j + together <= count; j += together) {
+            term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), rows_of_sums);
+            UNROLLED
+            for (int64_t at = j; at < j + together; at += 2 * width) {
+                even.add(term(i + at, m + at, channel, Whole{}), channel.mean);
+                odd.add(term(i + at + width, m + at + width, channel, Whole{}), channel.mean);
+            }
         }
-        for (; j < count; j += width) {
-            const Some part = {(int)at_most(width, count - j)};
-            even.add(term(i + j, m + j, channel, part), channel.mean);
+        term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
+        for (; j + width <= count; j += width) even.add(term(i + j, m + j, channel, Whole{}), channel.mean);
+        if (j < count) {
+            const Some rest = {(int)(count - j)};
+            odd.add(term(i + j, m + j, channel, rest), channel.mean);
         }
         even.add(odd);
         sums = even;
     }
 
+    template <class Term>
+    void sum_columns_of(int64_t c0, int64_t c1, Span span, const Term& term, double* values, double* products) {
+        const Table<T> table(channels.table, c0, c1, S, false);
+        const int64_t vectors = divide_up(table.places, T::width);
+        alignas(cache_line) uint8_t bytes[(most_columns / T::width + 1) * sizeof(Sums<T>)];
+        Sums<T>* sums = (Sums<T>*)bytes;
+        for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
+        sum_columns(table, rows_of(c0, c1, span), term, sums);
+        alignas(cache_line) double columns[2][most_columns + T::width];
+        for (int64_t j = 0; j < table.places; j += T::width) sums[j / T::width].unpack(columns[0] + j, columns[1] + j);
+        for (int64_t c = 0; c < c1 - c0; ++c) {
+            values[c] = total_of(columns[0] + c * S, S);
+            products[c] = total_of(columns[1] + c * S, S);
+        }
+    }
+
+    Rows rows_of(int64_t c0, int64_t c1, Span span) const {
+        return {(span.n0 * C + c0) * S, span.n1 - span.n0, C * S, (c1 - c0) * S};
+    }
+
     template <class Map>
     __attribute__((noinline)) void map_span(int64_t c0, int64_t c1, Span span, const Map& map) {
-        const Outputs<T> out = {(Element*)task.output, (Element*)task.dresidual};
-        const int64_t row_bytes = S * sizeof(Element), width = span.s1 - span.s0;
-        if (task.stream && row_bytes < staged_row_bytes && c1 - c0 > 1) return map_staged(c0, c1, span, map, out);
+        const Outputs<T, Map::writes_two> out(task);
+        if (maps_by_columns) {
+            const Table<T> table(channels.table, c0, c1, S, true);
+            const Rows rows = rows_of(c0, c1, span);
+            const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && out.to_alignment(rows.first) == 0;
+            return task.stream && aligned ? map_columns<true>(table, rows, map, out) : map_columns<false>(table, rows, map, out);
+        }
         for (int64_t n = span.n0; n < span.n1; ++n)
-            for (int64_t c = c0; c < c1; ++c) {
-                const int64_t i = (n * C + c) * S + span.s0;
-                map_row(i, n * S + span.s0, width, channels.of(c), map, out.moved(i), task.stream);
-            }
+            for (int64_t c = c0; c < c1; ++c)
+                map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, out);
     }
 
-    template <class Map>
-    void map_staged(int64_t c0, int64_t c1, Span span, const Map& map, Outputs<T> out) {
-        Stage<T> first, second;
-        const int64_t group = at_least(stage_bytes / (S * (int64_t)sizeof(Element)), 1);
-        for (int64_t n = span.n0; n < span.n1; ++n)
-            for (int64_t from = c0; from < c1; from += group) {
-                const int64_t to = at_most(from + group, c1), start = (n * C + from) * S, size = (to - from) * S;
-                const Outputs<T> staged = {out.first ? first.begin(out.first + start, size) : nullptr,
-                                           out.second ? second.begin(out.second + start, size) : nullptr};
-                for (int64_t c = from; c < to; ++c)
-                    map_row((n * C + c) * S, n * S, S, channels.of(c), map, staged.moved((c - from) * S), false);
-                if (out.first) first.flush();
-                if (out.second) second.flush();
-            }
-    }
-
-    // `out` begins where the row does.
-    template <class Map>
-    static INLINE void map_row(
-        int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map& map, Outputs<T> out, bool stream) {
+    template <class Map, class Out>
+    INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, const Out out) const {
         constexpr int64_t width = T::width;
+        const int64_t head = task.stream ? out.to_alignment(i) : -1;
         int64_t j = 0;
-        const int64_t head = stream ? out.to_alignment() : -1;
         if (head >= 0 && head < count) {
-            if (head > 0) out.store(0, map(i, m, channel, Some{(int)head}), Some{(int)head});
-            for (j = head; j + width <= count; j += width) out.stream(j, map(i + j, m + j, channel, Whole{}));
+            if (head > 0) out.store(i, map(i, m, channel, Some{(int)head}), Some{(int)head});
+            for (j = head; j + width <= count; j += width) out.stream(i + j, map(i + j, m + j, channel, Whole{}));
         } else {
-            for (; j + width <= count; j += width) out.store(j, map(i + j, m + j, channel, Whole{}), Whole{});
+            for (; j + width <= count; j += width) out.store(i + j, map(i + j, m + j, channel, Whole{}), Whole{});
         }
         if (j < count) {
             const Some rest = {(int)(count - j)};
-            out.store(j, map(i + j, m + j, channel, rest), rest);
+            out.store(i + j, map(i + j, m + j, channel, rest), rest);
         }
     }
 };
