@@ -6,10 +6,10 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.statistics import Batch, Renorm, Running
+from batchnorm.statistics import Batch, Ghost, Renorm, Running
 from tests.budget import assert_same_bits
 
-PARTS = [Batch(), Running(), Renorm(), Renorm(warmup=0)]
+PARTS = [Batch(), Running(), Renorm(), Renorm(warmup=0), Ghost(2), Ghost(3)]
 every_part = pytest.mark.parametrize("part", PARTS, ids=repr)
 SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 2), (2, 3, 2, 3, 2)]
 
@@ -132,7 +132,7 @@ def test_checkpoints_go_both_ways(part):
         assert_same_bits(name, back.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("part", [Batch(), Renorm(), Renorm(warmup=0)], ids=repr)
+@pytest.mark.parametrize("part", [Batch(), Renorm(), Renorm(warmup=0), Ghost(2)], ids=repr)
 def test_policies_hold_for_every_part(part):
     single = torch.randn(1, 3)
     with pytest.raises(InputError, match="Expected more than 1 value"):
@@ -240,3 +240,60 @@ def test_convert_leaves_the_frozen_frozen():
     bn.convert(model, statistics=Renorm(2.0))
     assert isinstance(model[1].statistics, Running)
     assert bn.unfreeze(model)[1].statistics == Renorm(2.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize("shape", [(7, 3, 5), (7, 3, 4, 2), (8, 3, 2)], ids=str)
+def test_ghost_is_the_papers(shape, size, masked):
+    """Every group alone through plain batch normalization, and the running statistics of the whole batch."""
+    layer, whole = (bn.BatchNorm(3, dtype=torch.float64, statistics=part) for part in (Ghost(size), Batch()))
+    layer.weight.data.uniform_(0.5, 1.5)
+    layer.bias.data.uniform_(-1, 1)
+    for step in range(3):
+        x = (torch.randn(shape, dtype=torch.float64) + step).requires_grad_()
+        mask = torch.rand(shape[0], *shape[2:]) > 0.2 if masked else None
+        groups = [] if mask is None else mask.split(size)
+        expected = torch.cat(
+            [
+                bn.functional.batch_norm(
+                    part, None, None, layer.weight, layer.bias, True, mask=groups[i] if masked else None
+                )
+                for i, part in enumerate(x.split(size))
+            ]
+        )
+        y, dy = layer(x, mask=mask), torch.randn_like(x)
+        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+        inputs = (x, layer.weight, layer.bias)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), rtol=1e-9, atol=1e-10
+        )
+        whole(x.detach(), mask=mask)
+    state, of_whole = layer.state_dict(), whole.state_dict()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(state[name], of_whole[name])
+
+
+def test_ghost_of_all_samples_is_plain():
+    plain, layer = bn.BatchNorm2d(3), bn.BatchNorm2d(3, statistics=Ghost(4))
+    x = torch.randn(4, 3, 5, 2)
+    assert_same_bits("y", layer(x), plain(x))
+    for name, value in plain.state_dict().items():
+        assert_same_bits(name, layer.state_dict()[name], value)
+
+
+def test_a_sample_left_over_joins_the_group_before_it():
+    x = torch.randn(9, 3, dtype=torch.float64)
+    y = bn.BatchNorm1d(3, dtype=torch.float64, statistics=Ghost(4))(x)
+    torch.testing.assert_close(y, torch.cat([bn.BatchNorm1d(3, dtype=torch.float64)(part) for part in x.split([4, 5])]))
+
+
+def test_ghost_groups_of_one_value_follow_on_single():
+    x = torch.randn(4, 3)
+    with pytest.raises(InputError, match="more than 1 value"):
+        bn.BatchNorm1d(3, statistics=Ghost(1))(x)
+    layer = bn.BatchNorm1d(3, statistics=Ghost(1), on_single="skip")
+    assert not layer(x).any()
+    assert layer.num_batches_tracked == 0
+    with pytest.raises(InputError, match="size must be at least 1"):
+        Ghost(0)
