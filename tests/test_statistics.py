@@ -297,3 +297,18 @@ def test_ghost_groups_of_one_value_follow_on_single():
     assert layer.num_batches_tracked == 0
     with pytest.raises(InputError, match="size must be at least 1"):
         Ghost(0)
+
+
+def test_copy_statistics_to_an_average():
+    model = network()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    model(torch.randn(8, 5))
+    assert bn.copy_statistics(model, average) is average
+    for name, value in model.named_buffers():
+        if not name.endswith("num_nonfinite_batches"):
+            assert_same_bits(name, dict(average.module.named_buffers())[name], value)
+    wider = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(4))
+    before = buffers_of(wider)
+    with pytest.raises(StateError, match="3 has none"):
+        bn.copy_statistics(model, wider)
+    torch.testing.assert_close(buffers_of(wider), before)

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -243,6 +244,42 @@ def unfreeze(model: nn.Module) -> nn.Module:
             layer.statistics = layer.statistics.before or Batch()
             logger.info("unfreeze: %s learns again", paths)
     return model
+
+
+def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give the batch norms of `target` the running statistics and the counter of those of `source`, and return `target`.
+
+    For averaged weights (EMA, SWA): the average learns no statistics of its own. Layers meet by name; a prefix `module.` (of
+    `torch.optim.swa_utils.AveragedModel`, of DDP) does not count. They may be torch's or ours, of any part. Copied statistics are
+    those of the weights that made them; weights far from these want statistics of their own.
+
+    Raises:
+        ArgumentError: if one is not a module.
+        StateError: if a layer of `target` with running statistics has no counterpart of its size in `source`; nothing is copied then.
+    """
+    named = [
+        {
+            slot.path.removeprefix("module."): slot.module
+            for slot in _slots(model)
+            if isinstance(slot.module, _BatchNorm) and slot.module.running_mean is not None
+        }
+        for model in (source, target)
+    ]
+    pairs = list[tuple[Tensor, Tensor]]()
+    for path, layer in named[1].items():
+        other = named[0].get(path)
+        for name in (*STATISTICS, "num_batches_tracked"):
+            to, of = getattr(layer, name), getattr(other, name, None)
+            if of is None or of.shape != to.shape:
+                raise StateError(
+                    f"every batch norm of the target must have a counterpart of its size in the source, but {path or 'the model'} "
+                    "has none; copy between models of the same structure"
+                )
+            pairs.append((to, of))
+    with torch.no_grad():
+        for to, of in pairs:
+            to.copy_(of)
+    return target
 
 
 def _give(layer: BatchNorm, statistics: Statistics | None) -> None:
