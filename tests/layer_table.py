@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.statistics import Running
+from batchnorm.statistics import Ghost, Renorm, Running
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layer, the input it takes, and torch's way to say the same (None where torch has none)."""
+    """A layer, the input it takes, and torch's way to say the same (None where torch has none).
+
+    `constants_from_input`: its formula takes numbers from the input that count as constants in the backward, so that the
+    gradient is by design not the derivative.
+    """
 
     name: str
     ours: Callable[..., nn.Module]
     shape: tuple[int, ...]
     torchs: Callable[..., nn.Module] | None = None
+    constants_from_input: bool = False
 
 
 ROWS = [
@@ -63,4 +68,13 @@ ROWS = [
     Row("biased", lambda **k: bn.BatchNorm2d(3, running_variance="biased", **k), (4, 3, 5, 2)),
     Row("propagating", lambda **k: bn.BatchNorm2d(3, on_nonfinite="propagate", **k), (4, 3, 5, 2)),
     Row("running", lambda **k: bn.BatchNorm2d(3, statistics=Running(), **k), (4, 3, 5, 2)),
+    Row("ghost", lambda **k: bn.BatchNorm2d(3, statistics=Ghost(2), **k), (4, 3, 5, 2)),
+    Row("ghost-remainder", lambda **k: bn.BatchNorm1d(3, statistics=Ghost(3), **k), (7, 3)),
+    Row("renorm-warming-up", lambda **k: bn.BatchNorm2d(3, statistics=Renorm(), **k), (4, 3, 5, 2)),
+    Row(
+        "renorm",
+        lambda **k: bn.BatchNorm2d(3, statistics=Renorm(warmup=0), **k),
+        (4, 3, 5, 2),
+        constants_from_input=True,
+    ),
 ]

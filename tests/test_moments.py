@@ -70,3 +70,12 @@ def test_complex_moments_merge_part_by_part():
     parts = torch.view_as_real(x).var(0, unbiased=False)
     torch.testing.assert_close(torch.view_as_real(whole.rstd(1e-3)), (parts + 1e-3).rsqrt())
     torch.testing.assert_close(normalize(x.conj())[1].mean, whole.mean.conj().resolve_conj())
+
+
+def test_pooled_moments_are_those_of_everything():
+    x = torch.randn(4, 6, 3, dtype=torch.float64) * 2 + 1e4
+    parts = Moments(6, x.mean(1), (x - x.mean(1, keepdim=True)).square().sum(1))
+    pooled, everything = parts.pool(), x.flatten(0, 1)
+    assert pooled.count == 24
+    torch.testing.assert_close(pooled.mean, everything.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(pooled.m2, everything.var(0, unbiased=False) * 24, rtol=1e-9, atol=0)

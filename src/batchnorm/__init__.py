@@ -6,7 +6,7 @@ from batchnorm.explain import Explanation, explain
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.moments import Moments
-from batchnorm.surgery import convert, revert
+from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 
 __all__ = [
@@ -22,9 +22,12 @@ __all__ = [
     "Moments",
     "__version__",
     "convert",
+    "copy_statistics",
     "errors",
     "explain",
+    "freeze",
     "functional",
     "revert",
     "statistics",
+    "unfreeze",
 ]

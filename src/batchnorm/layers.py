@@ -197,11 +197,7 @@ class BatchNorm(_BatchNorm):
         options["channel_axis"] = _integer(options["channel_axis"], "channel_axis")
         if options["channel_axis"] == 0:
             raise InputError("channel_axis must be an axis other than 0, the batch's, but got 0")
-        if not callable(options["statistics"]) or isinstance(options["statistics"], type):
-            raise InputError(
-                f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got "
-                f"{options['statistics']!r}"
-            )
+        check_statistics(options["statistics"])
         for name, value in options.items():
             setattr(self, name, value)
 
@@ -292,6 +288,18 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
 
     def _check_input_dim(self, input: Tensor) -> None:
         _expect_rank(input, 5)
+
+
+def check_statistics(statistics: Any) -> None:
+    """Refuse what is no part of `batchnorm.statistics`.
+
+    Raises:
+        InputError: saying what came.
+    """
+    if not callable(statistics) or isinstance(statistics, type):
+        raise InputError(
+            f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got {statistics!r}"
+        )
 
 
 def _expect_rank(input: Tensor, *ranks: int) -> None:

@@ -70,6 +70,19 @@ class Moments(NamedTuple):
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
 
+    def pool(self) -> Moments:
+        """Moments of several sets of as many values each, (G, C), merged into one, (C,)."""
+        if self.mean.is_complex():
+            pooled = self._parts().pool()
+            return Moments(pooled.count, torch.view_as_complex(pooled.mean), torch.view_as_complex(pooled.m2))
+        between = self.mean - self.mean[:1]  # about the first: a large mean costs no digits
+        mean = between.mean(0)
+        return Moments(
+            self.count * self.mean.shape[0],
+            self.mean[0] + mean,
+            self.m2.sum(0) + (between - mean).square().sum(0) * self.count,
+        )
+
     def _parts(self) -> Moments:
         """Moments of the real and the imaginary parts, (C, 2)."""
         return Moments(self.count, torch.view_as_real(self.mean), torch.view_as_real(self.m2))

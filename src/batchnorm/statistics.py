@@ -1,18 +1,22 @@
 """Where the normalizing statistics come from, as parts a layer is given: `BatchNorm2d(64, statistics=Running())`.
 
-A part is stateless: what it remembers lives in the layer's buffers, so that every layer has the state_dict of torch's.
+A part is stateless: what it remembers lives in the layer's buffers, so that every layer has the state_dict of torch's and a checkpoint
+of any part loads into any other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import (
+    batch_moments,
     check_several_values,
     is_single_value,
     move_running_statistics,
@@ -63,29 +67,234 @@ class Batch:
     """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        if not layer.training and layer.running_mean is not None:
-            return _by_running_statistics(layer, x, residual, mask)
-        moves = layer.training and layer.track_running_stats
-        if is_single_value(x):
-            if layer.on_single == "running":
-                return _by_running_statistics(layer, x, residual, mask)
-            if layer.on_single == "error":
-                check_several_values(x)
-            moves = False
-        y, moments = normalize(
-            x, layer.gamma, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask
-        )
-        if moves and layer.running_mean is not None and layer.running_var is not None:
-            _move(layer, layer.running_mean, layer.running_var, moments)
-        return y
+        return _train_or_infer(layer, x, residual, mask, _by_batch)
+
+
+@dataclass(frozen=True)
+class Ghost:
+    """Ghost batch normalization (Hoffer, Hubara & Soudry 2017, arXiv:1705.08741, Algorithm 1): virtual batches of `size` samples.
+
+    Each group of `size` consecutive samples is normalized by its own statistics: the noise of small batches, which regularizes,
+    at the speed of large ones. The samples left over are a group too; one alone that has no variance joins the group before it.
+    The running statistics move once, by the pooled moments of all groups, which are those of the whole batch: they are what `Batch`
+    would have. (The paper moves them group by group; that weighs the last groups most, and follows the variance within groups.)
+
+    Args:
+        size: samples in a group.
+
+    Raises:
+        InputError: if size is less than 1; in training if a group has one value per channel and `on_single` is "error".
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"size must be at least 1, the samples in a group, but got {self.size}")
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        return _train_or_infer(layer, x, residual, mask, self._by_group, self.size)
+
+    def _by_group(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        N = x.shape[0]
+        groups, left = divmod(N, self.size)
+        if groups and left and is_single_value(x[N - left :]):
+            groups, left = groups - 1, left + self.size
+        if groups + (left > 0) <= 1:
+            return _by_batch(layer, x, residual, mask)
+        layout = _channels_last(x)
+        if layout is not None:
+            x = _WithGradient.apply(x, layout)
+        along_batch = None if mask is None else mask.expand(N, *x.shape[2:])
+        cut = N - left
+        pieces = [_by_equal_groups(layer, x[:cut], _cut(residual, 0, cut), _cut(along_batch, 0, cut), groups)]
+        if left:
+            pieces.append(_by_batch(layer, x[cut:], _cut(residual, cut, N), _cut(along_batch, cut, N)))
+        y = torch.cat([y for y, _ in pieces]) if left else pieces[0][0]
+        moments = functools.reduce(Moments.merge, (moments for _, moments in pieces))
+        return y if layout is None else y.contiguous(memory_format=layout), moments
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """Batch renormalization (Ioffe 2017, arXiv:1702.03275, Algorithm 1): for small batches, and batches that are no random sample.
+
+        y = gamma · (x̂ · r + d) + beta
+        r = clip(sigma / running sigma, 1 / r_max, r_max)      d = clip((mean - running mean) / running sigma, -d_max, d_max)
+
+    with x̂ normalized by the batch as always (variance biased) and sigma = sqrt(variance + eps). Where nothing is clipped the output is
+    that of the running statistics, as in inference. r and d are constants in the backward; the statistics they are taken from are
+    those before this batch moves them. What the running variance follows is the layer's `running_variance`; the paper averages
+    sigma, we the variance, as Keras does, so that checkpoints stay torch's.
+
+    The bounds grow with the layer's `num_batches_tracked`, on the device: r_max = 1 and d_max = 0, which is plain batch
+    normalization, for `warmup` batches; then linearly, r_max until batch 8 · warmup and d_max until 5 · warmup (the paper's section
+    4: 5000, 40000, 25000). A checkpoint that was trained for longer starts with the full bounds.
+
+    Args:
+        r_max: at least 1.
+        d_max: at least 0, in deviations.
+        warmup: batches of plain batch normalization; 0 for the full bounds at once.
+
+    Raises:
+        InputError: on a bound or a warmup out of range.
+        StateError: when used by a layer without running statistics.
+        DTypeError: on complex input.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    warmup: int = 5000
+
+    def __post_init__(self) -> None:
+        if not (self.r_max >= 1 and self.d_max >= 0 and self.warmup >= 0):
+            raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        plain = self.r_max == 1 and self.d_max == 0
+        return _train_or_infer(layer, x, residual, mask, _by_batch if plain else self._corrected)
+
+    def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
+        """r_max and d_max after so many batches, both 0-d float64."""
+        after = batches.to(torch.float64) - self.warmup
+        grown = [(after / max(span * self.warmup, 1)).clamp(0, 1) for span in (7, 4)]
+        if self.warmup == 0:
+            grown = [torch.ones_like(after)] * 2
+        return 1 + (self.r_max - 1) * grown[0], self.d_max * grown[1]
+
+    def _corrected(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        if mean is None or variance is None or batches is None:
+            raise StateError(
+                "renormalization compares the batch with running statistics, but this layer has none; build it with "
+                "track_running_stats=True"
+            )
+        if x.is_complex():
+            raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
+        moments = batch_moments(x, mask)
+        with torch.no_grad():
+            r_max, d_max = (bound.to(moments.mean.dtype) for bound in self.bounds(batches))
+            running_rstd = (variance.to(moments.mean.dtype) + layer.eps).rsqrt()
+            r = ((moments.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max)
+            d = ((moments.mean - mean) * running_rstd).clamp(-d_max, d_max)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gamma, beta = layer.gamma, layer.beta
+        for parameter in (gamma, beta):
+            dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+        weight = (r if gamma is None else r * gamma).to(dtype)
+        bias = d if gamma is None else d * gamma
+        bias = (bias if beta is None else bias + beta).to(dtype)
+        y, _ = normalize(x, weight, bias, layer.eps, activation=layer.activation, residual=residual, mask=mask)
+        return y, moments
 
 
 @dataclass(frozen=True)
 class Running:
-    """The running statistics, in training too: a frozen layer. Its affine parameters still learn, its buffers never move."""
+    """The running statistics, in training too: a frozen layer. Its affine parameters still learn, its buffers never move.
+
+    No sample sees another, so gradients of single samples (differential privacy, `torch.func.vmap` over `grad`) are well defined.
+
+    Attributes:
+        before: the part that `freeze` replaced and `unfreeze` puts back; None is `Batch()`.
+        learned: names of the parameters that `freeze` stopped, and `unfreeze` lets learn again.
+    """
+
+    before: Statistics | None = field(default=None, repr=False)
+    learned: tuple[str, ...] = field(default=(), repr=False)
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         return _by_running_statistics(layer, x, residual, mask)
+
+
+_Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
+
+
+def _train_or_infer(
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    normalized: _Normalized,
+    size: int | None = None,
+) -> Tensor:
+    """What all parts that learn from the batch share: inference, single values, and moving the running statistics.
+
+    `size` is the samples that share statistics; None is all.
+    """
+    if not layer.training and layer.running_mean is not None:
+        return _by_running_statistics(layer, x, residual, mask)
+    moves = layer.training and layer.track_running_stats
+    group = x if size is None else x[:size]
+    if is_single_value(group):
+        if layer.on_single == "running":
+            return _by_running_statistics(layer, x, residual, mask)
+        if layer.on_single == "error":
+            check_several_values(group)
+        moves = False
+        if size is None:
+            normalized = _by_batch
+    y, moments = normalized(layer, x, residual, mask)
+    if moves and layer.running_mean is not None and layer.running_var is not None:
+        _move(layer, layer.running_mean, layer.running_var, moments)
+    return y
+
+
+def _by_batch(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
+    return normalize(x, layer.gamma, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask)
+
+
+def _by_equal_groups(
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, groups: int
+) -> tuple[Tensor, Moments]:
+    """Each of so many groups by its own statistics, as channels of their own; and their pooled moments."""
+    if mask is not None:  # differs from group to group, and so from channel to channel
+        parts = [
+            _by_batch(layer, *(None if value is None else value.chunk(groups)[i] for value in (x, residual, mask)))  # pyright: ignore
+            for i in range(groups)
+        ]
+        return torch.cat([y for y, _ in parts]), functools.reduce(Moments.merge, (moments for _, moments in parts))
+    C = x.shape[1]
+    gamma, beta = (None if value is None else value.repeat(groups) for value in (layer.gamma, layer.beta))
+    folded = None if residual is None else _groups_as_channels(residual, groups)
+    y, moments = normalize(
+        _groups_as_channels(x, groups), gamma, beta, layer.eps, activation=layer.activation, residual=folded
+    )
+    y = y.unflatten(1, (groups, C)).transpose(0, 1).flatten(0, 1)  # (N, C, *S)
+    return y, Moments(moments.count, moments.mean.view(groups, C), moments.m2.view(groups, C)).pool()
+
+
+class _WithGradient(torch.autograd.Function):
+    """x, whose gradient has its memory format: groups that are taken apart and put together would leave another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.layout = layout
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].contiguous(memory_format=ctx.layout), None
+
+
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    if not differentiated_by_torch() and not x.is_contiguous():
+        for layout, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+            if x.dim() == rank and x.is_contiguous(memory_format=layout):
+                return layout
+    return None
+
+
+def _groups_as_channels(x: Tensor, groups: int) -> Tensor:
+    """(G · n, C, *S) as (n, G · C, *S)."""
+    return x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _cut(value: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if value is None else value[start:stop]
 
 
 def _by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:

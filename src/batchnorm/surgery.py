@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -21,9 +22,10 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError, StateError
 from batchnorm.kernels import from_module
-from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_statistics
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.logs import logger
+from batchnorm.statistics import Batch, Running, Statistics
 
 _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -36,6 +38,7 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _TAKEN = (*OPTIONS, "num_nonfinite_batches", "keep_wide_statistics", "gamma", "beta")  # names with a meaning in ours
 _DTYPES = "_dtypes_before_conversion"
+_STATISTICS = "_statistics_before_conversion"
 
 
 class Slot(NamedTuple):
@@ -112,7 +115,7 @@ def walk(model: nn.Module) -> Iterator[Slot]:
     yield from visit(Slot("", None, "", model))
 
 
-def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
+def convert(model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = True) -> nn.Module:
     """Make every `nn.BatchNorm1d`, `2d` and `3d` of a model ours, in place, and return the model. Lazy ones stay lazy.
 
     Outputs, gradients, state_dict, parameters and hooks stay what they were; `revert` goes back. Layers of a subclass are left
@@ -120,6 +123,8 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
 
     Args:
         model: changed in place; it may be the layer itself.
+        statistics: a part of `batchnorm.statistics` for every layer, those that are ours already too; None leaves them theirs. Frozen
+            layers stay frozen, and get it when they are unfrozen.
         fuse: let a batch norm apply the activation that directly follows it in an `nn.Sequential`, in the same pass. They stay
             apart where either has hooks or a forward of its own, or the batch norm hangs in several places. Code that reads the
             output of the batch norm itself, by indexing, slicing or iterating over the Sequential or by a reference of its own,
@@ -127,10 +132,14 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
 
     Raises:
         ArgumentError: if model is not a module.
+        InputError: if statistics is not a part.
     """
     slots = _slots(model)
+    if statistics is not None:
+        check_statistics(statistics)
     for layer, paths in _layers(slots):
         if isinstance(layer, BatchNorm):
+            _give(layer, statistics)
             continue
         reason = _not_convertible(layer)
         if reason:
@@ -144,6 +153,7 @@ def convert(model: nn.Module, *, fuse: bool = True) -> nn.Module:
             if (value := getattr(layer, name)) is not None and not is_lazy(value)
         }
         layer._prepare_buffers()
+        _give(layer, statistics)
         logger.info("convert: %s is now batchnorm.%s", paths, type(layer).__name__)
     if fuse:
         _absorb_activations(slots)
@@ -168,6 +178,10 @@ def revert(model: nn.Module) -> nn.Module:
     for layer, paths in _layers(slots):
         if not isinstance(layer, BatchNorm):
             continue
+        before = layer.__dict__.get(_STATISTICS)
+        if before is not None and not isinstance(layer.statistics, Running):
+            layer.statistics = before
+            del layer.__dict__[_STATISTICS]
         reason = _not_revertible(layer)
         if reason:
             logger.warning("revert: left %s: %s", paths, reason)
@@ -179,6 +193,102 @@ def revert(model: nn.Module) -> nn.Module:
         _become(layer, _TORCHS[type(layer)])
         logger.info("revert: %s is now torch.nn.%s", paths, type(layer).__name__)
     return model
+
+
+def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
+    """Make every batch norm of a model normalize by its running statistics, in training too, in place, and return the model.
+
+    Unlike `.eval()` it survives the next `.train()`, and unlike `requires_grad=False` it stops the buffers: none of them moves, the
+    counters neither. Momentum and everything else is kept; `unfreeze` goes back. Torch's layers become ours first (`convert` with
+    fuse=False). Layers without running statistics, and those that cannot be converted, are left, and the logger `batchnorm` says so.
+
+    Args:
+        model: changed in place; it may be the layer itself.
+        affine: stop weight and bias too, by `requires_grad_(False)`.
+
+    Raises:
+        ArgumentError: if model is not a module.
+    """
+    convert(model, fuse=False)
+    for layer, paths in _layers(_slots(model)):
+        reason = _not_freezable(layer)
+        if reason:
+            logger.warning("freeze: left %s: %s", paths, reason)
+            continue
+        assert isinstance(layer, BatchNorm)
+        before, learned = layer.statistics, ()
+        if isinstance(before, Running):  # frozen already: what it goes back to stays
+            before, learned = before.before, before.learned
+        if affine:
+            stopped = [(name, value) for name in ("weight", "bias") if (value := getattr(layer, name)) is not None]
+            learned += tuple(name for name, value in stopped if value.requires_grad)
+            for _, value in stopped:
+                value.requires_grad_(False)
+        layer.statistics = Running(before, learned)
+        logger.info("freeze: froze %s", paths)
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Undo `freeze`, in place, and return the model: the statistics come from where they came before, and what learned learns again.
+
+    Raises:
+        ArgumentError: if model is not a module.
+    """
+    for layer, paths in _layers(_slots(model)):
+        if isinstance(layer, BatchNorm) and isinstance(layer.statistics, Running):
+            for name in layer.statistics.learned:
+                value = getattr(layer, name)
+                if value is not None:
+                    value.requires_grad_(True)
+            layer.statistics = layer.statistics.before or Batch()
+            logger.info("unfreeze: %s learns again", paths)
+    return model
+
+
+def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give the batch norms of `target` the running statistics and the counter of those of `source`, and return `target`.
+
+    For averaged weights (EMA, SWA): the average learns no statistics of its own. Layers meet by name; a prefix `module.` (of
+    `torch.optim.swa_utils.AveragedModel`, of DDP) does not count. They may be torch's or ours, of any part. Copied statistics are
+    those of the weights that made them; weights far from these want statistics of their own.
+
+    Raises:
+        ArgumentError: if one is not a module.
+        StateError: if a layer of `target` with running statistics has no counterpart of its size in `source`; nothing is copied then.
+    """
+    named = [
+        {
+            slot.path.removeprefix("module."): slot.module
+            for slot in _slots(model)
+            if isinstance(slot.module, _BatchNorm) and slot.module.running_mean is not None
+        }
+        for model in (source, target)
+    ]
+    pairs = list[tuple[Tensor, Tensor]]()
+    for path, layer in named[1].items():
+        other = named[0].get(path)
+        for name in (*STATISTICS, "num_batches_tracked"):
+            to, of = getattr(layer, name), getattr(other, name, None)
+            if of is None or of.shape != to.shape:
+                raise StateError(
+                    f"every batch norm of the target must have a counterpart of its size in the source, but {path or 'the model'} "
+                    "has none; copy between models of the same structure"
+                )
+            pairs.append((to, of))
+    with torch.no_grad():
+        for to, of in pairs:
+            to.copy_(of)
+    return target
+
+
+def _give(layer: BatchNorm, statistics: Statistics | None) -> None:
+    if statistics is None:
+        return
+    frozen = layer.statistics if isinstance(layer.statistics, Running) else None
+    before = layer.statistics if frozen is None else frozen.before or Batch()
+    layer.__dict__.setdefault(_STATISTICS, before)
+    layer.statistics = statistics if frozen is None else Running(statistics, frozen.learned)
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -255,6 +365,12 @@ def _not_revertible(layer: BatchNorm) -> str | None:
         return f"torch has no {type(layer).__name__}"
     beyond = [name for name in OPTIONS if getattr(layer, name) != getattr(BatchNorm, name)]
     return f"torch's layer has no {', '.join(beyond)}" if beyond else None
+
+
+def _not_freezable(layer: _BatchNorm) -> str | None:
+    if not isinstance(layer, BatchNorm):
+        return f"it is a {type(layer).__name__}, which is not ours"
+    return None if layer.track_running_stats else "it has no running statistics"
 
 
 def _restore_statistics_dtypes(layer: BatchNorm) -> None:

@@ -35,6 +35,7 @@ from batchnorm.kernels import Activation, Epilogue, eager
 from batchnorm.moments import Moments
 
 __all__ = [
+    "batch_moments",
     "batch_norm",
     "check_input",
     "check_residual",
@@ -146,6 +147,22 @@ def normalize(
         output, *moments = Normalize.apply(input, None, None, eps, *distinct(input, epilogue))
         return output, Moments(*moments)
     return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
+
+
+@torch.no_grad()
+def batch_moments(input: Tensor, mask: Tensor | None = None) -> Moments:
+    """The moments of real input (N, C, *S), or of what a mask lets through; constants, no gradient flows.
+
+    Raises:
+        ShapeError, DTypeError, ArgumentError: as `batch_norm`.
+    """
+    check_input(input, {})
+    if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
+        return Moments(0, input.new_zeros(0), input.new_zeros(0))
+    epilogue = epilogue_of(input, None, None, None, None, mask)
+    if differentiated_by_torch() or exporting():
+        return eager.moments(input, epilogue.mask).detach()
+    return kernels.select(input, epilogue).moments(input, epilogue.mask)
 
 
 def normalize_with(
