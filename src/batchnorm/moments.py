@@ -70,6 +70,24 @@ class Moments(NamedTuple):
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
 
+    @staticmethod
+    def pooled(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
+        """Moments of W sets of values together, in the order in which they stand; differentiable.
+
+            mean = m + Σ n_i (mean_i - m) / n      with m = Σ n_i mean_i / n, whose rounding the second sum takes back
+            M2   = Σ M2_i + Σ n_i (mean_i - mean)²
+
+        Args:
+            counts: (W,), float64.
+            means: (W, C); anything finite where the count is 0.
+            m2s: (W, C).
+        """
+        count = counts.sum()
+        shares = (counts / at_least_one(count)).unsqueeze(1)  # (W, 1)
+        mean = (shares * means).sum(0)
+        mean = mean + (shares * (means - mean)).sum(0)
+        return Moments(count, mean, m2s.sum(0) + (counts.unsqueeze(1) * (means - mean).square()).sum(0))
+
     def _parts(self) -> Moments:
         """Moments of the real and the imaginary parts, (C, 2)."""
         return Moments(self.count, torch.view_as_real(self.mean), torch.view_as_real(self.m2))

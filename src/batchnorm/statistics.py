@@ -13,6 +13,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import (
+    Reducer,
     check_several_values,
     is_single_value,
     move_running_statistics,
@@ -35,6 +36,7 @@ class Layer(Protocol):
     running_variance: str
     on_single: str
     on_nonfinite: str
+    reducer: Reducer | None
 
     @property
     def gamma(self) -> Tensor | None: ...
@@ -66,14 +68,22 @@ class Batch:
         if not layer.training and layer.running_mean is not None:
             return _by_running_statistics(layer, x, residual, mask)
         moves = layer.training and layer.track_running_stats
-        if is_single_value(x):
+        reducer = _reducer_of(layer)
+        if reducer is None and is_single_value(x):
             if layer.on_single == "running":
                 return _by_running_statistics(layer, x, residual, mask)
             if layer.on_single == "error":
                 check_several_values(x)
             moves = False
         y, moments = normalize(
-            x, layer.gamma, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask
+            x,
+            layer.gamma,
+            layer.beta,
+            layer.eps,
+            activation=layer.activation,
+            residual=residual,
+            mask=mask,
+            reducer=reducer,
         )
         if moves and layer.running_mean is not None and layer.running_var is not None:
             _move(layer, layer.running_mean, layer.running_var, moments)
@@ -86,6 +96,12 @@ class Running:
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         return _by_running_statistics(layer, x, residual, mask)
+
+
+def _reducer_of(layer: Layer) -> Reducer | None:
+    """What merges this layer's statistics with those of other replicas: in training, where there are others."""
+    reducer = layer.reducer if layer.training else None
+    return None if reducer is None or reducer.size == 1 else reducer
 
 
 def _by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
