@@ -23,6 +23,8 @@ ORDER = [
     "layers",
     "lazy",
     "surgery",
+    "distributed",
+    "population",
     "explain",
     "env",
     "lab",

@@ -12,13 +12,16 @@ SIGNATURES = {
     "on_nonfinite='skip')",
     bn.BatchNorm.forward: "(self, input, residual=None, mask=None)",
     bn.functional.batch_norm: "(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
-    "eps=1e-05, *, activation=None, residual=None, mask=None)",
-    bn.functional.normalize: "(input, weight=None, bias=None, eps=1e-05, *, activation=None, residual=None, mask=None)",
+    "eps=1e-05, *, activation=None, residual=None, mask=None, reducer=None)",
+    bn.functional.normalize: "(input, weight=None, bias=None, eps=1e-05, *, activation=None, residual=None, mask=None, "
+    "reducer=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None)",
     bn.convert: "(model, *, statistics=None, fuse=True)",
     bn.freeze: "(model, *, affine=True)",
     bn.revert: "(model)",
+    bn.synchronize: "(model, process_group=None)",
+    bn.unsynchronize: "(model)",
     bn.explain: "(values, gamma=1.0, beta=0.0, eps=1e-05, momentum=0.1, *, grad_output=None)",
     bn.Moments.merge: "(self, other)",
     bn.Moments.variance: "(self, *, unbiased=False)",

@@ -6,6 +6,7 @@ BatchNormError
  ├─ DTypeError         (TypeError, NotImplementedError)  a tensor whose dtype has no normalization
  ├─ ArgumentError      (TypeError)     an argument of the wrong kind
  ├─ StateError         (RuntimeError)  buffers, parameters or a transform in a state that does not allow the call
+ ├─ ReplicaError       (RuntimeError)  replicas that did not answer, or that were not at the same layer
  └─ MissingExtraError  (ImportError)   an optional dependency is not installed
 
 A message states the invariant, what came, and the remedy.
@@ -36,6 +37,10 @@ class ArgumentError(BatchNormError, TypeError):
 
 class StateError(BatchNormError, RuntimeError):
     """Buffers, parameters or a transform are in a state that does not allow the call."""
+
+
+class ReplicaError(BatchNormError, RuntimeError):
+    """Replicas of a process group did not answer, or were not at the same layer."""
 
 
 class MissingExtraError(BatchNormError, ImportError):

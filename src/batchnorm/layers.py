@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import ArgumentError, InputError
-from batchnorm.functional import check_residual
+from batchnorm.functional import Reducer, check_residual
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics
@@ -26,7 +26,7 @@ _CHOICES = {
     "on_single": ("error", "running", "skip"),
     "on_nonfinite": ("skip", "propagate", "error"),
 }
-OPTIONS = ("activation", "statistics", "channel_axis", *_CHOICES)  # what a layer of ours has beyond torch's
+OPTIONS = ("activation", "statistics", "channel_axis", "reducer", *_CHOICES)  # what a layer of ours has beyond torch's
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -63,6 +63,7 @@ class BatchNorm(_BatchNorm):
         running_mean, running_var: (C,) buffers or None.
         num_batches_tracked: 0-d int64 buffer, how many batches moved the running statistics.
         num_nonfinite_batches: 0-d int64 buffer, not in the state_dict: how many were skipped.
+        reducer: what merges the batch statistics with those of other replicas, see `batchnorm.synchronize`; None for none.
         keep_wide_statistics: set it to False before `.half()` or `.bfloat16()` to let the running statistics be cast too.
 
     Shape:
@@ -81,6 +82,7 @@ class BatchNorm(_BatchNorm):
     running_variance: str = "unbiased"
     on_single: str = "error"
     on_nonfinite: str = "skip"
+    reducer: Reducer | None = None
     keep_wide_statistics: bool = True
     num_nonfinite_batches: Tensor | None
 

@@ -75,13 +75,27 @@ class Moments(NamedTuple):
         if self.mean.is_complex():
             pooled = self._parts().pool()
             return Moments(pooled.count, torch.view_as_complex(pooled.mean), torch.view_as_complex(pooled.m2))
-        between = self.mean - self.mean[:1]  # about the first: a large mean costs no digits
-        mean = between.mean(0)
-        return Moments(
-            self.count * self.mean.shape[0],
-            self.mean[0] + mean,
-            self.m2.sum(0) + (between - mean).square().sum(0) * self.count,
-        )
+        groups = self.mean.shape[0]
+        counts = torch.as_tensor(self.count, dtype=self.mean.dtype, device=self.mean.device).expand(groups)
+        return Moments(self.count * groups, *Moments.pooled(counts, self.mean, self.m2)[1:])
+
+    @staticmethod
+    def pooled(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
+        """Moments of W sets of values together, in the order in which they stand; differentiable.
+
+            mean = m + Σ n_i (mean_i - m) / n      with m = Σ n_i mean_i / n, whose rounding the second sum takes back
+            M2   = Σ M2_i + Σ n_i (mean_i - mean)²
+
+        Args:
+            counts: (W,), float64.
+            means: (W, C); anything finite where the count is 0.
+            m2s: (W, C).
+        """
+        count = counts.sum()
+        shares = (counts / at_least_one(count)).unsqueeze(1)  # (W, 1)
+        mean = (shares * means).sum(0)
+        mean = mean + (shares * (means - mean)).sum(0)
+        return Moments(count, mean, m2s.sum(0) + (counts.unsqueeze(1) * (means - mean).square()).sum(0))
 
     def _parts(self) -> Moments:
         """Moments of the real and the imaginary parts, (C, 2)."""

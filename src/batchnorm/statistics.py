@@ -16,9 +16,10 @@ from torch import Tensor
 
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import (
-    batch_moments,
+    Reducer,
     check_several_values,
     is_single_value,
+    moments,
     move_running_statistics,
     normalize,
     normalize_with,
@@ -39,6 +40,7 @@ class Layer(Protocol):
     running_variance: str
     on_single: str
     on_nonfinite: str
+    reducer: Reducer | None
 
     @property
     def gamma(self) -> Tensor | None: ...
@@ -67,7 +69,7 @@ class Batch:
     """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        return _train_or_infer(layer, x, residual, mask, _by_batch)
+        return _train_or_infer(layer, x, residual, mask, _by_replicas)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,15 @@ class Ghost:
             raise InputError(f"size must be at least 1, the samples in a group, but got {self.size}")
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        return _train_or_infer(layer, x, residual, mask, self._by_group, self.size)
+        return _train_or_infer(layer, x, residual, mask, self._by_replicas, self.size)
+
+    def _by_replicas(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        """Groups are a replica's own; only what moves the running statistics is merged."""
+        y, pooled = self._by_group(layer, x, residual, mask)
+        reducer = _reducer_of(layer)
+        return y, pooled if reducer is None else reducer.merge(pooled.detach())
 
     def _by_group(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
@@ -113,8 +123,8 @@ class Ghost:
         if left:
             pieces.append(_by_batch(layer, x[cut:], _cut(residual, cut, N), _cut(along_batch, cut, N)))
         y = torch.cat([y for y, _ in pieces]) if left else pieces[0][0]
-        moments = functools.reduce(Moments.merge, (moments for _, moments in pieces))
-        return y if layout is None else y.contiguous(memory_format=layout), moments
+        pooled = functools.reduce(Moments.merge, (moments for _, moments in pieces))
+        return y if layout is None else y.contiguous(memory_format=layout), pooled
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Renorm:
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         plain = self.r_max == 1 and self.d_max == 0
-        return _train_or_infer(layer, x, residual, mask, _by_batch if plain else self._corrected)
+        return _train_or_infer(layer, x, residual, mask, _by_replicas if plain else self._corrected)
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""
@@ -175,12 +185,14 @@ class Renorm:
             )
         if x.is_complex():
             raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
-        moments = batch_moments(x, mask)
+        batch = moments(x, mask)
+        reducer = _reducer_of(layer)
+        batch = batch if reducer is None else reducer.merge(batch).detach()
         with torch.no_grad():
-            r_max, d_max = (bound.to(moments.mean.dtype) for bound in self.bounds(batches))
-            running_rstd = (variance.to(moments.mean.dtype) + layer.eps).rsqrt()
-            r = ((moments.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max)
-            d = ((moments.mean - mean) * running_rstd).clamp(-d_max, d_max)
+            r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
+            running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
+            r = ((batch.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max)
+            d = ((batch.mean - mean) * running_rstd).clamp(-d_max, d_max)
         dtype = torch.promote_types(x.dtype, torch.float32)
         gamma, beta = layer.gamma, layer.beta
         for parameter in (gamma, beta):
@@ -188,8 +200,10 @@ class Renorm:
         weight = (r if gamma is None else r * gamma).to(dtype)
         bias = d if gamma is None else d * gamma
         bias = (bias if beta is None else bias + beta).to(dtype)
-        y, _ = normalize(x, weight, bias, layer.eps, activation=layer.activation, residual=residual, mask=mask)
-        return y, moments
+        y, _ = normalize(
+            x, weight, bias, layer.eps, activation=layer.activation, residual=residual, mask=mask, reducer=reducer
+        )
+        return y, batch
 
 
 @dataclass(frozen=True)
@@ -229,7 +243,8 @@ def _train_or_infer(
         return _by_running_statistics(layer, x, residual, mask)
     moves = layer.training and layer.track_running_stats
     group = x if size is None else x[:size]
-    if is_single_value(group):
+    shared = size is None and _reducer_of(layer) is not None  # with other replicas, which may bring more values
+    if not shared and is_single_value(group):
         if layer.on_single == "running":
             return _by_running_statistics(layer, x, residual, mask)
         if layer.on_single == "error":
@@ -243,8 +258,23 @@ def _train_or_infer(
     return y
 
 
-def _by_batch(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
-    return normalize(x, layer.gamma, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask)
+def _by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
+    return _by_batch(layer, x, residual, mask, _reducer_of(layer))
+
+
+def _by_batch(
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, reducer: Reducer | None = None
+) -> tuple[Tensor, Moments]:
+    return normalize(
+        x,
+        layer.gamma,
+        layer.beta,
+        layer.eps,
+        activation=layer.activation,
+        residual=residual,
+        mask=mask,
+        reducer=reducer,
+    )
 
 
 def _by_equal_groups(
@@ -295,6 +325,12 @@ def _groups_as_channels(x: Tensor, groups: int) -> Tensor:
 
 def _cut(value: Tensor | None, start: int, stop: int) -> Tensor | None:
     return None if value is None else value[start:stop]
+
+
+def _reducer_of(layer: Layer) -> Reducer | None:
+    """What merges this layer's statistics with those of other replicas: in training, where there are others."""
+    reducer = layer.reducer if layer.training else None
+    return None if reducer is None or reducer.size == 1 else reducer
 
 
 def _by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:

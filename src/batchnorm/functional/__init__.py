@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from batchnorm import kernels
 from batchnorm.errors import InputError, StateError
+from batchnorm.functional import reduction
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
 from batchnorm.functional.checks import check_input, check_residual, check_several_values, epilogue_of, is_single_value
 from batchnorm.functional.parts import (
@@ -30,20 +31,25 @@ from batchnorm.functional.parts import (
     parts_of_parameter,
     vector_as_complex,
 )
+from batchnorm.functional.recompute import recomputation, recomputing
+from batchnorm.functional.reduction import Reducer
 from batchnorm.functional.running import move_running_statistics
 from batchnorm.kernels import Activation, Epilogue, eager
 from batchnorm.moments import Moments
 
 __all__ = [
-    "batch_moments",
+    "Reducer",
     "batch_norm",
     "check_input",
     "check_residual",
     "check_several_values",
     "is_single_value",
+    "moments",
     "move_running_statistics",
     "normalize",
     "normalize_with",
+    "recomputation",
+    "recomputing",
 ]
 
 
@@ -60,6 +66,7 @@ def batch_norm(
     activation: str | nn.Module | Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    reducer: Reducer | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with its signature and effects, and more in the same pass.
 
@@ -75,6 +82,8 @@ def batch_norm(
         activation: applied last: a name of `kernels.activation.NAMES`, or torch's module of it.
         residual: added before the activation; input's shape.
         mask: bool, (N, *S) or broadcastable to it; True counts. Where False, the output is 0 and no gradient flows.
+        reducer: merges the statistics of several replicas in training, such as `distributed.Replicas`. Of one value per channel
+            here the others may have more, so it is no error then.
 
     Returns:
         activation(weight · (input - mean) / sqrt(variance + eps) + bias + residual), of input's shape and dtype.
@@ -88,8 +97,11 @@ def batch_norm(
         raise InputError("running_mean and running_var must either both be None or neither be None; pass both or none")
     check_input(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
     if training:
-        check_several_values(input)
-        output, moments = normalize(input, weight, bias, eps, activation=activation, residual=residual, mask=mask)
+        if reducer is None:
+            check_several_values(input)
+        output, moments = normalize(
+            input, weight, bias, eps, activation=activation, residual=residual, mask=mask, reducer=reducer
+        )
         if running_mean is not None and running_var is not None:
             move_running_statistics(running_mean, running_var, moments, momentum)
         return output
@@ -112,6 +124,7 @@ def normalize(
     activation: str | nn.Module | Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    reducer: Reducer | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize with the statistics of `input` itself, and return them; touches no buffer.
 
@@ -133,6 +146,7 @@ def normalize(
             activation=activation,
             residual=None if residual is None else _residual_parts(residual, input),
             mask=mask,
+            reducer=reducer,
         )
         return channels_as_parts(output), Moments(
             moments.count, vector_as_complex(moments.mean), vector_as_complex(moments.m2)
@@ -141,28 +155,12 @@ def normalize(
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
     if differentiated_by_torch() or exporting():
-        output, moments, _ = eager.forward(input, eps, epilogue)
+        output, moments, _ = reduction.forward(eager, input, eps, epilogue, reducer)
         return output, moments.detach()
     if needs_grad(input, epilogue):
-        output, *moments = Normalize.apply(input, None, None, eps, *distinct(input, epilogue))
+        output, *moments = Normalize.apply(input, None, None, eps, *distinct(input, epilogue), reducer)
         return output, Moments(*moments)
-    return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
-
-
-@torch.no_grad()
-def batch_moments(input: Tensor, mask: Tensor | None = None) -> Moments:
-    """The moments of real input (N, C, *S), or of what a mask lets through; constants, no gradient flows.
-
-    Raises:
-        ShapeError, DTypeError, ArgumentError: as `batch_norm`.
-    """
-    check_input(input, {})
-    if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
-        return Moments(0, input.new_zeros(0), input.new_zeros(0))
-    epilogue = epilogue_of(input, None, None, None, None, mask)
-    if differentiated_by_torch() or exporting():
-        return eager.moments(input, epilogue.mask).detach()
-    return kernels.select(input, epilogue).moments(input, epilogue.mask)
+    return reduction.forward(kernels.select(input, epilogue), input, eps, epilogue, reducer)[:2]
 
 
 def normalize_with(
@@ -211,8 +209,27 @@ def normalize_with(
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
     if needs_grad(input, epilogue):
-        return Normalize.apply(input, mean, variance, eps, *distinct(input, epilogue))[0]
+        return Normalize.apply(input, mean, variance, eps, *distinct(input, epilogue), None)[0]
     return kernels.select(input, epilogue).infer(input, mean, variance, eps, epilogue)[0]
+
+
+@torch.no_grad()
+def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
+    """Count, mean and M2 of each channel of `input` (N, C, *S), or of what a mask lets through; constants, no gradient flows.
+
+    Raises:
+        InputError, ShapeError, DTypeError: as `batch_norm`.
+    """
+    check_input(input, {})
+    if input.is_complex():
+        count, mean, m2 = moments(parts_as_channels(input), mask)
+        return Moments(count, vector_as_complex(mean), vector_as_complex(m2))
+    if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
+        return Moments(0, input.new_zeros(0), input.new_zeros(0))
+    epilogue = epilogue_of(input, None, None, None, None, mask)
+    if differentiated_by_torch() or exporting():
+        return eager.moments(input, epilogue.mask).detach()
+    return kernels.select(input, epilogue).moments(input, epilogue.mask)
 
 
 def _residual_parts(residual: Tensor, input: Tensor) -> Tensor:

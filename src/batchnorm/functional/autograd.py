@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm import kernels
+from batchnorm.functional import reduction
+from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Epilogue, eager
 
 
@@ -59,6 +61,7 @@ class Normalize(torch.autograd.Function):
         residual: Tensor | None,
         mask: Tensor | None,
         activation: Activation | None,
+        reducer: Reducer | None,
     ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         kernel = kernels.select(x, epilogue)
@@ -66,12 +69,13 @@ class Normalize(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
         ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, running_mean is not None
+        ctx.reducer = reducer
         if running_mean is not None and running_var is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
             ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
             return y, None, None, None
-        y, moments, rstd = kernel.forward(x, eps, epilogue)
+        y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
         kept = _kept_of_residual(epilogue, y)
@@ -83,25 +87,25 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
         epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             given = (mean, rstd) if ctx.constant_statistics else None
-            dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue)
+            dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue, ctx.reducer)
             if ctx.activation is None and ctx.needs_input_grad[5]:
                 dbias = _counted(dy, mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
         else:
             count = ctx.count if masked_count is None else masked_count
             kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
-            dx, dresidual, sum_grad, sum_grad_xhat = kernel.backward(
-                dy, x, mean, rstd, epilogue, count, needs_input_grad=ctx.needs_input_grad[0]
+            dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
+                kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer
             )
             dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
             dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
         if ctx.activation is None and ctx.needs_input_grad[6]:
             dresidual = _counted(dy, mask)
-        return dx, None, None, None, dweight, dbias, dresidual, None, None
+        return dx, None, None, None, dweight, dbias, dresidual, None, None, None
 
 
 def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,7 +121,12 @@ def _kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Ten
 
 
 def _differentiable_backward(
-    dy: Tensor, x: Tensor, given: tuple[Tensor, Tensor] | None, eps: float, epilogue: Epilogue
+    dy: Tensor,
+    x: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    eps: float,
+    epilogue: Epilogue,
+    reducer: Reducer | None,
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
@@ -132,7 +141,10 @@ def _differentiable_backward(
         dy = dy * activation.derivative(output.detach())
         activation = None
     epilogue = Epilogue(weight, bias, residual, mask, activation)
-    y = eager.forward(x, eps, epilogue)[0] if given is None else eager.normalize(x, *given, epilogue)
+    if given is None:
+        y, _, _ = reduction.forward(eager, x, eps, epilogue, reducer)
+    else:
+        y = eager.normalize(x, *given, epilogue)
     wanted = [value for value in inputs if value is not None and value.requires_grad]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)) if wanted else iter(())
     dx, dweight, dbias, dresidual = (

@@ -12,8 +12,9 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, te
 from torch.autograd import forward_ad
 
 from batchnorm.errors import ArgumentError, StateError
-from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.parts import parts_of_buffer
+from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import cpu
 from batchnorm.moments import Moments
 
@@ -31,7 +32,8 @@ def move_running_statistics(
     """One step of the moving averages, in place: running = (1 - momentum) · running + momentum · batch.
 
     Computed in the moments' dtype and rounded once. Where a mask leaves fewer than two values, or the batch is empty, nothing
-    moves: there is no variance to learn from. No host synchronization.
+    moves: there is no variance to learn from. In a recomputation (`recompute.recomputing`) nothing moves either: the step was taken
+    when the forward ran for the first time. No host synchronization.
 
     Args:
         running_mean: (C,), any floating dtype.
@@ -49,7 +51,7 @@ def move_running_statistics(
         StateError: under `torch.vmap`, if the batch statistics differ from slice to slice and the buffers do not.
     """
     count = moments.count
-    if isinstance(count, int) and count == 0:
+    if (isinstance(count, int) and count == 0) or (not torch.compiler.is_compiling() and recomputing()):
         return None
     if not isinstance(momentum, (Real, Tensor)):
         raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
@@ -83,6 +85,9 @@ def _move_by_torch(
     if skip_nonfinite:
         finite = torch.stack([value.to(running.dtype).isfinite().all() for running, value in pairs]).all()
         moves = finite if moves is None else moves & finite
+    if torch.compiler.is_compiling() and not exporting():  # whether this is a recomputation shows when the code runs
+        first = ~torch.ops.batchnorm.recomputing(moments.mean)
+        moves = first if moves is None else moves & first
     steps = []
     for running, value in pairs:
         old = running.to(value.dtype)

@@ -1,0 +1,276 @@
+"""Batch statistics over the replicas of a process group: any c10d backend, CPU and GPU, one collective each way.
+
+Each replica sends one row of float64, forward and backward alike: (tag, count, mean (C,), M2 (C,)) and (tag, count, Σg (C,), Σg·x̂ (C,)).
+The row stands in a table of one row per replica that is zero elsewhere, and one all_reduce adds the tables: x + 0 is exact, so every
+replica holds every row, whatever the order in which the backend adds. All merge them in the order of the ranks and get the same bits.
+A table of sums would be smaller, but Σx² loses the variance beside a large mean. It costs (2C + 2) · W numbers of 8 bytes a layer.
+
+The tag says which layer and which direction the row is of. Replicas that went different ways find out there: on the CPU at once; on other
+devices, where looking would wait for the device, the statistics turn NaN instead of wrong.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from batchnorm.errors import ArgumentError, ReplicaError, StateError
+from batchnorm.layers import BatchNorm
+from batchnorm.logs import logger
+from batchnorm.moments import Moments
+from batchnorm.surgery import convert, walk
+
+GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
+_FORWARD, _BACKWARD = 0, 1
+
+
+class Replicas:
+    """The reducer of one layer: merges its statistics over the ranks of a process group.
+
+    Args:
+        layer: its name, for errors; every replica must give the same.
+        group: a process group this process belongs to; None is the default group.
+        names: of all layers that are synchronized, to name those the other replicas are at.
+
+    Raises:
+        StateError: if torch.distributed is not initialized, or this process is not in the group.
+    """
+
+    def __init__(self, layer: str, group: dist.ProcessGroup | None = None, names: tuple[str, ...] = ()) -> None:
+        self.layer, self.names = layer, names or (layer,)
+        self.tag = _tag(layer)
+        self._connect(_group(group), group is None)
+
+    def _connect(self, group: dist.ProcessGroup, is_default: bool) -> None:
+        self._process_group = group
+        self.group_name, self._is_default = group.group_name, is_default
+        self._size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.ranks = tuple(dist.get_process_group_ranks(group))
+
+    @property
+    def size(self) -> int:
+        """How many replicas there are."""
+        return self._size
+
+    def merge(self, moments: Moments) -> Moments:
+        """The moments of all replicas together; differentiable.
+
+        Raises:
+            ReplicaError: if a replica did not answer within the group's timeout, or was at another layer.
+        """
+        count = torch.as_tensor(moments.count, dtype=moments.mean.dtype, device=moments.mean.device)
+        rows = _exchanged(torch.cat([count.reshape(1), moments.mean, moments.m2]), self)
+        C = moments.mean.shape[0]
+        return Moments.pooled(rows[:, 0], rows[:, 1 : C + 1], rows[:, C + 1 :])
+
+    def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
+        """Σg and Σg·x̂ of all replicas together, added in the order of the ranks.
+
+        Raises:
+            ReplicaError: as `merge`.
+        """
+        rows = self.exchange(torch.cat([sum_grad.new_zeros(1), sum_grad, sum_grad_xhat]), _BACKWARD)
+        C = sum_grad.shape[0]
+        total = rows.sum(0)
+        return total[1 : C + 1], total[C + 1 :]
+
+    def exchange(self, values: Tensor, direction: int = _FORWARD) -> Tensor:
+        """Everybody's values: (K,) float64 -> (W, K), in the order of the ranks; one all_reduce."""
+        tag = self.tag + direction / 2
+        row = torch.cat([values.new_full((1,), tag), values])
+        place = torch.arange(self._size, device=values.device).eq(self.rank).unsqueeze(1)
+        rows = self.all_reduce(torch.where(place, row, 0.0))  # (W, 1 + K)
+        tags, rows = rows[:, 0], rows[:, 1:]
+        if torch.compiler.is_compiling() or not rows.is_cpu or rows.is_meta:
+            return torch.where(tags.eq(tag).all(), rows, torch.nan)
+        if not bool(tags.eq(tag).all()):
+            raise ReplicaError(self._astray(tags.tolist(), direction))
+        return rows
+
+    def all_reduce(self, table: Tensor) -> Tensor:
+        """The sum of everybody's tables, in place in eager code."""
+        if torch.compiler.is_compiling():
+            total = torch.ops._c10d_functional.all_reduce.default(table, "sum", self.group_name)
+            return torch.ops._c10d_functional.wait_tensor.default(total)
+        if self._size == 0:
+            raise StateError(
+                f"{self.layer}: its process group must exist in this process, but the layer was loaded before it did; "
+                "call batchnorm.synchronize again"
+            )
+        try:
+            dist.all_reduce(table, group=self._process_group)
+        except (RuntimeError, ValueError) as error:
+            raise ReplicaError(self._unanswered(error)) from error
+        return table
+
+    def _astray(self, tags: list[float], direction: int) -> str:
+        known = {_tag(name): name for name in self.names}
+        where = ", ".join(
+            f"rank {rank} was in the {'backward' if tag % 1 else 'forward'} of {known.get(tag // 1, 'another layer')}"
+            for rank, tag in zip(self.ranks, tags, strict=True)
+        )
+        way = "backward" if direction else "forward"
+        return (
+            f"batch norm {self.layer}, {way}: every replica must call the same layers in the same order, but {where}; "
+            "give every rank the same model, the same number of steps, and an empty batch where it has no data"
+        )
+
+    def _unanswered(self, error: Exception) -> str:
+        group = f"ranks {list(self.ranks)}"
+        heard = _roll_call(self._process_group, self.ranks, self.ranks[self.rank], self.layer)
+        if heard is None:
+            missing = "who is missing could not be found out"
+        else:
+            silent = [rank for rank in self.ranks if rank not in heard]
+            also = ", ".join(f"rank {rank} in {name}" for rank, name in sorted(heard.items()))
+            missing = f"failed: {also}; not heard from: {silent or 'none'}"
+        return (
+            f"batch norm {self.layer}: all of {group} must take part in its collective within the group's timeout, but it "
+            f"failed on rank {self.ranks[self.rank]} ({missing}). A rank died, or ran a different number of layers or steps. {error}"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "names": self.names,
+            "tag": self.tag,
+            "ranks": self.ranks,
+            "is_default": self._is_default,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layer, self.names, self.tag = state["layer"], state["names"], state["tag"]
+        self.ranks, self._is_default = state["ranks"], state["is_default"]
+        self._size = self.rank = 0
+        if self._is_default and dist.is_available() and dist.is_initialized():
+            self._connect(_group(None), True)
+
+    def __repr__(self) -> str:
+        return f"Replicas({self.layer!r}, ranks={list(self.ranks)})"
+
+
+def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Let every batch norm of a model normalize, in training, by the statistics of all replicas together; in place.
+
+    Outputs, gradients and running statistics are those of one process with the replicas' batches in one, however they are split: a
+    replica may have no values at all. Torch's layers become ours first (`convert`, without fusing). Every replica must call the same
+    layers in the same order. `unsynchronize` goes back.
+
+    Args:
+        model: changed in place; it may be the layer itself.
+        process_group: of any backend; this process must be in it. None is the default group.
+
+    Raises:
+        ArgumentError: if model is not a module.
+        StateError: if torch.distributed is not initialized, or this process is not in the group.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    _group(process_group)
+    convert(model, fuse=False)
+    layers = _layers(model)
+    names = tuple(layers)
+    reducers = [Replicas(name, process_group, names) for name in names]
+    for layer, reducer in zip(layers.values(), reducers, strict=True):
+        layer.reducer = reducer
+        logger.info("synchronize: %s over ranks %s", reducer.layer, list(reducer.ranks))
+    return model
+
+
+def unsynchronize(model: nn.Module) -> nn.Module:
+    """Let every batch norm normalize by its own replica's statistics again; in place.
+
+    Raises:
+        ArgumentError: if model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    for layer in _layers(model).values():
+        layer.__dict__.pop("reducer", None)
+    return model
+
+
+class _Exchange(torch.autograd.Function):
+    """(K,) -> (W, K). The gradient of a replica's values is the sum of what all replicas' losses say of them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, replicas: Replicas) -> Tensor:
+        ctx.replicas = replicas
+        return replicas.exchange(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Collect.apply(grads[0], ctx.replicas), None
+
+
+class _Collect(torch.autograd.Function):
+    """(W, K) -> (K,): this replica's row of the sum of all tables; the transpose of `_Exchange`."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, replicas: Replicas) -> Tensor:
+        ctx.replicas = replicas
+        return replicas.all_reduce(table.clone(memory_format=torch.contiguous_format))[replicas.rank]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Exchange.apply(grads[0], ctx.replicas), None
+
+
+def _exchanged(values: Tensor, replicas: Replicas) -> Tensor:
+    if values.requires_grad and torch.is_grad_enabled():
+        return _Exchange.apply(values, replicas)
+    return replicas.exchange(values)
+
+
+def _layers(model: nn.Module) -> dict[str, BatchNorm]:
+    """Each layer of ours once, by the first of its names."""
+    found: dict[int, tuple[str, BatchNorm]] = {}
+    for slot in walk(model):
+        if isinstance(slot.module, BatchNorm):
+            found.setdefault(id(slot.module), (slot.path or "the model", slot.module))
+    return dict(found.values())
+
+
+def _tag(layer: str) -> float:
+    return float(zlib.crc32(layer.encode()))
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise StateError(
+            "torch.distributed must be initialized before replicas can be synchronized; call "
+            "torch.distributed.init_process_group first, or leave synchronize out in a single process"
+        )
+    if group is None:
+        found = dist.group.WORLD
+        assert found is not None
+        return found
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise StateError("this process must belong to the process group, but does not; pass the group of this rank")
+    return group
+
+
+def _roll_call(group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, layer: str) -> dict[int, str] | None:
+    """Which ranks failed, and in which layer: each says so in the group's store, and gives the others a moment to."""
+    try:
+        store = dist.distributed_c10d._get_process_group_store(group)
+        store.set(f"batchnorm/failed/{rank}", layer)
+        deadline = time.monotonic() + GRACE
+        heard = {rank: layer}
+        while len(heard) < len(ranks) and time.monotonic() < deadline:
+            for other in ranks:
+                key = f"batchnorm/failed/{other}"
+                if other not in heard and store.check([key]):
+                    heard[other] = store.get(key).decode()
+            time.sleep(0.05)
+        return heard
+    except (RuntimeError, AttributeError):  # the store went away with the rank that held it
+        return None

@@ -1,0 +1,69 @@
+"""Between the reductions and the maps: the one place where moments and sums of gradients meet those of other replicas.
+
+    x ─moments─▶ (count, mean, M2) ─merge─▶ mean, rstd ─normalize─▶ y
+    dy ─reduce_grad─▶ (Σg, Σg·x̂) ─sum─▶ ─input_grad─▶ dx
+
+Without a reducer nothing stands there, and the kernels run each line fused.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from batchnorm.kernels import Backward, Epilogue, Kernel
+from batchnorm.moments import Moments, at_least_one
+
+
+class Reducer(Protocol):
+    """What merges the statistics of several replicas; every replica gets the same."""
+
+    @property
+    def size(self) -> int:
+        """How many replicas there are."""
+        ...
+
+    def merge(self, moments: Moments) -> Moments:
+        """The moments of all replicas together; differentiable, the count a 0-d float64 tensor."""
+        ...
+
+    def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
+        """Σg and Σg·x̂, (C,) each, of all replicas together."""
+        ...
+
+
+def forward(
+    kernel: Kernel, x: Tensor, eps: float, epilogue: Epilogue, reducer: Reducer | None
+) -> tuple[Tensor, Moments, Tensor]:
+    """`Kernel.forward`, with the statistics of all replicas: y, the moments it was normalized with, and their rstd."""
+    if reducer is None:
+        return kernel.forward(x, eps, epilogue)
+    moments = reducer.merge(kernel.moments(x, epilogue.mask))
+    rstd = moments.rstd(eps)
+    return kernel.normalize(x, moments.mean, rstd, epilogue), moments, rstd
+
+
+def backward(
+    kernel: Kernel,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    count: int | Tensor | None,
+    needs_input_grad: bool,
+    reducer: Reducer | None,
+) -> Backward:
+    """`Kernel.backward`, with dx through the statistics of all replicas.
+
+    The sums that become dweight and dbias are this replica's own: adding those of all replicas, as data-parallel training does,
+    is left to whoever owns the parameters.
+    """
+    if reducer is None or not needs_input_grad:
+        return kernel.backward(dy, x, mean, rstd, epilogue, count, needs_input_grad=needs_input_grad)
+    sums = kernel.reduce_grad(dy, x, mean, rstd, epilogue)
+    divisor = at_least_one(0 if count is None else count)
+    total, total_xhat = reducer.sum(*sums)
+    dx, dresidual = kernel.input_grad(dy, x, mean, rstd, epilogue, (total / divisor, total_xhat / divisor))
+    return Backward(dx, dresidual, *sums)
