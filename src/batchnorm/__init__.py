@@ -5,6 +5,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.explain import Explanation, explain
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
 from batchnorm.surgery import convert, revert
 from batchnorm.version import __version__
@@ -26,5 +27,6 @@ __all__ = [
     "explain",
     "functional",
     "revert",
+    "save_memory",
     "statistics",
 ]

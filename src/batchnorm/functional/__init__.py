@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm import kernels
+from batchnorm import kernels, memory
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
 from batchnorm.functional.checks import check_input, check_residual, check_several_values, epilogue_of, is_single_value
@@ -143,7 +143,7 @@ def normalize(
         output, moments, _ = eager.forward(input, eps, epilogue)
         return output, moments.detach()
     if needs_grad(input, epilogue):
-        output, *moments = Normalize.apply(input, None, None, eps, *distinct(input, epilogue))
+        output, *moments = memory.recorded(Normalize.apply, input, None, None, eps, *distinct(input, epilogue))
         return output, Moments(*moments)
     return kernels.select(input, epilogue).forward(input, eps, epilogue)[:2]
 
@@ -194,7 +194,7 @@ def normalize_with(
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
     if needs_grad(input, epilogue):
-        return Normalize.apply(input, mean, variance, eps, *distinct(input, epilogue))[0]
+        return memory.recorded(Normalize.apply, input, mean, variance, eps, *distinct(input, epilogue))[0]
     return kernels.select(input, epilogue).infer(input, mean, variance, eps, epilogue)[0]
 
 
