@@ -16,7 +16,8 @@ SIGNATURES = {
     bn.functional.normalize: "(input, weight=None, bias=None, eps=1e-05, *, activation=None, residual=None, mask=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None)",
-    bn.convert: "(model, *, fuse=True)",
+    bn.convert: "(model, *, fuse=True, save_memory=False)",
+    bn.save_memory: "()",
     bn.revert: "(model)",
     bn.explain: "(values, gamma=1.0, beta=0.0, eps=1e-05, momentum=0.1, *, grad_output=None)",
     bn.Moments.merge: "(self, other)",

@@ -255,18 +255,25 @@ class Saver:
                     self._kept[key] = reference.source
             self.recording, self._packed = False, []
 
-    def remember(self, output: Tensor, function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> None:
-        """Give a batch norm's output a recipe: the function of x, which is kept in any case, and of its other inputs.
+    def remember(
+        self,
+        output: Tensor,
+        function: Callable[..., Tensor],
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        """Give a batch norm's output a recipe: the function of x and mask, which are kept in any case, and of the residual.
 
-        Nothing happens where the recipe would keep more than it spares: a tensor that is in nobody else's keeping.
+        Nothing happens where the residual is in nobody else's keeping: the recipe would keep as much as it spares.
         """
-        given = [value for value in (output, x, *others) if value is not None]
-        if not self.wanted or any(map(_is_foreign, given)):
+        if not self.wanted or any(_is_foreign(value) for value in (output, x, residual, mask) if value is not None):
             return
-        references = [None if value is None else self._free(value) for value in others]
-        if any(value is not None and found is None for value, found in zip(others, references, strict=True)):
+        free = None if residual is None else self._free(residual)
+        if residual is not None and free is None:
             return
-        self._register(output, function, (self._free(x) or Reference(Kept(x), None), *references))
+        kept = (None if value is None else self._free(value) or Reference(Kept(value), None) for value in (x, mask))
+        self._register(output, function, (next(kept), free, next(kept)))
 
     def clear(self) -> None:
         """Forget all tensors."""
