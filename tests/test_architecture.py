@@ -18,6 +18,7 @@ ORDER = [
     "moments",
     "reference",
     "kernels",
+    "memory",
     "functional",
     "statistics",
     "layers",

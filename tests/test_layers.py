@@ -156,7 +156,7 @@ def test_thousand_steps_hold_no_graph():
         if step in (9, 999):
             gc.collect()
             counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # what earlier tests left may go meanwhile
     assert layer.running_mean.grad_fn is None
     assert {"running_mean", "running_var", "num_batches_tracked"} <= set(layer.state_dict())
 

@@ -17,8 +17,9 @@ SIGNATURES = {
     "reducer=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None)",
-    bn.convert: "(model, *, statistics=None, fuse=True)",
+    bn.convert: "(model, *, statistics=None, fuse=True, save_memory=False)",
     bn.freeze: "(model, *, affine=True)",
+    bn.save_memory: "()",
     bn.revert: "(model)",
     bn.synchronize: "(model, process_group=None)",
     bn.unsynchronize: "(model)",

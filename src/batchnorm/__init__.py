@@ -7,6 +7,7 @@ from batchnorm.explain import Explanation, explain
 from batchnorm.functional import recomputation
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
 from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
@@ -31,6 +32,7 @@ __all__ = [
     "functional",
     "recomputation",
     "revert",
+    "save_memory",
     "statistics",
     "synchronize",
     "unfreeze",

@@ -15,6 +15,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
+from batchnorm import memory
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.functional import Reducer, check_residual
 from batchnorm.kernels import Activation, parse
@@ -26,7 +27,14 @@ _CHOICES = {
     "on_single": ("error", "running", "skip"),
     "on_nonfinite": ("skip", "propagate", "error"),
 }
-OPTIONS = ("activation", "statistics", "channel_axis", "reducer", *_CHOICES)  # what a layer of ours has beyond torch's
+OPTIONS = (
+    "activation",
+    "statistics",
+    "channel_axis",
+    "reducer",
+    *_CHOICES,
+    "save_memory",
+)  # what a layer of ours has beyond torch's
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -64,6 +72,7 @@ class BatchNorm(_BatchNorm):
         num_batches_tracked: 0-d int64 buffer, how many batches moved the running statistics.
         num_nonfinite_batches: 0-d int64 buffer, not in the state_dict: how many were skipped.
         reducer: what merges the batch statistics with those of other replicas, see `batchnorm.synchronize`; None for none.
+        save_memory: whether the output is computed again in the backward, in a model that `convert(save_memory=True)` prepared.
         keep_wide_statistics: set it to False before `.half()` or `.bfloat16()` to let the running statistics be cast too.
 
     Shape:
@@ -84,6 +93,7 @@ class BatchNorm(_BatchNorm):
     on_nonfinite: str = "skip"
     reducer: Reducer | None = None
     keep_wide_statistics: bool = True
+    save_memory: bool = False
     num_nonfinite_batches: Tensor | None
 
     def __init__(
@@ -143,6 +153,12 @@ class BatchNorm(_BatchNorm):
             given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
         self._check_input_dim(input)
+        if memory.passes_over(self.save_memory):
+            with memory.passing_over():
+                return self._normalize(input, residual, mask)
+        return self._normalize(input, residual, mask)
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.channel_axis == 1:
             return self.statistics(self, input, residual, mask)
         axis = self._axis(input)

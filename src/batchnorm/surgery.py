@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from batchnorm import memory
 from batchnorm.errors import ArgumentError, StateError
 from batchnorm.kernels import from_module
 from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_statistics
@@ -115,7 +116,9 @@ def walk(model: nn.Module) -> Iterator[Slot]:
     yield from visit(Slot("", None, "", model))
 
 
-def convert(model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = True) -> nn.Module:
+def convert(
+    model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = True, save_memory: bool = False
+) -> nn.Module:
     """Make every `nn.BatchNorm1d`, `2d` and `3d` of a model ours, in place, and return the model. Lazy ones stay lazy.
 
     Outputs, gradients, state_dict, parameters and hooks stay what they were; `revert` goes back. Layers of a subclass are left
@@ -129,6 +132,9 @@ def convert(model: nn.Module, *, statistics: Statistics | None = None, fuse: boo
             apart where either has hooks or a forward of its own, or the batch norm hangs in several places. Code that reads the
             output of the batch norm itself, by indexing, slicing or iterating over the Sequential or by a reference of its own,
             would find it activated: use False there.
+        save_memory: let the model run in `batchnorm.save_memory` whenever it is called, by hooks of its own, and all its batch norms
+            of ours take part; those whose attribute `save_memory` is set to False again do not. It is the model given here that
+            must be called, not a part of it.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -157,6 +163,11 @@ def convert(model: nn.Module, *, statistics: Statistics | None = None, fuse: boo
         logger.info("convert: %s is now batchnorm.%s", paths, type(layer).__name__)
     if fuse:
         _absorb_activations(slots)
+    if save_memory:
+        for layer, _ in _layers(slots):
+            if isinstance(layer, BatchNorm):
+                layer.save_memory = True
+        memory.attach(model)
     return model
 
 
@@ -170,6 +181,8 @@ def revert(model: nn.Module) -> nn.Module:
         ArgumentError: if model is not a module.
     """
     slots = _slots(model)
+    for slot in slots:
+        memory.detach(slot.module)
     for layer, activation in _sequential_pairs(slots):
         if isinstance(layer.module, BatchNorm) and isinstance(activation.module, Absorbed):
             original = activation.module.original.train(activation.module.training)
@@ -182,6 +195,7 @@ def revert(model: nn.Module) -> nn.Module:
         if before is not None and not isinstance(layer.statistics, Running):
             layer.statistics = before
             del layer.__dict__[_STATISTICS]
+        layer.__dict__.pop("save_memory", None)
         reason = _not_revertible(layer)
         if reason:
             logger.warning("revert: left %s: %s", paths, reason)

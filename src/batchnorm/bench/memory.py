@@ -7,8 +7,9 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,6 +17,8 @@ from batchnorm.errors import InputError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 LARGEST_THRESHOLD = 32 * 2**20  # where glibc's own adjustment ends
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -47,32 +50,27 @@ def outputs(kind: str) -> Iterator[None]:
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most that torch's allocator held during a call, above what it held before."""
+    _, changes = _traced(function)
+    return max(accumulate(changes), default=0)
+
+
+def saved_bytes(function: Callable[[], Tensor]) -> int:
+    """What a call leaves allocated as long as its result lives, without the result itself: what was kept for the backward.
+
+    The first call warms up. Counted is what the allocator still holds, whatever way it is kept: by hooks, recipes or compiled code.
+    """
+    function()
+    result, changes = _traced(function)
+    return sum(changes) - result.untyped_storage().nbytes()
+
+
+def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
+    """The result, which is alive, and the bytes that torch's allocator took and gave back until then, in that order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = function()
-    del result
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] (missing in torch's stubs)
-        peak = max(peak, held)
-    return peak
-
-
-def saved_bytes(function: Callable[[], object], besides: Iterator[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of what `function` returns, each storage once, without those of `besides`."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = function()
-    del result
-    return sum(storages.values())
+    events.sort(key=lambda event: event.start_ns())
+    return result, [event.nbytes() for event in events]  # pyright: ignore[reportAttributeAccessIssue] (missing in torch's stubs)

@@ -38,7 +38,7 @@ class Row:
         ratio_to_eager: eager's p50 / p50 in the same rounds: how many times faster than eager.
         max_error: against float64, of y or dx; None where nothing was computed.
         peak_bytes: what torch's allocator held at most during a call beyond what it held before; None where not looked at.
-        saved_bytes: what was kept for the backward; None where not looked at.
+        saved_bytes: what was kept for the backward, of a model; None where not looked at.
         cpu, cores, isa, system: the machine.
         batchnorm, torch, python, date: versions, and when.
     """

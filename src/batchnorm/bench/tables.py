@@ -76,13 +76,13 @@ def verdict(summary: Summary) -> str:
 
 
 def model_table(rows: Sequence[Row]) -> Table:
-    """Training steps: time, factor over eager, and what is kept for the backward."""
-    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\neager", "kept for\nbackward"])
+    """Training steps: time, factor over eager, what is kept for the backward, and the most that is held during a step."""
+    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\neager", "kept for\nbackward", "peak"])
     for row in rows:
         times = (f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80))
-        kept = MISSING if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.0f} MB"
+        held = (MISSING if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes))
         where = f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}"
-        table.add_row(where, row.provider, *times, _faster(row.ratio_to_eager), kept)
+        table.add_row(where, row.provider, *times, _faster(row.ratio_to_eager), *held)
     return table
 
 

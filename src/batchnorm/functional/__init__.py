@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm import kernels
+from batchnorm import kernels, memory
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import reduction
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
@@ -158,7 +158,7 @@ def normalize(
         output, moments, _ = reduction.forward(eager, input, eps, epilogue, reducer)
         return output, moments.detach()
     if needs_grad(input, epilogue):
-        output, *moments = Normalize.apply(input, None, None, eps, *distinct(input, epilogue), reducer)
+        output, *moments = memory.recorded(Normalize.apply, input, None, None, eps, *distinct(input, epilogue), reducer)
         return output, Moments(*moments)
     return reduction.forward(kernels.select(input, epilogue), input, eps, epilogue, reducer)[:2]
 
@@ -209,7 +209,7 @@ def normalize_with(
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
     if needs_grad(input, epilogue):
-        return Normalize.apply(input, mean, variance, eps, *distinct(input, epilogue), None)[0]
+        return memory.recorded(Normalize.apply, input, mean, variance, eps, *distinct(input, epilogue), None)[0]
     return kernels.select(input, epilogue).infer(input, mean, variance, eps, epilogue)[0]
 
 

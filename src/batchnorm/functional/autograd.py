@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from batchnorm import kernels
+from batchnorm import kernels, memory
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Epilogue, eager
@@ -73,12 +74,17 @@ class Normalize(torch.autograd.Function):
         if running_mean is not None and running_var is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
+            _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
             ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
             return y, None, None, None
         y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
         kept = _kept_of_residual(epilogue, y)
+        if reducer is None:
+            _remember(y, x, epilogue, lambda x, given: kernel.forward(x, eps, given)[0])
+        else:
+            _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, moments.mean, rstd, given))
         ctx.save_for_backward(x, moments.mean, rstd, weight, kept_bias, *kept, mask, masked_count)
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
@@ -106,6 +112,25 @@ class Normalize(torch.autograd.Function):
         if ctx.activation is None and ctx.needs_input_grad[6]:
             dresidual = _counted(dy, mask)
         return dx, None, None, None, dweight, dbias, dresidual, None, None, None
+
+
+def _remember(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:
+    """Where memory is saved, tell how y is computed again: by the call that computed it, so that not a bit differs.
+
+    Weight and bias are copied: they are small, and may move, or be given back by those who shard them, before the backward.
+    """
+    saver = memory.recording()
+    if saver is None:
+        return
+    weight, bias = (None if value is None else value.detach().clone() for value in epilogue[:2])
+    activation = epilogue.activation
+    saver.remember(
+        y,
+        lambda x, residual, mask: again(x, Epilogue(weight, bias, residual, mask, activation)),
+        x,
+        epilogue.residual,
+        epilogue.mask,
+    )
 
 
 def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:

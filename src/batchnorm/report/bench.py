@@ -96,14 +96,14 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> str:
-    columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "kept for backward")]
+    columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "kept for backward", "peak")]
     lines = [
         (
             f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}: {row.provider}",
             [
                 *(f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80)),
                 f"{row.ratio_to_eager:.2f}×",
-                "–" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.0f} MB",
+                *("–" if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes)),
             ],
         )
         for row in rows
