@@ -1,0 +1,93 @@
+"""Batch statistics corrected toward the running ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import DTypeError, InputError, StateError
+from batchnorm.functional import moments, normalize
+from batchnorm.moments import Moments
+from batchnorm.statistics.contract import Layer
+from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """Batch renormalization (Ioffe 2017, arXiv:1702.03275, Algorithm 1): for small batches, and batches that are no random sample.
+
+        y = gamma · (x̂ · r + d) + beta
+        r = clip(sigma / running sigma, 1 / r_max, r_max)      d = clip((mean - running mean) / running sigma, -d_max, d_max)
+
+    with x̂ normalized by the batch as always (variance biased) and sigma = sqrt(variance + eps). Where nothing is clipped the output is
+    that of the running statistics, as in inference. r and d are constants in the backward; the statistics they are taken from are
+    those before this batch moves them. What the running variance follows is the layer's `running_variance`; the paper averages
+    sigma, we the variance, as Keras does, so that checkpoints stay torch's.
+
+    The bounds grow with the layer's `num_batches_tracked`, on the device: r_max = 1 and d_max = 0, which is plain batch
+    normalization, for `warmup` batches; then linearly, r_max until batch 8 · warmup and d_max until 5 · warmup (the paper's section
+    4: 5000, 40000, 25000). A checkpoint that was trained for longer starts with the full bounds.
+
+    Args:
+        r_max: at least 1.
+        d_max: at least 0, in deviations.
+        warmup: batches of plain batch normalization; 0 for the full bounds at once.
+
+    Raises:
+        InputError: on a bound or a warmup out of range.
+        StateError: when used by a layer without running statistics.
+        DTypeError: on complex input.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    warmup: int = 5000
+
+    def __post_init__(self) -> None:
+        if not (self.r_max >= 1 and self.d_max >= 0 and self.warmup >= 0):
+            raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        plain = self.r_max == 1 and self.d_max == 0
+        return train_or_infer(layer, x, residual, mask, by_replicas if plain else self._corrected)
+
+    def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
+        """r_max and d_max after so many batches, both 0-d float64."""
+        after = batches.to(torch.float64) - self.warmup
+        grown = [(after / max(span * self.warmup, 1)).clamp(0, 1) for span in (7, 4)]
+        if self.warmup == 0:
+            grown = [torch.ones_like(after)] * 2
+        return 1 + (self.r_max - 1) * grown[0], self.d_max * grown[1]
+
+    def _corrected(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        if mean is None or variance is None or batches is None:
+            raise StateError(
+                "renormalization compares the batch with running statistics, but this layer has none; build it with "
+                "track_running_stats=True"
+            )
+        if x.is_complex():
+            raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
+        batch = moments(x, mask)
+        reducer = reducer_of(layer)
+        batch = batch if reducer is None else reducer.merge(batch).detach()
+        with torch.no_grad():
+            r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
+            running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
+            r = ((batch.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max)
+            d = ((batch.mean - mean) * running_rstd).clamp(-d_max, d_max)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gamma, beta = layer.gamma, layer.beta
+        for parameter in (gamma, beta):
+            dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+        weight = (r if gamma is None else r * gamma).to(dtype)
+        bias = d if gamma is None else d * gamma
+        bias = (bias if beta is None else bias + beta).to(dtype)
+        y, _ = normalize(
+            x, weight, bias, layer.eps, activation=layer.activation, residual=residual, mask=mask, reducer=reducer
+        )
+        return y, batch

@@ -1,0 +1,126 @@
+"""What the parts share: training or inference, the batch's statistics, the running ones, and how they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError, StateError
+from batchnorm.functional import (
+    Reducer,
+    check_several_values,
+    is_single_value,
+    move_running_statistics,
+    normalize,
+    normalize_with,
+)
+from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.moments import Moments
+from batchnorm.statistics.contract import Layer
+
+_Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
+
+
+def train_or_infer(
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    normalized: _Normalized,
+    size: int | None = None,
+) -> Tensor:
+    """What all parts that learn from the batch share: inference, single values, and moving the running statistics.
+
+    `size` is the samples that share statistics; None is all.
+    """
+    if not layer.training and layer.running_mean is not None:
+        return by_running_statistics(layer, x, residual, mask)
+    moves = layer.training and layer.track_running_stats
+    group = x if size is None else x[:size]
+    shared = size is None and reducer_of(layer) is not None  # with other replicas, which may bring more values
+    if not shared and is_single_value(group):
+        if layer.on_single == "running":
+            return by_running_statistics(layer, x, residual, mask)
+        if layer.on_single == "error":
+            check_several_values(group)
+        moves = False
+        if size is None:
+            normalized = by_batch
+    y, moments = normalized(layer, x, residual, mask)
+    if moves and layer.running_mean is not None and layer.running_var is not None:
+        _move(layer, layer.running_mean, layer.running_var, moments)
+    return y
+
+
+def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
+    return by_batch(layer, x, residual, mask, reducer_of(layer))
+
+
+def by_batch(
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, reducer: Reducer | None = None
+) -> tuple[Tensor, Moments]:
+    return normalize(
+        x,
+        layer.gamma,
+        layer.beta,
+        layer.eps,
+        activation=layer.activation,
+        residual=residual,
+        mask=mask,
+        reducer=reducer,
+    )
+
+
+def reducer_of(layer: Layer) -> Reducer | None:
+    """What merges this layer's statistics with those of other replicas: in training, where there are others."""
+    reducer = layer.reducer if layer.training else None
+    return None if reducer is None or reducer.size == 1 else reducer
+
+
+def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    if layer.running_mean is None or layer.running_var is None:
+        raise StateError(
+            "normalizing by running statistics needs them, but this layer has none; build it with track_running_stats=True"
+        )
+    return normalize_with(
+        x,
+        layer.running_mean,
+        layer.running_var,
+        layer.gamma,
+        layer.beta,
+        layer.eps,
+        activation=layer.activation,
+        residual=residual,
+        mask=mask,
+    )
+
+
+def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:
+    """Move the running statistics by one batch and count it, unless it is empty or not finite; no host synchronization."""
+    counter = layer.num_batches_tracked
+    momentum = layer.momentum
+    if momentum is None:  # the mean of all batches so far: the n-th weighs 1/n
+        if counter is None:
+            raise StateError("momentum=None averages over all batches and needs the counter num_batches_tracked")
+        momentum = 1.0 / (counter + 1).to(moments.mean.dtype)
+    raises = layer.on_nonfinite == "error" and _can_wait_for(running_mean)
+    finite = move_running_statistics(
+        running_mean,
+        running_var,
+        moments,
+        momentum,
+        unbiased=layer.running_variance == "unbiased",
+        skip_nonfinite=layer.on_nonfinite != "propagate",
+        counters=(counter, None if raises else layer.num_nonfinite_batches),
+    )
+    if raises and finite is not None and not finite:
+        raise InputError(
+            f"the statistics of a batch must be finite in {running_mean.dtype}, but its input holds NaN or Inf, or values too "
+            'large; the running statistics did not move. Find the batch, or use on_nonfinite="skip" to pass over it'
+        )
+
+
+def _can_wait_for(value: Tensor) -> bool:
+    return not (value.is_meta or torch.compiler.is_compiling() or differentiated_by_torch())
