@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from batchnorm.functional.autograd import exporting
+
 
 class _Said(threading.local):
     active: bool | None = None
@@ -54,3 +56,15 @@ def _recomputing(like: Tensor) -> Tensor:
 @torch.library.register_fake("batchnorm::recomputing")
 def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
+
+
+# Compiled code computes again in its backward what was cheap to compute, from the buffers as they are by then: moved. What an
+# operator of its own gives it keeps.
+torch.library.define("batchnorm::kept", "(Tensor value) -> Tensor")
+torch.library.impl("batchnorm::kept", "CompositeExplicitAutograd")(Tensor.clone)
+torch.library.register_fake("batchnorm::kept")(torch.empty_like)
+
+
+def kept(value: Tensor) -> Tensor:
+    """A constant computed from buffers that move in the same forward, as the backward has to see it."""
+    return torch.ops.batchnorm.kept.default(value) if torch.compiler.is_compiling() and not exporting() else value

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import moments, normalize
+from batchnorm.functional.recompute import kept
 from batchnorm.moments import Moments
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer
@@ -78,8 +79,8 @@ class Renorm:
         with torch.no_grad():
             r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
             running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
-            r = ((batch.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max)
-            d = ((batch.mean - mean) * running_rstd).clamp(-d_max, d_max)
+            r = kept(((batch.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max))
+            d = kept(((batch.mean - mean) * running_rstd).clamp(-d_max, d_max))
         dtype = torch.promote_types(x.dtype, torch.float32)
         gamma, beta = layer.gamma, layer.beta
         for parameter in (gamma, beta):
