@@ -8,7 +8,20 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
 from batchnorm.statistics.domains import Domains, domain
 from batchnorm.statistics.ghost import Ghost
+from batchnorm.statistics.moving_average import MovingAverage
 from batchnorm.statistics.renorm import Renorm
 from batchnorm.statistics.running import Running
 
-__all__ = ["Batch", "Domains", "Ghost", "Kept", "Layer", "Renorm", "Running", "Statistics", "domain", "kept_by"]
+__all__ = [
+    "Batch",
+    "Domains",
+    "Ghost",
+    "Kept",
+    "Layer",
+    "MovingAverage",
+    "Renorm",
+    "Running",
+    "Statistics",
+    "domain",
+    "kept_by",
+]
