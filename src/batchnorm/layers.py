@@ -20,7 +20,7 @@ from batchnorm.errors import ArgumentError, InputError
 from batchnorm.functional import Reducer, check_residual
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
-from batchnorm.statistics import Batch, Statistics
+from batchnorm.statistics import Batch, Statistics, kept_by
 
 _CHOICES = {
     "running_variance": ("unbiased", "biased"),
@@ -36,6 +36,7 @@ OPTIONS = (
     "save_memory",
 )  # what a layer of ours has beyond torch's
 STATISTICS = ("running_mean", "running_var")
+_KEPT = ("running_mean_", "running_var_", "num_batches_tracked_")  # how the names begin that parts keep
 
 
 class BatchNorm(_BatchNorm):
@@ -142,6 +143,8 @@ class BatchNorm(_BatchNorm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__({"gamma": "weight", "beta": "bias"}.get(name, name), value)
+        if name == "statistics":
+            self._keep_buffers()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__({"gamma": "weight", "beta": "bias"}.get(name, name))
@@ -173,6 +176,10 @@ class BatchNorm(_BatchNorm):
         skipped = self._buffers.get("num_nonfinite_batches")  # torch's constructor resets before it exists
         if skipped is not None:
             skipped.zero_()
+        for name, kept in kept_by(self.statistics).items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.copy_(self._buffers[kept.like])  # pyright: ignore[reportArgumentType] (where one is, so is the other)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as new."""
@@ -225,14 +232,30 @@ class BatchNorm(_BatchNorm):
         self.register_buffer(
             "num_nonfinite_batches", None if counter is None else torch.zeros_like(counter), persistent=False
         )
+        self._keep_buffers()
         self._widen_statistics({})
+
+    def _keep_buffers(self) -> None:
+        """The buffers that the part keeps here: new ones begin as it says, those of another part go."""
+        wanted = kept_by(self.statistics)
+        for name in [name for name in self._buffers if name.startswith(_KEPT) and name not in wanted]:
+            del self._buffers[name]
+        for name, (like, rows) in wanted.items():
+            source = self._buffers.get(like)
+            if name in self._buffers or source is None:
+                continue
+            if isinstance(source, UninitializedBuffer):
+                self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
+            else:
+                copies = source.detach().clone() if rows is None else source.detach().expand(rows, -1).clone()
+                self.register_buffer(name, copies)
 
     def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
         """Running statistics that became narrower than 32 bits per part are set back, from their originals where there are some.
 
         A running mean of bfloat16 stalls: with momentum 0.001 and data of mean 10 it never passes 4.
         """
-        for name in STATISTICS:
+        for name in (*STATISTICS, *kept_by(self.statistics)):
             buffer = self._buffers.get(name)
             if (
                 not self.keep_wide_statistics
@@ -246,7 +269,8 @@ class BatchNorm(_BatchNorm):
             self._buffers[name] = source.to(device=buffer.device, dtype=dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BatchNorm:
-        originals = {name: buffer for name in STATISTICS if (buffer := self._buffers.get(name)) is not None}
+        names = (*STATISTICS, *kept_by(self.statistics))
+        originals = {name: buffer for name in names if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
         self._widen_statistics(originals)
         return self
@@ -276,6 +300,7 @@ class BatchNorm(_BatchNorm):
                     "Run the training data through it in training mode before inference",
                     prefix.rstrip(".") or type(self).__name__,
                 )
+        self._match_kept_buffers(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -285,6 +310,19 @@ class BatchNorm(_BatchNorm):
             skipped is not None and counter is not None
         ):  # not in the checkpoint: it counts anew, where the counter is now
             self.num_nonfinite_batches = torch.zeros_like(counter)
+
+    def _match_kept_buffers(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Checkpoints of other parts: what they lack of this one's begins anew from what they have, and what they have more goes."""
+        wanted = kept_by(self.statistics)
+        for name, (like, rows) in wanted.items():
+            source = state_dict.get(prefix + like)
+            if source is not None and prefix + name not in state_dict:
+                state_dict[prefix + name] = source if rows is None else source.expand(rows, -1)
+        more = [key for key in state_dict if key.startswith(tuple(prefix + kept for kept in _KEPT))]
+        for key in more:
+            if key.removeprefix(prefix) not in wanted:
+                del state_dict[key]
+                logger.info("%s: left out of the checkpoint, it is of a part that this layer does not have", key)
 
 
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):

@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm.layers import STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.statistics import kept_by
 
 
 class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
@@ -68,6 +69,12 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
                 value.materialize((self.num_features,))
                 with torch.no_grad():
                     value.fill_(start)
+        for name, kept in kept_by(self.statistics).items():
+            buffer, source = getattr(self, name), getattr(self, kept.like)
+            if isinstance(buffer, UninitializedBuffer):
+                buffer.materialize((*(() if kept.rows is None else (kept.rows,)), *source.shape))
+                with torch.no_grad():
+                    buffer.copy_(source)
         self._widen_statistics({})
 
 

@@ -26,7 +26,7 @@ from batchnorm.kernels import from_module
 from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_statistics
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.logs import logger
-from batchnorm.statistics import Batch, Running, Statistics
+from batchnorm.statistics import Batch, Running, Statistics, kept_by
 
 _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -282,7 +282,8 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     pairs = list[tuple[Tensor, Tensor]]()
     for path, layer in named[1].items():
         other = named[0].get(path)
-        for name in (*STATISTICS, "num_batches_tracked"):
+        kept = kept_by(layer.statistics) if isinstance(layer, BatchNorm) else {}
+        for name in (*STATISTICS, "num_batches_tracked", *(name for name in kept if hasattr(other, name))):
             to, of = getattr(layer, name), getattr(other, name, None)
             if of is None or of.shape != to.shape:
                 raise StateError(

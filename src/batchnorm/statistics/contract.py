@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
+
+
+class Kept(NamedTuple):
+    """A buffer that a part keeps in its layer.
+
+    Attributes:
+        like: the layer's own buffer that it begins as a copy of, and is reset to.
+        rows: that many copies of it, (rows, C); None for one, (C,) or the counter's ().
+    """
+
+    like: str
+    rows: int | None = None
 
 
 class Layer(Protocol):
@@ -40,3 +52,17 @@ class Statistics(Protocol):
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The layer's output for x, of x's shape and dtype."""
         ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A part that keeps buffers of its own in the layer that has it."""
+
+    def kept(self) -> dict[str, Kept]:
+        """Their names: `running_...` or `num_batches_tracked_...`, by which checkpoints tell them."""
+        ...
+
+
+def kept_by(part: Statistics) -> dict[str, Kept]:
+    """The buffers that a layer has beside its own because of this part."""
+    return part.kept() if isinstance(part, Keeping) else {}

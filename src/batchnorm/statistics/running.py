@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from batchnorm.statistics.contract import Layer, Statistics
+from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
+from batchnorm.statistics.domains import Domains
 from batchnorm.statistics.shared import by_running_statistics
 
 
@@ -25,4 +26,10 @@ class Running:
     learned: tuple[str, ...] = field(default=(), repr=False)
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if isinstance(self.before, Domains):
+            layer = self.before.seen_by(layer)
         return by_running_statistics(layer, x, residual, mask)
+
+    def kept(self) -> dict[str, Kept]:
+        """Those of the part it stands for, which `unfreeze` needs again."""
+        return {} if self.before is None else kept_by(self.before)

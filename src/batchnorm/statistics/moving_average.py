@@ -1,0 +1,188 @@
+"""Normalization by moving averages, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from batchnorm.errors import DTypeError, InputError, StateError
+from batchnorm.functional import Reducer, moments, normalize_with, recomputing
+from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.moments import Moments, at_least_one
+from batchnorm.statistics.contract import Kept, Layer
+from batchnorm.statistics.shared import reducer_of, train_or_infer
+
+_FORWARD = ("running_mean_window", "running_var_window")
+_BACKWARD = ("running_mean_gradient", "running_var_gradient")
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """Moving average batch normalization (Yan et al. 2020, arXiv:2001.06838): for batches of a few samples.
+
+    The gradient through batch normalization holds two more statistics of the batch, as noisy as its mean and variance:
+
+        z  = (x - mean) / sigma          y = gamma · r · z + beta          g = gradient of z = gamma · r · dy
+        dx = (g - <g> - z · <g · z>) / sigma
+
+    All four are averages over the last `window` batches here: mean and sigma² in the forward, <g> and <g · z> in the backward (the paper's
+    section 4.1). The running statistics follow those of the window. r = clip(sigma / running sigma, 1 / r_max, r_max), a constant in the
+    backward, makes training normalize as inference does. For the first batches, `warmup` of them and at least `window`, the batch's own
+    statistics count and r is 1: plain batch normalization.
+
+    With `centered` the mean is held at 0, and <g> with it: sigma² is the mean of x², half of the statistics are gone (the paper's
+    section 4.2, its MABN). That wants a layer before whose weights of each output are shifted to sum up to 0, and no bias there.
+    The running mean then moves to 0.
+
+    The windows are buffers of the layer, (window, C) each. The backward writes two of them, so the gradient is no derivative: it cannot
+    be differentiated again, under `torch.func` it is an error, and `torch.compile` cannot trace it in one graph.
+
+    Args:
+        window: batches averaged; the paper's is 16.
+        r_max: at least 1.
+        warmup: batches of plain batch normalization.
+        centered: hold the mean at 0.
+
+    Raises:
+        InputError: on an argument out of range.
+        StateError: when used by a layer without running statistics, or under a `torch.func` transform.
+        DTypeError: on complex input.
+    """
+
+    window: int = 16
+    r_max: float = 5.0
+    warmup: int = 100
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.window >= 1 and self.r_max >= 1 and self.warmup >= 0):
+            raise InputError(f"window and r_max must be at least 1, warmup at least 0, but got {self}")
+
+    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        return train_or_infer(layer, x, residual, mask, self._by_windows)
+
+    def kept(self) -> dict[str, Kept]:
+        likes = ("running_mean", "running_var", "running_mean", "running_mean")
+        return {name: Kept(like, self.window) for name, like in zip((*_FORWARD, *_BACKWARD), likes, strict=True)}
+
+    def _by_windows(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        running_var, counter = layer.running_var, layer.num_batches_tracked
+        if running_var is None or counter is None:
+            raise StateError(
+                "moving averages are kept in running statistics, but this layer has none; build it with track_running_stats=True"
+            )
+        if x.is_complex():
+            raise DTypeError("moving averages take real input, but got complex; use Batch() for it")
+        if differentiated_by_torch():
+            raise StateError(
+                "the backward of moving averages writes buffers, which torch.func cannot follow; use Batch() or Running() there"
+            )
+        means, variances, mean_g, mean_gz = (getattr(layer, name) for name in (*_FORWARD, *_BACKWARD))
+        reducer = reducer_of(layer)
+        batch = moments(x, mask)
+        batch = batch if reducer is None else reducer.merge(batch).detach()
+        with torch.no_grad():
+            again = recomputing()  # the windows hold this batch already, and the counter has counted it
+            before = counter - 1 if again else counter.clone()
+            place = (torch.arange(self.window, device=x.device) == before % self.window).unsqueeze(1)  # (window, 1)
+            variance = batch.variance()
+            finite = batch.mean.isfinite().all() & variance.isfinite().all()
+            learns = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
+            if not again:
+                _put(means, place & learns, batch.mean)
+                _put(variances, place & learns, variance)
+            averaged = before >= max(self.window, self.warmup)
+            use = averaged & learns
+            mean = torch.where(use, means.to(batch.mean.dtype).mean(0), batch.mean)
+            if self.centered:
+                mean = torch.where(learns, torch.zeros_like(mean), batch.mean)
+            within = torch.where(use, variances.to(mean.dtype).mean(0), variance)
+            between = torch.where(use, means.to(mean.dtype) - mean, batch.mean - mean).square().mean(0)
+            variance = within + between
+            sigma = (variance + layer.eps).sqrt()
+            r = (sigma / (running_var.to(sigma.dtype) + layer.eps).sqrt()).clamp(1 / self.r_max, self.r_max)
+            r = torch.where(use, r, torch.ones_like(r))
+        count = batch.count * torch.where(use, self.window, 1).double()
+        windows = _Windows(mean_g, mean_gz, place, averaged, self.centered)
+        if torch.is_grad_enabled() and x.requires_grad:
+            x = _Corrected.apply(x, mask, mean, sigma, batch.count, windows, reducer)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for parameter in (layer.gamma, layer.beta):
+            dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+        weight = (r if layer.gamma is None else r * layer.gamma).to(dtype)
+        y = normalize_with(
+            x, mean, variance, weight, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask
+        )
+        return y, Moments(count, mean, variance * at_least_one(count))
+
+
+class _Windows(NamedTuple):
+    """What the backward averages over: windows (window, C), the place of this batch in them, and whether they are full (0-d bool)."""
+
+    g: Tensor
+    gz: Tensor
+    place: Tensor
+    averaged: Tensor
+    centered: bool
+
+
+class _Corrected(torch.autograd.Function):
+    """x, whose gradient g / sigma, through constant statistics, becomes (g - <g> - z · <g · z>) / sigma by windows of <g> and <g · z>."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        mean: Tensor,
+        sigma: Tensor,
+        count: int | Tensor,
+        windows: _Windows,
+        reducer: Reducer | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mask, mean, sigma)
+        ctx.count, ctx.windows, ctx.reducer = count, windows, reducer
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the name of ctx)
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, mask, mean, sigma = ctx.saved_tensors
+        windows: _Windows = ctx.windows
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        axes, along = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
+        mean, wide_sigma = mean.to(dtype).view(along), sigma.to(dtype).view(along)
+        z = (x.to(dtype) - mean) / wide_sigma
+        if mask is not None:
+            mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
+            z = z.masked_fill(~mask, 0.0)
+        g = grads[0].to(dtype) * wide_sigma
+        sums = g.sum(axes, dtype=torch.float64), (g * z).sum(axes, dtype=torch.float64)
+        if ctx.reducer is not None:
+            sums = ctx.reducer.sum(*sums)
+        mean_g, mean_gz = (value / at_least_one(ctx.count) for value in sums)
+        learns = windows.place & mean_g.isfinite().all() & mean_gz.isfinite().all()
+        if not windows.centered:
+            _put(windows.g, learns, mean_g)
+        _put(windows.gz, learns, mean_gz)
+        mean_g, mean_gz = (
+            torch.where(windows.averaged, window.to(value.dtype).mean(0), value).to(dtype).view(along)
+            for window, value in ((windows.g, mean_g), (windows.gz, mean_gz))
+        )
+        through = z * mean_gz if windows.centered else mean_g + z * mean_gz
+        if mask is not None:
+            through = through.masked_fill(~mask, 0.0)
+        return ((g - through) / wide_sigma).to(x.dtype), *[None] * 6
+
+
+def _put(window: Tensor, place: Tensor, row: Tensor) -> None:
+    """Write a row (C,) into a window (window, C) at its place, a mask (window, 1); no host synchronization."""
+    window.copy_(torch.where(place, row.to(window.dtype), window))

@@ -1,0 +1,151 @@
+"""Moving average batch normalization, against the paper's formulas in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm as bn
+from batchnorm.errors import DTypeError, InputError, StateError
+from batchnorm.statistics import MovingAverage
+from tests.budget import assert_same_bits
+
+
+class Yan2020:
+    """Sections 4.1 and 4.2: averages of the last m batches in place of the batch's, forward and backward; lists, float64."""
+
+    def __init__(self, part: MovingAverage, momentum: float, eps: float) -> None:
+        self.part, self.momentum, self.eps = part, momentum, eps
+        self.running_mean, self.running_var = torch.zeros(3).double(), torch.ones(3).double()
+        self.mean, self.square, self.g, self.gz = [], [], [], []
+
+    def average(self, history, value):
+        m = self.part.window
+        history.append(value)
+        enough = len(history) > max(m, self.part.warmup)
+        return torch.stack(history[-m:]).mean(0) if enough else value
+
+    def step(self, x, gamma, beta, dy):
+        axes, along = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+        mean = self.average(self.mean, x.mean(axes))
+        if self.part.centered:
+            mean = torch.zeros(3).double()
+        square = self.average(self.square, (x**2).mean(axes))
+        variance = square - mean**2
+        sigma = torch.sqrt(variance + self.eps)
+        r = torch.ones(3).double()
+        if len(self.mean) > max(self.part.window, self.part.warmup):
+            r = torch.clamp(sigma / torch.sqrt(self.running_var + self.eps), 1 / self.part.r_max, self.part.r_max)
+        z = (x - mean.view(along)) / sigma.view(along)
+        y = (gamma * r).view(along) * z + beta.view(along)
+        g = dy * (gamma * r).view(along)
+        mean_g, mean_gz = self.average(self.g, g.mean(axes)), self.average(self.gz, (g * z).mean(axes))
+        if self.part.centered:
+            mean_g = torch.zeros(3).double()
+        dx = (g - mean_g.view(along) - z * mean_gz.view(along)) / sigma.view(along)
+        self.running_mean = self.running_mean + self.momentum * (mean - self.running_mean)
+        self.running_var = self.running_var + self.momentum * (variance - self.running_var)
+        return y, dx, (dy * z * r.view(along)).sum(axes), dy.sum(axes)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("warmup", [0, 6])
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 4), (2, 3, 4, 2)], ids=str)
+def test_moving_average_is_the_papers(shape, warmup, centered):
+    part = MovingAverage(window=4, r_max=1.5, warmup=warmup, centered=centered)
+    layer = bn.BatchNorm(3, eps=1e-3, dtype=torch.float64, statistics=part, running_variance="biased")
+    layer.weight.data.uniform_(0.5, 1.5)
+    layer.bias.data.uniform_(-1, 1)
+    paper = Yan2020(part, 0.1, 1e-3)
+    for step in range(12):
+        x = (torch.randn(shape, dtype=torch.float64) * (1 + step % 3) + step / 4).requires_grad_()
+        dy = torch.randn_like(x)
+        y = layer(x)
+        grads = torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)
+        with torch.no_grad():
+            exact, *exact_grads = paper.step(x, layer.weight, layer.bias, dy)
+        torch.testing.assert_close(y, exact, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(list(grads), exact_grads, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close((layer.running_mean, layer.running_var), (paper.running_mean, paper.running_var))
+
+
+def test_warming_up_is_plain():
+    layer, plain = bn.BatchNorm2d(3, statistics=MovingAverage()), bn.BatchNorm2d(3)
+    for _ in range(3):
+        x = (torch.randn(4, 3, 5, 2) * 3 + 1).requires_grad_()
+        y, expected, dy = layer(x), plain(x), torch.randn(4, 3, 5, 2)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy))
+        for name in plain.state_dict():
+            torch.testing.assert_close(layer.state_dict()[name], plain.state_dict()[name])
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_padding_changes_nothing(centered):
+    part = MovingAverage(window=2, warmup=0, centered=centered)
+    one, other = (bn.BatchNorm1d(3, statistics=part, activation="relu", dtype=torch.float64) for _ in range(2))
+    for _ in range(5):
+        x, mask = torch.randn(4, 3, 6, dtype=torch.float64), torch.arange(6) < torch.tensor([6, 2, 1, 4]).unsqueeze(1)
+        padded = x.masked_fill(~mask.unsqueeze(1), torch.nan).requires_grad_()
+        alone = x.movedim(1, -1)[mask].requires_grad_()
+        y, expected = one(padded, mask=mask), other(alone)
+        torch.testing.assert_close(y.movedim(1, -1)[mask], expected)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(padded.grad.movedim(1, -1)[mask], alone.grad)
+        assert not padded.grad.movedim(1, -1)[~mask].any()
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_is_the_same_and_moves_nothing(reentrant):
+    one = bn.BatchNorm1d(3, statistics=MovingAverage(window=2, warmup=0, r_max=1.0))
+    other = copy.deepcopy(one)
+    for _ in range(5):
+        x = torch.randn(4, 3)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        one(a).square().sum().backward()
+        checkpoint(other, b, use_reentrant=reentrant).square().sum().backward()
+        assert_same_bits("dx", b.grad, a.grad)
+    torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)
+
+
+def test_a_broken_batch_leaves_the_windows_alone():
+    layer = bn.BatchNorm1d(3, statistics=MovingAverage(window=2, warmup=0))
+    for _ in range(3):
+        layer(torch.randn(4, 3).requires_grad_()).square().sum().backward()
+    before = copy.deepcopy(layer.state_dict())
+    broken = torch.randn(4, 3)
+    broken[0] = torch.nan
+    layer(broken.requires_grad_()).square().sum().backward()
+    assert layer.num_nonfinite_batches == 1
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_checkpoints_revert_and_lazy_layers():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model(torch.randn(4, 3))
+    plain = copy.deepcopy(model.state_dict())
+    bn.convert(model, statistics=MovingAverage(window=2))
+    assert model[0].running_mean_window.shape == (2, 3)
+    model.load_state_dict(plain)
+    bn.revert(model).load_state_dict(plain)
+    lazy = bn.LazyBatchNorm1d(statistics=MovingAverage(window=2))
+    lazy(torch.randn(4, 3))
+    assert lazy.running_var_window.shape == (2, 3)
+    lazy.reset_running_stats()
+    assert torch.equal(lazy.running_var_window, torch.ones(2, 3))
+
+
+def test_what_it_refuses():
+    with pytest.raises(InputError, match="window and r_max"):
+        MovingAverage(window=0)
+    part = MovingAverage()
+    with pytest.raises(StateError, match="track_running_stats=True"):
+        bn.BatchNorm1d(3, track_running_stats=False, statistics=part)(torch.randn(4, 3))
+    with pytest.raises(DTypeError, match="real input"):
+        bn.BatchNorm1d(3, dtype=torch.complex64, statistics=part)(torch.randn(4, 3, dtype=torch.complex64))
+    with pytest.raises(StateError, match=r"torch\.func"):
+        torch.func.grad(lambda x: bn.BatchNorm1d(3, statistics=part)(x).sum())(torch.randn(4, 3))
