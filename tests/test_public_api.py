@@ -19,6 +19,7 @@ SIGNATURES = {
     "residual=None, mask=None)",
     bn.convert: "(model, *, statistics=None, fuse=True)",
     bn.freeze: "(model, *, affine=True)",
+    bn.recalibrate: "(model, loader, *, forward=None, method='joint', process_group=None, limit=None)",
     bn.revert: "(model)",
     bn.synchronize: "(model, process_group=None)",
     bn.unsynchronize: "(model)",

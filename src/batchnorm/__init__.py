@@ -8,6 +8,7 @@ from batchnorm.functional import recomputation
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.moments import Moments
+from batchnorm.population import recalibrate
 from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "freeze",
     "functional",
+    "recalibrate",
     "recomputation",
     "revert",
     "statistics",
