@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -61,4 +63,6 @@ def check_loader(loader: Any, *, several_passes: bool) -> None:
 
 def eager() -> Any:
     """A context in which compiled code runs as written: compiled code does not see hooks that came after it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading the compiler takes seconds
+        return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
