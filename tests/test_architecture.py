@@ -24,6 +24,7 @@ ORDER = [
     "lazy",
     "surgery",
     "distributed",
+    "agreement",
     "population",
     "explain",
     "env",

@@ -21,6 +21,8 @@ SIGNATURES = {
     bn.freeze: "(model, *, affine=True)",
     bn.recalibrate: "(model, loader, *, forward=None, method='joint', process_group=None, limit=None)",
     bn.revert: "(model)",
+    bn.average_buffers: "(model, process_group=None)",
+    bn.replicas_agree: "(model, process_group=None)",
     bn.synchronize: "(model, process_group=None)",
     bn.unsynchronize: "(model)",
     bn.explain: "(values, gamma=1.0, beta=0.0, eps=1e-05, momentum=0.1, *, grad_output=None)",

@@ -1,6 +1,7 @@
 """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) for PyTorch. `import batchnorm as bn`."""
 
 from batchnorm import errors, functional, statistics
+from batchnorm.agreement import Agreement, average_buffers, replicas_agree
 from batchnorm.distributed import synchronize, unsynchronize
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import Explanation, explain
@@ -13,6 +14,7 @@ from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 
 __all__ = [
+    "Agreement",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -24,6 +26,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "__version__",
+    "average_buffers",
     "convert",
     "copy_statistics",
     "errors",
@@ -32,6 +35,7 @@ __all__ = [
     "functional",
     "recalibrate",
     "recomputation",
+    "replicas_agree",
     "revert",
     "statistics",
     "synchronize",
