@@ -25,6 +25,7 @@ ORDER = [
     "lazy",
     "surgery",
     "distributed",
+    "agreement",
     "population",
     "explain",
     "env",

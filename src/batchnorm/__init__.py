@@ -1,6 +1,7 @@
 """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) for PyTorch. `import batchnorm as bn`."""
 
 from batchnorm import errors, functional, statistics
+from batchnorm.agreement import Agreement, average_buffers, replicas_agree
 from batchnorm.distributed import synchronize, unsynchronize
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import Explanation, explain
@@ -10,10 +11,12 @@ from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
 from batchnorm.statistics import domain
+from batchnorm.population import recalibrate
 from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 
 __all__ = [
+    "Agreement",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -25,6 +28,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "__version__",
+    "average_buffers",
     "convert",
     "copy_statistics",
     "domain",
@@ -32,7 +36,9 @@ __all__ = [
     "explain",
     "freeze",
     "functional",
+    "recalibrate",
     "recomputation",
+    "replicas_agree",
     "revert",
     "save_memory",
     "statistics",

@@ -1,0 +1,207 @@
+"""Replicas side by side: their running statistics merged, and where their parameters and buffers differ."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from batchnorm.distributed import Replicas
+from batchnorm.errors import ArgumentError, ReplicaError, StateError
+from batchnorm.functional.parts import parts_of_buffer
+from batchnorm.logs import logger
+from batchnorm.moments import Moments
+from batchnorm.statistics import Running
+from batchnorm.surgery import walk
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A parameter or a buffer that is not the same on all ranks.
+
+    Attributes:
+        name: as in the state_dict.
+        ranks: those whose value is not that of the group's first rank.
+        largest: the largest distance between two ranks, of one value; NaN where one has NaN, or it is no number.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: ranks {list(self.ranks)} differ from the first, by up to {self.largest:.3g}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether replicas agree: true if no parameter and no buffer differs in any bit. Prints as a list of those that do.
+
+    Attributes:
+        differences: in the order of the model.
+    """
+
+    differences: tuple[Difference, ...]
+
+    def __bool__(self) -> bool:
+        return not self.differences
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.differences)) or "all replicas agree"
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Merge the running statistics of all replicas, in place, and return the model; one all_reduce for all layers.
+
+        mean     = Σ w_i mean_i
+        variance = Σ w_i (variance_i + (mean_i - mean)²)
+
+    The second term is what lies between the replicas; a plain average of the variances leaves it out. The weight w_i is the share of data
+    in a replica's moving average, 1 - (1 - momentum)^n after n batches, and n where momentum is None; so replicas that trained alike
+    weigh alike, and one that saw nothing weighs nothing. `num_batches_tracked` becomes the largest. All replicas get the same bits.
+
+    For replicas whose layers normalize by their own batches (no `synchronize`), before a checkpoint or an evaluation. Frozen layers, and
+    those without running statistics, are left.
+
+    Args:
+        model: torch's layers and ours.
+        process_group: None is the default group.
+
+    Raises:
+        ArgumentError: if model is not a module.
+        StateError: if torch.distributed is not initialized, or this process is not in the group; if a layer is lazy.
+        ReplicaError: if a rank did not answer.
+    """
+    layers = _layers(model)
+    if not layers:
+        logger.warning("average_buffers: the model has no batch norm with running statistics")
+        return model
+    rows, widths = list[Tensor](), list[int]()
+    for layer in layers.values():
+        mean, variance, count = _statistics(layer)
+        values = [_weight(layer, count), count, mean, variance]
+        rows.append(torch.cat([value.reshape(-1) for value in values]))
+        widths.append(len(rows[-1]))
+    replicas = Replicas("average_buffers", process_group)
+    everywhere = replicas.exchange(torch.cat(rows))  # (W, K)
+    for (name, layer), table in zip(layers.items(), everywhere.split(widths, 1), strict=True):
+        weights, counts, statistics = table[:, 0], table[:, 1], table[:, 2:]
+        total = weights.sum()
+        if total == 0:
+            logger.info("average_buffers: left %s: no replica has seen a batch", name)
+            continue
+        means, variances = statistics.chunk(2, 1)  # (W, C) each
+        shares = weights / total
+        pooled = Moments.pooled(shares, means, shares.unsqueeze(1) * variances)  # of variances, so M2 is one too
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        for buffer, value in ((layer.running_mean, pooled.mean), (layer.running_var, pooled.m2)):
+            (parts_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.copy_(counts.max())
+        logger.info("average_buffers: merged %s over ranks %s", name, list(replicas.ranks))
+    return model
+
+
+@torch.no_grad()
+def replicas_agree(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> Agreement:
+    """Whether every parameter and buffer of a model is the same on all ranks, bit by bit; and where it is not.
+
+        agreement = bn.replicas_agree(model)
+        if not agreement:
+            print(agreement)
+
+    One all_reduce of digests, and two for each tensor that differs. Parts of sharded models (DTensor) differ by design and are left out.
+
+    Args:
+        model: the same architecture on all ranks.
+        process_group: None is the default group.
+
+    Raises:
+        ArgumentError: if model is not a module.
+        StateError: if torch.distributed is not initialized, or this process is not in the group.
+        ReplicaError: if a rank did not answer, or the models have tensors of other names, shapes or dtypes.
+    """
+    _check_module(model)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: value.detach() for name, value in named if type(value.detach()) is Tensor and not is_lazy(value)}
+    replicas = Replicas("replicas_agree", process_group)
+    device = next((value.device for value in tensors.values()), torch.device("cpu"))
+    layout = _digest(repr([(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]).encode())
+    layouts = replicas.exchange(torch.tensor([layout], dtype=torch.float64, device=device))[:, 0].tolist()
+    if any(other != layouts[0] for other in layouts):
+        others = [rank for rank, other in zip(replicas.ranks, layouts, strict=True) if other != layouts[0]]
+        raise ReplicaError(
+            f"replicas must have tensors of the same names, shapes and dtypes, but those of ranks {others} are not those of rank "
+            f"{replicas.ranks[0]}; build the same model on every rank"
+        )
+    digests = [_digest(_bytes(value)) for value in tensors.values()]
+    everywhere = replicas.exchange(torch.tensor(digests, dtype=torch.float64, device=device))  # (W, tensors)
+    differences = list[Difference]()
+    for i, (name, value) in enumerate(tensors.items()):
+        same = everywhere[:, i].eq(everywhere[0, i]).tolist()
+        if not all(same):
+            ranks = tuple(rank for rank, equal in zip(replicas.ranks, same, strict=True) if not equal)
+            differences.append(Difference(name, ranks, _spread(value, replicas)))
+    return Agreement(tuple(differences))
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Each batch norm with running statistics that are not frozen once, by the first of its names."""
+    _check_module(model)
+    found: dict[int, tuple[str, _BatchNorm]] = {}
+    for slot in walk(model):
+        layer = slot.module
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
+            if is_lazy(layer.running_mean):
+                raise StateError(f"{slot.path}: a lazy layer must have seen its first input; call the model once")
+            if not isinstance(getattr(layer, "statistics", None), Running):
+                found.setdefault(id(layer), (slot.path or "the model", layer))
+    return dict(found.values())
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean and variance, (C,) float64, and the number of batches behind them, (); 0 where they are not counted."""
+    mean, variance = (
+        (parts_of_buffer(value) if value.is_complex() else value).double()
+        for value in (layer.running_mean, layer.running_var)
+        if value is not None
+    )
+    counter = layer.num_batches_tracked
+    return mean, variance, mean.new_zeros(()) if counter is None else counter.to(mean)
+
+
+def _weight(layer: _BatchNorm, count: Tensor) -> Tensor:
+    if layer.num_batches_tracked is None:
+        return torch.ones_like(count)
+    return count if layer.momentum is None else 1 - (1 - layer.momentum) ** count
+
+
+def _bytes(value: Tensor) -> bytes:
+    return bytes(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data) if value.numel() else b""
+
+
+def _digest(data: bytes) -> float:
+    """52 bits of SHA-256, which a float64 holds exactly."""
+    return float(int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 12)
+
+
+def _spread(value: Tensor, replicas: Replicas) -> float:
+    """The largest distance between two ranks."""
+    wide = (torch.view_as_real(value) if value.is_complex() else value).double()
+    largest, smallest = wide.clone(), wide.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, replicas._process_group)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, replicas._process_group)
+    return (largest - smallest).max().item()
