@@ -103,7 +103,11 @@ class Ghost:
         """Groups are a replica's own; only what moves the running statistics is merged."""
         y, pooled = self._by_group(layer, x, residual, mask)
         reducer = _reducer_of(layer)
-        return y, pooled if reducer is None else reducer.merge(pooled.detach())
+        if reducer is None or layer.running_mean is None:
+            return y, pooled
+        if is_single_value(x[: self.size]):  # which teach nothing; but the others wait for this replica's
+            pooled = Moments(0, torch.zeros_like(pooled.mean), torch.zeros_like(pooled.m2))
+        return y, reducer.merge(pooled.detach())
 
     def _by_group(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
@@ -187,7 +191,9 @@ class Renorm:
             raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
         batch = moments(x, mask)
         reducer = _reducer_of(layer)
-        batch = batch if reducer is None else reducer.merge(batch).detach()
+        if reducer is not None:
+            batch = reducer.merge(batch).detach()
+            reducer = _Merged(reducer, batch)
         with torch.no_grad():
             r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
             running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
@@ -224,6 +230,20 @@ class Running:
         return _by_running_statistics(layer, x, residual, mask)
 
 
+class _Merged:
+    """A reducer whose moments are known already, so that no second collective finds them again."""
+
+    def __init__(self, reducer: Reducer, merged: Moments) -> None:
+        self.reducer, self.merged, self.size = reducer, merged, reducer.size
+
+    def merge(self, moments: Moments) -> Moments:
+        differentiable = differentiated_by_torch() or moments.mean.requires_grad
+        return self.reducer.merge(moments) if differentiable else self.merged
+
+    def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
+        return self.reducer.sum(sum_grad, sum_grad_xhat)
+
+
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
 
 
@@ -243,16 +263,20 @@ def _train_or_infer(
         return _by_running_statistics(layer, x, residual, mask)
     moves = layer.training and layer.track_running_stats
     group = x if size is None else x[:size]
-    shared = size is None and _reducer_of(layer) is not None  # with other replicas, which may bring more values
-    if not shared and is_single_value(group):
+    alone = _reducer_of(layer) is None
+    inferred = None
+    if (alone or size is not None) and is_single_value(group):  # other replicas may bring more values
         if layer.on_single == "running":
-            return _by_running_statistics(layer, x, residual, mask)
+            inferred = _by_running_statistics(layer, x, residual, mask)
+            if alone:
+                return inferred
         if layer.on_single == "error":
             check_several_values(group)
-        moves = False
+        moves = moves and not alone  # by the groups of the other replicas, on all of them alike
         if size is None:
             normalized = _by_batch
     y, moments = normalized(layer, x, residual, mask)
+    y = y if inferred is None else inferred
     if moves and layer.running_mean is not None and layer.running_var is not None:
         _move(layer, layer.running_mean, layer.running_var, moments)
     return y
