@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import ReplicaError, StateError
-from tests.replicas import on_replicas
+from tests.replicas import impatient, on_replicas
 
 SPLITS = {2: [(3, 5), (7, 1), (0, 8)], 4: [(2, 2, 2, 2), (1, 4, 0, 3), (0, 0, 0, 8)]}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
@@ -80,6 +80,8 @@ def equal_to_one_process(rank, size):
     double_backward(rank, size)
     collectives_are_one_each_way(rank)
     wrong_order(rank, size)
+    if size == 2:
+        different_models(rank, size)
 
 
 def nonfinite_batches(rank):
@@ -123,9 +125,11 @@ def collectives_are_one_each_way(rank):
 
 
 def wrong_order(rank, size):
-    model = bn.synchronize(nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(3)}))
-    with pytest.raises(ReplicaError, match="rank 0 was in the forward of a, rank 1 was in the forward of b"):
-        model["b" if rank else "a"](torch.randn(4, 3))
+    """Of any widths: gloo ends the process where tables differ in size."""
+    for C in (3, 300):
+        model = bn.synchronize(nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(C)}))
+        with pytest.raises(ReplicaError, match="rank 0 was in the forward of a, rank 1 was in the forward of b"):
+            model["b" if rank else "a"](torch.randn(4, C if rank else 3))
 
 
 def wrappers(rank, size):
@@ -173,24 +177,36 @@ def wrappers(rank, size):
 
 
 def dying(rank, size):
-    model = bn.synchronize(nn.ModuleDict({"first": nn.BatchNorm1d(3), "second": nn.BatchNorm1d(3)}))
+    model = nn.ModuleDict({"first": nn.BatchNorm1d(3), "second": nn.BatchNorm1d(3)})
+    bn.synchronize(model, impatient(5))
     y = model["first"](torch.randn(4, 3))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(ReplicaError, match=r"batch norm second: all of ranks \[0, 1.*not heard from: \[.*1"):
         model["second"](y)
-    assert time.monotonic() - start < 12
+    assert time.monotonic() - start < 20
 
 
 def fewer_layers(rank, size):
     """Rank 1 leaves a layer out and waits elsewhere: an error within the timeout."""
-    layer = bn.synchronize(nn.ModuleDict({"one": nn.BatchNorm1d(3)}))["one"]
+    layer = bn.synchronize(nn.ModuleDict({"one": nn.BatchNorm1d(3)}), impatient(1))["one"]
     if rank == 0:
         with pytest.raises(ReplicaError, match=r"batch norm one: .*ranks \[0, 1\].*not heard from: \[1\]"):
             layer(torch.randn(4, 3))
+        dist.distributed_c10d._get_default_store().set("raised", "")
     else:
-        time.sleep(6)
+        dist.distributed_c10d._get_default_store().wait(["raised"])
+
+
+def different_models(rank, size):
+    """Found when they are synchronized, and on every rank."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(3 + rank))
+    with pytest.raises(ReplicaError, match="1 has 3 channels on rank 0 and 4 channels on rank 1"):
+        bn.synchronize(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    with pytest.raises(ReplicaError, match="1 has no such layer on rank 0 and 3 channels on rank 1"):
+        bn.synchronize(nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(1 + rank))))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -199,15 +215,15 @@ def test_replicas_equal_one_process(size):
 
 
 def test_wrappers_around_replicas():
-    on_replicas(wrappers, 2, timeout=60.0)
+    on_replicas(wrappers, 2)
 
 
 def test_a_dead_replica_is_an_error_that_names_the_layer():
-    on_replicas(dying, 4, timeout=5.0, killed=(1,))
+    on_replicas(dying, 4, killed=(1,))
 
 
 def test_a_layer_left_out_is_an_error_within_the_timeout():
-    on_replicas(fewer_layers, 2, timeout=2.0)
+    on_replicas(fewer_layers, 2)
 
 
 def test_synchronizing_needs_a_process_group():

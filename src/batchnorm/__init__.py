@@ -10,8 +10,8 @@ from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
-from batchnorm.statistics import domain
 from batchnorm.population import recalibrate
+from batchnorm.statistics import domain
 from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 

@@ -6,7 +6,8 @@ replica holds every row, whatever the order in which the backend adds. All merge
 A table of sums would be smaller, but Σx² loses the variance beside a large mean. It costs (2C + 2) · W numbers of 8 bytes a layer.
 
 The tag says which layer and which direction the row is of. Replicas that went different ways find out there: on the CPU at once; on other
-devices, where looking would wait for the device, the statistics turn NaN instead of wrong.
+devices, where looking would wait for the device, the statistics turn NaN instead of wrong. Gloo ends the process (`std::terminate`) if the
+replicas' tables differ in size, so on the CPU every layer sends rows of the widest layer's length.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, ReplicaError, StateError
+from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
-from batchnorm.surgery import convert, walk
+from batchnorm.surgery import become_ours, convert, not_convertible, walk
 
 GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
 _FORWARD, _BACKWARD = 0, 1
+_SYNCHRONIZED: dict[type[nn.Module], type[BatchNorm]] = {nn.SyncBatchNorm: BatchNorm}
 
 
 class Replicas:
@@ -36,13 +41,16 @@ class Replicas:
         layer: its name, for errors; every replica must give the same.
         group: a process group this process belongs to; None is the default group.
         names: of all layers that are synchronized, to name those the other replicas are at.
+        width: how many numbers a row has at least beside its tag; on the CPU shorter ones are filled up.
 
     Raises:
         StateError: if torch.distributed is not initialized, or this process is not in the group.
     """
 
-    def __init__(self, layer: str, group: dist.ProcessGroup | None = None, names: tuple[str, ...] = ()) -> None:
-        self.layer, self.names = layer, names or (layer,)
+    def __init__(
+        self, layer: str, group: dist.ProcessGroup | None = None, names: tuple[str, ...] = (), width: int = 0
+    ) -> None:
+        self.layer, self.names, self.width = layer, names or (layer,), width
         self.tag = _tag(layer)
         self._connect(_group(group), group is None)
 
@@ -63,8 +71,10 @@ class Replicas:
         Raises:
             ReplicaError: if a replica did not answer within the group's timeout, or was at another layer.
         """
-        count = torch.as_tensor(moments.count, dtype=moments.mean.dtype, device=moments.mean.device)
-        rows = _exchanged(torch.cat([count.reshape(1), moments.mean, moments.m2]), self)
+        count = moments.count
+        if not isinstance(count, Tensor):
+            count = moments.mean.new_full((), count)  # on the device; a copy from the host could wait for it
+        rows = _exchanged(torch.cat([count.to(moments.mean).reshape(1), moments.mean, moments.m2]), self, _FORWARD)
         C = moments.mean.shape[0]
         return Moments.pooled(rows[:, 0], rows[:, 1 : C + 1], rows[:, C + 1 :])
 
@@ -74,7 +84,7 @@ class Replicas:
         Raises:
             ReplicaError: as `merge`.
         """
-        rows = self.exchange(torch.cat([sum_grad.new_zeros(1), sum_grad, sum_grad_xhat]), _BACKWARD)
+        rows = _exchanged(torch.cat([sum_grad.new_zeros(1), sum_grad, sum_grad_xhat]), self, _BACKWARD)
         C = sum_grad.shape[0]
         total = rows.sum(0)
         return total[1 : C + 1], total[C + 1 :]
@@ -82,10 +92,13 @@ class Replicas:
     def exchange(self, values: Tensor, direction: int = _FORWARD) -> Tensor:
         """Everybody's values: (K,) float64 -> (W, K), in the order of the ranks; one all_reduce."""
         tag = self.tag + direction / 2
+        K = values.shape[0]
         row = torch.cat([values.new_full((1,), tag), values])
+        if values.is_cpu and self.width > K:
+            row = F.pad(row, (0, self.width - K))
         place = torch.arange(self._size, device=values.device).eq(self.rank).unsqueeze(1)
-        rows = self.all_reduce(torch.where(place, row, 0.0))  # (W, 1 + K)
-        tags, rows = rows[:, 0], rows[:, 1:]
+        table = self.all_reduce(torch.where(place, row, 0.0))  # (W, 1 + K or more)
+        tags, rows = table[:, 0], table[:, 1 : 1 + K]
         if torch.compiler.is_compiling() or not rows.is_cpu or rows.is_meta:
             return torch.where(tags.eq(tag).all(), rows, torch.nan)
         if not bool(tags.eq(tag).all()):
@@ -94,14 +107,14 @@ class Replicas:
 
     def all_reduce(self, table: Tensor) -> Tensor:
         """The sum of everybody's tables, in place in eager code."""
+        if self._size == 0:
+            raise StateError(
+                f"{self.layer}: its process group must exist in this process, but the layer was loaded without it; "
+                "call batchnorm.synchronize again, or batchnorm.unsynchronize for a single process"
+            )
         if torch.compiler.is_compiling():
             total = torch.ops._c10d_functional.all_reduce.default(table, "sum", self.group_name)
             return torch.ops._c10d_functional.wait_tensor.default(total)
-        if self._size == 0:
-            raise StateError(
-                f"{self.layer}: its process group must exist in this process, but the layer was loaded before it did; "
-                "call batchnorm.synchronize again"
-            )
         try:
             dist.all_reduce(table, group=self._process_group)
         except (RuntimeError, ValueError) as error:
@@ -141,13 +154,14 @@ class Replicas:
         return {
             "layer": self.layer,
             "names": self.names,
+            "width": self.width,
             "tag": self.tag,
             "ranks": self.ranks,
             "is_default": self._is_default,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layer, self.names, self.tag = state["layer"], state["names"], state["tag"]
+        self.layer, self.names, self.width, self.tag = state["layer"], state["names"], state["width"], state["tag"]
         self.ranks, self._is_default = state["ranks"], state["is_default"]
         self._size = self.rank = 0
         if self._is_default and dist.is_available() and dist.is_initialized():
@@ -161,8 +175,9 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
     """Let every batch norm of a model normalize, in training, by the statistics of all replicas together; in place.
 
     Outputs, gradients and running statistics are those of one process with the replicas' batches in one, however they are split: a
-    replica may have no values at all. Torch's layers become ours first (`convert`, without fusing). Every replica must call the same
-    layers in the same order. `unsynchronize` goes back.
+    replica may have no values at all. Torch's layers become ours first (`convert`, without fusing); an `nn.SyncBatchNorm` becomes a
+    `BatchNorm` over the process group it had, unless one is given. Every replica must call `synchronize`, which compares the models, and
+    then the same layers in the same order. `unsynchronize` goes back.
 
     Args:
         model: changed in place; it may be the layer itself.
@@ -171,14 +186,22 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
     Raises:
         ArgumentError: if model is not a module.
         StateError: if torch.distributed is not initialized, or this process is not in the group.
+        ReplicaError: if the replicas' models differ in their batch norms, or one does not answer; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
-    _group(process_group)
+    _agree(model, _group(process_group))
+    for slot in walk(model):
+        if type(slot.module) is nn.SyncBatchNorm and not_convertible(slot.module, _SYNCHRONIZED) is None:
+            become_ours(slot.module, BatchNorm)
     convert(model, fuse=False)
     layers = _layers(model)
     names = tuple(layers)
-    reducers = [Replicas(name, process_group, names) for name in names]
+    width = max((_row_length(layer) for layer in layers.values()), default=0)
+    reducers = [
+        Replicas(name, process_group or layer.__dict__.get("process_group"), names, width)
+        for name, layer in layers.items()
+    ]
     for layer, reducer in zip(layers.values(), reducers, strict=True):
         layer.reducer = reducer
         logger.info("synchronize: %s over ranks %s", reducer.layer, list(reducer.ranks))
@@ -202,32 +225,93 @@ class _Exchange(torch.autograd.Function):
     """(K,) -> (W, K). The gradient of a replica's values is the sum of what all replicas' losses say of them."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, replicas: Replicas) -> Tensor:
-        ctx.replicas = replicas
-        return replicas.exchange(values)
+    def forward(values: Tensor, replicas: Replicas, direction: int) -> Tensor:
+        return replicas.exchange(values, direction)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Collect.apply(grads[0], ctx.replicas), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 (torch's signature)
+        _, ctx.replicas, ctx.direction = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Collect.apply(grads[0], ctx.replicas), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Exchange.apply(tangents[0], ctx.replicas, ctx.direction)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], *args: Any) -> Any:
+        values, replicas, direction = args
+        values = values.movedim(in_dims[0], 0)  # (B, K), in one collective
+        return _Exchange.apply(values.flatten(), replicas, direction).unflatten(1, (info.batch_size, -1)), 1
 
 
 class _Collect(torch.autograd.Function):
     """(W, K) -> (K,): this replica's row of the sum of all tables; the transpose of `_Exchange`."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, replicas: Replicas) -> Tensor:
-        ctx.replicas = replicas
-        return replicas.all_reduce(table.clone(memory_format=torch.contiguous_format))[replicas.rank]
+    def forward(table: Tensor, replicas: Replicas) -> Tensor:
+        return replicas.all_reduce(table.clone(memory_format=torch.contiguous_format))[replicas.rank].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 (torch's signature)
+        ctx.replicas = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Exchange.apply(grads[0], ctx.replicas), None
+        return _Exchange.apply(grads[0], ctx.replicas, _BACKWARD), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Collect.apply(tangents[0], ctx.replicas)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], *args: Any) -> Any:
+        table, replicas = args
+        table = table.movedim(in_dims[0], 1)  # (W, B, K)
+        return _Collect.apply(table.flatten(1), replicas).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _exchanged(values: Tensor, replicas: Replicas) -> Tensor:
-    if values.requires_grad and torch.is_grad_enabled():
-        return _Exchange.apply(values, replicas)
-    return replicas.exchange(values)
+def _exchanged(values: Tensor, replicas: Replicas, direction: int) -> Tensor:
+    if differentiated_by_torch() or (values.requires_grad and torch.is_grad_enabled()):
+        return _Exchange.apply(values, replicas, direction)
+    return replicas.exchange(values, direction)
+
+
+def _agree(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Refuse models that differ: replicas with tables of different sizes would end in the backend, without a word on the layer."""
+    mine = {
+        slot.path or "the model": slot.module.num_features
+        for slot in walk(model)
+        if isinstance(slot.module, _BatchNorm)
+    }
+    found: list[dict[str, int] | None] = [None] * dist.get_world_size(group)
+    ranks = dist.get_process_group_ranks(group)
+    try:
+        dist.all_gather_object(found, mine, group=group)
+    except (RuntimeError, ValueError) as error:
+        raise ReplicaError(f"all of ranks {ranks} must call synchronize, but not all did. {error}") from error
+    for rank, theirs in zip(ranks, found, strict=True):
+        first = found[0]
+        assert first is not None
+        assert theirs is not None
+        differing = next((name for name in [*first, *theirs] if first.get(name) != theirs.get(name)), None)
+        if differing is not None:
+            has = [
+                f"{layers[differing]} channels" if differing in layers else "no such layer"
+                for layers in (first, theirs)
+            ]
+            raise ReplicaError(
+                f"every replica must have the same batch norms, but {differing} has {has[0]} on rank {ranks[0]} and {has[1]} "
+                f"on rank {rank}; give every rank the same model"
+            )
+
+
+def _row_length(layer: BatchNorm) -> int:
+    """Count, and two numbers for each channel; of complex ones for each part."""
+    given = layer.running_mean if layer.weight is None else layer.weight
+    return 1 + 2 * layer.num_features * (2 if given is not None and given.is_complex() else 1)
 
 
 def _layers(model: nn.Module) -> dict[str, BatchNorm]:

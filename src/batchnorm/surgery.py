@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -147,18 +147,12 @@ def convert(
         if isinstance(layer, BatchNorm):
             _give(layer, statistics)
             continue
-        reason = _not_convertible(layer)
+        reason = not_convertible(layer)
         if reason:
             logger.info("convert: left %s: %s", paths, reason)
             continue
-        _become(layer, _OURS[type(layer)])
+        become_ours(layer, _OURS[type(layer)])
         assert isinstance(layer, BatchNorm)
-        layer.__dict__[_DTYPES] = {
-            name: value.dtype
-            for name in ("weight", *STATISTICS)
-            if (value := getattr(layer, name)) is not None and not is_lazy(value)
-        }
-        layer._prepare_buffers()
         _give(layer, statistics)
         logger.info("convert: %s is now batchnorm.%s", paths, type(layer).__name__)
     if fuse:
@@ -204,7 +198,7 @@ def revert(model: nn.Module) -> nn.Module:
         del layer.num_nonfinite_batches
         for name in (*OPTIONS, "keep_wide_statistics"):
             layer.__dict__.pop(name, None)
-        _become(layer, _TORCHS[type(layer)])
+        _become(layer, _torchs(layer))
         logger.info("revert: %s is now torch.nn.%s", paths, type(layer).__name__)
     return model
 
@@ -306,6 +300,18 @@ def _give(layer: BatchNorm, statistics: Statistics | None) -> None:
     layer.statistics = statistics if frozen is None else Running(statistics, frozen.learned)
 
 
+def become_ours(layer: _BatchNorm, cls: type[BatchNorm]) -> None:
+    """Make a layer of torch's one of ours; it stays the same object, and keeps all it has."""
+    _become(layer, cls)
+    assert isinstance(layer, BatchNorm)
+    layer.__dict__[_DTYPES] = {
+        name: value.dtype
+        for name in ("weight", *STATISTICS)
+        if (value := getattr(layer, name)) is not None and not is_lazy(value)
+    }
+    layer._prepare_buffers()
+
+
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
@@ -366,8 +372,9 @@ def _is_watched(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or (any(hooks) and not (lazy and sum(map(len, hooks)) == 1))
 
 
-def _not_convertible(layer: _BatchNorm) -> str | None:
-    if type(layer) not in _OURS:
+def not_convertible(layer: _BatchNorm, classes: Mapping[type[nn.Module], type[BatchNorm]] = _OURS) -> str | None:
+    """Why a layer cannot become what `classes` says of its class, or None."""
+    if type(layer) not in classes:
         return f"it is a {type(layer).__name__}, whose forward may differ"
     if "forward" in layer.__dict__:
         return "it has a forward of its own"
@@ -375,8 +382,15 @@ def _not_convertible(layer: _BatchNorm) -> str | None:
     return f"it has an attribute {taken[0]!r} of its own, which means something else in ours" if taken else None
 
 
+def _torchs(layer: BatchNorm) -> type[nn.Module]:
+    """The class of torch's that a layer of ours can go back to; its own where there is none."""
+    if type(layer) is BatchNorm and "process_group" in layer.__dict__:
+        return nn.SyncBatchNorm  # `synchronize` took it over
+    return _TORCHS.get(type(layer), type(layer))
+
+
 def _not_revertible(layer: BatchNorm) -> str | None:
-    if type(layer) not in _TORCHS:
+    if _torchs(layer) is type(layer):
         return f"torch has no {type(layer).__name__}"
     beyond = [name for name in OPTIONS if getattr(layer, name) != getattr(BatchNorm, name)]
     return f"torch's layer has no {', '.join(beyond)}" if beyond else None

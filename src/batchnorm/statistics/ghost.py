@@ -48,7 +48,11 @@ class Ghost:
         """Groups are a replica's own; only what moves the running statistics is merged."""
         y, pooled = self._by_group(layer, x, residual, mask)
         reducer = reducer_of(layer)
-        return y, pooled if reducer is None else reducer.merge(pooled.detach())
+        if reducer is None or layer.running_mean is None:
+            return y, pooled
+        if is_single_value(x[: self.size]):  # which teach nothing; but the others wait for this replica's
+            pooled = Moments(0, torch.zeros_like(pooled.mean), torch.zeros_like(pooled.m2))
+        return y, reducer.merge(pooled.detach())
 
     def _by_group(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None

@@ -39,16 +39,20 @@ def train_or_infer(
         return by_running_statistics(layer, x, residual, mask)
     moves = layer.training and layer.track_running_stats
     group = x if size is None else x[:size]
-    shared = size is None and reducer_of(layer) is not None  # with other replicas, which may bring more values
-    if not shared and is_single_value(group):
+    alone = reducer_of(layer) is None
+    inferred = None
+    if (alone or size is not None) and is_single_value(group):  # other replicas may bring more values
         if layer.on_single == "running":
-            return by_running_statistics(layer, x, residual, mask)
+            inferred = by_running_statistics(layer, x, residual, mask)
+            if alone:
+                return inferred
         if layer.on_single == "error":
             check_several_values(group)
-        moves = False
+        moves = moves and not alone  # by the groups of the other replicas, on all of them alike
         if size is None:
             normalized = by_batch
     y, moments = normalized(layer, x, residual, mask)
+    y = y if inferred is None else inferred
     if moves and layer.running_mean is not None and layer.running_var is not None:
         _move(layer, layer.running_mean, layer.running_var, moments)
     return y
