@@ -39,6 +39,7 @@ typedef void* Handle;
     _(aoti_torch_dtype_bfloat16, int32_t, void)                                                                       \
     _(aoti_torch_dtype_float16, int32_t, void)                                                                        \
     _(aoti_torch_dtype_bool, int32_t, void)                                                                           \
+    _(aoti_torch_dtype_int64, int32_t, void)                                                                          \
     _(torch_get_num_threads, int32_t, uint32_t*)
 
 #define DECLARE(name, result, ...) result (*name)(__VA_ARGS__);
@@ -47,7 +48,7 @@ TORCH_FUNCTIONS(DECLARE)
 
 int32_t (*torch_delete_stable_ivalue)(Word*);  // since 2.13; before, `delete`
 
-int32_t cpu, dtypes[4], boolean;
+int32_t cpu, dtypes[4], boolean, int64;
 
 void check(int32_t error, const char* what) {
     if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
@@ -168,7 +169,12 @@ class ChannelValues {
         }
         own.resize(C + 1);  // never empty: null means something else
         values = own.data();
-        for (int64_t c = 0; c < C; ++c) own[c] = read(tensor, c * stride);
+        if (tensor.dtype == dtypes[(int)Dtype::float32]) {
+            const float* narrow = tensor.data<float>();
+            for (int64_t c = 0; c < C; ++c) values[c] = narrow[c * stride];
+        } else {
+            for (int64_t c = 0; c < C; ++c) values[c] = read(tensor, c * stride);
+        }
     }
     operator double*() const { return values; }
 
@@ -218,6 +224,24 @@ void use_huge_pages(const Tensor& tensor, int64_t bytes) {
     (void)tensor, (void)bytes;
 #endif
 }
+
+// How x lies in memory. One channel, or planes of one value, make the layouts the same.
+struct Layout {
+    bool planar = true, interleaved = true;
+
+    explicit Layout(const Tensor& x) {
+        if (x.sizes[1] > 1) interleaved = x.strides[1] == 1;
+        int64_t planar_stride = 1, interleaved_stride = x.sizes[1];
+        for (int axis = x.rank - 1; axis >= 0; --axis) {
+            const bool any_stride = x.sizes[axis] == 1;
+            planar &= any_stride || x.strides[axis] == planar_stride;
+            planar_stride *= x.sizes[axis];
+            if (axis == 1) continue;
+            interleaved &= any_stride || x.strides[axis] == interleaved_stride;
+            interleaved_stride *= x.sizes[axis];
+        }
+    }
+};
 
 // One call on x: its sizes and layout, and what is read and written beside it.
 class Call {
@@ -270,20 +294,11 @@ class Call {
         return task.dtype == Dtype::float64 ? 8 : task.dtype == Dtype::float32 ? 4 : 2;
     }
 
-    // Axes of size 1 may have any stride. One channel, or planes of one value, make the layouts the same.
     void set_layout() {
-        int64_t planar = 1, interleaved = task.C;
-        bool is_planar = true, is_interleaved = task.C == 1 || x.strides[1] == 1;
-        for (int axis = x.rank - 1; axis >= 0; --axis) {
-            if (x.sizes[axis] > 1) is_planar &= x.strides[axis] == planar;
-            planar *= x.sizes[axis];
-            if (axis == 1) continue;
-            if (x.sizes[axis] > 1) is_interleaved &= x.strides[axis] == interleaved;
-            interleaved *= x.sizes[axis];
-        }
-        if (!is_planar && !is_interleaved)
+        const Layout layout(x);
+        if (!layout.planar && !layout.interleaved)
             throw std::runtime_error("batchnorm: the CPU kernels take x as (N, C, *S) or as (N, *S, C) in memory, without gaps");
-        task.interleaved = task.C > 1 && (!is_planar || task.S == 1);
+        task.interleaved = task.C > 1 && (!layout.planar || task.S == 1);
         if (task.C == 1) task.S *= task.N, task.N = 1;
     }
 };
@@ -463,39 +478,63 @@ bool move(const Tensor& running_mean, const Tensor& running_var, const double* m
     const auto step = [&](Real running, double value) {
         return (Real)((1.0 - momentum) * (double)running + momentum * value);
     };
+    std::vector<double> variance(C);
     bool finite = true;
-    for (int64_t c = 0; c < C; ++c)
-        finite &= __builtin_isfinite((Real)mean[c]) && __builtin_isfinite((Real)(m2[c] / divisor));
+    for (int64_t c = 0; c < C; ++c) {
+        variance[c] = m2[c] / divisor;
+        finite &= __builtin_isfinite((Real)mean[c]) && __builtin_isfinite((Real)variance[c]);
+    }
     if (!moves || (skip_nonfinite && !finite)) return finite;
     for (int64_t c = 0; c < C; ++c) {
         means[c * mean_stride] = step(means[c * mean_stride], mean[c]);
-        variances[c * variance_stride] = step(variances[c * variance_stride], m2[c] / divisor);
+        variances[c * variance_stride] = step(variances[c * variance_stride], variance[c]);
     }
     return finite;
 }
 
+// A layer's buffers, and how they follow the batches.
+struct Running {
+    Tensor mean, variance, moved_batches, nonfinite_batches;
+
+    explicit Running(Arguments& arguments)
+        : mean(arguments.tensor()),
+          variance(arguments.tensor()),
+          moved_batches(arguments.optional_tensor()),
+          nonfinite_batches(arguments.optional_tensor()) {}
+
+    // Moves them by one batch and counts it; whether its statistics were finite.
+    bool follow(const double* batch_mean, const double* m2, int64_t C, double count, bool moves, double momentum,
+                bool unbiased, bool skip_nonfinite) {
+        if (mean.dtype != variance.dtype) throw std::runtime_error("batchnorm: running statistics of two dtypes");
+        const double divisor = unbiased ? count - 1.0 : count;
+        const auto step = mean.dtype == dtypes[(int)Dtype::float32] ? move<float> : move<double>;
+        const bool finite = step(mean, variance, batch_mean, m2, C, divisor > 1.0 ? divisor : 1.0, momentum, moves, skip_nonfinite);
+        if (moved_batches && moves && (finite || !skip_nonfinite)) ++*moved_batches.data<int64_t>();
+        if (nonfinite_batches && skip_nonfinite && !finite) ++*nonfinite_batches.data<int64_t>();
+        return finite;
+    }
+};
+
 void update_running(Word* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
-    const Tensor moved_batches = arguments.optional_tensor(), nonfinite_batches = arguments.optional_tensor();
+    Running running(arguments);
     const Tensor mean = arguments.tensor(), m2 = arguments.tensor(), masked_count = arguments.optional_tensor();
     const double whole_count = arguments.number(), momentum = arguments.number();
     const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
     const int64_t C = mean.sizes[0];
     const ChannelValues means(mean, C), m2s(m2, C);
     const double count = masked_count ? ChannelValues::read(masked_count, 0) : whole_count;
-    const double divisor = unbiased ? count - 1.0 : count;
-    const bool moves = !masked_count || count > 1.0;
-    if (running_mean.dtype != running_var.dtype) throw std::runtime_error("batchnorm: running statistics of two dtypes");
-    const auto step = running_mean.dtype == dtypes[(int)Dtype::float32] ? move<float> : move<double>;
     Tensor finite = Tensor::empty(0, nullptr, nullptr, boolean);
-    const bool is_finite = step(running_mean, running_var, means, m2s, C, divisor > 1.0 ? divisor : 1.0, momentum, moves,
-                                skip_nonfinite);
-    *finite.data<bool>() = is_finite;
-    if (moved_batches && moves && (is_finite || !skip_nonfinite)) ++*moved_batches.data<int64_t>();
-    if (nonfinite_batches && skip_nonfinite && !is_finite) ++*nonfinite_batches.data<int64_t>();
+    *finite.data<bool>() =
+        running.follow(means, m2s, C, count, !masked_count || count > 1.0, momentum, unbiased, skip_nonfinite);
     stack[0] = finite.release();
 }
+
+}  // namespace
+
+#include "training_step.h"
+
+namespace {
 
 const struct {
     const char* name;
@@ -504,6 +543,8 @@ const struct {
     {"moments", moments},         {"normalize", normalize}, {"infer", infer}, {"reduce_grad", reduce_grad},
     {"input_grad", input_grad},   {"forward", forward},     {"backward", backward},
     {"update_running", update_running},
+    {"training_step", training_step},
+    {"training_step_backward", training_step_backward},
 };
 
 }  // namespace
@@ -526,6 +567,7 @@ EXPORT const char* batchnorm_register() {
     dtypes[(int)Dtype::bfloat16] = aoti_torch_dtype_bfloat16();
     dtypes[(int)Dtype::float16] = aoti_torch_dtype_float16();
     boolean = aoti_torch_dtype_bool();
+    int64 = aoti_torch_dtype_int64();
     Handle library = nullptr;  // lives as long as the process
     if (aoti_torch_library_init_impl("batchnorm", "CPU", "torch_shim.cpp", __LINE__, &library))
         return "torch refused to extend the operator library";

@@ -430,9 +430,13 @@ def operator_calls():
         ops.update_running.default,
         (torch.zeros(3), torch.ones(3), *counters, mean, rstd, None, 20.0, 0.1, True, True),
     )
+    buffers = (torch.zeros(3), torch.ones(3), torch.tensor(1), torch.tensor(0))
+    yield ops.training_step.default, (x, torch.rand(3), None, *buffers, 0.1, True, True, 1e-5, 1, 0.0)
+    yield ops.training_step_backward.default, (dy, x, torch.ones(2, 3).double(), torch.rand(3), None, 1, 0.0, True)
+    yield ops.training_step_backward.default, (dy, x, torch.ones(2, 3).double(), None, None, 0, 0.0, False)
 
 
-@pytest.mark.parametrize("call", range(9))
+@pytest.mark.parametrize("call", range(12))
 def test_operators_keep_torchs_rules(call):
     operator, arguments = list(operator_calls())[call]
     torch.library.opcheck(operator, arguments)

@@ -529,6 +529,11 @@ def recorded(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
+def saving() -> bool:
+    """Whether memory is saved now, by this thread."""
+    return _thread.saver is not None
+
+
 def recording() -> Saver | None:
     """Who would take a recipe for what is computed now."""
     saver = None if torch.compiler.is_compiling() else _thread.saver

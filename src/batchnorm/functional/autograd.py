@@ -69,7 +69,7 @@ class Normalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
-        ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, running_mean is not None
+        ctx.kernel, ctx.eps, ctx.activation = kernel, eps, activation
         ctx.reducer = reducer
         if running_mean is not None and running_var is not None:
             ctx.count = None
@@ -96,19 +96,8 @@ class Normalize(torch.autograd.Function):
             return (None,) * 10
         x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
         epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            given = (mean, rstd) if ctx.constant_statistics else None
-            dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue, ctx.reducer)
-            if ctx.activation is None and ctx.needs_input_grad[5]:
-                dbias = _counted(dy, mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
-        else:
-            count = ctx.count if masked_count is None else masked_count
-            kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
-            dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
-                kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer
-            )
-            dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
-            dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
+        count = ctx.count if masked_count is None else masked_count
+        dx, dweight, dbias, dresidual = gradients(ctx, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[5])
         if ctx.activation is None and ctx.needs_input_grad[6]:
             dresidual = _counted(dy, mask)
         return dx, None, None, None, dweight, dbias, dresidual, None, None, None
@@ -131,6 +120,35 @@ def _remember(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor,
         epilogue.residual,
         epilogue.mask,
     )
+
+
+def gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    count: int | Tensor | None,
+    wants_dbias: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and residual, from the node's kernel or such that can be differentiated again.
+
+    `count` is None where the statistics are constants. Of its node it takes `kernel`, `eps`, `bias_dtype` and `reducer`.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        given = (mean, rstd) if count is None else None
+        dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue, ctx.reducer)
+        if epilogue.activation is None and wants_dbias:
+            dbias = _counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
+        return dx, dweight, dbias, dresidual
+    kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
+    dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
+        kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer
+    )
+    dweight = None if epilogue.weight is None else sum_grad_xhat.to(epilogue.weight.dtype)
+    dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
+    return dx, dweight, dbias, dresidual
 
 
 def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:

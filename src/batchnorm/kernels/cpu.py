@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from batchnorm.errors import StateError
+from batchnorm.kernels.activation import Activation
 from batchnorm.kernels.contract import Backward, Epilogue, values_per_channel
 from batchnorm.moments import Moments
 
@@ -43,6 +46,11 @@ _SCHEMAS = (
     "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? moved_batches, "
     "Tensor(d!)? nonfinite_batches, Tensor mean, Tensor m2, Tensor? masked_count, "
     "float count, float momentum, bool unbiased, bool skip_nonfinite) -> Tensor",
+    "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
+    "float eps, int activation, float slope) -> (Tensor, Tensor)",
+    "training_step_backward(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, int activation, "
+    "float slope, bool wants_dx) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -189,9 +197,12 @@ def _arguments(
     weight, bias, residual, mask, activation, output = epilogue
     mask = _whole(mask, x)
     residual = residual if output is None else output
-    if activation is None:
-        return weight, bias, residual, mask, 0, 0.0
-    return weight, bias, residual, mask, _CODES[activation.name], activation.negative_slope
+    return weight, bias, residual, mask, *code(activation)
+
+
+def code(activation: Activation | None) -> tuple[int, float]:
+    """Which one it is to the library, and its slope."""
+    return (0, 0.0) if activation is None else (_CODES[activation.name], activation.negative_slope)
 
 
 def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -251,9 +262,30 @@ _FAKES = {
         _channels(x),
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
+    "training_step": lambda x, *_: (_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)),
+    "training_step_backward": lambda _, x, __, weight, *rest: (
+        _like(x) if rest[-1] else x.new_empty(0),
+        *((x if weight is None else weight).new_empty(0 if weight is None else x.shape[1]) for _ in range(2)),
+    ),
 }
 
 _unavailable, _instruction_set = _load()
+
+
+def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """One that is called as its schema says: each frame between would cost as much as a tiny tensor's arithmetic."""
+    if _unavailable is None:
+        return getattr(torch.ops.batchnorm, name).default
+
+    def missing(*_: object) -> tuple[Tensor, ...]:
+        raise StateError(
+            f"the operator {name} needs the C++ kernels: {_unavailable}; ask kernels.cpu.unavailable() first"
+        )
+
+    return missing
+
+
+training_step, training_step_backward = _operator("training_step"), _operator("training_step_backward")
 _warned = _unavailable is None
 
 

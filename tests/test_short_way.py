@@ -1,0 +1,243 @@
+"""The short way of a training step: it is taken where it should be, and comes to the same bits as the long one."""
+
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import batchnorm as bn
+from batchnorm.errors import InputError, ShapeError
+from batchnorm.kernels import cpu
+from batchnorm.statistics import batch
+from tests.budget import assert_same_bits
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+SHAPES = [(2, 4, 3, 3), (1, 3, 5), (9, 33), (4, 1, 7), (40, 6, 12, 13)]
+LONG, SHORT = "NormalizeBackward", "TrainingStepBackward"
+
+
+def data(shape, dtype=torch.float32, last=False, seed=0):
+    """x with mean 3 and deviation 2, and dy."""
+    numbers = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(shape, generator=numbers, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, dy = (value.movedim(1, -1).contiguous().movedim(-1, 1) if last else value for value in (2 * x + 3, dy))
+    return x.requires_grad_(), dy
+
+
+def layer_of(channels, **options):
+    layer = bn.BatchNorm(channels, **options)
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in (*layer.parameters(), layer.running_mean):
+            value.copy_(torch.randn(channels, generator=numbers))
+    return layer
+
+
+def outcome(layer, x, dy):
+    """How it went, y, all gradients, all buffers."""
+    y = layer(x)
+    inputs = [value for value in (x, *layer.parameters()) if value.requires_grad]
+    way = y.grad_fn.name() if inputs else None
+    grads = torch.autograd.grad(y, inputs, dy) if inputs else ()
+    return way, [y.detach(), *grads, *layer.buffers()]
+
+
+def both_ways(monkeypatch, make, x, dy):
+    """The short way's outcome and the long one's, of layers made alike."""
+    short = outcome(make(), x, dy)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "training_step", lambda *_: None)
+        long = outcome(make(), x, dy)
+    return short, long
+
+
+OPTIONS = [
+    {},
+    {"activation": "relu"},
+    {"activation": nn.LeakyReLU(0.3), "momentum": 0.7},
+    {"activation": "gelu", "running_variance": "biased"},
+    {"bias": False, "activation": "silu"},
+    {"affine": False, "eps": 1e-3},
+    {"on_nonfinite": "propagate"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels last"])
+def test_to_the_same_bits(monkeypatch, options, last):
+    dtypes = [(dtype, torch.float32) for dtype in cpu.DTYPES if dtype != torch.float64] + [(torch.float64,) * 2]
+    for shape, (dtype, own) in product(SHAPES, dtypes):
+        make = partial(layer_of, shape[1], dtype=own, **options)
+        (way, found), (other_way, expected) = both_ways(monkeypatch, make, *data(shape, dtype, last))
+        assert (way, other_way) == (SHORT, LONG)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert ours.stride() == theirs.stride()
+            assert_same_bits(way, ours, theirs)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext], ids=lambda c: c.__name__)
+def test_nothing_recorded(monkeypatch, context):
+    x, dy = data((8, 5, 3))
+    frozen = layer_of(5).requires_grad_(False)
+    with context():
+        (_, found), (_, expected) = both_ways(monkeypatch, lambda: frozen, x.detach(), dy)
+        assert frozen.num_batches_tracked == 2
+    assert_same_bits("y", found[0], expected[0])
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+def test_gradients_of_one_alone(monkeypatch, wanted):
+    x, dy = data((8, 5, 3))
+    x.requires_grad_(wanted == "x")
+
+    def make():
+        layer = layer_of(5, activation="relu")
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name == wanted)
+        return layer
+
+    (way, found), (_, expected) = both_ways(monkeypatch, make, x, dy)
+    assert way == SHORT
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(way, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "dy",
+    [torch.ones(()).expand(8, 5, 4), torch.randn(4, 5, 8).transpose(0, 2), torch.randn(16, 5, 4)[::2]],
+    ids=range(3),
+)
+def test_gradient_in_any_layout(monkeypatch, dy):
+    (way, found), (_, expected) = both_ways(monkeypatch, partial(layer_of, 5), data((8, 5, 4))[0], dy)
+    assert way == SHORT
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(way, ours, theirs)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "propagate"])
+def test_batches_that_are_not_finite(monkeypatch, poison, on_nonfinite):
+    x, dy = data((8, 5, 3))
+    with torch.no_grad():
+        x[2, 3, 1] = poison
+    (way, found), (_, expected) = both_ways(monkeypatch, partial(layer_of, 5, on_nonfinite=on_nonfinite), x, dy)
+    assert way == SHORT
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    *_, moved, skipped = found
+    assert (moved, skipped) == ((0, 1) if on_nonfinite == "skip" else (1, 0))
+
+
+def pruned(layer):
+    prune.identity(layer, "weight")
+    return layer
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    return layer
+
+
+class Tagged(torch.Tensor):
+    """A subclass without a rule of its own."""
+
+
+X = data((4, 3, 6))[0].detach()
+UNUSUAL = {
+    "momentum=None": (partial(layer_of, 3, momentum=None), X, {}),
+    "on_nonfinite='error'": (partial(layer_of, 3, on_nonfinite="error"), X, {}),
+    "a residual": (partial(layer_of, 3), X, {"residual": X}),
+    "a mask": (partial(layer_of, 3), X, {"mask": torch.ones(4, 6, dtype=torch.bool)}),
+    "gaps": (partial(layer_of, 3), data((4, 3, 12))[0].detach()[..., ::2], {}),
+    "half-precision parameters": (lambda: layer_of(3).bfloat16(), X.bfloat16(), {}),
+    "wider parameters": (lambda: layer_of(3).double(), X, {}),
+    "a pruned weight": (lambda: pruned(layer_of(3)), X, {}),
+    "a parametrized weight": (lambda: parametrized(layer_of(3)), X, {}),
+    "one value": (partial(layer_of, 3, on_single="skip"), X[:1, :, :1].contiguous(), {}),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_what_is_unusual_goes_the_long_way(case):
+    make, x, given = UNUSUAL[case]
+    assert make()(x, **given).grad_fn.name() == LONG
+
+
+def test_subclasses_go_the_long_way():
+    assert layer_of(3)(X.as_subclass(Tagged)).grad_fn.name() == LONG
+
+
+def test_moved_elsewhere_the_long_way_has_the_word():
+    layer = layer_of(3).to("meta")
+    assert layer(X.to("meta")).grad_fn.name() == LONG
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error"),
+    [
+        (lambda layer: setattr(layer, "eps", 0.0), InputError),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(4))), ShapeError),
+    ],
+)
+def test_refusals_leave_the_buffers_alone(break_it, error):
+    layer = layer_of(3)
+    before = [value.clone() for value in layer.buffers()]
+    break_it(layer)
+    with pytest.raises(error):
+        layer(X)
+    assert all(map(torch.equal, before, layer.buffers()))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_differentiated_twice(activation):
+    layer = layer_of(3, dtype=torch.float64, activation=activation)
+    x = data((4, 3, 2), torch.float64)[0]
+    assert layer(x).grad_fn.name() == SHORT
+
+    def run(x, weight, bias):
+        layer.weight, layer.bias = None, None
+        del layer.weight, layer.bias
+        layer.register_parameter("weight", weight), layer.register_parameter("bias", bias)
+        return layer(x)
+
+    given = x, nn.Parameter(torch.rand(3, dtype=torch.float64)), nn.Parameter(torch.rand(3, dtype=torch.float64))
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
+
+
+def test_a_batch_of_gradients_at_once():
+    layer, (x, dy) = layer_of(3, activation="silu"), data((4, 3, 2))
+    y, inputs = layer(x), (x, *layer.parameters())
+    many = torch.stack([dy, -2 * dy])
+    at_once = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(many):
+        for found, expected in zip(at_once, torch.autograd.grad(y, inputs, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_what_is_saved(activation):
+    kept = list[torch.Tensor]()
+    layer = layer_of(3, activation=activation)
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        layer(X)
+    x, statistics, *parameters = kept
+    assert x.data_ptr() == X.data_ptr()
+    assert statistics.shape == (2, 3)
+    assert parameters == [layer.weight] if activation is None else [layer.weight, layer.bias]
+
+
+def test_what_was_changed_in_place_is_refused():
+    layer, (x, dy) = layer_of(3), data((4, 3, 2))
+    y = layer(x)
+    y.backward(dy, retain_graph=True)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
