@@ -18,6 +18,8 @@ from batchnorm import memory
 from batchnorm.bench.memory import saved_bytes
 from batchnorm.kernels import KERNELS, cpu
 from batchnorm.lab.networks import resnet50
+from batchnorm.memory.recipes import Recipe
+from batchnorm.memory.saver import DEPTH
 from tests.layer_table import ROWS
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
@@ -84,11 +86,11 @@ def same(ones, others):
 
 
 @pytest.fixture
-def recomputed(monkeypatch) -> list[memory.Recipe]:
+def recomputed(monkeypatch) -> list[Recipe]:
     """The recipes that are carried out, in that order."""
     done = []
-    compute = memory.Recipe._compute
-    monkeypatch.setattr(memory.Recipe, "_compute", lambda recipe: done.append(recipe) or compute(recipe))
+    compute = Recipe._compute
+    monkeypatch.setattr(Recipe, "_compute", lambda recipe: done.append(recipe) or compute(recipe))
     return done
 
 
@@ -308,7 +310,7 @@ class TestMemory:
                     gc.collect()
                     counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
             assert not memory._thread.saver._entries
-        assert counts[0] == counts[1]
+        assert counts[1] <= counts[0]  # other tests leave things that go meanwhile
 
     def test_chains_are_cut(self, recomputed):
         model = network("relu", fused=False, blocks=20)
@@ -316,7 +318,7 @@ class TestMemory:
         expected = step(model)
         same(step(twin, call=saving(twin)), expected)
         deepest = max(recipe.depth for recipe in recomputed)
-        assert deepest in (memory.DEPTH - 1, memory.DEPTH)
+        assert deepest in (DEPTH - 1, DEPTH)
         assert len({recipe for recipe in recomputed if recipe.depth == deepest}) == 2
 
 

@@ -5,7 +5,7 @@ On a tensor of a few kilobytes the frames are what a layer costs. What is not of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Epilogue, cpu
 from batchnorm.kernels.contract import values_per_channel
 
+Buffers = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 def training_step(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    running: Buffers,
     momentum: float,
     unbiased: bool,
     skip_nonfinite: bool,
@@ -42,9 +44,12 @@ def training_step(
         or torch.jit.is_tracing()
         or differentiated_by_torch()
         or memory.saving()
-        or recomputing()
     ):
         return None
+    if (
+        recomputing()
+    ):  # a checkpoint wants the same tensors saved, so the same way is taken; it moves nothing that stays
+        running = cast("Buffers", tuple(None if buffer is None else buffer.clone() for buffer in running))
     rest = (*running, momentum, unbiased, skip_nonfinite, eps, *cpu.code(activation))
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
