@@ -379,6 +379,15 @@ class TestFailures:
         steps.close()
         same(before, state(model))
 
+    def test_closed_at_the_end(self):
+        """After the last progress everything is in place: modes, hooks, and the new statistics."""
+        model, wanted = network(), bn.recalibrate(network(), clusters())
+        for progress in (steps := recalibrating(model, clusters())):
+            if progress.final == progress.layers:
+                assert state(model)[1:] == state(network())[1:]
+                steps.close()
+        torch.testing.assert_close(model.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+
     def test_bad_arguments(self):
         model, batches = network(), clusters()
         before = state(model)

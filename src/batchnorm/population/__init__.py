@@ -265,6 +265,7 @@ def _run(
         for name in _BUFFERS
         if (buffer := getattr(one.layer, name, None)) is not None
     ]
+    done = Progress(0, 0, 0, len(watched))
     try:
         with _observed(model, watched, lineage):
             for number in itertools.count(1):
@@ -279,12 +280,14 @@ def _run(
                 _settle(watched, batches, group)
                 final = sum(one.final for one in watched)
                 logger.info("recalibrate: pass %d: %d of %d layers are final", number, final, len(watched))
-                yield Progress(number, batches, final, len(watched))
+                done = Progress(number, batches, final, len(watched))
                 if final == len(watched):
                     break
+                yield done
     except BaseException:
         _put_back(saved)
         raise
+    yield done  # modes and hooks are back: whoever stops here has the new statistics
 
 
 def _fresh(lineage: Lineage | None) -> contextlib.AbstractContextManager[Any]:
