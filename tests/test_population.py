@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
@@ -104,6 +104,14 @@ class TestOneLayer:
         close(norm, torch.cat(batches), 1e-6)
 
 
+def test_torchs_update_bn_leaves_out_what_lies_between_the_batches():
+    """What the acceptance of `recalibrate` is about, on the same data; also that the data can tell the two apart."""
+    batches = clusters()
+    norm = nn.BatchNorm1d(3).double()
+    torch.optim.swa_utils.update_bn(batches, norm)
+    assert (norm.running_var / torch.cat(batches).var(0)).max() < 0.02
+
+
 class TestOptions:
     def test_the_biased_running_variance(self):
         batches = clusters()
@@ -163,6 +171,7 @@ class TestOptions:
             [pair(batch, None) for batch in batches],
             [{"input": batch} for batch in batches],
             [({"input": batch}, 3) for batch in batches],
+            [UserDict(input=batch) for batch in batches],
             torch.utils.data.DataLoader(torch.cat(batches), batch_size=8),
         ):
             torch.testing.assert_close(bn.recalibrate(network(), items).state_dict(), wanted, rtol=0, atol=0)
@@ -369,6 +378,15 @@ class TestFailures:
             pass
         steps.close()
         same(before, state(model))
+
+    def test_closed_at_the_end(self):
+        """After the last progress everything is in place: modes, hooks, and the new statistics."""
+        model, wanted = network(), bn.recalibrate(network(), clusters())
+        for progress in (steps := recalibrating(model, clusters())):
+            if progress.final == progress.layers:
+                assert state(model)[1:] == state(network())[1:]
+                steps.close()
+        torch.testing.assert_close(model.state_dict(), wanted.state_dict(), rtol=0, atol=0)
 
     def test_bad_arguments(self):
         model, batches = network(), clusters()

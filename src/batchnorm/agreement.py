@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from batchnorm.distributed import Replicas
 from batchnorm.errors import ArgumentError, ReplicaError, StateError
@@ -18,7 +17,7 @@ from batchnorm.functional.parts import parts_of_buffer
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
 from batchnorm.statistics import Running
-from batchnorm.surgery import walk
+from batchnorm.surgery import batch_norms
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ def replicas_agree(model: nn.Module, process_group: dist.ProcessGroup | None = N
         StateError: if torch.distributed is not initialized, or this process is not in the group.
         ReplicaError: if a rank did not answer, or the models have tensors of other names, shapes or dtypes.
     """
-    _check_module(model)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = {name: value.detach() for name, value in named if type(value.detach()) is Tensor and not is_lazy(value)}
     replicas = Replicas("replicas_agree", process_group)
@@ -153,23 +153,15 @@ def replicas_agree(model: nn.Module, process_group: dist.ProcessGroup | None = N
     return Agreement(tuple(differences))
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
-
-
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Each batch norm with running statistics that are not frozen once, by the first of its names."""
-    _check_module(model)
-    found: dict[int, tuple[str, _BatchNorm]] = {}
-    for slot in walk(model):
-        layer = slot.module
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
-            if is_lazy(layer.running_mean):
-                raise StateError(f"{slot.path}: a lazy layer must have seen its first input; call the model once")
-            if not isinstance(getattr(layer, "statistics", None), Running):
-                found.setdefault(id(layer), (slot.path or "the model", layer))
-    return dict(found.values())
+    """The batch norms with running statistics that are not frozen."""
+    layers = {name: layer for name, layer in batch_norms(model).items() if layer.running_mean is not None}
+    for name, layer in layers.items():
+        if isinstance(layer.running_mean, UninitializedBuffer):
+            raise StateError(f"{name}: a lazy layer must have seen its first input; call the model once")
+    return {
+        name: layer for name, layer in layers.items() if not isinstance(getattr(layer, "statistics", None), Running)
+    }
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:

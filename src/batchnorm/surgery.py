@@ -116,6 +116,19 @@ def walk(model: nn.Module) -> Iterator[Slot]:
     yield from visit(Slot("", None, "", model))
 
 
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Each batch norm of a model, torch's and ours, once, by the first of its names; "the model" if it is that itself.
+
+    Raises:
+        ArgumentError: if model is not a module.
+    """
+    found: dict[int, tuple[str, _BatchNorm]] = {}
+    for slot in _slots(model):
+        if isinstance(slot.module, _BatchNorm):
+            found.setdefault(id(slot.module), (slot.path or "the model", slot.module))
+    return dict(found.values())
+
+
 def convert(
     model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = True, save_memory: bool = False
 ) -> nn.Module:

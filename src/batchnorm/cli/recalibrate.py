@@ -11,13 +11,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.cli.common import progress_bar
 from batchnorm.cli.models import build, build_model, check_data, find, load_weights, require_format, save_weights
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.lab.result import check_writable, to_json
 from batchnorm.population import METHODS, Progress, recalibrating
+from batchnorm.surgery import batch_norms
 
 
 @click.command(
@@ -104,9 +104,9 @@ def recalibrate_command(
 
 def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {
-        name or "the model": (layer.running_mean.double().clone(), layer.running_var.double().clone())
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+        name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
+        for name, layer in batch_norms(model).items()
+        if layer.running_mean is not None and layer.running_var is not None
     }
 
 

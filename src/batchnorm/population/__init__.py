@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.distributed import Replicas
-from batchnorm.errors import ArgumentError, InputError, StateError
+from batchnorm.errors import InputError, StateError
 from batchnorm.functional import is_single_value, moments
 from batchnorm.functional.parts import parts_as_channels, parts_of_buffer
 from batchnorm.layers import STATISTICS, BatchNorm
@@ -38,7 +38,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.items import Forward, call, check_loader, eager
 from batchnorm.population.lineage import Lineage
 from batchnorm.statistics import Running
-from batchnorm.surgery import walk
+from batchnorm.surgery import batch_norms
 
 METHODS = ("joint", "layerwise")
 _BUFFERS = (*STATISTICS, "num_batches_tracked", "num_nonfinite_batches")
@@ -122,14 +122,12 @@ def recalibrating(
     Raises:
         As `recalibrate`.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    watched = _watched(model)
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit must be a number of batches, at least 1, or None for all, but got {limit!r}")
     check_loader(loader, several_passes=method == "layerwise")
-    watched = _watched(model)
     ranks = _ranks(process_group)
     if not watched:
         logger.warning("recalibrate: the model has no batch norm to recalibrate")
@@ -213,13 +211,9 @@ class _Watched:
 
 
 def _watched(model: nn.Module) -> list[_Watched]:
-    """The layers to recalibrate, each once, by the first of its names."""
-    found: dict[int, _Watched] = {}
-    for slot in walk(model):
-        layer = slot.module
-        if not isinstance(layer, _BatchNorm) or id(layer) in found:
-            continue
-        name = slot.path or "the model"
+    """The layers to recalibrate."""
+    watched = list[_Watched]()
+    for name, layer in batch_norms(model).items():
         reason = _left(layer, model)
         if reason:
             logger.info("recalibrate: left %s: %s", name, reason)
@@ -228,8 +222,8 @@ def _watched(model: nn.Module) -> list[_Watched]:
             raise StateError(
                 f"{name}: a lazy layer must have seen its first input before it is recalibrated; call the model once"
             )
-        found[id(layer)] = _Watched(name, layer, 1 << len(found))
-    return list(found.values())
+        watched.append(_Watched(name, layer, 1 << len(watched)))
+    return watched
 
 
 def _left(layer: _BatchNorm, model: nn.Module) -> str | None:
@@ -271,6 +265,7 @@ def _run(
         for name in _BUFFERS
         if (buffer := getattr(one.layer, name, None)) is not None
     ]
+    done = Progress(0, 0, 0, len(watched))
     try:
         with _observed(model, watched, lineage):
             for number in itertools.count(1):
@@ -285,12 +280,14 @@ def _run(
                 _settle(watched, batches, group)
                 final = sum(one.final for one in watched)
                 logger.info("recalibrate: pass %d: %d of %d layers are final", number, final, len(watched))
-                yield Progress(number, batches, final, len(watched))
+                done = Progress(number, batches, final, len(watched))
                 if final == len(watched):
                     break
+                yield done
     except BaseException:
         _put_back(saved)
         raise
+    yield done  # modes and hooks are back: whoever stops here has the new statistics
 
 
 def _fresh(lineage: Lineage | None) -> contextlib.AbstractContextManager[Any]:

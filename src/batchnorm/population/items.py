@@ -20,21 +20,23 @@ Forward = Callable[[nn.Module, Any], Any]
 def call(model: nn.Module, item: Any) -> Any:
     """Call a model with a loader's item: a tensor, a mapping of keyword arguments, or a tuple or list whose first element is either.
 
-    Tensors go to the device of the model's first parameter or buffer. Of `DistributedDataParallel` the module inside is called: the
-    wrapper would exchange buffers in every forward.
+    Tensors go to the device of the model's first parameter or buffer. Of data-parallel wrappers the module inside is called: they
+    would exchange buffers in every forward, or call copies of the layers.
 
     Raises:
         ArgumentError: on anything else.
     """
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
+    inside = model.module if isinstance(model, (DistributedDataParallel, nn.DataParallel)) else model
     given = item[0] if isinstance(item, (tuple, list)) and len(item) else item
     device = next((value.device for value in (*inside.parameters(), *inside.buffers())), None)
-    if device is not None:
-        given = tree_map_only(Tensor, lambda value: value.to(device), given)
+
+    def moved(values: Any) -> Any:
+        return values if device is None else tree_map_only(Tensor, lambda value: value.to(device), values)
+
     if isinstance(given, Tensor):
-        return inside(given)
-    if isinstance(given, Mapping):
-        return inside(**given)
+        return inside(moved(given))
+    if isinstance(given, Mapping):  # of any kind, not only those that torch takes apart
+        return inside(**moved(dict(given)))
     raise ArgumentError(
         "an item of the loader must be a tensor, a dict of keyword arguments, or a tuple or list that starts with one, but got "
         f"{type(item).__name__}{'' if given is item else f' of {type(given).__name__}'}; pass forward=, a function that calls "
