@@ -143,6 +143,17 @@ def tiny() -> list[Layer]:
     ]
 
 
+def sync() -> list[Layer]:
+    """From the largest to the smallest: where the bytes are the time, and where the collectives are."""
+    stages = [
+        Layer((64, 112, 112)),
+        *[Layer((64, 56, 56))] * 6,
+        *[Layer((256, 14, 14))] * 11,
+        *[Layer((2048, 7, 7), None)] * 4,
+    ]
+    return [*stages, Layer((512,), batch=64), Layer((16, 8, 8), None)]
+
+
 HEADS = {
     "resnet50": (32, "He et al. 2015, arXiv:1512.03385, table 1"),
     "mobilenet_v3": (32, "Howard et al. 2019, arXiv:1905.02244, table 1 (Large)"),
@@ -152,6 +163,11 @@ HEADS = {
     "conformer": (16, "Gulati et al. 2020, arXiv:2005.08100, table 1 (L); 16 s of speech"),
     "mlp": (64, "arXiv:1502.03167 section 4.1; arXiv:2011.10566; arXiv:2006.07733; 784-512-256-10"),
     "tiny": (2, "layers of the other files at the smallest batches and images"),
+    "sync": (8, "layers of ResNet-50 (He et al. 2016, Table 1) and of an MLP, with the batch of one replica"),
+}
+THROUGH = {
+    "tiny": 'through = "layer"  # times nn.BatchNorm*d against ours, not the functions below them',
+    "sync": 'through = "replicas"  # times layers in two processes: torch\'s and ours alone, and ours synchronized',
 }
 
 
@@ -164,8 +180,7 @@ def toml(name: str) -> str:
     """The file of a network: equal layers on one line, with their count."""
     batch, source = HEADS[name]
     lines = [f'name = "{name}"', f'source = "{source}"', f"batch = {batch}"]
-    if name == "tiny":
-        lines.append('through = "layer"  # times nn.BatchNorm*d against ours, not the functions below them')
+    lines += [THROUGH[name]] if name in THROUGH else []
     lines += ["# shape: (C, *S), without the batch; count: layers that have it", "layers = ["]
     for layer, count in Counter(network(name)).items():
         fields = [f"shape = {list(layer.shape)}", f"count = {count}"]

@@ -236,6 +236,28 @@ class TestCommand:
         assert "all shapes" in result.stdout
         assert "≥0.95" in result.stdout
 
+    def test_replicas_are_compared_with_layers_alone(self, tmp_path):
+        (tmp_path / "two.toml").write_text(
+            'name = "two"\nsource = "made up"\nbatch = 3\nthrough = "replicas"\nlayers = [{ shape = [5, 4], activation = "relu" }]\n'
+        )
+        result = call(
+            "--suite",
+            tmp_path / "two.toml",
+            "--minutes",
+            0,
+            "--threads",
+            "1",
+            "--layout",
+            "planar",
+            "--csv",
+            tmp_path / "rows.csv",
+        )
+        assert result.exit_code == 0, result.output
+        assert "two · replicas step" in result.stdout
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
+        assert [row["provider"] for row in rows] == 2 * ["copy", "eager", "ours", "synchronized"]
+        assert all(int(row["rounds"]) >= 5 and float(row["p50"]) > 0 for row in rows)
+
     def test_compile_is_compared_if_asked(self, small, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         arguments = ("--layout", "planar", "--threads", "1", "--minutes", 0, "--outputs", "reused")

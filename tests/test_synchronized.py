@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from batchnorm.errors import StateError
 from batchnorm.statistics import Ghost, Renorm, Running
 from tests.replicas import on_replicas
 from tests.test_distributed import close
@@ -191,6 +192,15 @@ def transforms(rank, size):
     single = bn.BatchNorm1d(3, dtype=WIDE, activation="gelu")
     ours = bn.synchronize(copy.deepcopy(single))
     v = torch.randn_like(whole)
+    given = whole[part].clone().requires_grad_()
+    with pytest.raises(StateError, match="is_grads_batched"):
+        torch.autograd.grad(ours(given), given, torch.ones(2, 4, 3, dtype=WIDE), is_grads_batched=True)
+    ours.load_state_dict(single.state_dict())
+    _, vjp = torch.func.vjp(ours, whole[part])
+    directions = torch.stack([v, v.sin()])
+    _, wanted = torch.func.vjp(single, whole)
+    (found,), (wanted,) = torch.func.vmap(vjp)(directions[:, part]), torch.func.vmap(wanted)(directions)
+    close("vmap of vjp", found, wanted[:, part], 1e-12)
     close("grad", torch.func.grad(lambda x: ours(x).sin().sum())(whole[part]), _grad(single, whole)[part], 1e-12)
     for name, found, wanted in (
         ("jvp", torch.func.jvp(ours, (whole[part],), (v[part],)), torch.func.jvp(single, (whole,), (v,))),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports] (a C module)
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -118,6 +119,11 @@ class Replicas:
         try:
             dist.all_reduce(table, group=self._process_group)
         except (RuntimeError, ValueError) as error:
+            if is_legacy_batchedtensor(table):
+                raise StateError(
+                    f"{self.layer}: a batch of gradients cannot cross replicas, but is_grads_batched=True (vectorize=True) asks "
+                    "for it; use torch.func.vmap over torch.func.vjp"
+                ) from error
             raise ReplicaError(self._unanswered(error)) from error
         return table
 

@@ -26,7 +26,7 @@ class Case:
     Attributes:
         suite: the network it is of.
         layer: shape and epilogue.
-        through: "function" or "layer".
+        through: "function", "layer" or "replicas".
         layout: "planar" or "channels_last". A 2-D input is always the latter.
         dtype: of the input; parameters and buffers are float32 where it is narrower.
         direction: "forward" in training, nothing recorded; "recorded", the same with autograd recording; "backward" alone;
@@ -112,7 +112,8 @@ def cases(
 
 def usual(suite: Suite) -> tuple[str, ...]:
     """The directions that say most: of a layer everything around the kernels, of a function the kernels."""
-    return ("forward", "recorded", "step") if suite.through == "layer" else ("forward", "backward", "inference")
+    through = {"layer": ("forward", "recorded", "step"), "replicas": ("forward", "step")}
+    return through.get(suite.through, ("forward", "backward", "inference"))
 
 
 def quick(suite: Suite) -> Suite:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from batchnorm import functional
 from batchnorm.bench.case import Case, Tensors
 from batchnorm.errors import InputError
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 Call = Callable[..., Tensor]  # x, and the residual where there is one -> y
 Timed = Callable[[], tuple[Tensor, ...]]  # y alone, or the gradients, dx first
@@ -118,9 +118,7 @@ class Ours:
     def prepare(self, case: Case, given: Tensors) -> Timed:
         activation = case.layer.activation
         if case.through == "layer":
-            ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[max(len(case.layer.shape) - 3, 0)]
-            layer = _filled(ours(case.layer.shape[1], activation=activation), case, given)
-            return _directed(case, given, layer, tuple(layer.parameters()))
+            return timed_layer(case, given, layer_of_ours(case, given))
         weight, bias, mean, variance = _parameters(case, given)
         training = case.direction != "inference"
 
@@ -147,6 +145,17 @@ def find(names: Sequence[str]) -> list[Provider]:
         if name not in known:
             raise InputError(f"provider must be one of {', '.join(known)}, but got {name!r}")
     return [provider for provider in PROVIDERS if provider.name in (*names, "copy", "eager")]
+
+
+def layer_of_ours(case: Case, given: Tensors) -> BatchNorm:
+    """Our layer, with the case's parameters and statistics."""
+    ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[max(len(case.layer.shape) - 3, 0)]
+    return _filled(ours(case.layer.shape[1], activation=case.layer.activation), case, given)
+
+
+def timed_layer(case: Case, given: Tensors, layer: nn.Module) -> Timed:
+    """What is timed of a layer."""
+    return _directed(case, given, layer, tuple(layer.parameters()))
 
 
 def _torchs(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:

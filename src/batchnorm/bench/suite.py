@@ -11,7 +11,7 @@ from typing import Any
 from batchnorm import kernels
 from batchnorm.errors import InputError
 
-THROUGH = ("function", "layer")
+THROUGH = ("function", "layer", "replicas")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Suite:
         name: of the network.
         source: the paper, and the table in it.
         layers: without repetition.
-        through: "function" times the functions; "layer" the layers with all that stands around the functions.
+        through: "function" times the functions; "layer" the layers with all that stands around the functions;
+            "replicas" the layers in two processes, synchronized and not.
     """
 
     name: str

@@ -16,7 +16,7 @@ MISSING = "–"
 def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One table for each direction, layout, dtype, kind of outputs and number of threads; one line for each shape.
 
-    Of functions the ratios to the limit are shown; of layers, which are timed where calls cost more than bytes, the times.
+    Of functions the ratios to the limit are shown; of layers and replicas, which are timed where calls cost more than bytes, the times.
     """
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
     for row in rows:
@@ -24,7 +24,7 @@ def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
         groups.setdefault(title, {}).setdefault((row.shape, row.epilogue), {})[row.provider] = row
     for title, shapes in groups.items():
         names = list(dict.fromkeys(name for found in shapes.values() for name in found if name != "copy"))
-        layers = title[1].startswith("layer")
+        layers = title[1].startswith(("layer", "replicas"))
         what = "time" if layers else "/ limit"
         columns = ["shape", "", "", "limit", *(f"{name}\n{what}" for name in names), "ours\nvs eager", "error"]
         table = _table(" · ".join(title), columns)

@@ -86,6 +86,8 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     """Every group of the functions' large tensors, and of the layers; in the rows' order."""
     groups: dict[Group, dict[str, dict[str, Row]]] = {}
     for row in rows:
+        if row.case.startswith("replicas"):
+            continue  # nothing is promised of what another process takes
         if row.ratio_to_limit is not None and (row.tensor_bytes > LARGE or row.case.startswith("layer")):
             group = Group(*(getattr(row, name) for name in Group._fields))
             groups.setdefault(group, {}).setdefault(row.provider, {})[row.shape] = row

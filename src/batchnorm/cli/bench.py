@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from rich.console import Console
 
 from batchnorm.bench import model as models
-from batchnorm.bench import providers, run, suite
+from batchnorm.bench import providers, replicas, run, suite
 from batchnorm.bench.case import DIRECTIONS, DTYPES, OUTPUTS, cases, quick
 from batchnorm.bench.row import Row, to_csv, to_dict
 from batchnorm.bench.tables import case_tables, model_table, summary_tables
@@ -113,7 +114,12 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
     usual = QUICK_MINUTES if options["quick"] else MINUTES
     minutes = usual if options["minutes"] is None else options["minutes"]
     least = QUICK_ROUNDS if options["quick"] else LEAST_ROUNDS
-    return run.run(chosen, providers.find(options["provider"]), 60 * minutes, least), len(chosen)
+    here = [case for case in chosen if case.through != "replicas"]
+    there = [case for case in chosen if case.through == "replicas"]
+    share = 60 * minutes / max(len(chosen), 1)
+    found = providers.find(options["provider"])
+    measured = chain(run.run(here, found, share * len(here), least), replicas.run(there, share * len(there), least))
+    return measured, len(chosen)
 
 
 def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:
