@@ -54,7 +54,7 @@ def training_step(
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, bias, eps, activation, rest)
+        return _apply(x, weight, bias, (eps, activation, rest))
     y, _ = cpu.training_step(x, weight, bias, *rest)
     return y if y.numel() else None
 
@@ -68,10 +68,9 @@ class TrainingStep(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        activation: Activation | None,
-        rest: tuple[Any, ...],
+        constants: tuple[float, Activation | None, tuple[Any, ...]],  # as one: autograd looks at each argument
     ) -> Tensor | None:
+        eps, activation, rest = constants
         y, statistics = cpu.training_step(x, weight, bias, *rest)
         if not y.numel():
             return None
@@ -85,7 +84,7 @@ class TrainingStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
         if dy is None:
-            return (None,) * 6
+            return (None,) * 4
         x, statistics, weight, bias = ctx.saved_tensors
         wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling():
@@ -96,7 +95,7 @@ class TrainingStep(torch.autograd.Function):
             code = cpu.code(ctx.activation)
             dx, dweight, dbias = cpu.training_step_backward(dy, x, statistics, weight, bias, *code, wants_dx)
         dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
-        return dx, dweight, dbias if wants_dbias else None, None, None, None
+        return dx, dweight, dbias if wants_dbias else None, None
 
 
 # `TrainingStep.apply` without its two frames for `torch.func`, which takes the long way: they cost as much as a kernel.

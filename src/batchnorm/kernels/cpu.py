@@ -273,9 +273,9 @@ _unavailable, _instruction_set = _load()
 
 
 def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """One that is called as its schema says: each frame between would cost as much as a tiny tensor's arithmetic."""
+    """One that is called as its schema says, without torch's frame around it: it costs as much as a tiny tensor's arithmetic."""
     if _unavailable is None:
-        return getattr(torch.ops.batchnorm, name).default
+        return getattr(torch.ops.batchnorm, name).default._op
 
     def missing(*_: object) -> tuple[Tensor, ...]:
         raise StateError(
