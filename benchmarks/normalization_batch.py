@@ -229,11 +229,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="plain is the first")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 16, 8, 4, 2], help="64 is the first")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="where the rows go")
     arguments = parser.parse_args()
     rows = sweep(
-        list(PARTS), (64, 16, 8, 4, 2), arguments.seeds, arguments.epochs, arguments.workers, partial(print, flush=True)
+        arguments.parts,
+        arguments.sizes,
+        arguments.seeds,
+        arguments.epochs,
+        arguments.workers,
+        partial(print, flush=True),
     )
     write(arguments.csv, rows)
     for promise, best, holds in kept(rows):
