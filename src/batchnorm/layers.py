@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm import memory
-from batchnorm.errors import ArgumentError, InputError
-from batchnorm.functional import Reducer, check_residual
+from batchnorm.errors import ArgumentError, InputError, ShapeError
+from batchnorm.functional import Reducer, check_residual, mask_of
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics, kept_by
@@ -26,6 +26,7 @@ _CHOICES = {
     "running_variance": ("unbiased", "biased"),
     "on_single": ("error", "running", "skip"),
     "on_nonfinite": ("skip", "propagate", "error"),
+    "padded": ("zero", "input"),
 }
 OPTIONS = (
     "activation",
@@ -66,6 +67,7 @@ class BatchNorm(_BatchNorm):
         on_nonfinite: what a batch with NaN or Inf does to the running statistics: "skip" leaves them and counts the batch in
             `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device; where nothing can be waited
             for, in compiled code, under `torch.func` and on the meta device, it is "skip").
+        padded: what the output is where mask or lengths say that nothing counts: "zero", or the "input", untouched.
 
     Attributes:
         weight, bias: (C,) parameters or None; `gamma` and `beta` are the same objects.
@@ -78,7 +80,9 @@ class BatchNorm(_BatchNorm):
 
     Shape:
         input (N, C, *S) with the channels on `channel_axis`; output the same. residual: input's shape. mask: bool, (N, *S) or
-        broadcastable to it, True counts; where False, output and gradient are 0.
+        broadcastable to it, True counts; where False, output and gradient are 0 (see `padded`). lengths: (N,), integers: so many
+        positions of the last axis that is not the channels' count. A nested tensor of torch.jagged layout, its axes the input's, has
+        no padding at all; its residual is one with the same offsets.
 
     Raises:
         InputError: on a rank or an option out of range; on one value per channel in training.
@@ -92,6 +96,7 @@ class BatchNorm(_BatchNorm):
     running_variance: str = "unbiased"
     on_single: str = "error"
     on_nonfinite: str = "skip"
+    padded: str = "zero"
     reducer: Reducer | None = None
     keep_wide_statistics: bool = True
     save_memory: bool = False
@@ -114,6 +119,7 @@ class BatchNorm(_BatchNorm):
         running_variance: str = "unbiased",
         on_single: str = "error",
         on_nonfinite: str = "skip",
+        padded: str = "zero",
     ) -> None:
         num_features = _integer(num_features, "num_features")
         if num_features < 1:
@@ -128,6 +134,7 @@ class BatchNorm(_BatchNorm):
             running_variance=running_variance,
             on_single=on_single,
             on_nonfinite=on_nonfinite,
+            padded=padded,
         )
         self._prepare_buffers()
 
@@ -149,26 +156,76 @@ class BatchNorm(_BatchNorm):
     def __delattr__(self, name: str) -> None:
         super().__delattr__({"gamma": "weight", "beta": "bias"}.get(name, name))
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Normalize; see the class for shapes and errors."""
         if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
-            given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+            named = (("residual", residual), ("mask", mask), ("lengths", lengths))
+            given = {name: value for name, value in named if value is not None}
             return input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
         self._check_input_dim(input)
         if memory.passes_over(self.save_memory):
             with memory.passing_over():
-                return self._normalize(input, residual, mask)
-        return self._normalize(input, residual, mask)
+                return self._normalize(input, residual, mask, lengths)
+        return self._normalize(input, residual, mask, lengths)
 
-    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+        if input.is_nested:
+            return self._normalize_nested(input, residual, mask, lengths)
         if self.channel_axis == 1:
-            return self.statistics(self, input, residual, mask)
+            return self._normalize_dense(input, residual, mask, lengths)
         axis = self._axis(input)
         if residual is not None:
             check_residual(residual, input)
             residual = residual.movedim(axis, 1)
-        return self.statistics(self, input.movedim(axis, 1), residual, mask).movedim(1, axis)
+        return self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths).movedim(1, axis)
+
+    def _normalize_dense(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        if lengths is not None:
+            mask = mask_of(lengths, mask, x)
+        y = self.statistics(self, x, residual, mask)
+        if mask is None or self.padded == "zero":
+            return y
+        counts = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
+        return torch.where(counts, y, x)
+
+    def _normalize_nested(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """The positions of all samples as one batch (M, C, *rest), and back."""
+        if input.layout != torch.jagged:
+            raise ArgumentError(
+                f"a nested input must have the layout torch.jagged, but has {input.layout}; build it with "
+                "torch.nested.nested_tensor(..., layout=torch.jagged)"
+            )
+        if mask is not None or lengths is not None:
+            raise ArgumentError("a nested input has no padding, but a mask or lengths came with it; leave them out")
+        jagged: Any = input
+        axis, ragged = self._axis(input) - 1, jagged._ragged_idx - 1  # of the values, which have no batch axis
+        if axis == ragged:
+            raise InputError(
+                f"the channels must be on an axis of one size, but axis {axis + 1} is the ragged one of {input.shape}; set channel_axis"
+            )
+
+        def as_batch(nested: Tensor) -> Tensor:
+            return nested.values().movedim((ragged, axis), (0, 1))
+
+        if residual is not None:
+            if not residual.is_nested or residual.shape != input.shape:  # the ragged size stands for the offsets
+                raise ShapeError(
+                    "the residual of a nested input must be nested, with the same offsets, but it is not; build it from the input's offsets"
+                )
+            residual = as_batch(residual)
+        y = self.statistics(self, as_batch(input), residual, None).movedim((0, 1), (ragged, axis))
+        return torch.nested.nested_tensor_from_jagged(y, jagged.offsets(), jagged_dim=ragged + 1)
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, counters 0."""

@@ -23,7 +23,14 @@ from batchnorm import kernels, memory
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import reduction
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
-from batchnorm.functional.checks import check_input, check_residual, check_several_values, epilogue_of, is_single_value
+from batchnorm.functional.checks import (
+    check_input,
+    check_residual,
+    check_several_values,
+    epilogue_of,
+    is_single_value,
+    mask_of,
+)
 from batchnorm.functional.parts import (
     channels_as_parts,
     parts_as_channels,
@@ -44,6 +51,7 @@ __all__ = [
     "check_residual",
     "check_several_values",
     "is_single_value",
+    "mask_of",
     "moments",
     "move_running_statistics",
     "normalize",
@@ -66,6 +74,7 @@ def batch_norm(
     activation: str | nn.Module | Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     reducer: Reducer | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with its signature and effects, and more in the same pass.
@@ -82,6 +91,7 @@ def batch_norm(
         activation: applied last: a name of `kernels.activation.NAMES`, or torch's module of it.
         residual: added before the activation; input's shape.
         mask: bool, (N, *S) or broadcastable to it; True counts. Where False, the output is 0 and no gradient flows.
+        lengths: (N,), integers: so many positions of the last axis count, as a mask would say; beside a mask both have to.
         reducer: merges the statistics of several replicas in training, such as `distributed.Replicas`. Of one value per channel
             here the others may have more, so it is no error then.
 
@@ -96,6 +106,7 @@ def batch_norm(
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean and running_var must either both be None or neither be None; pass both or none")
     check_input(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
+    mask = mask_of(lengths, mask, input)
     if training:
         if reducer is None:
             check_several_values(input)
@@ -124,6 +135,7 @@ def normalize(
     activation: str | nn.Module | Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     reducer: Reducer | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize with the statistics of `input` itself, and return them; touches no buffer.
@@ -135,6 +147,7 @@ def normalize(
         InputError, ShapeError, DTypeError: as `batch_norm`.
     """
     check_input(input, {"weight": weight, "bias": bias})
+    mask = mask_of(lengths, mask, input)
     if eps <= 0.0:
         raise InputError(f"batch_norm eps must be positive during training, but got {eps}; the default is 1e-5")
     if input.is_complex():
@@ -174,6 +187,7 @@ def normalize_with(
     activation: str | nn.Module | Activation | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Normalize with given statistics, which are constants: no gradient flows into `mean` and `variance`, each (C,).
 
@@ -183,6 +197,7 @@ def normalize_with(
         InputError, ShapeError, DTypeError: as `batch_norm`.
     """
     check_input(input, {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias})
+    mask = mask_of(lengths, mask, input)
     if eps < 0.0:
         raise InputError(
             f"batch_norm eps must be non-negative, but got {eps}; in training eps must be positive, the default is 1e-5"
@@ -214,13 +229,14 @@ def normalize_with(
 
 
 @torch.no_grad()
-def moments(input: Tensor, mask: Tensor | None = None) -> Moments:
+def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Moments:
     """Count, mean and M2 of each channel of `input` (N, C, *S), or of what a mask lets through; constants, no gradient flows.
 
     Raises:
         InputError, ShapeError, DTypeError: as `batch_norm`.
     """
     check_input(input, {})
+    mask = mask_of(lengths, mask, input)
     if input.is_complex():
         count, mean, m2 = moments(parts_as_channels(input), mask)
         return Moments(count, vector_as_complex(mean), vector_as_complex(m2))

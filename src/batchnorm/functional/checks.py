@@ -75,6 +75,35 @@ def check_residual(residual: Tensor, input: Tensor) -> None:
         )
 
 
+def mask_of(lengths: Tensor | None, mask: Tensor | None, input: Tensor) -> Tensor | None:
+    """The mask that says what `lengths` says, and what `mask` says too; bool, to broadcast to (N, *S).
+
+    Raises:
+        ArgumentError, DTypeError, ShapeError: saying what came.
+    """
+    if lengths is None:
+        return mask
+    if not isinstance(lengths, Tensor):
+        raise ArgumentError(
+            f"lengths must be a tensor of N integers, but got {type(lengths).__name__}; use torch.tensor"
+        )
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise DTypeError(
+            f"lengths must be integers, so many positions of each sample count, but got {lengths.dtype}; round shares of the "
+            "longest to positions first"
+        )
+    if input.dim() < 3 or lengths.shape != input.shape[:1]:
+        raise ShapeError(
+            f"lengths must be (N,), the positions that count along the last axis of the input (N, C, ..., L) = {tuple(input.shape)}, "
+            f"but has shape {tuple(lengths.shape)}"
+        )
+    along = (-1, *[1] * (input.dim() - 2))  # (N, 1, ..., 1) beside (L,)
+    valid = torch.arange(input.shape[-1], device=lengths.device) < lengths.view(along)
+    if mask is None:
+        return valid
+    return _mask_along_channels(mask, input).squeeze(1) & valid
+
+
 def epilogue_of(
     input: Tensor,
     weight: Tensor | None,
