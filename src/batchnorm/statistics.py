@@ -6,10 +6,9 @@ of any part loads into any other.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -101,30 +100,9 @@ class Ghost:
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Moments]:
         """Groups are a replica's own; only what moves the running statistics is merged."""
-        y, pooled = self._by_group(layer, x, residual, mask)
+        y, pooled = _by_batch(layer, x, residual, mask, group_size=self.size)
         reducer = _reducer_of(layer)
         return y, pooled if reducer is None else reducer.merge(pooled.detach())
-
-    def _by_group(
-        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Moments]:
-        N = x.shape[0]
-        groups, left = divmod(N, self.size)
-        if groups and left and is_single_value(x[N - left :]):
-            groups, left = groups - 1, left + self.size
-        if groups + (left > 0) <= 1:
-            return _by_batch(layer, x, residual, mask)
-        layout = _channels_last(x)
-        if layout is not None:
-            x = _WithGradient.apply(x, layout)
-        along_batch = None if mask is None else mask.expand(N, *x.shape[2:])
-        cut = N - left
-        pieces = [_by_equal_groups(layer, x[:cut], _cut(residual, 0, cut), _cut(along_batch, 0, cut), groups)]
-        if left:
-            pieces.append(_by_batch(layer, x[cut:], _cut(residual, cut, N), _cut(along_batch, cut, N)))
-        y = torch.cat([y for y, _ in pieces]) if left else pieces[0][0]
-        pooled = functools.reduce(Moments.merge, (moments for _, moments in pieces))
-        return y if layout is None else y.contiguous(memory_format=layout), pooled
 
 
 @dataclass(frozen=True)
@@ -201,7 +179,15 @@ class Renorm:
         bias = d if gamma is None else d * gamma
         bias = (bias if beta is None else bias + beta).to(dtype)
         y, _ = normalize(
-            x, weight, bias, layer.eps, activation=layer.activation, residual=residual, mask=mask, reducer=reducer
+            x,
+            weight,
+            bias,
+            layer.eps,
+            activation=layer.activation,
+            residual=residual,
+            mask=mask,
+            reducer=reducer,
+            moments=batch,
         )
         return y, batch
 
@@ -263,7 +249,12 @@ def _by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor 
 
 
 def _by_batch(
-    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, reducer: Reducer | None = None
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    reducer: Reducer | None = None,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Moments]:
     return normalize(
         x,
@@ -274,57 +265,8 @@ def _by_batch(
         residual=residual,
         mask=mask,
         reducer=reducer,
+        group_size=group_size,
     )
-
-
-def _by_equal_groups(
-    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, groups: int
-) -> tuple[Tensor, Moments]:
-    """Each of so many groups by its own statistics, as channels of their own; and their pooled moments."""
-    if mask is not None:  # differs from group to group, and so from channel to channel
-        parts = [
-            _by_batch(layer, *(None if value is None else value.chunk(groups)[i] for value in (x, residual, mask)))  # pyright: ignore
-            for i in range(groups)
-        ]
-        return torch.cat([y for y, _ in parts]), functools.reduce(Moments.merge, (moments for _, moments in parts))
-    C = x.shape[1]
-    gamma, beta = (None if value is None else value.repeat(groups) for value in (layer.gamma, layer.beta))
-    folded = None if residual is None else _groups_as_channels(residual, groups)
-    y, moments = normalize(
-        _groups_as_channels(x, groups), gamma, beta, layer.eps, activation=layer.activation, residual=folded
-    )
-    y = y.unflatten(1, (groups, C)).transpose(0, 1).flatten(0, 1)  # (N, C, *S)
-    return y, Moments(moments.count, moments.mean.view(groups, C), moments.m2.view(groups, C)).pool()
-
-
-class _WithGradient(torch.autograd.Function):
-    """x, whose gradient has its memory format: groups that are taken apart and put together would leave another."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
-        ctx.layout = layout
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].contiguous(memory_format=ctx.layout), None
-
-
-def _channels_last(x: Tensor) -> torch.memory_format | None:
-    if not differentiated_by_torch() and not x.is_contiguous():
-        for layout, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-            if x.dim() == rank and x.is_contiguous(memory_format=layout):
-                return layout
-    return None
-
-
-def _groups_as_channels(x: Tensor, groups: int) -> Tensor:
-    """(G · n, C, *S) as (n, G · C, *S)."""
-    return x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _cut(value: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if value is None else value[start:stop]
 
 
 def _reducer_of(layer: Layer) -> Reducer | None:

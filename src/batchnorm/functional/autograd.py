@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from batchnorm import kernels
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
-from batchnorm.kernels import Activation, Epilogue, eager
+from batchnorm.kernels import Activation, Epilogue, Groups, eager
+from batchnorm.moments import Moments
 
 
 def differentiated_by_torch() -> bool:
@@ -47,7 +48,7 @@ def distinct(input: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
 
 
 class Normalize(torch.autograd.Function):
-    """The one autograd node: running statistics given are constants; None means the batch's own."""
+    """The one autograd node: running statistics given are constants; None means the batch's own, which may be known already."""
 
     @staticmethod
     def forward(  # the epilogue's fields come one by one: autograd only sees tensors that are arguments themselves
@@ -62,6 +63,10 @@ class Normalize(torch.autograd.Function):
         mask: Tensor | None,
         activation: Activation | None,
         reducer: Reducer | None,
+        groups: Groups | None = None,
+        known_count: int | Tensor | None = None,
+        known_mean: Tensor | None = None,
+        known_m2: Tensor | None = None,
     ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         kernel = kernels.select(x, epilogue)
@@ -69,13 +74,18 @@ class Normalize(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
         ctx.kernel, ctx.eps, ctx.activation, ctx.constant_statistics = kernel, eps, activation, running_mean is not None
-        ctx.reducer = reducer
+        ctx.reducer, ctx.groups = reducer, groups
         if running_mean is not None and running_var is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
             ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
             return y, None, None, None
-        y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer)
+        known = None
+        if known_count is not None and known_mean is not None and known_m2 is not None:
+            known = Moments(
+                known_count, known_mean.view_as(known_mean), known_m2.view_as(known_m2)
+            )  # outputs: not the inputs
+        y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer, groups, known)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
         kept = _kept_of_residual(epilogue, y)
@@ -87,25 +97,29 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
-            return (None,) * 10
+            return (None,) * 14
         x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
         epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             given = (mean, rstd) if ctx.constant_statistics else None
-            dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue, ctx.reducer)
+            dx, dweight, dbias, dresidual = _differentiable_backward(
+                dy, x, given, ctx.eps, epilogue, ctx.reducer, ctx.groups
+            )
             if ctx.activation is None and ctx.needs_input_grad[5]:
                 dbias = _counted(dy, mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
         else:
             count = ctx.count if masked_count is None else masked_count
             kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
             dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
-                kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer
+                kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer, ctx.groups
             )
+            if ctx.groups is not None:  # each (G, C)
+                sum_grad, sum_grad_xhat = sum_grad.sum(0), sum_grad_xhat.sum(0)
             dweight = None if weight is None else sum_grad_xhat.to(weight.dtype)
             dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
         if ctx.activation is None and ctx.needs_input_grad[6]:
             dresidual = _counted(dy, mask)
-        return dx, None, None, None, dweight, dbias, dresidual, None, None, None
+        return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 7
 
 
 def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:
@@ -127,6 +141,7 @@ def _differentiable_backward(
     eps: float,
     epilogue: Epilogue,
     reducer: Reducer | None,
+    groups: Groups | None,
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
@@ -142,7 +157,7 @@ def _differentiable_backward(
         activation = None
     epilogue = Epilogue(weight, bias, residual, mask, activation)
     if given is None:
-        y, _, _ = reduction.forward(eager, x, eps, epilogue, reducer)
+        y, _, _ = reduction.forward(eager, x, eps, epilogue, reducer, groups)
     else:
         y = eager.normalize(x, *given, epilogue)
     wanted = [value for value in inputs if value is not None and value.requires_grad]
