@@ -266,10 +266,9 @@ struct InputGradMap {
         int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
         const auto d = elements.deviation(i, channel, part);
         const typename E::Vector nothing = {};
-        // dx of all lanes, selected last: of a selected g gcc made a masked product and a sum, in whole vectors but not in partial ones.
-        const auto g = elements.grad(i, d, channel, part);
-        const auto dx = g * channel.grad_scale + ((d * channel.rstd) * channel.slope + channel.level);
-        return {elements.counted(dx, nothing, m, part), elements.counted(g, nothing, m, part)};
+        const auto g = elements.counted(elements.grad(i, d, channel, part), nothing, m, part);
+        const auto dx = multiply_add(g, channel.grad_scale, multiply_add(d * channel.rstd, channel.slope, channel.level));
+        return {elements.counted(dx, nothing, m, part), g};
     }
 };
 

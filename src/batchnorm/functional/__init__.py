@@ -138,13 +138,10 @@ def normalize(
 ) -> tuple[Tensor, Moments]:
     """Normalize with the statistics of `input` itself, and return them; touches no buffer.
 
-    Takes the arguments of `batch_norm`, and two more.
-
-    Args:
-        group_size: samples that share statistics; what is left over is a group too, unless it is one value per channel, which joins
-            the group before. The moments returned are those of all groups together; a reducer is not asked. None is all samples.
-        moments: those of `input`, or of all replicas' inputs, where they are known: it is then not read once more for them. The
-            gradient still flows through them. Not together with `group_size`.
+    Takes the arguments of `batch_norm`, and two more. `group_size` samples share statistics; what is left over is a group too, unless
+    it is one value per channel, which joins the group before. No replica's samples join them, and the moments returned are those of
+    all groups together. `moments` are those of `input`, or of all replicas' inputs, where they are known: the input is then not read
+    once more for them. The gradient flows through them all the same.
 
     The moments returned are detached: the gradient of the output flows through the statistics, but
     a loss of the moments themselves needs `Moments` of its own.
