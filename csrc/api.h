@@ -25,6 +25,7 @@ struct Task {
     const void* residual;     // x's layout, or null
     bool residual_is_output;  // in backward: `residual` holds y, and the derivative is read off it
     const uint8_t* mask;      // (N, S), or null
+    int64_t counted;          // how many of the N · S positions the mask lets through; `run` finds out
     void* output;             // y or dx; null where dx is not asked for
     void* dresidual;          // or null
 
@@ -37,6 +38,11 @@ struct Task {
     double* sum_grad_xhat;  // (C,), likewise
     const double* mean_grad;       // (C,), read by input_grad; null where the statistics are constants
     const double* mean_grad_xhat;  // (C,), likewise
+
+    // So many groups of `group_size` samples, the last one of all that are left, each with statistics of its own: mean and what
+    // follows it are then (groups, C). Up to 1: the samples are one group.
+    int64_t groups, group_size;
+    double* counts;  // (groups,), written where there are groups: what takes the place of `count`
 
     double count;  // values per channel that the mask lets through; 0 in backward: the statistics are constants
     double eps;

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "channels.h"
+#include "counted.h"
 
 namespace {
 
@@ -121,6 +122,7 @@ struct Elements {
     static constexpr bool has_mask = masked, has_residual = with_residual != Residual::none;
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
+    typedef Elements<Storage, Act, with_residual, false> Unmasked;
 
     const Element *x, *dy, *residual;
     const uint8_t* mask;
@@ -132,6 +134,13 @@ struct Elements {
           residual((const Element*)task.residual),
           mask(task.mask),
           activation(activation) {}
+    Elements(const Element* x, const Element* dy, const Element* residual, Act activation)
+        : x(x), dy(dy), residual(residual), mask(nullptr), activation(activation) {}
+
+    // The same over copies, `apart` elements from one tensor's to the next one's, of which every element counts.
+    Unmasked over(const Element* copies, int64_t apart) const {
+        return {copies, copies + apart, residual ? copies + 2 * apart : nullptr, activation};
+    }
 
     // Asks for what will be read of the `count` vectors from `i` on.
     template <bool of_x_alone>
@@ -175,7 +184,17 @@ struct Elements {
 // Lanes that do not count are given the value of the mean, and no gradient.
 template <class E>
 struct MomentTerm {
+    static constexpr bool has_mask = E::has_mask;
     const E elements;
+
+    MomentTerm<typename E::Unmasked> over(const typename E::Element* copies, int64_t apart) const {
+        return {elements.over(copies, apart)};
+    }
+    // body(tensor, number) for each tensor that is read.
+    template <class Body>
+    INLINE void each(const Body& body) const {
+        body(elements.x, 0);
+    }
 
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
@@ -189,7 +208,17 @@ struct MomentTerm {
 
 template <class E>
 struct GradTerm {
+    static constexpr bool has_mask = E::has_mask;
     const E elements;
+
+    GradTerm<typename E::Unmasked> over(const typename E::Element* copies, int64_t apart) const {
+        return {elements.over(copies, apart)};
+    }
+    template <class Body>
+    INLINE void each(const Body& body) const {
+        body(elements.x, 0), body(elements.dy, 1);
+        if (elements.residual) body(elements.residual, 2);
+    }
 
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
@@ -238,7 +267,7 @@ struct InputGradMap {
         const auto d = elements.deviation(i, channel, part);
         const typename E::Vector nothing = {};
         const auto g = elements.counted(elements.grad(i, d, channel, part), nothing, m, part);
-        const auto dx = g * channel.grad_scale + ((d * channel.rstd) * channel.slope + channel.level);
+        const auto dx = multiply_add(g, channel.grad_scale, multiply_add(d * channel.rstd, channel.slope, channel.level));
         return {elements.counted(dx, nothing, m, part), g};
     }
 };
@@ -273,6 +302,27 @@ struct Outputs {
         return address % size ? -1 : (int64_t)((vector - address % vector) % vector / size);
     }
 };
+
+// The counted positions cut into chunks of so many of them: chunk k is positions first[k] ... first[k + 1] - 1. Without a mask none.
+class CountedChunks {
+  public:
+    CountedChunks(const Task& task, int64_t counted_values)
+        : chunks(task.mask ? at_least(divide_up(task.counted, counted_values), 1) : 0),
+          first(task.mask ? (int64_t*)malloc((chunks + 1) * sizeof(int64_t)) : nullptr) {
+        if (!task.mask) return;
+        first[0] = 0, first[chunks] = task.N * task.S;
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+            first[chunk] = batchnorm::after_counted(task.mask, first[chunk - 1], first[chunks], counted_values);
+    }
+    ~CountedChunks() { free(first); }
+    CountedChunks(const CountedChunks&) = delete;
+    CountedChunks& operator=(const CountedChunks&) = delete;
+
+    const int64_t chunks;
+    int64_t* const first;
+};
+
+constexpr int tensors_of_a_sum = 3;  // x, dy and the residual
 
 // Runs body(0 ... tasks - 1) on up to `threads` threads; the caller alone where one will do, without waking OpenMP.
 template <class Body>

@@ -72,11 +72,15 @@ void fuzz_one() {
     task.count = (double)(task.N * task.S), task.eps = 1e-5;
     task.activation = (Activation)(numbers() % 8), task.slope = 0.01;
     task.stream = numbers() % 2;
+    task.group_size = one_of({1, 2, 5});
+    task.groups = numbers() % 3 ? 0 : task.N / task.group_size;
+    const int64_t vectors = task.C * (task.groups > 1 ? task.groups : 1);
 
     uint64_t first = 0;
-    std::vector<double> weight(task.C, 1.25), bias(task.C, 0.5), zeros(task.C, 0.0);
+    std::vector<double> weight(task.C, 1.25), bias(task.C, 0.5), zeros(vectors, 0.0);
     for (int threads = 1; threads <= 3; ++threads) {
-        std::vector<double> mean(task.C, 3.0), m2(task.C), rstd(task.C, 0.5), sum(task.C), product(task.C);
+        std::vector<double> mean(vectors, 3.0), m2(vectors), rstd(vectors, 0.5), sum(vectors), product(vectors), counts(task.N);
+        task.counts = counts.data();
         Block output(values * size, shift), dresidual(values * size, shift);
         task.weight = weight.data(), task.bias = bias.data();
         task.mean = mean.data(), task.m2 = m2.data(), task.rstd = task.verb == Verb::moments ? nullptr : rstd.data();

@@ -6,6 +6,8 @@
 //
 // Several rows count as one where C is small or odd: k rows of C channels are one row of k · C, aligned and longer than a vector,
 // and channel c has k sums, which are added at the end of the chunk.
+//
+// Under a mask the chunks are of counted rows; those that join are copied side by side where they are not.
 #pragma once
 
 #include "columns.h"
@@ -24,11 +26,13 @@ class Interleaved {
     typedef typename T::Vector Vector;
 
     explicit Interleaved(Task& task)
-        : task(task), channels(task, joined_rows(task)), C(task.C), M(task.N * task.S) {
-        const int64_t joint = channels.copies, values = at_least(chunk_values, divide_up(M * C, most_chunks));
-        rows = divide_up(divide_up(values, C), joint) * joint;
-        chunks = divide_up(M, rows);
-    }
+        : task(task),
+          channels(task, joined_rows(task)),
+          C(task.C),
+          M(task.N * task.S),
+          rows(rows_of_chunk(M)),
+          chunks(divide_up(M, rows)),
+          counted(task, rows_of_chunk(task.counted)) {}
 
     template <class Term, class Map>
     void fused(const Term& term, const Map& map, int tensors) {
@@ -38,6 +42,7 @@ class Interleaved {
 
     template <class Term>
     void reduce(const Term& term, int) {
+        const int64_t chunks = task.mask ? counted.chunks : this->chunks;
         double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
         for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c));
         bool* open = (bool*)malloc(C);
@@ -68,8 +73,13 @@ class Interleaved {
   private:
     Task& task;
     Channels<T> channels;
-    const int64_t C, M;
-    int64_t rows, chunks;
+    const int64_t C, M, rows, chunks;
+    const CountedChunks counted;
+
+    int64_t rows_of_chunk(int64_t all_rows) const {
+        const int64_t joint = channels.copies, values = at_least(chunk_values, divide_up(all_rows * C, most_chunks));
+        return divide_up(divide_up(values, C), joint) * joint;
+    }
 
     template <class Map>
     void map_backwards(const Map& map) {
@@ -109,9 +119,7 @@ class Interleaved {
 
     // body(m0, m1, counted) for each run of rows that count or do not.
     template <class Body>
-    void for_runs(int64_t chunk, const Body& body) {
-        const int64_t end = at_most((chunk + 1) * rows, M);
-        int64_t m = chunk * rows;
+    void for_runs(int64_t m, int64_t end, const Body& body) {
         if (!task.mask) return body(m, end, true);
         while (m < end) {
             int64_t until = m + 1;
@@ -127,9 +135,12 @@ class Interleaved {
         const int64_t length = C * channels.copies, vectors = divide_up(length, T::width);
         Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, vectors * sizeof(Sums<T>));
         for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
-        for_runs(chunk, [&](int64_t m0, int64_t m1, bool counted) {
-            if (counted) for_rows(m0, m1, [&](const Rows& some) { sum_columns(channels.table, some, term, sums); });
-        });
+        if (task.mask) {
+            sum_counted(counted.first[chunk], counted.first[chunk + 1], term, sums);
+        } else {
+            for_rows(chunk * rows, at_most((chunk + 1) * rows, M),
+                     [&](const Rows& some) { sum_columns(channels.table, some, term, sums); });
+        }
         double* columns = (double*)malloc(2 * vectors * T::width * sizeof(double));
         double* products = columns + vectors * T::width;
         for (int64_t vector = 0; vector < vectors; ++vector)
@@ -143,11 +154,43 @@ class Interleaved {
         free(sums);
     }
 
+    // The counted of rows m0 ... m1 - 1, as if they lay side by side: what a run leaves over waits for the next one.
+    template <class Term>
+    void sum_counted(int64_t m0, int64_t m1, const Term& term, Sums<T>* sums) {
+        const int64_t joint = channels.copies, length = C * joint;
+        Element* copies = (Element*)malloc(tensors_of_a_sum * length * sizeof(Element));
+        const auto copied = term.over(copies, length);
+        int64_t waiting = 0;
+        const auto wait = [&](int64_t m, int64_t count) {
+            term.each([&](const Element* from, int tensor) {
+                memcpy(copies + tensor * length + waiting * C, from + m * C, count * C * sizeof(Element));
+            });
+            waiting += count;
+        };
+        for_runs(m0, m1, [&](int64_t m, int64_t end, bool counts) {
+            if (!counts) return;
+            if (waiting) {
+                const int64_t joining = at_most(joint - waiting, end - m);
+                wait(m, joining);
+                m += joining;
+                if (waiting < joint) return;
+                sum_columns(channels.table, Rows{0, 1, length, length}, copied, sums);
+                waiting = 0;
+            }
+            const int64_t whole = (end - m) / joint;
+            if (whole) sum_columns(channels.table, Rows{m * C, whole, length, length}, term, sums);
+            m += whole * joint;
+            if (m < end) wait(m, end - m);
+        });
+        if (waiting) sum_columns(channels.table, Rows{0, 1, length, waiting * C}, copied, sums);
+        free(copies);
+    }
+
     template <class Map>
     __attribute__((noinline)) void map_chunk(int64_t chunk, const Map& map) {
         const Outputs<T, Map::writes_two> out(task);
         const bool aligned = C * channels.copies * sizeof(Element) % cache_line == 0;
-        for_runs(chunk, [&](int64_t m0, int64_t m1, bool counted) {
+        for_runs(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
             for_rows(m0, m1, [&](const Rows& some) {

@@ -60,7 +60,7 @@ namespace batchnorm {
 void BATCHNORM_ISA(Task& task) {
     switch (task.dtype) {
         case Dtype::float32:
-            return task.N * task.C * task.S <= exact_values ? run_storage<ExactFloat32>(task) : run_storage<Float32>(task);
+            return task.counted * task.C <= exact_values ? run_storage<ExactFloat32>(task) : run_storage<Float32>(task);
         case Dtype::float64: return run_storage<Float64>(task);
         case Dtype::bfloat16: return run_storage<BFloat16>(task);
         case Dtype::float16: return run_storage<Float16>(task);

@@ -113,6 +113,21 @@ INLINE Longs widen(BytePerDouble values) {
 #endif
 }
 
+// a · b + c in one rounding, where it is selected from: gcc makes a masked sum of such a one, in whole vectors but not in partial ones,
+// and its product is rounded then.
+template <class Vector>
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(a[0]) == sizeof(float)) {
+        return bits_as<Vector>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+    } else {
+        return bits_as<Vector>(_mm512_fmadd_pd(bits_as<__m512d>(a), bits_as<__m512d>(b), bits_as<__m512d>(c)));
+    }
+#else
+    return a * b + c;
+#endif
+}
+
 template <class Vector>
 INLINE Vector load_vector(const void* from) {
     Vector vector;

@@ -5,6 +5,7 @@
 // are too few channels for the threads, the channel itself is cut instead, and the passes are apart.
 //
 // Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone, which are added in order.
+// Under a mask the chunks are of counted values, which are gathered piece by piece.
 #pragma once
 
 #include "columns.h"
@@ -15,6 +16,7 @@ constexpr int64_t block_channels = 64;       // their sums, 16 KB on the stack, 
 constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes read: half of a 1 MB second-level cache
 constexpr int64_t short_plane = 128;         // values; shorter planes are taken side by side, as columns
 constexpr int64_t most_columns = 4096;
+constexpr int64_t gathered_values = 1024;  // of each tensor, in the first-level cache
 constexpr int64_t bytes_ahead = 8192;  // of what is read, asked for before
 
 // Rows n0 ... n1 - 1 and in each the elements s0 ... s1 - 1.
@@ -30,11 +32,12 @@ class Planar {
     typedef typename T::Vector Vector;
     static constexpr int64_t ahead = bytes_ahead / sizeof(Element);
 
-    explicit Planar(Task& task) : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S) {
+    explicit Planar(Task& task)
+        : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S), counted(task, chunk_values) {
         row_values = at_most(S, chunk_values);
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
-        chunks = divide_up(N, rows) * chunks_of_row;
+        chunks = task.mask ? counted.chunks : divide_up(N, rows) * chunks_of_row;
         const bool many_rows = !task.mask && N >= rows_of_sums;
         sums_by_columns = many_rows && S < short_plane;
         // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
@@ -76,6 +79,7 @@ class Planar {
     Task& task;
     Channels<T> channels;
     const int64_t N, C, S;
+    const CountedChunks counted;
     int64_t rows, row_values, chunks_of_row, chunks;
     bool sums_by_columns, maps_by_columns;
 
@@ -146,7 +150,7 @@ class Planar {
         double value[block_channels], product[block_channels];
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = products[c] = 0.0;
         for (int64_t number = 0; number < chunks; ++number) {
-            sum_chunk(c0, c1, chunk(number), term, value, product);
+            sum_chunk(c0, c1, number, term, value, product);
             for (int64_t c = 0; c < c1 - c0; ++c) values[c] += value[c], products[c] += product[c];
         }
     }
@@ -163,7 +167,7 @@ class Planar {
             parallel(task.threads, C * chunks, [&](int64_t number) {
                 const int64_t c = number / chunks;
                 if (!open[c]) return;
-                sum_chunk(c, c + 1, chunk(number % chunks), term, sums + 2 * number, sums + 2 * number + 1);
+                sum_chunk(c, c + 1, number % chunks, term, sums + 2 * number, sums + 2 * number + 1);
             });
             for (int64_t c = 0; c < C; ++c) {
                 double value = 0.0, product = 0.0;
@@ -180,7 +184,9 @@ class Planar {
     // The sums of one chunk of channels c0 ... c1 - 1.
     template <class Term>
     __attribute__((noinline)) void sum_chunk(
-        int64_t c0, int64_t c1, Span span, const Term& term, double* values, double* products) {
+        int64_t c0, int64_t c1, int64_t number, const Term& term, double* values, double* products) {
+        if constexpr (Term::has_mask) return sum_counted(c0, c1, number, term, values, products);
+        const Span span = chunk(number);
         if (sums_by_columns) return sum_columns_of(c0, c1, span, term, values, products);
         Sums<T> sums[block_channels];
         const int64_t width = span.s1 - span.s0, length = (c1 - c0) * width;
@@ -193,6 +199,32 @@ class Planar {
             }
         }
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
+    }
+
+    template <class Term>
+    void sum_counted(int64_t c0, int64_t c1, int64_t number, const Term& term, double* values, double* products) const {
+        constexpr int64_t apart = gathered_values + batchnorm::word_positions;
+        alignas(cache_line) Element copies[tensors_of_a_sum * apart];
+        const auto gathered = term.over(copies, apart);
+        for (int64_t c = c0; c < c1; ++c) {
+            const Channel<Vector> channel = channels.table.of(c);
+            Sums<T> sums;
+            int64_t filled = 0, m = counted.first[number];
+            while (m < counted.first[number + 1]) {
+                const int64_t n = m / S, row_end = at_most((n + 1) * S, counted.first[number + 1]);
+                const int64_t i = (n * (C - 1) + c) * S + m, count = at_most(row_end - m, gathered_values - filled);
+                int64_t now = filled;
+                term.each([&](const Element* from, int tensor) INLINED {
+                    now = batchnorm::gather(from + i, task.mask + m, count, copies + tensor * apart, filled);
+                });
+                m += count, filled = now;
+                if (filled < gathered_values) continue;
+                sum_row(0, 0, gathered_values, 0, 0, channel, gathered, sums);
+                filled = 0;
+            }
+            sum_row(0, 0, filled, 0, 0, channel, gathered, sums);
+            values[c - c0] = sums.total_value(), products[c - c0] = sums.total_product();
+        }
     }
 
     template <class Term>

@@ -276,6 +276,11 @@ class Call {
         task.stream = bytes >= bytes_worth_streaming;
         return tensor;
     }
+    // Groups of `size` samples, the last one of what is left.
+    void set_groups(int64_t groups, int64_t size) {
+        task.groups = groups, task.group_size = size;
+        if (task.C == 1 && x.values() > 0) task.N = x.sizes[0], task.S /= task.N;
+    }
     void run() {
         if (x.values() > 0) batchnorm::run(task);
     }
@@ -362,6 +367,32 @@ void forward(Word* stack, uint64_t, uint64_t) {
     call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
     call.run();
     stack[0] = y.release(), stack[1] = mean.release(), stack[2] = m2.release(), stack[3] = rstd.release();
+}
+
+// (G, C)
+Tensor group_vectors(const Tensor& x, int64_t groups) {
+    const int64_t sizes[] = {groups, x.sizes[1]}, strides[] = {x.sizes[1], 1};
+    Tensor vectors = Tensor::empty(2, sizes, strides, dtypes[(int)Dtype::float64]);
+    if (!x.values()) memset(vectors.data<double>(), 0, vectors.values() * sizeof(double));
+    return vectors;
+}
+
+void forward_groups(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor();
+    const int64_t groups = arguments.integer(), size = arguments.integer();
+    Call call(Verb::forward, x);
+    call.set_groups(groups, size);
+    call.task.eps = arguments.number();
+    const Epilogue epilogue(arguments, x.sizes[1], call);
+    Tensor y = call.output(), counts = Tensor::vector(groups, dtypes[(int)Dtype::float64]);
+    Tensor mean = group_vectors(x, groups), m2 = group_vectors(x, groups), rstd = group_vectors(x, groups);
+    if (!x.values()) memset(counts.data<double>(), 0, groups * sizeof(double));
+    call.task.output = y.data<void>(), call.task.counts = counts.data<double>();
+    call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
+    call.run();
+    stack[0] = y.release(), stack[1] = counts.release();
+    stack[2] = mean.release(), stack[3] = m2.release(), stack[4] = rstd.release();
 }
 
 void normalize(Word* stack, uint64_t, uint64_t) {
@@ -469,6 +500,32 @@ void backward(Word* stack, uint64_t, uint64_t) {
     stack[2] = sum_grad.release(), stack[3] = sum_grad_xhat.release();
 }
 
+void backward_groups(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Tensor dy = arguments.tensor();
+    const Tensor x = arguments.tensor(), mean = arguments.tensor(), rstd = arguments.tensor();
+    const int64_t groups = arguments.integer(), size = arguments.integer();
+    for (const Tensor* given : {&mean, &rstd})
+        if (given->dtype != dtypes[(int)Dtype::float64] || given->values() != groups * x.sizes[1])
+            throw std::runtime_error("batchnorm: the statistics of groups must be (G, C) in float64");
+    Call call(Verb::backward, x);
+    call.set_groups(groups, size);
+    call.task.dy = call.beside(dy);
+    call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
+    const Epilogue epilogue(arguments, x.sizes[1], call);
+    call.task.residual_is_output = arguments.flag();
+    const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
+    Tensor sum_grad = group_vectors(x, groups), sum_grad_xhat = group_vectors(x, groups);
+    call.task.sum_grad = sum_grad.data<double>(), call.task.sum_grad_xhat = sum_grad_xhat.data<double>();
+    Tensor dx = wants_dx ? call.output() : nothing(x), dresidual = wants_dresidual ? call.output() : nothing(x);
+    call.task.output = wants_dx ? dx.data<void>() : nullptr;
+    call.task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
+    if (!wants_dx && !wants_dresidual) call.task.verb = Verb::reduce_grad;
+    call.run();
+    stack[0] = dx.release(), stack[1] = dresidual.release();
+    stack[2] = sum_grad.release(), stack[3] = sum_grad_xhat.release();
+}
+
 // running = (1 - momentum) · running + momentum · batch, for both buffers or, if the batch's would not be finite, for neither.
 template <class Real>
 bool move(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
@@ -545,6 +602,7 @@ const struct {
     {"update_running", update_running},
     {"training_step", training_step},
     {"training_step_backward", training_step_backward},
+    {"forward_groups", forward_groups}, {"backward_groups", backward_groups},
 };
 
 }  // namespace

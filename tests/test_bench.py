@@ -338,3 +338,24 @@ def test_the_table_of_means_shows_what_was_promised():
     assert "5.00x (≥5)" in text
     assert "2.50x (≥3)" in text
     assert "missed" in text
+
+
+def test_parts_are_measured_beside_plain_batch_normalization():
+    one = case((6, 3, 4, 4), direction="step")
+    given = tensors(one)
+    names = [provider.name for provider in providers.find(["ours", "ghost", "renorm", "mask"])]
+    assert names == ["copy", "eager", "ours", "ghost", "renorm", "mask"]
+    with torch.enable_grad():
+        plain = providers.Ours().prepare(one, given)()
+        for part in providers.PARTS:
+            found = part.prepare(one, given)()
+            assert [value.shape for value in found] == [value.shape for value in plain]
+            assert not torch.equal(found[0], plain[0])
+    assert all(part.refuses(case(direction="inference")) for part in providers.PARTS)
+    rows = next(run.run([one], providers.find(["ours", "mask"]), 0.01, 1))
+    assert {row.provider: row.max_error is None for row in rows} == {
+        "copy": True,
+        "eager": False,
+        "ours": False,
+        "mask": True,
+    }

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.statistics import Batch, Ghost, Renorm, Running
 from tests.budget import assert_same_bits
@@ -280,6 +281,58 @@ def test_ghost_of_all_samples_is_plain():
     assert_same_bits("y", layer(x), plain(x))
     for name, value in plain.state_dict().items():
         assert_same_bits(name, layer.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_each_ghost_group_is_plain_bit_for_bit(kernel, masked, layout, monkeypatch):
+    """Residual, activation and mask with it; channels and planes around the widths of vectors; a mask that is the same for all samples."""
+    monkeypatch.setattr(kernels, "KERNELS", (kernel,))
+    for shape, broadcast in (((7, 5, 17), False), ((9, 64, 4, 3), False), ((8, 1, 9), True), ((6, 3, 1), False)):
+        x, residual, dy = (torch.randn(shape) for _ in range(3))
+        if layout == "channels_last":
+            x, residual, dy = (v.movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, residual, dy))
+        mask = torch.rand(1 if broadcast else shape[0], *shape[2:]) > 0.3 if masked else None
+        weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+        inputs = [v.requires_grad_() for v in (x, residual, weight, bias)]
+        y, _ = bn.functional.normalize(x, weight, bias, activation="silu", residual=residual, mask=mask, group_size=3)
+        found = torch.autograd.grad(y, inputs, dy)
+        assert y.stride() == x.stride()
+        assert found[0].stride() == x.stride()
+        expected, sums = [], []
+        for start in range(0, shape[0], 3):
+            cut = slice(start, start + 3)
+            parts = [x[cut].detach().requires_grad_(), residual[cut].detach().requires_grad_(), weight, bias]
+            part_mask = mask if mask is None or broadcast else mask[cut]
+            part, _ = bn.functional.normalize(
+                parts[0], weight, bias, activation="silu", residual=parts[1], mask=part_mask
+            )
+            grads = torch.autograd.grad(part, parts, dy[cut])
+            expected.append((part, *grads[:2]))
+            sums.append(grads[2:])
+        whole = [torch.cat(values) for values in zip(*expected, strict=True)]
+        for name, value, exact in zip(("y", "dx", "dresidual"), (y, *found[:2]), whole, strict=True):
+            assert_same_bits(name, value, exact)
+        for value, terms in zip(found[2:], zip(*sums, strict=True), strict=True):
+            torch.testing.assert_close(value, sum(terms), rtol=1e-5, atol=1e-5)
+
+
+def test_known_moments_are_not_reduced_again(monkeypatch):
+    x, dy = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, 5, dtype=torch.float64)
+    expected, moments = bn.functional.normalize(x)
+    for kernel in kernels.KERNELS:
+        monkeypatch.setattr(kernel, "forward", None)
+        monkeypatch.setattr(kernel, "moments", None)
+    y, found = bn.functional.normalize(x, moments=moments)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy))
+    torch.testing.assert_close(found, moments)
+    torch.testing.assert_close(bn.functional.normalize(x.detach(), moments=moments)[0], expected.detach())
+    with pytest.raises(InputError, match="one of the two"):
+        bn.functional.normalize(x, moments=moments, group_size=2)
+    with pytest.raises(InputError, match="group_size must be at least 1"):
+        bn.functional.normalize(x, group_size=0)
 
 
 def test_a_sample_left_over_joins_the_group_before_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from batchnorm import functional
 from batchnorm.bench.case import Case, Tensors
 from batchnorm.errors import InputError
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.statistics import Batch, Ghost, Renorm, Statistics
 
 Call = Callable[..., Tensor]  # x, and the residual where there is one -> y
 Timed = Callable[[], tuple[Tensor, ...]]  # y alone, or the gradients, dx first
@@ -130,7 +132,38 @@ class Ours:
         return _directed(case, given, call, (weight, bias))
 
 
+class Part:
+    """Our layer with statistics of another kind: its cost over "ours", the plain batch normalization."""
+
+    def __init__(self, name: str, statistics: Callable[[Case], Statistics], masked: bool = False) -> None:
+        self.name, self.statistics, self.masked = name, statistics, masked
+
+    def refuses(self, case: Case) -> str | None:
+        return "in inference all parts are the same" if case.direction == "inference" else None
+
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        activation = case.layer.activation
+        layer = _filled(
+            BatchNorm(case.layer.shape[1], activation=activation, statistics=self.statistics(case)), case, given
+        )
+        mask = _padding(case) if self.masked else None
+        return _directed(case, given, lambda *inputs: layer(*inputs, mask=mask), tuple(layer.parameters()))
+
+
+def _padding(case: Case) -> Tensor:
+    """A mask (N, *S): of each sample a beginning counts, between 60 % and all of it."""
+    N, _, *S = case.layer.shape
+    positions = math.prod(S)
+    lengths = torch.linspace(0.6 * positions, positions, N).long()
+    return (torch.arange(positions) < lengths.unsqueeze(1)).view(N, *S)
+
+
 PROVIDERS: tuple[Provider, ...] = (Copy(), Eager(), Compile(), OneDNN(), Ours())
+PARTS: tuple[Provider, ...] = (  # what they compute is something else: no error is shown
+    Part("ghost", lambda case: Ghost(min(16, max(case.layer.shape[0] // 2, 2)))),
+    Part("renorm", lambda _: Renorm(warmup=0)),
+    Part("mask", lambda _: Batch(), masked=True),
+)
 USUAL = ("copy", "eager", "onednn", "ours")  # compiling takes ten seconds a case
 
 
@@ -138,13 +171,13 @@ def find(names: Sequence[str]) -> list[Provider]:
     """Those of these names, with the copy and eager that all are measured against.
 
     Raises:
-        InputError: on a name that is none of `PROVIDERS`.
+        InputError: on a name that is none of `PROVIDERS` or `PARTS`.
     """
-    known = [provider.name for provider in PROVIDERS]
+    known = [provider.name for provider in (*PROVIDERS, *PARTS)]
     for name in names:
         if name not in known:
             raise InputError(f"provider must be one of {', '.join(known)}, but got {name!r}")
-    return [provider for provider in PROVIDERS if provider.name in (*names, "copy", "eager")]
+    return [provider for provider in (*PROVIDERS, *PARTS) if provider.name in (*names, "copy", "eager")]
 
 
 def layer_of_ours(case: Case, given: Tensors) -> BatchNorm:

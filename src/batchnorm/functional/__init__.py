@@ -28,6 +28,7 @@ from batchnorm.functional.checks import (
     check_residual,
     check_several_values,
     epilogue_of,
+    groups_of,
     is_single_value,
     mask_of,
 )
@@ -41,7 +42,8 @@ from batchnorm.functional.parts import (
 from batchnorm.functional.recompute import recomputation, recomputing
 from batchnorm.functional.reduction import Reducer
 from batchnorm.functional.running import move_running_statistics
-from batchnorm.kernels import Activation, Epilogue, eager
+from batchnorm.kernels import Activation, Epilogue, Groups, eager
+from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 
 __all__ = [
@@ -137,21 +139,30 @@ def normalize(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     reducer: Reducer | None = None,
+    group_size: int | None = None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize with the statistics of `input` itself, and return them; touches no buffer.
 
-    Takes the arguments of `batch_norm`. The moments are detached: the gradient of the output flows through the statistics, but
+    Takes the arguments of `batch_norm`, and two more. `group_size` samples share statistics; what is left over is a group too, unless
+    it is one value per channel, which joins the group before. No replica's samples join them, and the moments returned are those of
+    all groups together. `moments` are those of `input`, or of all replicas' inputs, where they are known: the input is then not read
+    once more for them. The gradient flows through them all the same.
+
+    The moments returned are detached: the gradient of the output flows through the statistics, but
     a loss of the moments themselves needs `Moments` of its own.
 
     Raises:
-        InputError, ShapeError, DTypeError: as `batch_norm`.
+        InputError, ShapeError, DTypeError: as `batch_norm`; InputError if group_size is less than 1, or comes with moments.
     """
     check_input(input, {"weight": weight, "bias": bias})
+    if moments is not None and group_size is not None:
+        raise InputError("moments are those of all samples, but got group_size as well; pass one of the two")
     mask = mask_of(lengths, mask, input)
     if eps <= 0.0:
         raise InputError(f"batch_norm eps must be positive during training, but got {eps}; the default is 1e-5")
     if input.is_complex():
-        output, moments = normalize(
+        output, found = normalize(
             parts_as_channels(input),
             parts_of_parameter(weight),
             parts_of_parameter(bias),
@@ -160,20 +171,29 @@ def normalize(
             residual=None if residual is None else _residual_parts(residual, input),
             mask=mask,
             reducer=reducer,
+            group_size=group_size,
+            moments=None if moments is None else _parts_of_moments(moments),
         )
         return channels_as_parts(output), Moments(
-            moments.count, vector_as_complex(moments.mean), vector_as_complex(moments.m2)
+            found.count, vector_as_complex(found.mean), vector_as_complex(found.m2)
         )
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
-    if differentiated_by_torch() or exporting():
-        output, moments, _ = reduction.forward(eager, input, eps, epilogue, reducer)
-        return output, moments.detach()
-    if needs_grad(input, epilogue):
-        output, *moments = memory.recorded(Normalize.apply, input, None, None, eps, *distinct(input, epilogue), reducer)
-        return output, Moments(*moments)
-    return reduction.forward(kernels.select(input, epilogue), input, eps, epilogue, reducer)[:2]
+    groups = groups_of(input, group_size)
+    if differentiated_by_torch() or exporting():  # known moments would be constants to torch
+        output, found, _ = reduction.forward(eager, input, eps, epilogue, reducer, groups)
+        found = found.detach()
+    elif needs_grad(input, epilogue):
+        rest = (groups, *(moments or ())) if groups or moments else ()
+        output, *values = memory.recorded(
+            Normalize.apply, input, None, None, eps, *distinct(input, epilogue), reducer, *rest
+        )
+        found = Moments(*values)
+    else:
+        kernel = kernels.select(input, epilogue)
+        output, found, _ = reduction.forward(kernel, input, eps, epilogue, reducer, groups, moments)
+    return output, found if groups is None else _pooled(found, mask, groups, input)
 
 
 def normalize_with(
@@ -246,6 +266,17 @@ def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = 
     if differentiated_by_torch() or exporting():
         return eager.moments(input, epilogue.mask).detach()
     return kernels.select(input, epilogue).moments(input, epilogue.mask)
+
+
+def _parts_of_moments(moments: Moments) -> Moments:
+    return Moments(moments.count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
+
+
+def _pooled(moments: Moments, mask: Tensor | None, groups: Groups, input: Tensor) -> Moments:
+    """Those of all groups; how many values there are is known where no mask decides it."""
+    assert isinstance(moments.count, Tensor), f"the counts of {groups.number} groups are a tensor"
+    pooled = Moments.pooled(moments.count, moments.mean, moments.m2)
+    return pooled if mask is not None else pooled._replace(count=values_per_channel(input))
 
 
 def _residual_parts(residual: Tensor, input: Tensor) -> Tensor:

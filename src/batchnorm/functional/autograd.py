@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from batchnorm import kernels, memory
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
-from batchnorm.kernels import Activation, Epilogue, eager
+from batchnorm.kernels import Activation, Epilogue, Groups, eager
+from batchnorm.moments import Moments
 
 
 def differentiated_by_torch() -> bool:
@@ -48,7 +49,7 @@ def distinct(input: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
 
 
 class Normalize(torch.autograd.Function):
-    """The one autograd node: running statistics given are constants; None means the batch's own."""
+    """The one autograd node: running statistics given are constants; None means the batch's own, which may be known already."""
 
     @staticmethod
     def forward(  # the epilogue's fields come one by one: autograd only sees tensors that are arguments themselves
@@ -63,6 +64,10 @@ class Normalize(torch.autograd.Function):
         mask: Tensor | None,
         activation: Activation | None,
         reducer: Reducer | None,
+        groups: Groups | None = None,
+        known_count: int | Tensor | None = None,
+        known_mean: Tensor | None = None,
+        known_m2: Tensor | None = None,
     ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         kernel = kernels.select(x, epilogue)
@@ -70,19 +75,24 @@ class Normalize(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
         ctx.kernel, ctx.eps, ctx.activation = kernel, eps, activation
-        ctx.reducer = reducer
+        ctx.reducer, ctx.groups = reducer, groups
         if running_mean is not None and running_var is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
             _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
             ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
             return y, None, None, None
-        y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer)
+        known = None
+        if known_count is not None and known_mean is not None and known_m2 is not None:
+            known = Moments(
+                known_count, known_mean.view_as(known_mean), known_m2.view_as(known_m2)
+            )  # outputs: not the inputs
+        y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer, groups, known)
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
         kept = _kept_of_residual(epilogue, y)
-        if reducer is None:
-            _remember(y, x, epilogue, lambda x, given: kernel.forward(x, eps, given)[0])
+        if reducer is None and known is None:
+            _remember(y, x, epilogue, lambda x, given: reduction.forward(kernel, x, eps, given, None, groups)[0])
         else:
             _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, moments.mean, rstd, given))
         ctx.save_for_backward(x, moments.mean, rstd, weight, kept_bias, *kept, mask, masked_count)
@@ -93,14 +103,14 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
-            return (None,) * 10
+            return (None,) * 14
         x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
         epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
         count = ctx.count if masked_count is None else masked_count
         dx, dweight, dbias, dresidual = gradients(ctx, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[5])
         if ctx.activation is None and ctx.needs_input_grad[6]:
             dresidual = _counted(dy, mask)
-        return dx, None, None, None, dweight, dbias, dresidual, None, None, None
+        return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 7
 
 
 def _remember(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:
@@ -134,18 +144,22 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and residual, from the node's kernel or such that can be differentiated again.
 
-    `count` is None where the statistics are constants. Of its node it takes `kernel`, `eps`, `bias_dtype` and `reducer`.
+    `count` is None where the statistics are constants. Of its node it takes `kernel`, `eps`, `bias_dtype`, `reducer` and `groups`.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         given = (mean, rstd) if count is None else None
-        dx, dweight, dbias, dresidual = _differentiable_backward(dy, x, given, ctx.eps, epilogue, ctx.reducer)
+        dx, dweight, dbias, dresidual = _differentiable_backward(
+            dy, x, given, ctx.eps, epilogue, ctx.reducer, ctx.groups
+        )
         if epilogue.activation is None and wants_dbias:
             dbias = _counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
         return dx, dweight, dbias, dresidual
     kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
     dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
-        kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer
+        kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer, ctx.groups
     )
+    if ctx.groups is not None:  # each (G, C)
+        sum_grad, sum_grad_xhat = sum_grad.sum(0), sum_grad_xhat.sum(0)
     dweight = None if epilogue.weight is None else sum_grad_xhat.to(epilogue.weight.dtype)
     dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
     return dx, dweight, dbias, dresidual
@@ -170,6 +184,7 @@ def _differentiable_backward(
     eps: float,
     epilogue: Epilogue,
     reducer: Reducer | None,
+    groups: Groups | None,
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
@@ -185,7 +200,7 @@ def _differentiable_backward(
         activation = None
     epilogue = Epilogue(weight, bias, residual, mask, activation)
     if given is None:
-        y, _, _ = reduction.forward(eager, x, eps, epilogue, reducer)
+        y, _, _ = reduction.forward(eager, x, eps, epilogue, reducer, groups)
     else:
         y = eager.normalize(x, *given, epilogue)
     wanted = [value for value in inputs if value is not None and value.requires_grad]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from batchnorm import kernels
 from batchnorm.errors import ArgumentError, DTypeError, InputError, ShapeError
-from batchnorm.kernels import Activation, Epilogue
+from batchnorm.kernels import Activation, Epilogue, Groups
 
 
 def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None:
@@ -40,6 +40,20 @@ def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None
 def is_single_value(input: Tensor) -> bool:
     """Whether each channel of the input (N, C, *S) has one value, which has no variance."""
     return input.dim() > 1 and input.shape[1] > 0 and input.numel() == input.shape[1]
+
+
+def groups_of(input: Tensor, size: int | None) -> Groups | None:
+    """`size` samples of the input (N, C, *S) to a group; None where all are one.
+
+    The samples left over are a group too, unless they are one value per channel: that joins the group before it.
+    """
+    if size is None or input.dim() < 2 or input.numel() == 0:
+        return None
+    if size < 1:
+        raise InputError(f"group_size must be at least 1, the samples in a group, but got {size}")
+    number, left = divmod(input.shape[0], size)
+    number += left > 0 and not is_single_value(input[input.shape[0] - left :])
+    return Groups(number, size) if number > 1 else None
 
 
 def check_several_values(input: Tensor) -> None:

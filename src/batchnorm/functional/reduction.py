@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from batchnorm.kernels import Backward, Epilogue, Kernel
+from batchnorm.kernels import Backward, Epilogue, Groups, Kernel
 from batchnorm.moments import Moments, at_least_one
 
 
@@ -34,12 +34,22 @@ class Reducer(Protocol):
 
 
 def forward(
-    kernel: Kernel, x: Tensor, eps: float, epilogue: Epilogue, reducer: Reducer | None
+    kernel: Kernel,
+    x: Tensor,
+    eps: float,
+    epilogue: Epilogue,
+    reducer: Reducer | None,
+    groups: Groups | None = None,
+    known: Moments | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
-    """`Kernel.forward`, with the statistics of all replicas: y, the moments it was normalized with, and their rstd."""
-    if reducer is None:
-        return kernel.forward(x, eps, epilogue)
-    moments = reducer.merge(kernel.moments(x, epilogue.mask))
+    """`Kernel.forward`, with the statistics of all replicas: y, the moments it was normalized with, and their rstd.
+
+    Groups have no replicas. `known` moments are those of all replicas already, and nothing is reduced.
+    """
+    if known is None and (groups is not None or reducer is None):
+        return kernel.forward(x, eps, epilogue, groups)
+    moments = known if known is not None or reducer is None else reducer.merge(kernel.moments(x, epilogue.mask))
+    assert moments is not None
     rstd = moments.rstd(eps)
     return kernel.normalize(x, moments.mean, rstd, epilogue), moments, rstd
 
@@ -54,14 +64,15 @@ def backward(
     count: int | Tensor | None,
     needs_input_grad: bool,
     reducer: Reducer | None,
+    groups: Groups | None = None,
 ) -> Backward:
     """`Kernel.backward`, with dx through the statistics of all replicas.
 
     The sums that become dweight and dbias are this replica's own: adding those of all replicas, as data-parallel training does,
     is left to whoever owns the parameters.
     """
-    if reducer is None or not needs_input_grad:
-        return kernel.backward(dy, x, mean, rstd, epilogue, count, needs_input_grad=needs_input_grad)
+    if groups is not None or reducer is None or not needs_input_grad:
+        return kernel.backward(dy, x, mean, rstd, epilogue, count, needs_input_grad, groups)
     sums = kernel.reduce_grad(dy, x, mean, rstd, epilogue)
     divisor = at_least_one(0 if count is None else count)
     total, total_xhat = reducer.sum(*sums)

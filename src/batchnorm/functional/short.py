@@ -75,7 +75,7 @@ class TrainingStep(torch.autograd.Function):
         if not y.numel():
             return None
         ctx.materialize_grads = False
-        ctx.kernel, ctx.eps, ctx.activation, ctx.reducer = cpu, eps, activation, None
+        ctx.kernel, ctx.eps, ctx.activation, ctx.reducer, ctx.groups = cpu, eps, activation, None, None
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, statistics, weight, None if activation is None else bias)
         return y

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from batchnorm.kernels import cpu, eager
 from batchnorm.kernels.activation import Activation, from_module, parse
-from batchnorm.kernels.contract import Backward, Epilogue, Kernel
+from batchnorm.kernels.contract import Backward, Epilogue, Groups, Kernel
 
 KERNELS: tuple[Kernel, ...] = (cpu, eager)
 
@@ -19,4 +19,4 @@ def select(x: Tensor, epilogue: Epilogue) -> Kernel:
     raise AssertionError("eager refuses nothing")
 
 
-__all__ = ["KERNELS", "Activation", "Backward", "Epilogue", "Kernel", "from_module", "parse", "select"]
+__all__ = ["KERNELS", "Activation", "Backward", "Epilogue", "Groups", "Kernel", "from_module", "parse", "select"]

@@ -55,14 +55,31 @@ class Epilogue(NamedTuple):
         return self.residual is not None or self.output is not None
 
 
+class Groups(NamedTuple):
+    """Samples in groups, each with statistics of its own: mean, M2, rstd and the sums are then (G, C), and the count is (G,).
+
+    Attributes:
+        number: of groups, G, at least 2.
+        size: samples in each but the last, which has all that are left.
+    """
+
+    number: int
+    size: int
+
+    def bounds(self, N: int) -> list[tuple[int, int]]:
+        """First and last sample, exclusive, of each group of N samples."""
+        starts = [group * self.size for group in range(self.number)]
+        return list(zip(starts, [*starts[1:], N], strict=True))
+
+
 class Backward(NamedTuple):
     """What the fused backward pair returns.
 
     Attributes:
         input: dx, or None where it was not asked for.
         residual: dresidual, or None without a residual.
-        sum_grad: Σg, (C,): the gradient of the bias.
-        sum_grad_xhat: Σg·x̂, (C,): the gradient of the weight.
+        sum_grad: Σg, (C,), or (G, C) of groups: the gradient of the bias.
+        sum_grad_xhat: Σg·x̂, likewise: the gradient of the weight.
     """
 
     input: Tensor | None
@@ -117,8 +134,10 @@ class Kernel(Protocol):
         """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None where the statistics are constants."""
         ...
 
-    def forward(self, x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
-        """`moments` and `normalize`, fused: y, the moments it was normalized with, and their rstd."""
+    def forward(
+        self, x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None
+    ) -> tuple[Tensor, Moments, Tensor]:
+        """`moments` and `normalize`, fused: y, the moments it was normalized with, and their rstd; of each group, if there are."""
         ...
 
     def backward(
@@ -130,6 +149,7 @@ class Kernel(Protocol):
         epilogue: Epilogue,
         count: int | Tensor | None,
         needs_input_grad: bool = True,
+        groups: Groups | None = None,
     ) -> Backward:
-        """`reduce_grad` and `input_grad`, fused; `count` is None where the statistics are constants."""
+        """`reduce_grad` and `input_grad`, fused; `count` is None where the statistics are constants, which those of groups are not."""
         ...

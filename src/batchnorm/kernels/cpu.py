@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchnorm.errors import StateError
 from batchnorm.kernels.activation import Activation
-from batchnorm.kernels.contract import Backward, Epilogue, values_per_channel
+from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
 from batchnorm.moments import Moments
 
 name = "cpu"
@@ -43,6 +43,9 @@ _SCHEMAS = (
     f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual) -> (Tensor, Tensor)",
     "backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, "
     f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual, bool wants_dx) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"forward_groups(Tensor x, int groups, int size, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"backward_groups(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, int size, {_EPILOGUE}, "
+    "bool residual_is_output, bool wants_dresidual, bool wants_dx) -> (Tensor, Tensor, Tensor, Tensor)",
     "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? moved_batches, "
     "Tensor(d!)? nonfinite_batches, Tensor mean, Tensor m2, Tensor? masked_count, "
     "float count, float momentum, bool unbiased, bool skip_nonfinite) -> Tensor",
@@ -111,8 +114,11 @@ def input_grad(
     return dx, dresidual if wants_dresidual else None
 
 
-def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
+def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> tuple[Tensor, Moments, Tensor]:
     arguments = _arguments(x, epilogue)
+    if groups is not None:
+        y, counts, mean, m2, rstd = torch.ops.batchnorm.forward_groups.default(x, *groups, eps, *arguments)
+        return y, Moments(counts, mean, m2), rstd
     mask = arguments[3]
     count = None if mask is None else _counted_by(mask)
     y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, count, eps, *arguments)
@@ -127,11 +133,18 @@ def backward(
     epilogue: Epilogue,
     count: int | Tensor | None,
     needs_input_grad: bool = True,
+    groups: Groups | None = None,
 ) -> Backward:
+    wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
+    arguments = _arguments(x, epilogue)
+    if groups is not None:
+        dx, dresidual, *sums = torch.ops.batchnorm.backward_groups.default(
+            dy, x, mean, rstd, *groups, *arguments, is_output, wants_dresidual, needs_input_grad
+        )
+        return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, *sums)
     other_count = count if isinstance(count, Tensor) else None
     if isinstance(count, int) and count != values_per_channel(x):
         other_count = torch.full((), count, dtype=torch.float64)
-    wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
     dx, dresidual, sum_grad, sum_grad_xhat = torch.ops.batchnorm.backward.default(
         dy,
         x,
@@ -139,7 +152,7 @@ def backward(
         rstd,
         other_count,
         count is None,
-        *_arguments(x, epilogue),
+        *arguments,
         is_output,
         wants_dresidual,
         needs_input_grad,
@@ -243,14 +256,19 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, x.stride())
 
 
-def _channels(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.float64)
+def _channels(x: Tensor, *groups: int) -> Tensor:
+    return x.new_empty((*groups, x.shape[1]), dtype=torch.float64)
 
 
 # What the operators return, for tracing: shapes, strides and dtypes without values.
 _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
     "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
+    "forward_groups": lambda x, groups, *_: (
+        _like(x),
+        x.new_empty(groups, dtype=torch.float64),
+        *(_channels(x, groups) for _ in range(3)),
+    ),
     "normalize": lambda x, *_: _like(x),
     "infer": lambda x, *_: (_like(x), _channels(x), _channels(x)),
     "reduce_grad": lambda _, x, *__: (_channels(x), _channels(x)),
@@ -260,6 +278,12 @@ _FAKES = {
         _like(x) if rest[-2] else x.new_empty(0),
         _channels(x),
         _channels(x),
+    ),
+    "backward_groups": lambda _, x, __, ___, groups, *rest: (
+        _like(x) if rest[-1] else x.new_empty(0),
+        _like(x) if rest[-2] else x.new_empty(0),
+        _channels(x, groups),
+        _channels(x, groups),
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
     "training_step": lambda x, *_: (_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)),

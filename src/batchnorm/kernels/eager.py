@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from batchnorm.kernels.contract import Backward, Epilogue, values_per_channel
+from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
 from batchnorm.moments import Moments, at_least_one
 
 name = "eager"
@@ -21,12 +22,12 @@ def refuses(x: Tensor, epilogue: Epilogue) -> str | None:  # noqa: ARG001 (the c
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
-    wide, axes = x.to(wide_dtype(x)), _reduced_axes(x)
-    if mask is None:
-        count: int | Tensor = values_per_channel(x)
-    else:
-        wide = torch.where(mask, wide, 0)
-        count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=wide.dtype)
+    count: int | Tensor = values_per_channel(x)
+    if mask is not None:
+        count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=wide_dtype(x))
+        if _can_gather(x):
+            x, mask = _gathered(x, mask), None
+    wide, axes = _masked(x.to(wide_dtype(x)), mask), _reduced_axes(x)
     divisor = at_least_one(count)
     mean = wide.sum(axes) / divisor  # (C,)
     deviation = _masked(wide - _along_channels(mean, x), mask)
@@ -53,8 +54,7 @@ def infer(
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-    grad, normalized = _pre_activation_grad(dy, x, mean, rstd, epilogue)
-    return _reduce(grad, normalized)
+    return _reduce(*_pre_activation_grad(dy, x, mean, rstd, epilogue), epilogue.mask)
 
 
 def input_grad(
@@ -69,7 +69,9 @@ def input_grad(
     return _input_grad(x, grad, normalized, rstd, epilogue, mean_grads)
 
 
-def forward(x: Tensor, eps: float, epilogue: Epilogue) -> tuple[Tensor, Moments, Tensor]:
+def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> tuple[Tensor, Moments, Tensor]:
+    if groups is not None:
+        return _forward_groups(x, eps, epilogue, groups)
     batch = moments(x, epilogue.mask)
     rstd = batch.rstd(eps)
     return normalize(x, batch.mean, rstd, epilogue), batch, rstd
@@ -83,9 +85,12 @@ def backward(
     epilogue: Epilogue,
     count: int | Tensor | None,
     needs_input_grad: bool = True,
+    groups: Groups | None = None,
 ) -> Backward:
+    if groups is not None:
+        return _backward_groups(dy, x, mean, rstd, epilogue, count, needs_input_grad, groups)
     grad, normalized = _pre_activation_grad(dy, x, mean, rstd, epilogue)
-    sums = _reduce(grad, normalized)
+    sums = _reduce(grad, normalized, epilogue.mask)
     if not needs_input_grad:
         return Backward(None, _residual_grad(grad, epilogue), *sums)
     mean_grads = None if count is None else (sums[0] / at_least_one(count), sums[1] / at_least_one(count))
@@ -137,9 +142,68 @@ def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=dy.dtype) + dy
 
 
-def _reduce(grad: Tensor, normalized: Tensor) -> tuple[Tensor, Tensor]:
+def _reduce(grad: Tensor, normalized: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if mask is not None and _can_gather(grad):
+        grad, normalized = _gathered(grad, mask), _gathered(normalized, mask)
     axes = _reduced_axes(grad)
     return grad.sum(axes), (grad * normalized).sum(axes)
+
+
+def _forward_groups(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups) -> tuple[Tensor, Moments, Tensor]:
+    found = [forward(x[cut], eps, _of_group(epilogue, x, cut)) for cut in _cuts(groups, x)]
+    counts = [torch.as_tensor(batch.count, dtype=batch.mean.dtype, device=x.device) for _, batch, _ in found]
+    means, m2s = (
+        torch.stack(values) for values in zip(*((batch.mean, batch.m2) for _, batch, _ in found), strict=True)
+    )
+    y = _in_layout_of(x, torch.cat([y for y, _, _ in found]))
+    return y, Moments(torch.stack(counts), means, m2s), torch.stack([rstd for _, _, rstd in found])
+
+
+def _backward_groups(
+    dy: Tensor,
+    x: Tensor,
+    means: Tensor,
+    rstds: Tensor,
+    epilogue: Epilogue,
+    counts: int | Tensor | None,
+    needs_input_grad: bool,
+    groups: Groups,
+) -> Backward:
+    assert isinstance(counts, Tensor), "of groups the counts are (G,)"
+    found = [
+        backward(dy[cut], x[cut], mean, rstd, _of_group(epilogue, x, cut), count, needs_input_grad)
+        for cut, mean, rstd, count in zip(_cuts(groups, x), means, rstds, counts, strict=True)
+    ]
+    dx, dresidual = (
+        None if values[0] is None else _in_layout_of(x, torch.cat(values))  # pyright: ignore[reportArgumentType]
+        for values in ([grads.input for grads in found], [grads.residual for grads in found])
+    )
+    sums = (torch.stack(values) for values in zip(*(grads[2:] for grads in found), strict=True))
+    return Backward(dx, dresidual, *sums)
+
+
+def _cuts(groups: Groups, x: Tensor) -> list[slice]:
+    return [slice(*bounds) for bounds in groups.bounds(x.shape[0])]
+
+
+def _of_group(epilogue: Epilogue, x: Tensor, cut: slice) -> Epilogue:
+    beside = (epilogue.residual, epilogue.mask, epilogue.output)
+    residual, mask, output = (
+        None if value is None else value.expand(x.shape[0], *value.shape[1:])[cut] for value in beside
+    )
+    return epilogue._replace(residual=residual, mask=mask, output=output)
+
+
+def _can_gather(x: Tensor) -> bool:
+    """Whether the values that a mask counts can be taken out: how many there are must be known at once."""
+    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not is_fake(x)
+
+
+def _gathered(value: Tensor, mask: Tensor) -> Tensor:
+    """The counted values side by side, (M, C): the order in which they are added depends on nothing else."""
+    return value.movedim(1, -1)[mask.expand(value.shape[0], 1, *value.shape[2:]).squeeze(1)]
 
 
 def _input_grad(

@@ -18,6 +18,9 @@ MARKERS = {  # color, marker, filled
     "eager": (PLAIN, "s", "full"),
     "compile": (MUTED, "^", "none"),
     "onednn": (MUTED, "D", "none"),
+    "ghost": (BATCH_NORM, "v", "none"),
+    "renorm": (BATCH_NORM, "P", "none"),
+    "mask": (BATCH_NORM, "X", "none"),
 }
 Key = tuple[str, str, str, str, str, int]
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import Reducer, moments, normalize
-from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional import moments, normalize
 from batchnorm.functional.recompute import kept
 from batchnorm.moments import Moments
 from batchnorm.statistics.contract import Layer
@@ -78,7 +77,6 @@ class Renorm:
         reducer = reducer_of(layer)
         if reducer is not None:
             batch = reducer.merge(batch).detach()
-            reducer = _Merged(reducer, batch)
         with torch.no_grad():
             r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
             running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
@@ -92,20 +90,14 @@ class Renorm:
         bias = d if gamma is None else d * gamma
         bias = (bias if beta is None else bias + beta).to(dtype)
         y, _ = normalize(
-            x, weight, bias, layer.eps, activation=layer.activation, residual=residual, mask=mask, reducer=reducer
+            x,
+            weight,
+            bias,
+            layer.eps,
+            activation=layer.activation,
+            residual=residual,
+            mask=mask,
+            reducer=reducer,
+            moments=batch,
         )
         return y, batch
-
-
-class _Merged:
-    """A reducer whose moments are known already, so that no second collective finds them again."""
-
-    def __init__(self, reducer: Reducer, merged: Moments) -> None:
-        self.reducer, self.merged, self.size = reducer, merged, reducer.size
-
-    def merge(self, moments: Moments) -> Moments:
-        differentiable = differentiated_by_torch() or moments.mean.requires_grad
-        return self.reducer.merge(moments) if differentiable else self.merged
-
-    def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
-        return self.reducer.sum(sum_grad, sum_grad_xhat)

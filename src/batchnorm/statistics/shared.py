@@ -63,7 +63,12 @@ def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor |
 
 
 def by_batch(
-    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, reducer: Reducer | None = None
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    reducer: Reducer | None = None,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Moments]:
     return normalize(
         x,
@@ -74,6 +79,7 @@ def by_batch(
         residual=residual,
         mask=mask,
         reducer=reducer,
+        group_size=group_size,
     )
 
 

@@ -1,0 +1,67 @@
+"""Padding changes nothing, bit for bit: neither what it holds, nor how much of it there is, nor where."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchnorm import kernels
+from batchnorm.functional import batch_norm
+from tests.budget import assert_same_bits
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# C, and the tokens of each sample: 51 values; 4200 values, around the border of exact arithmetic; and above 65536 of a channel.
+TOKENS = {
+    "few": (3, [6, 2, 0, 9]),
+    "some": (24, [90, 1, 77, 7]),
+    "wide": (80, [300, 11, 0, 500]),
+    "many": (2, [30000, 41000, 17]),
+}
+EXTRA = [(0, 0), (1, 0), (7, 1), (64, 5)]  # positions at the end of each sample, and samples of nothing but padding
+
+
+def padded(tokens: list[Tensor], extra: tuple[int, int], layout: str, fill: float) -> Tensor:
+    """Samples (C, length) as (N, C, L) with so much beside them."""
+    positions, samples = extra
+    C, L = tokens[0].shape[0], max(token.shape[1] for token in tokens) + positions
+    x = tokens[0].new_full((len(tokens) + samples, C, L), fill)
+    for i, token in enumerate(tokens):
+        x[i, :, : token.shape[1]] = token
+    return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def valid(value: Tensor, lengths: list[int]) -> Tensor:
+    return torch.cat([value[i, :, :length] for i, length in enumerate(lengths)], 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_padding_changes_no_bit(kernel, tokens, layout, dtype, training, monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", (kernel,))
+    C, lengths = TOKENS[tokens]
+    samples = [[torch.randn(C, length).mul(2).add(1).to(dtype) for length in lengths] for _ in range(3)]
+    # Of torch's own exponentials vectors and what is left over round differently: in eager an activation has none.
+    activation = "relu" if kernel is kernels.eager else "silu"
+    affine = torch.float64 if dtype == torch.float64 else torch.float32
+    found = []
+    for i, extra in enumerate(EXTRA):
+        fill = (torch.nan, 1e30)[i % 2]
+        x, dy, residual = (padded(values, extra, layout, fill) for values in samples)
+        mask = torch.arange(x.shape[2]) < torch.tensor(lengths + [0] * extra[1]).unsqueeze(1)
+        weight, bias = torch.linspace(0.5, 2, C, dtype=affine), torch.linspace(-1, 1, C, dtype=affine)
+        inputs = [value.requires_grad_() for value in (x, residual, weight, bias)]
+        running = torch.zeros(C), torch.ones(C)
+        y = batch_norm(
+            x, *running, weight, bias, training, mask=mask, activation=activation, residual=residual, eps=1e-3
+        )
+        dx, dresidual, dweight, dbias = torch.autograd.grad(y, inputs, dy)
+        values = (valid(value, lengths) for value in (y, dx, dresidual))
+        found.append((*values, dweight, dbias, *running))
+    assert all(value.isfinite().all() for value in found[0])
+    for others in found[1:]:
+        for name, value, expected in zip(
+            ("y", "dx", "dresidual", "dweight", "dbias", "mean", "variance"), others, found[0], strict=True
+        ):
+            assert_same_bits(name, value, expected)
