@@ -8,7 +8,7 @@ from batchnorm.functional import recomputation
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.moments import Moments
-from batchnorm.statistics import domain
+from batchnorm.statistics import accumulate, domain
 from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 
@@ -24,6 +24,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "__version__",
+    "accumulate",
     "convert",
     "copy_statistics",
     "domain",
