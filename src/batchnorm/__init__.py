@@ -11,7 +11,7 @@ from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
 from batchnorm.population import recalibrate
-from batchnorm.statistics import domain
+from batchnorm.statistics import accumulate, domain
 from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
 from batchnorm.version import __version__
 
@@ -28,6 +28,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "__version__",
+    "accumulate",
     "average_buffers",
     "convert",
     "copy_statistics",

@@ -4,6 +4,7 @@ A part is stateless: what it remembers lives in the layer's buffers. Most need t
 and a checkpoint of any part loads into any other.
 """
 
+from batchnorm.statistics.accumulate import accumulate
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
 from batchnorm.statistics.domains import Domains, domain
@@ -22,6 +23,7 @@ __all__ = [
     "Renorm",
     "Running",
     "Statistics",
+    "accumulate",
     "domain",
     "kept_by",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from batchnorm.functional.short import training_step
+from batchnorm.statistics.accumulate import accumulating
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.shared import by_replicas, train_or_infer
 
@@ -19,7 +20,8 @@ class Batch:
     """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        if layer.training and layer.track_running_stats and residual is None and mask is None and layer.reducer is None:
+        alone = layer.reducer is None and not accumulating()
+        if alone and layer.training and layer.track_running_stats and residual is None and mask is None:
             y = _in_one_step(layer, x)
             if y is not None:
                 return y

@@ -15,9 +15,11 @@ from batchnorm.functional import (
     move_running_statistics,
     normalize,
     normalize_with,
+    recomputing,
 )
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.moments import Moments
+from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Layer
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
@@ -53,8 +55,12 @@ def train_or_infer(
             normalized = by_batch
     y, moments = normalized(layer, x, residual, mask)
     y = y if inferred is None else inferred
-    if moves and layer.running_mean is not None and layer.running_var is not None:
-        _move(layer, layer.running_mean, layer.running_var, moments)
+    running_mean, running_var = layer.running_mean, layer.running_var
+    if moves and running_mean is not None and running_var is not None:
+        if accumulating() and not recomputing():
+            add(running_mean, moments, lambda merged: _move(layer, running_mean, running_var, merged))
+        else:
+            _move(layer, running_mean, running_var, moments)
     return y
 
 
