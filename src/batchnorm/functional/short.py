@@ -46,9 +46,8 @@ def training_step(
         or memory.saving()
     ):
         return None
-    if (
-        recomputing()
-    ):  # a checkpoint wants the same tensors saved, so the same way is taken; it moves nothing that stays
+    if recomputing():
+        # A checkpoint wants the same tensors saved, so the same way is taken; it moves nothing that stays.
         running = cast("Buffers", tuple(None if buffer is None else buffer.clone() for buffer in running))
     rest = (*running, momentum, unbiased, skip_nonfinite, eps, *cpu.code(activation))
     if torch.is_grad_enabled() and (
