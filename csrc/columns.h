@@ -42,7 +42,7 @@ INLINE void sum_together(
             for (int64_t row = 0; row < rows_of_sums; ++row) term.fetch(i + (rows_of_sums + row) * rows.stride, 1);
         }
         UNROLLED
-        for (int64_t row = 0; row < count; ++row, i += rows.stride) here.add(term(i, 0, channel, part), channel.mean);
+        for (int64_t row = 0; row < count; ++row, i += rows.stride) here.add(term(i, channel, part), channel.mean);
         sums[j / T::width] = here;
     });
 }
