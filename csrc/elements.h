@@ -125,7 +125,7 @@ struct Elements {
     typedef Elements<Storage, Act, with_residual, false> Unmasked;
 
     const Element *x, *dy, *residual;
-    const uint8_t* mask;
+    const uint8_t *mask, *mask_end;
     Act activation;
 
     Elements(const Task& task, Act activation)
@@ -133,10 +133,17 @@ struct Elements {
           dy((const Element*)task.dy),
           residual((const Element*)task.residual),
           mask(task.mask),
+          mask_end(task.mask + task.N * task.S),
           activation(activation) {}
     Elements(const Element* x, const Element* dy, const Element* residual, Act activation)
-        : x(x), dy(dy), residual(residual), mask(nullptr), activation(activation) {}
+        : x(x), dy(dy), residual(residual), mask(nullptr), mask_end(nullptr), activation(activation) {}
 
+    // The same under another mask.
+    Elements under(const uint8_t* other, const uint8_t* other_end) const {
+        Elements elements = *this;
+        elements.mask = other, elements.mask_end = other_end;
+        return elements;
+    }
     // The same where every element counts.
     Unmasked unmasked() const { return {x, dy, residual, activation}; }
     // And over copies, `apart` elements from one tensor's to the next one's.
@@ -160,7 +167,10 @@ struct Elements {
     template <class Part>
     INLINE Vector counted(Vector values, Vector others, int64_t m, Part part) const {
         if constexpr (!has_mask) return values;
-        return lanes_of<T>(mask + m, part) ? values : others;
+        if constexpr (!Part::is_whole) {  // byte by byte only where the mask ends
+            if (mask + m + T::width > mask_end) return lanes_of<T>(mask + m, part) ? values : others;
+        }
+        return lanes_of<T>(mask + m, Whole{}) ? values : others;
     }
 
     template <class Part>
@@ -234,9 +244,10 @@ struct Written {
 
 template <class E>
 struct NormalizeMap {
-    static constexpr bool writes_two = false;
+    static constexpr bool has_mask = E::has_mask, writes_two = false;
     const E elements;
 
+    NormalizeMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
@@ -250,9 +261,10 @@ struct NormalizeMap {
 
 template <class E>
 struct InputGradMap {
-    static constexpr bool writes_two = E::has_residual;
+    static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual;
     const E elements;
 
+    InputGradMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
     template <class Part>

@@ -38,10 +38,10 @@ class Planar {
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
         chunks = task.mask ? runs.chunks : divide_up(N, rows) * chunks_of_row;
-        const bool many_rows = !task.mask && N >= rows_of_sums;
-        sums_by_columns = many_rows && S < short_plane;
+        const bool many_rows = N >= rows_of_sums, short_rows = many_rows && S < short_plane;
+        sums_by_columns = short_rows && !task.mask;
         // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
-        maps_by_columns = sums_by_columns || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
+        maps_by_columns = short_rows || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
     }
 
     // Both passes over one block of channels after the other.
@@ -306,11 +306,26 @@ class Planar {
             const Table<T> table(channels.table, c0, c1, S, true);
             const Rows rows = rows_of(c0, c1, span);
             const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && out.to_alignment(rows.first) == 0;
+            if constexpr (Map::has_mask) return map_masked_columns(table, rows, span.n0, task.stream && aligned, map, out);
             return task.stream && aligned ? map_columns<true>(table, rows, map, out) : map_columns<false>(table, rows, map, out);
         }
         for (int64_t n = span.n0; n < span.n1; ++n)
             for (int64_t c = c0; c < c1; ++c)
                 map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, out);
+    }
+
+    // Each row by itself, with the mask of its sample once for each channel.
+    template <class Map, class Out>
+    void map_masked_columns(const Table<T>& table, Rows rows, int64_t n, bool stream, const Map& map, const Out& out) const {
+        uint8_t mask[most_columns + T::width];
+        const int64_t samples = rows.count;
+        rows.count = 1;
+        for (int64_t sample = 0; sample < samples; ++sample, rows.first += rows.stride) {
+            memcpy(mask, task.mask + (n + sample) * S, S);
+            for (int64_t have = S; have < rows.columns; have *= 2) memcpy(mask + have, mask, at_most(have, rows.columns - have));
+            const Map here = map.under(mask, mask + sizeof mask);
+            stream ? map_columns<true>(table, rows, here, out) : map_columns<false>(table, rows, here, out);
+        }
     }
 
     template <class Map, class Out>
