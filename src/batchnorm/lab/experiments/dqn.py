@@ -147,8 +147,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     curves={"return": Curve("Return while learning", "environment steps", "mean return of 20 episodes")},
     protocol=(
-        "CartPole-v1 of gymnasium, one pole, an update on 64 remembered transitions after every step from step 500 on; 4-128-128-2 network, "
-        "ReLU, BN (momentum .01) on the input and after both hidden layers, Adam .001, discount .99, exploration 1 to .05 over 2000 steps. "
-        "Nothing was tuned for an arm; returns are of 20 poles that never train. The target network, where there is one, is copied every 250 steps."
+        "CartPole-v1 of gymnasium, one pole; from step 500 on an update on 64 remembered transitions a step. 4-128-128-2 network, "
+        "ReLU, BN (momentum .01) on the input and after both hidden layers; Adam .001, discount .99, exploration 1 to .05 over 2000 "
+        "steps. Nothing was tuned for an arm; returns are of 20 poles that never train. A target network is copied every 250 steps."
     ),
 )
