@@ -164,8 +164,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     curves={"return": Curve("Return while learning", "environment steps", "mean return of 20 episodes")},
     protocol=(
-        "CartPole-v1 of gymnasium, 16 poles, in millimeters from a wall 3 m away, km/h, turns and turns per minute. PPO: 64 steps a round, four "
-        "passes in batches of 256, clip .2, Adam .003; policy and value 4-64-64 networks, tanh. Running statistics begin as those of one "
-        "random round, counted only for the networks that have them. Nothing was tuned for an arm; returns are of 20 poles that never train."
+        "CartPole-v1 of gymnasium, 16 poles, in millimeters from a wall 3 m away, km/h, turns and turns per minute. PPO: 64 steps a "
+        "round, four passes in batches of 256, clip .2, Adam .003; policy and value 4-64-64 networks, tanh. Running statistics begin "
+        "as those of a random round. Nothing was tuned for an arm; returns are of 20 poles that never train."
     ),
 )
