@@ -121,7 +121,8 @@ def trained(
     order, noise = batches(len(images), BATCH, setting.seed), torch.Generator().manual_seed(setting.seed)
     ones, zeros, loss = torch.ones(BATCH, 1), torch.zeros(BATCH, 1), F.binary_cross_entropy_with_logits
     for step in range(1, setting.pick(150, 400, 1200) + 1):
-        generator.train(), discriminator.train()
+        generator.train()
+        discriminator.train()
         real, fake = images[next(order)], generator(torch.randn(BATCH, NOISE, generator=noise)).detach()
         if arm == "joint":
             of_real, of_fake = discriminator(torch.cat([real, fake])).chunk(2)
