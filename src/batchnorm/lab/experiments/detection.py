@@ -23,7 +23,7 @@ ARMS = {
     "proposals": "BN in the proposal network only",
 }
 BATCH = 16
-LEARNING_RATE = {"none": 0.03, "both": 0.03, "regions": 0.03, "proposals": 0.03}
+LEARNING_RATE = {"none": 0.03, "both": 0.1, "regions": 0.03, "proposals": 0.03}
 GAP = 0.1  # how much mean average precision BN must bring
 
 load = lru_cache(maxsize=1)(canvases.load)

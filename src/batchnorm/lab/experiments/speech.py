@@ -118,7 +118,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Reco
     network = Recognizer(arm)
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, nesterov=True)
     order = batches(len(train), BATCH, setting.seed)
-    for step in range(1, setting.pick(60, 126, 500) + 1):
+    for step in range(1, setting.pick(42, 84, 500) + 1):
         spoken = [train[row] for row in next(order)]
         scores, lengths = network.train()(*batch_of(spoken))
         letters = [one.letters for one in spoken]
@@ -136,7 +136,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Reco
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the voices held out for the test."""
-    test, every, curve = load(setting.data).test, setting.pick(60, 42, 100), []
+    test, every, curve = load(setting.data).test, setting.pick(21, 21, 100), []
     for step, network in trained(arm, setting, LEARNING_RATE[arm]):
         if step % every == 0:
             curve.append((step, judged(network, test)))
@@ -162,7 +162,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     curves={"letters": Curve("Letters wrong while learning", "steps", "share of letters")},
     protocol=(
-        "700 recordings of ten words, synthesized by espeak-ng in seven accents; seven voices train, two validate, four test. 40 mel bands, "
+        "700 recordings of ten words, synthesized by espeak-ng in seven accents; seven voices train, two validate, four test. 40 bands, "
         "two convolutions, two bidirectional GRU layers of 64, CTC over letters, best path. SGD, Nesterov momentum .9, gradient norm "
         "at most 5, batches of 32; the learning rate of each arm is the best of .01, .03, .1, .3 on the validation voices."
     ),
