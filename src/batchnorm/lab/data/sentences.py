@@ -11,9 +11,8 @@ from torch import Tensor
 VERSION = 1  # another one for every change of the grammar
 NOUNS, VERBS, ADJECTIVES = 40, 20, 20
 END = 0  # ends a translation, begins its reading, and fills up what is shorter
-SOURCE_WORDS = 1 + NOUNS + VERBS + ADJECTIVES + 2  # and two words for "and" and "not"
-AND, NOT = SOURCE_WORDS - 2, SOURCE_WORDS - 1
-TARGET_WORDS = 1 + NOUNS + 2 * VERBS + 2 * ADJECTIVES + 2  # verbs and adjectives have two endings
+SOURCE_WORDS = 1 + NOUNS + VERBS + ADJECTIVES + 1  # and one for "not", the last
+TARGET_WORDS = 1 + NOUNS + 2 * VERBS + 2 * ADJECTIVES + 1  # verbs and adjectives have two endings
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ def sentence(rng: random.Random) -> tuple[list[int], list[int]]:
     """
     A sentence and its translation.
 
-    Source: clause or clause AND clause; a clause is phrase [NOT] verb phrase, a phrase adjective* noun. In the translation the verb comes
-    last with NOT behind it, adjectives follow their noun, and both have the ending of the noun (odd or even): the verb of the subject's.
+    A sentence is phrase [NOT] verb phrase, a phrase up to two adjectives and a noun. In the translation the verb comes last with NOT behind
+    it, adjectives follow their noun in reverse, and have the ending of their noun's gender, as the verb has that of its subject's.
     """
 
     def phrase() -> tuple[list[int], list[int], int]:
@@ -57,17 +56,10 @@ def sentence(rng: random.Random) -> tuple[list[int], list[int]]:
         translated = [1 + noun] + [1 + NOUNS + 2 * VERBS + 2 * one + gender for one in reversed(adjectives)]
         return said, translated, gender
 
-    def clause() -> tuple[list[int], list[int]]:
-        (subject, its_translation, gender), (other, its_other, _) = phrase(), phrase()
-        verb, negated = rng.randrange(VERBS), rng.random() < 0.3
-        said = [*subject, *([NOT] if negated else []), 1 + NOUNS + verb, *other]
-        last = [TARGET_WORDS - 1] if negated else []
-        return said, [*its_translation, *its_other, 1 + NOUNS + 2 * verb + gender, *last]
-
-    said, translated = clause()
-    if rng.random() < 0.5:
-        more, more_translated = clause()
-        said, translated = [*said, AND, *more], [*translated, TARGET_WORDS - 2, *more_translated]
+    (subject, its_translation, gender), (other, its_other, _) = phrase(), phrase()
+    verb, negated = rng.randrange(VERBS), rng.random() < 0.3
+    said = [*subject, *([SOURCE_WORDS - 1] if negated else []), 1 + NOUNS + verb, *other]
+    translated = [*its_translation, *its_other, 1 + NOUNS + 2 * verb + gender, *([TARGET_WORDS - 1] if negated else [])]
     return said, translated
 
 

@@ -72,7 +72,7 @@ class Translator(nn.Module):
         self.words = nn.ModuleList(
             nn.Embedding(count, WIDTH) for count in (sentences.SOURCE_WORDS, sentences.TARGET_WORDS)
         )
-        self.places = nn.Parameter(torch.randn(64, WIDTH))
+        self.places = nn.Parameter(torch.randn(16, WIDTH))
         self.encoder = nn.ModuleList(Block(arm, decodes=False) for _ in range(LAYERS))
         self.decoder = nn.ModuleList(Block(arm, decodes=True) for _ in range(LAYERS))
         self.after = nn.ModuleList(Normalize(arm) for _ in range(2))
@@ -114,7 +114,7 @@ def judged(translator: Translator, part: sentences.Pairs) -> float:
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Translator]]:
     """The translator after each step, counted from 1."""
-    train, steps = load().train, setting.pick(150, 600, 1500)
+    train, steps = load().train, setting.pick(150, 250, 1000)
     torch.manual_seed(setting.seed)
     translator, order = Translator(arm), batches(len(train), BATCH, setting.seed)
     optimizer = torch.optim.Adam(translator.parameters(), rate)
@@ -134,7 +134,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Tran
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test sentences."""
-    test, every = load().test, setting.pick(75, 150, 300)
+    test, every = load().test, setting.pick(50, 50, 100)
     curve = [
         (step, judged(translator, test))
         for step, translator in trained(arm, setting, LEARNING_RATE[arm])
