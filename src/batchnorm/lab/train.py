@@ -70,11 +70,11 @@ def gradient_norms(network: nn.Module) -> list[float]:
 @torch.no_grad()
 def activation_input(network: nn.Sequential, examples: Examples) -> Tensor:
     """
-    What the last ReLU of `network` receives for `examples`, as in training, (N, units).
+    What the last activation of `network` receives for `examples`, as in training, (N, units).
 
     Batch normalization takes the statistics of these very examples and keeps its running statistics.
     """
-    last = max(index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU))
+    last = max(index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU | nn.Sigmoid))
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     prefix = network[:last].train()
     try:

@@ -9,7 +9,7 @@ from importlib import import_module
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment
 
-NAMES = ("lr-range",)
+NAMES = ("lr-range", "paper-4.1", "depth")
 
 
 def module_of(name: str) -> str:
