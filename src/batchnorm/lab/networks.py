@@ -23,7 +23,7 @@ def perceptron(
     for inputs, outputs in pairwise(sizes[:-1]):
         normalized = [] if normalization is None else [normalization(outputs)]
         layers += [nn.Linear(inputs, outputs), *normalized, activation()]
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 def tutorial_network(batch_norm: bool) -> nn.Sequential:

@@ -35,11 +35,11 @@ class Job(Protocol[R]):
         """Different for different arguments, data or code."""
         ...
 
-    def pack(self, result: R) -> Any:
+    def pack(self, result: R, /) -> Any:
         """The result as JSON types."""
         ...
 
-    def unpack(self, data: Any) -> R:
+    def unpack(self, data: Any, /) -> R:
         """What `pack` made; a ValueError, TypeError, KeyError or AttributeError if it is something else."""
         ...
 

@@ -113,8 +113,9 @@ EXPERIMENT = Experiment(
         "input": Curve("15th, 50th, 85th percentile of a last sigmoid's input", "step", "input", log_x=True),
     },
     protocol=(
-        "784-100-100-100-10 with sigmoids, weights from N(0, 0.05²), digits of 28x28 pixels (or MNIST's files), plain SGD, 4000 steps "
-        f"of 60 images at the smallest and a third of that at the others of the learning rates {', '.join(map('{:g}'.format, RATES))}. An arm's own learning rate is the one that brings the "
+        "784-100-100-100-10 with sigmoids, weights from N(0, 0.05²), digits of 28x28 pixels (or MNIST's files), plain SGD, batches of "
+        f"60, learning rates {', '.join(map('{:g}'.format, RATES))}: 4000 steps at the smallest, a third of that at the others "
+        "(quick: 3000, full: 20 000). An arm's own learning rate is the one that brings the "
         "validation images to the target first; steps are then counted on the test images, every 5 up to 300 and every 50 after. "
         "Inputs of sigmoids are those of the validation images normalized as in training."
     ),
