@@ -9,7 +9,7 @@ from importlib import import_module
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment
 
-NAMES = ("lr-range", "paper-4.1", "depth")
+NAMES = ("lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population")
 
 
 def module_of(name: str) -> str:
