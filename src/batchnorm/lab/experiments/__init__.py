@@ -9,7 +9,22 @@ from importlib import import_module
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment
 
-NAMES = ("lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population")
+NAMES = (
+    "lr-range",
+    "paper-4.1",
+    "depth",
+    "image-classification",
+    "batch-size",
+    "population",
+    "detection",
+    "speech",
+    "gan",
+    "dqn",
+    "policy-gradient",
+    "recommender",
+    "translation",
+    "driving",
+)
 
 
 def module_of(name: str) -> str:

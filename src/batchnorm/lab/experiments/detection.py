@@ -75,7 +75,9 @@ def measure(arm: str, setting: Setting) -> Measured:
 def judge(results: Results) -> Verdict:
     """Whether BN in both stages brings at least .1 of mean average precision."""
     precision = {arm: results.mean(arm, "precision") for arm in results.by_arm}
-    evidence = "mean average precision: " + ", ".join(f"{ARMS[arm]} {value:.2f}" for arm, value in precision.items())
+    evidence = (
+        "Mean average precision: " + ", ".join(f"{ARMS[arm]} {value:.2f}" for arm, value in precision.items()) + "."
+    )
     return Verdict("holds" if precision["both"] - precision["none"] >= GAP else "does not hold", evidence)
 
 
@@ -98,4 +100,5 @@ EXPERIMENT = Experiment(
         "convolutions, proposals from 256 anchors, at most 12 of them classified from 6x6 points; He's start, SGD with "
         "momentum .9, cosine schedule, batches of 16. The learning rate of each arm is the best of .01, .03, .1 on the validation canvases."
     ),
+    seconds=80,
 )

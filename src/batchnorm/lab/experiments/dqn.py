@@ -123,12 +123,10 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether the joint forward returns five times as much; layer norm beside it."""
+    """Whether the joint forward returns five times as much; what else does without a target network stands beside it."""
     returns = {arm: results.mean(arm, "mean_return") for arm in results.by_arm}
-    evidence = "mean return over the run: " + ", ".join(f"{ARMS[arm]} {value:.0f}" for arm, value in returns.items())
-    if returns["joint"] < MARGIN * returns["none"]:
-        return Verdict("does not hold", evidence)
-    return Verdict("holds" if returns["joint"] > returns["separate"] else "holds only when", evidence)
+    evidence = "Mean return over the run: " + ", ".join(f"{ARMS[arm]} {value:.0f}" for arm, value in returns.items())
+    return Verdict("holds" if returns["joint"] >= MARGIN * returns["none"] else "does not hold", f"{evidence}.")
 
 
 EXPERIMENT = Experiment(
@@ -151,4 +149,5 @@ EXPERIMENT = Experiment(
         "ReLU, BN (momentum .01) on the input and after both hidden layers; Adam .001, discount .99, exploration 1 to .05 over 2000 "
         "steps. Nothing was tuned for an arm; returns are of 20 poles that never train. A target network is copied every 250 steps."
     ),
+    seconds=60,
 )

@@ -119,4 +119,5 @@ EXPERIMENT = Experiment(
         "64 and 16, Adam with a cosine schedule, batches of 64; the learning rate of each arm is the best of .001, .003, .01 on the "
         "validation roads."
     ),
+    seconds=20,
 )

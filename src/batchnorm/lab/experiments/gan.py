@@ -207,4 +207,5 @@ EXPERIMENT = Experiment(
         "real images labeled .9. 1000 generated images against the 360 test images, in the 64 features of a classifier "
         "trained on the training images with noise."
     ),
+    seconds=90,
 )

@@ -127,4 +127,5 @@ EXPERIMENT = Experiment(
         "scales 1 to 10000, clicks by planted tastes. Embeddings of 8, two hidden layers of 256, Adam, batches of 256; the learning "
         "rate of each arm is the best of .001, .003, .01 on the validation part."
     ),
+    seconds=30,
 )
