@@ -112,8 +112,9 @@ def measure(arm: str, setting: Setting) -> Measured:
         first = roll_out()[
             0
         ]  # of a policy that knows nothing yet; running statistics begin as those of its observations
-    for part in both:
-        recalibrate(part, [first])
+    if arm in ("input", "hidden", "both"):
+        for part in both:
+            recalibrate(part, [first])
     played = []
     for number in range(1, rounds + 1):
         with torch.no_grad():
