@@ -4,7 +4,7 @@ from batchnorm.surgery.absorb import Absorbed
 from batchnorm.surgery.averages import copy_statistics
 from batchnorm.surgery.convert import become_ours, convert, not_convertible, revert
 from batchnorm.surgery.freeze import freeze, unfreeze
-from batchnorm.surgery.walker import Slot, batch_norms, walk
+from batchnorm.surgery.walker import Slot, batch_norms, is_frozen_norm, walk
 
 __all__ = [
     "Absorbed",
@@ -14,6 +14,7 @@ __all__ = [
     "convert",
     "copy_statistics",
     "freeze",
+    "is_frozen_norm",
     "not_convertible",
     "revert",
     "unfreeze",

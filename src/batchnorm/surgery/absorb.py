@@ -66,3 +66,12 @@ def absorb_activations(slots: list[Slot]) -> None:
         absorbed = Absorbed(after.module, before).train(after.module.training)
         after.hang(absorbed)
         logger.info("convert: %s now applies %s", before.path, activation)
+
+
+def release_activations(slots: list[Slot]) -> None:
+    """Put back the activations that batch norms took in."""
+    for layer, activation in sequential_pairs(slots):
+        if isinstance(layer.module, BatchNorm) and isinstance(activation.module, Absorbed):
+            original = activation.module.original.train(activation.module.training)
+            activation.hang(original)
+            layer.module.activation = None

@@ -20,8 +20,8 @@ from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchN
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running, Statistics
-from batchnorm.surgery.absorb import Absorbed, absorb_activations
-from batchnorm.surgery.walker import layers_of, sequential_pairs, slots_of
+from batchnorm.surgery.absorb import absorb_activations, release_activations
+from batchnorm.surgery.walker import layers_of, slots_of
 
 _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -98,11 +98,7 @@ def revert(model: nn.Module) -> nn.Module:
     slots = slots_of(model)
     for slot in slots:
         memory.detach(slot.module)
-    for layer, activation in sequential_pairs(slots):
-        if isinstance(layer.module, BatchNorm) and isinstance(activation.module, Absorbed):
-            original = activation.module.original.train(activation.module.training)
-            activation.hang(original)
-            layer.module.activation = None
+    release_activations(slots)
     for layer, paths in layers_of(slots):
         if not isinstance(layer, BatchNorm):
             continue

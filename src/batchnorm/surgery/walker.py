@@ -12,6 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.errors import ArgumentError
 
+_AFFINE = ("weight", "bias", "running_mean", "running_var")
+
 
 class Slot(NamedTuple):
     """One place of a model where a module hangs. A module shared by two parents has two slots.
@@ -99,3 +101,17 @@ def is_watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     lazy = isinstance(module, LazyModuleMixin)  # whose own pre-hook goes away with its first input
     return "forward" in module.__dict__ or (any(hooks) and not (lazy and sum(map(len, hooks)) == 1))
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module is a frozen batch norm as other libraries have it: four buffers of one size, and no parameters."""
+    buffers = module._buffers
+    return (
+        not isinstance(module, _BatchNorm)
+        and not module._parameters
+        and not module._modules
+        and set(buffers) - {"num_batches_tracked"} == set(_AFFINE)
+        and len({None if value is None else value.shape for value in (buffers[name] for name in _AFFINE)}) == 1
+        and buffers["weight"] is not None
+        and buffers["weight"].dim() == 1
+    )
