@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 
 import pytest
@@ -339,6 +340,66 @@ def test_the_model_may_be_a_batch_norm_itself():
     assert folded(nn.BatchNorm2d(3), normal(2, 3, 4, 4), batch_norms=1)[1].left == {
         "the model": "it is in a part that could not be traced"
     }
+
+
+class RepVGG(nn.Module):
+    """Ding et al. 2021: a 3x3, a 1x1 and an identity branch, each with a batch norm."""
+
+    def __init__(self, channels=4, stride=1, groups=1, shortcut=None):
+        super().__init__()
+
+        def branch(size):
+            convolution = nn.Conv2d(channels, channels, size, stride, size // 2, groups=groups, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(channels))
+
+        self.large, self.small = branch(3), branch(1)
+        self.shortcut = nn.BatchNorm2d(channels) if shortcut is None else shortcut
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.large(x) + self.small(x) + self.shortcut(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shortcut", [None, nn.Identity()], ids=["norm", "identity"])
+def test_parallel_branches_become_one_convolution(groups, shortcut):
+    model = nn.Sequential(RepVGG(groups=groups, shortcut=shortcut), RepVGG(groups=groups, shortcut=shortcut))
+    found, report = folded(model, normal(2, 4, 5, 6))
+    assert list(found.state_dict()) == [f"{n}.large.0.{name}" for n in (0, 1) for name in ("weight", "bias")]
+    last = "the input" if shortcut else "0.shortcut"
+    assert report.merged[0] == bn.folding.Merged("0.large.0", ("0.large.0", "0.small.0", last))
+    assert type(found[0]) is RepVGG
+    assert not any(word in found[0].forward.source for word in ("small", "shortcut", "+"))
+    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        x = normal(1, 4, 3, 3)
+        torch.testing.assert_close(twin(x), found(x), rtol=0, atol=0)
+        twin[0].large[0].weight.data.zero_()
+        assert (twin(x) - found(x)).abs().max() > 0.1
+    assert "0.large.0 + 0.small.0" in str(report)
+
+
+def test_branches_that_do_not_fit_stay():
+    model = RepVGG(stride=2, shortcut=nn.Conv2d(4, 4, 3, 2, dilation=2, padding=2, bias=False))
+    found, report = folded(model, normal(2, 4, 8, 8))
+    assert report.merged == (bn.folding.Merged("large.0", ("large.0", "small.0")),)
+    assert type(found.shortcut) is nn.Conv2d
+    for other in (nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 5, padding=2, padding_mode="circular"), nn.ReLU()):
+        found, report = folded(RepVGG(shortcut=other), normal(2, 4, 8, 8))
+        assert report.merged[0].branches == ("large.0", "small.0")
+
+    def rectangle(m, x):
+        return m.tall(x) + m.wide(x) + m.spread(x) + x
+
+    model = Graph(
+        rectangle, tall=nn.Conv2d(3, 3, (5, 1), padding=(2, 0)), wide=nn.Conv2d(3, 3, (1, 3), padding=(0, 1)),
+        spread=nn.Conv2d(3, 3, 3, padding=2, dilation=2),
+    )  # fmt: skip
+    _, report = folded(model, normal(2, 3, 8, 8))
+    assert report.merged == (bn.folding.Merged("spread", ("spread", "the input")),)
+    model.function = lambda m, x: m.tall(x).add_(m.wide(x.relu())) + m.tall(x)
+    assert folded(model, normal(2, 3, 8, 8))[1].merged == ()
+    model.function = lambda m, x: m.tall(y := x.clone()) + m.wide(y) + y.relu_()
+    assert folded(model, normal(2, 3, 8, 8))[1].merged == ()
 
 
 PADDINGS = ("zeros", "reflect", "replicate", "circular")

@@ -17,6 +17,7 @@ from torch import nn
 
 from batchnorm import memory
 from batchnorm.errors import ArgumentError, FoldingError, InputError
+from batchnorm.folding.branches import Merging
 from batchnorm.folding.fold import Folding
 from batchnorm.folding.norms import is_norm
 from batchnorm.folding.record import Record, call, difference, example, largest
@@ -25,7 +26,7 @@ from batchnorm.folding.weights import kind_of
 from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
-from batchnorm.surgery.tracing import trace_parts
+from batchnorm.surgery.tracing import Rules, Traced, trace_parts
 
 _ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
 
@@ -56,14 +57,11 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     original = copy.deepcopy(model).eval()
     folded = copy.deepcopy(original)
     _separate(folded)
-    record = Record(folded, args, kwargs)
-    traced = trace_parts(folded, record.concrete, _is_leaf, record.accept)
-    folding = Folding(folded)
-    for part in traced.parts:
-        folding.fold(part, record)
-    folding.carry_out()
-    if id(folded) in folding.replacements:
-        folded = folding.replacements[id(folded)]
+    traced, folding = _fold(folded, args, kwargs)
+    folded = folding.replacements.get(id(folded), folded)
+    merging = _merge(folded, args, kwargs)
+    for pair in merging.folded:
+        folding.left.pop(pair.batch_norm)
     for slot in walk(folded):
         if is_norm(slot.module):
             folding.left.setdefault(slot.path or "the model", "it is in a part that could not be traced")
@@ -74,14 +72,16 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
             f"the folded model must put out what the model does, to {tolerance:g} beside 1, but differs by {error:.3g} beside outputs up "
             f"to {scale:.3g}; nothing was changed. Fold in float64 (model.double()), or give a larger tolerance if that is rounding"
         )
-    for pair in folding.folded:
+    for pair in (*folding.folded, *merging.folded):
         logger.info("fold: %s is folded into %s (%s)", pair.batch_norm, ", ".join(pair.into), pair.kind)
+    for merge in merging.merged:
+        logger.info("fold: %s are one convolution, %s", ", ".join(merge.branches), merge.convolution)
     for name, reason in folding.left.items():
         logger.info("fold: left %s: %s", name, reason)
     before, after = _medians(lambda: call(original, args, kwargs), lambda: call(folded, args, kwargs))
     report = FoldReport(
-        folded=tuple(folding.folded),
-        merged=(),
+        folded=(*folding.folded, *merging.folded),
+        merged=tuple(merging.merged),
         left=folding.left,
         untraced=traced.failures,
         max_error=error,
@@ -95,6 +95,22 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
         batch_norms_after=_norms(folded),
     )
     return folded, report
+
+
+def _fold(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Traced, Folding]:
+    record, folding = Record(model, args, kwargs), Folding(model)
+    traced = trace_parts(model, Rules(record.concrete, _is_leaf, record.accept))
+    for part in traced.parts:
+        folding.fold(part, record)
+    folding.carry_out()
+    return traced, folding
+
+
+def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Merging:
+    record, merging = Record(model, args, kwargs), Merging()
+    rules = Rules(record.concrete, _is_leaf, record.accept)
+    merging.merge(model, record, trace_parts(model, rules), rules)
+    return merging
 
 
 def _separate(model: nn.Module) -> None:

@@ -64,6 +64,11 @@ class Record:
         if not difference(found, wanted) <= 1e-3 * max(1.0, largest(wanted)):
             raise StateError("its graph computes something else than it does")
 
+    def takes_tensors_only(self, path: str) -> bool:
+        """Whether nothing in the graph of a module stands for one value of an argument alone."""
+        signature = inspect.signature(type(self._model.get_submodule(path)).forward)
+        return not self.concrete(path, signature) and len(self._bound(path, signature)) == len(signature.parameters) - 1
+
     def _bound(self, path: str, signature: inspect.Signature) -> dict[str, Any]:
         call = self._call(self._model.get_submodule(path))
         bound = signature.bind(None, *call.args, **call.kwargs)

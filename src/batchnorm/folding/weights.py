@@ -75,6 +75,15 @@ class Weights:
         self.weight = (by_group * _spread(affine.scale.view(self.groups, 1, -1), by_group)).flatten(0, 1)
         self.bias = shift if self.bias is None else self.bias + shift
 
+    def add_branch(self, other: Weights, offsets: tuple[int, ...]) -> None:
+        """Take in a convolution beside this one, of the same groups, whose kernel begins at these offsets in this one's."""
+        weight = self.weight.clone()
+        kernel = tuple(slice(at, at + size) for at, size in zip(offsets, other.weight.shape[2:], strict=True))
+        weight[(..., *kernel)] += other.weight
+        self.weight = weight
+        if other.bias is not None:
+            self.bias = other.bias if self.bias is None else self.bias + other.bias
+
     def write(self) -> None:
         """Give the layer its weights, as new parameters."""
         before = self.module.weight

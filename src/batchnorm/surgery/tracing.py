@@ -24,7 +24,13 @@ Accept = Callable[[str, fx.Graph], None]
 
 
 class Rules(NamedTuple):
-    """What `trace_parts` asks for: see there."""
+    """How to trace.
+
+    Attributes:
+        concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
+        is_leaf: whether to stop at a module, beside those of torch.
+        accept: raises if the graph of the module of this name is not what the module does.
+    """
 
     concrete: Concrete
     is_leaf: Callable[[nn.Module], bool]
@@ -78,16 +84,18 @@ def without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def trace_parts(model: nn.Module, concrete: Concrete, is_leaf: Callable[[nn.Module], bool], accept: Accept) -> Traced:
+def trace_parts(model: nn.Module, rules: Rules) -> Traced:
     """Trace the model; where that fails, with those of its modules as leaves that cannot be traced themselves; else these modules only.
 
-    Args:
-        model: it is not run itself, and not changed.
-        concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
-        is_leaf: whether to stop at a module.
-        accept: raises if the graph of the module of this name is not what the module does.
+    The model is not run itself, and not changed.
     """
-    return _trace(without_weights(model), "", Rules(concrete, is_leaf, accept))[0]
+    return _trace(without_weights(model), "", rules)[0]
+
+
+def trace_module(model: nn.Module, path: str, rules: Rules) -> Part | None:
+    """Trace one module of the model; None where that fails."""
+    parts = _trace(without_weights(model).get_submodule(path), path, rules)[0].parts
+    return next((part for part in parts if part.path == path), None)
 
 
 def _trace(module: nn.Module, path: str, rules: Rules) -> tuple[Traced, bool]:
