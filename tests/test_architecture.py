@@ -27,6 +27,7 @@ ORDER = [
     "distributed",
     "agreement",
     "population",
+    "folding",
     "explain",
     "env",
     "lab",

@@ -5,6 +5,7 @@ from batchnorm.agreement import Agreement, average_buffers, replicas_agree
 from batchnorm.distributed import synchronize, unsynchronize
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import Explanation, explain
+from batchnorm.folding import FoldReport, fold
 from batchnorm.functional import recomputation
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
@@ -23,6 +24,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormError",
     "Explanation",
+    "FoldReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -35,6 +37,7 @@ __all__ = [
     "domain",
     "errors",
     "explain",
+    "fold",
     "freeze",
     "functional",
     "recalibrate",
