@@ -23,6 +23,7 @@ ORDER = [
     "statistics",
     "layers",
     "lazy",
+    "interop",
     "surgery",
     "distributed",
     "agreement",
