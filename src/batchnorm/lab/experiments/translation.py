@@ -146,7 +146,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 def judge(results: Results) -> Verdict:
     """Whether BN comes near layer norm."""
     right = {arm: results.mean(arm, "right") for arm in results.by_arm}
-    evidence = "sentences right: " + ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in right.items())
+    evidence = "Sentences right: " + ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in right.items()) + "."
     return Verdict("holds" if right["batch_norm"] >= right["layer_norm"] - NEAR else "does not hold", evidence)
 
 
