@@ -114,7 +114,7 @@ EXPERIMENT = Experiment(
     curves={"error": Curve("Error while learning", "steps", "degrees", log_y=True)},
     protocol=(
         "Rendered roads of 32x32 pixels, 3000 to train, 500 to validate, 1000 to test. Three convolutions of stride 2, hidden layers of "
-        "64 and 16, Adam with a cosine schedule, batches of 64; the learning rate of each arm is the best of .001, .003, .01 on the "
+        "64 and 16, Adam with a cosine schedule, batches of 64; the learning rate of each arm is the best of .001, .003, .01, .03 on the "
         "validation roads."
     ),
     seconds=20,
