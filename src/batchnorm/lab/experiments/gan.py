@@ -125,7 +125,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.S
     of_discriminator = torch.optim.Adam(discriminator.parameters(), rate, (0.5, 0.999))
     order, noise = batches(len(images), BATCH, setting.seed), torch.Generator().manual_seed(setting.seed)
     ones, zeros, loss = torch.ones(BATCH, 1), torch.zeros(BATCH, 1), F.binary_cross_entropy_with_logits
-    for step in range(1, setting.pick(120, 400, 1200) + 1):
+    for step in range(1, setting.pick(150, 400, 1200) + 1):
         generator.train()
         discriminator.train()
         real, fake = images[next(order)], generator(torch.randn(BATCH, NOISE, generator=noise)).detach()
@@ -168,7 +168,7 @@ def mistaken(arm: str, generator: nn.Module, discriminator: nn.Module, part: Exa
 def measure(arm: str, setting: Setting) -> Measured:
     """Train both, and judge what the generator makes in inference by the test images."""
     test = judged_by()[0].test
-    every, distances = setting.pick(120, 100), []
+    every, distances = setting.pick(150, 100), []
     classes = error = math.nan
     for step, generator, discriminator in trained(arm, setting, LEARNING_RATE[arm]):
         if step % every == 0:
