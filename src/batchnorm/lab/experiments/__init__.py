@@ -9,7 +9,17 @@ from importlib import import_module
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment
 
-NAMES = ("lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population")
+NAMES = (
+    "lr-range",
+    "paper-4.1",
+    "depth",
+    "image-classification",
+    "batch-size",
+    "population",
+    "smoothness",
+    "regularization",
+    "cost",
+)
 
 
 def module_of(name: str) -> str:
