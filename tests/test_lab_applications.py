@@ -25,6 +25,14 @@ from batchnorm.layers import BatchNorm1d, BatchNorm2d
 QUICK = Setting(seed=0, size="quick")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def measure(name: str, *arms: str) -> list[dict[str, float]]:
     return [dict(load(name).measure(arm, QUICK).values) for arm in arms]
 
