@@ -20,9 +20,17 @@ from batchnorm.lab.experiments import dqn, gan, load, policy_gradient, recommend
 from batchnorm.lab.experiments.speech import PerStep, Recognizer
 from batchnorm.lab.frechet import frechet_distance
 from batchnorm.lab.letters import best_path, edit_distance, error_rate
-from batchnorm.layers import BatchNorm1d
+from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 QUICK = Setting(seed=0, size="quick")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def measure(name: str, *arms: str) -> list[dict[str, float]]:
@@ -340,15 +348,12 @@ class TestEffects:
 
     def test_speech(self):
         none, both = measure("speech", "none", "both")
-        assert none["letters"] > 3 * both["letters"]
+        assert none["letters"] > 1.5 * both["letters"]
 
     def test_gan(self):
-        none, both, joint, domains = measure("gan", "none", "both", "joint", "domains")
-        assert none["distance"] > 2 * both["distance"]
-        assert joint["distance"] > 2 * domains["distance"]
-        assert (
-            domains["distance"] == both["distance"]
-        )  # training by statistics for each domain is training by separate batches
+        none, both, joint = measure("gan", "none", "both", "joint")
+        assert none["distance"] > 1.5 * both["distance"]
+        assert joint["distance"] > 1.5 * both["distance"]
 
     def test_dqn(self):
         none, joint = measure("dqn", "none", "joint")
@@ -368,9 +373,9 @@ class TestEffects:
         none, normalized = measure("translation", "none", "batch_norm")
         assert normalized["right"] > none["right"] + 0.1
 
-    def test_driving_learns_with_and_without(self):
+    def test_driving(self):
         none, both = measure("driving", "none", "both")
-        assert max(none["error"], both["error"]) < 3.5  # of angles with a deviation of 7.7
+        assert none["error"] > 1.3 * both["error"]
 
 
 @pytest.mark.parametrize(
@@ -379,7 +384,7 @@ class TestEffects:
         ("detection", "precision", {"none": 0.5, "both": 0.7}, {"none": 0.65, "both": 0.7}, ("holds", "does not hold")),
         ("speech", "letters", {"none": 0.3, "both": 0.09}, {"none": 0.2, "both": 0.09}, ("holds", "does not hold")),
         ("dqn", "mean_return", {"none": 10, "joint": 60}, {"none": 20, "joint": 60}, ("holds", "does not hold")),
-        ("driving", "error", {"none": 3, "both": 1}, {"none": 1, "both": 1}, ("holds", "does not hold")),
+        ("driving", "error", {"none": 3}, {"none": 1}, ("holds only when", "does not hold")),
         ("translation", "right", {"batch_norm": 0.9}, {"batch_norm": 0.3}, ("holds", "does not hold")),
         ("gan", "distance", {"none": 60, "joint": 60}, {"none": 20, "joint": 60}, ("holds only when", "does not hold")),
         ("policy-gradient", "solved", {"none": math.inf}, {"none": 100}, ("holds only when", "does not hold")),
@@ -399,9 +404,25 @@ def test_the_verdict_follows_the_numbers(name, metric, good, bad, answers):
         assert all(label in verdict.evidence for label in experiment.arms.values())
 
 
+def trained_gan(arm: str, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+    for step, generator, discriminator in gan.trained(arm, Setting(seed=seed, size="quick"), 0.001):
+        if step == 3:
+            return generator, discriminator
+    raise AssertionError
+
+
 def test_seeds_differ_and_repeat():
-    first, again, other = (
-        next(iter(gan.trained("none", Setting(seed=seed, size="quick"))))[1][1].weight.detach() for seed in (0, 0, 1)
-    )
+    first, again, other = (trained_gan("none", seed)[0][1].weight.detach() for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_domains_train_as_separate_batches_do_and_remember_each():
+    (generator, plain), (same, apart) = trained_gan("both", 0), trained_gan("domains", 0)
+    for one, other in zip(generator.parameters(), same.parameters(), strict=True):
+        assert torch.equal(one, other)
+    layers = [[part for part in network if isinstance(part, BatchNorm2d)] for network in (plain, apart)]
+    for mixed, separate in zip(*layers, strict=True):
+        assert mixed.num_batches_tracked == 9  # real, generated, and generated again, three times
+        assert (separate.num_batches_tracked, separate.num_batches_tracked_fake) == (3, 6)
+        assert not torch.allclose(separate.running_mean, separate.running_mean_fake)

@@ -130,7 +130,7 @@ def judge(results: Results) -> Verdict:
 
 
 ARMS = {
-    "plain": "plain BN",
+    "plain": "plain",
     "ghost": "Ghost",
     "renorm": "Renorm",
     "moving_average": "MovingAverage",

@@ -31,7 +31,14 @@ ARMS = {
     "domains": "the same, statistics for each domain",
 }
 BATCH, NOISE, WIDTH = 64, 64, 16
-LEARNING_RATE = 0.001
+LEARNING_RATE = {
+    "none": 0.004,
+    "both": 0.001,
+    "generator": 0.004,
+    "discriminator": 0.001,
+    "joint": 0.004,
+    "domains": 0.001,
+}
 RATIO = 3.0  # how many times closer generated images must be with BN
 
 
@@ -109,9 +116,7 @@ def seen(discriminator: nn.Module, images: Tensor, name: str, arm: str) -> Tenso
         return discriminator(images)
 
 
-def trained(
-    arm: str, setting: Setting, rate: float = LEARNING_RATE
-) -> Iterator[tuple[int, nn.Sequential, nn.Sequential]]:
+def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.Sequential, nn.Sequential]]:
     """Generator and discriminator after each step, counted from 1."""
     images = in_range(judged_by()[0].train.images)
     torch.manual_seed(setting.seed)
@@ -165,7 +170,7 @@ def measure(arm: str, setting: Setting) -> Measured:
     test = judged_by()[0].test
     every, distances = setting.pick(150, 100), []
     classes = error = math.nan
-    for step, generator, discriminator in trained(arm, setting):
+    for step, generator, discriminator in trained(arm, setting, LEARNING_RATE[arm]):
         if step % every == 0:
             distance, classes = judged(generator, test)
             error = mistaken(arm, generator, discriminator, test)
@@ -174,17 +179,14 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether images are three times closer with BN in both, and as close again with statistics for each domain."""
+    """Whether images are three times closer with BN in both; and not if the discriminator sees real and generated ones in one batch."""
     distance = {arm: results.mean(arm, "distance") for arm in results.by_arm}
-    evidence = "Fréchet distance: " + ", ".join(f"{ARMS[arm]} {value:.0f}" for arm, value in distance.items())
+    evidence = "Fréchet distance: " + ", ".join(f"{ARMS[arm]} {value:.1f}" for arm, value in distance.items()) + "."
     if distance["none"] < RATIO * distance["both"]:
         return Verdict("does not hold", evidence)
-    cured = distance["joint"] > RATIO * distance["domains"]
-    return (
-        Verdict("holds only when", f"no batch mixes real and generated images; {evidence}")
-        if cured
-        else Verdict("holds", evidence)
-    )
+    if distance["joint"] < RATIO * distance["domains"]:
+        return Verdict("holds", evidence)
+    return Verdict("holds only when", f"Real and generated images must not share a batch's statistics. {evidence}")
 
 
 EXPERIMENT = Experiment(
@@ -203,9 +205,9 @@ EXPERIMENT = Experiment(
     judge=judge,
     curves={"distance": Curve("Distance while learning", "steps", "Fréchet distance", log_y=True)},
     protocol=(
-        "scikit-learn's digits at 16x16. DCGAN with one more convolution at each size, 16 channels; batches of 64, Adam .001 (beta .5), "
-        "real images labeled .9. 1000 generated images against the 360 test images, in the 64 features of a classifier "
-        "trained on the training images with noise."
+        "scikit-learn's digits at 16x16. DCGAN with one more convolution at each size, 16 channels; batches of 64, Adam (beta .5), real "
+        "images labeled .9; the learning rate of each arm is the best of .001, .002, .004 on the validation images, with both of .0002 and "
+        ".0005 too. 1000 generated images against the 360 test images, in 64 features of a classifier trained with noise."
     ),
     seconds=90,
 )
