@@ -9,7 +9,7 @@ from torch import nn
 import batchnorm as bn
 from tests.networks import FrozenBatchNorm2d, settle
 
-KINDS = ["torch", "converted", "frozen", "folded"]
+KINDS = ["torch", "converted", "frozen", "folded", "fused"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore:.*isinstance.treespec", "ignore:Exporting a model while"
 )
@@ -35,7 +35,7 @@ def network(kind: str) -> nn.Module:
     model = settle(Block()).eval()
     if kind == "folded":
         return bn.fold(model, sample(2))[0]
-    changes = {"torch": lambda m: m, "converted": bn.convert, "frozen": bn.freeze}
+    changes = {"torch": lambda m: m, "converted": bn.convert, "frozen": bn.freeze, "fused": bn.fuse}
     return changes[kind](model)
 
 

@@ -20,6 +20,7 @@ SIGNATURES = {
     bn.convert: "(model, *, statistics=None, fuse=True, save_memory=False)",
     bn.fold: "(model, example_input, *, tolerance=0.0001)",
     bn.freeze: "(model, *, affine=True)",
+    bn.fuse: "(model)",
     bn.save_memory: "()",
     bn.recalibrate: "(model, loader, *, forward=None, method='joint', process_group=None, limit=None)",
     bn.revert: "(model)",

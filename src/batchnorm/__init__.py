@@ -13,7 +13,7 @@ from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
 from batchnorm.population import recalibrate
 from batchnorm.statistics import accumulate, domain
-from batchnorm.surgery import convert, copy_statistics, freeze, revert, unfreeze
+from batchnorm.surgery import convert, copy_statistics, freeze, fuse, revert, unfreeze
 from batchnorm.version import __version__
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "fuse",
     "interop",
     "recalibrate",
     "recomputation",

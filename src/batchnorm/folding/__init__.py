@@ -26,6 +26,7 @@ from batchnorm.folding.weights import kind_of
 from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
+from batchnorm.surgery.rewritten import restore_forwards
 from batchnorm.surgery.tracing import Rules, Traced, trace_parts
 
 _ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
@@ -118,6 +119,7 @@ def _separate(model: nn.Module) -> None:
     slots = list(walk(model))
     for slot in slots:
         memory.detach(slot.module)
+    restore_forwards(slots)
     release_activations(slots)
 
 
@@ -138,7 +140,7 @@ def _numbers(model: nn.Module) -> int:
     return sum(value.numel() for value in values.values())
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def _is_leaf(module: nn.Module, _: str) -> bool:
     return is_norm(module) or kind_of(module) is not None
 
 

@@ -59,7 +59,7 @@ class Merging:
             scene = scene_of(model, part, record)
             owners |= {part.full(_owner(node)).rstrip("."): None for node in part.graph.nodes if _group(scene, node)}
         for path in owners:
-            part = trace_module(model, path, rules)
+            part, _ = trace_module(model, path, rules)
             owner = model.get_submodule(path)
             if part is None or not record.takes_tensors_only(path):
                 continue

@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+from batchnorm.surgery.graphs import ADDITIONS
+
 SUBTRACTIONS = (operator.sub, operator.isub, torch.sub)
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -130,27 +131,6 @@ def concatenated(node: fx.Node) -> tuple[list[fx.Node], int] | None:
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, fx.Node) for v in values) or not _static(axis):
         return None
     return list(values), axis % len(shape)
-
-
-def in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node may write into its first argument."""
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    augmented = node.op == "call_function" and name.startswith("i") and hasattr(operator, f"__{name}__")
-    return bool(node.kwargs.get("inplace")) or augmented or (name.endswith("_") and not name.endswith("__"))
-
-
-def uses(user: fx.Node, value: fx.Node) -> int:
-    """How often a node uses a value."""
-    count = [0]
-
-    def seen(node: fx.Node) -> fx.Node:
-        count[0] += node is value
-        return node
-
-    fx.map_arg((user.args, user.kwargs), seen)
-    return count[0]
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:

@@ -19,15 +19,14 @@ from batchnorm.folding.flow import (
     averages,
     concatenated,
     flattened,
-    in_place,
     is_identity,
     moved,
     operands,
     shape_of,
-    uses,
 )
 from batchnorm.folding.norms import Affine
 from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, channel_axis, kind_of, not_writable
+from batchnorm.surgery.graphs import in_place, uses
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from batchnorm.surgery.absorb import Absorbed
 from batchnorm.surgery.averages import copy_statistics
-from batchnorm.surgery.convert import become_ours, convert, not_convertible, revert
+from batchnorm.surgery.convert import become_ours, convert, not_convertible, revert, why_left
 from batchnorm.surgery.freeze import freeze, unfreeze
+from batchnorm.surgery.fuse import fuse
 from batchnorm.surgery.walker import Slot, batch_norms, is_frozen_norm, walk
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "convert",
     "copy_statistics",
     "freeze",
+    "fuse",
     "is_frozen_norm",
     "not_convertible",
     "revert",
     "unfreeze",
     "walk",
+    "why_left",
 ]

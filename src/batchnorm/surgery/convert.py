@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -20,8 +21,11 @@ from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchN
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running, Statistics
+from batchnorm.surgery import frozen
 from batchnorm.surgery.absorb import absorb_activations, release_activations
-from batchnorm.surgery.walker import layers_of, slots_of
+from batchnorm.surgery.frozen import FrozenBatchNorm
+from batchnorm.surgery.rewritten import restore_forwards
+from batchnorm.surgery.walker import layers_of, norms_of, slots_of
 
 _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -31,6 +35,7 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.LazyBatchNorm2d: LazyBatchNorm2d,
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
+_CONVERTED: dict[type[nn.Module], type[BatchNorm]] = {**_OURS, nn.SyncBatchNorm: BatchNorm}
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _TAKEN = (*OPTIONS, "num_nonfinite_batches", "keep_wide_statistics", "gamma", "beta")  # names with a meaning in ours
 _DTYPES = "_dtypes_before_conversion"
@@ -40,7 +45,10 @@ _STATISTICS = "_statistics_before_conversion"
 def convert(
     model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = True, save_memory: bool = False
 ) -> nn.Module:
-    """Make every `nn.BatchNorm1d`, `2d` and `3d` of a model ours, in place, and return the model. Lazy ones stay lazy.
+    """Make every batch norm of a model ours, in place, and return the model. Lazy ones stay lazy, frozen ones frozen.
+
+    Taken are `nn.BatchNorm1d`, `2d` and `3d`, `nn.SyncBatchNorm` (but not among several processes: see `synchronize`), and frozen
+    batch norms of other libraries, which have four buffers (weight, bias, running_mean, running_var) and compute accordingly.
 
     Outputs, gradients, state_dict, parameters and hooks stay what they were; `revert` goes back. Layers of a subclass are left
     alone, since their forward may do anything. What was changed, what was left and why goes to the logger `batchnorm`.
@@ -64,15 +72,19 @@ def convert(
     slots = slots_of(model)
     if statistics is not None:
         check_statistics(statistics)
-    for layer, paths in layers_of(slots):
+    for layer, paths in norms_of(slots):
         if isinstance(layer, BatchNorm):
             _give(layer, statistics)
             continue
-        reason = not_convertible(layer)
+        reason = why_left(layer)
         if reason:
             logger.info("convert: left %s: %s", paths, reason)
             continue
-        become_ours(layer, _OURS[type(layer)])
+        if isinstance(layer, _BatchNorm):
+            become_ours(layer, _CONVERTED[type(layer)])
+        else:
+            frozen.prepare(layer)
+            become_ours(layer, FrozenBatchNorm)
         assert isinstance(layer, BatchNorm)
         _give(layer, statistics)
         logger.info("convert: %s is now batchnorm.%s", paths, type(layer).__name__)
@@ -87,7 +99,9 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Make every layer of ours torch's again, in place, and return the model: the inverse of `convert`, object by object.
+    """Make every layer of ours torch's again, in place, and return the model: the inverse of `convert` and `fuse`, object by object.
+
+    What was a frozen batch norm of another library becomes that.
 
     A layer that does what torch's cannot (an activation it was built with, another channel axis, the biased running variance ...)
     is left, and the logger `batchnorm` says so.
@@ -98,6 +112,7 @@ def revert(model: nn.Module) -> nn.Module:
     slots = slots_of(model)
     for slot in slots:
         memory.detach(slot.module)
+    restore_forwards(slots)
     release_activations(slots)
     for layer, paths in layers_of(slots):
         if not isinstance(layer, BatchNorm):
@@ -115,8 +130,16 @@ def revert(model: nn.Module) -> nn.Module:
         del layer.num_nonfinite_batches
         for name in (*OPTIONS, "keep_wide_statistics"):
             layer.__dict__.pop(name, None)
-        _become(layer, _torchs(layer))
-        logger.info("revert: %s is now torch.nn.%s", paths, type(layer).__name__)
+        cls = _torchs(layer)
+        if isinstance(layer, FrozenBatchNorm):
+            frozen.clear(layer)
+        _become(layer, cls)
+        logger.info(
+            "revert: %s is now %s.%s",
+            paths,
+            "torch.nn" if isinstance(layer, _BatchNorm) else cls.__module__,
+            cls.__name__,
+        )
     return model
 
 
@@ -129,8 +152,8 @@ def _give(layer: BatchNorm, statistics: Statistics | None) -> None:
     layer.statistics = statistics if frozen is None else Running(statistics, frozen.learned)
 
 
-def become_ours(layer: _BatchNorm, cls: type[BatchNorm]) -> None:
-    """Make a layer of torch's one of ours; it stays the same object, and keeps all it has."""
+def become_ours(layer: nn.Module, cls: type[BatchNorm]) -> None:
+    """Make a batch norm one of ours; it stays the same object, and keeps all it has."""
     _become(layer, cls)
     assert isinstance(layer, BatchNorm)
     layer.__dict__[_DTYPES] = {
@@ -141,6 +164,19 @@ def become_ours(layer: _BatchNorm, cls: type[BatchNorm]) -> None:
     layer._prepare_buffers()
 
 
+def why_left(layer: nn.Module) -> str | None:
+    """Why `convert` leaves a batch norm that is not ours alone, or None."""
+    if not isinstance(layer, _BatchNorm):
+        return _not_free(layer) or frozen.not_frozen(layer)
+    if type(layer) is nn.SyncBatchNorm and _has_replicas(layer):
+        return "it is a SyncBatchNorm among several processes; batchnorm.synchronize takes it over on all of them"
+    return not_convertible(layer, _CONVERTED)
+
+
+def _has_replicas(layer: nn.SyncBatchNorm) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(layer.process_group) > 1
+
+
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
@@ -149,6 +185,11 @@ def not_convertible(layer: _BatchNorm, classes: Mapping[type[nn.Module], type[Ba
     """Why a layer cannot become what `classes` says of its class, or None."""
     if type(layer) not in classes:
         return f"it is a {type(layer).__name__}, whose forward may differ"
+    return _not_free(layer)
+
+
+def _not_free(layer: nn.Module) -> str | None:
+    """What stands in the way of options of ours, or None."""
     if "forward" in layer.__dict__:
         return "it has a forward of its own"
     taken = [name for name in _TAKEN if hasattr(layer, name)]
@@ -158,14 +199,17 @@ def not_convertible(layer: _BatchNorm, classes: Mapping[type[nn.Module], type[Ba
 def _torchs(layer: BatchNorm) -> type[nn.Module]:
     """The class of torch's that a layer of ours can go back to; its own where there is none."""
     if type(layer) is BatchNorm and "process_group" in layer.__dict__:
-        return nn.SyncBatchNorm  # `synchronize` took it over
+        return nn.SyncBatchNorm
+    if type(layer) is FrozenBatchNorm:
+        return frozen.class_before(layer)
     return _TORCHS.get(type(layer), type(layer))
 
 
 def _not_revertible(layer: BatchNorm) -> str | None:
     if _torchs(layer) is type(layer):
         return f"torch has no {type(layer).__name__}"
-    beyond = [name for name in OPTIONS if getattr(layer, name) != getattr(BatchNorm, name)]
+    own = ("statistics",) if type(layer) is FrozenBatchNorm else ()
+    beyond = [name for name in OPTIONS if name not in own and getattr(layer, name) != getattr(BatchNorm, name)]
     return f"torch's layer has no {', '.join(beyond)}" if beyond else None
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import types
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
+
+from batchnorm.layers import BatchNorm
+from batchnorm.surgery.walker import Slot
 
 
 class Rewritten:
@@ -17,9 +21,11 @@ class Rewritten:
 
     Attributes:
         source: the Python code, for reading.
+        activated: the names of the batch norms in it that were given an activation for this.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, activated: tuple[str, ...] = ()) -> None:
+        self.activated = activated
         code = graph.python_code("self")
         self.source = f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
         self._module = module
@@ -27,6 +33,16 @@ class Rewritten:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(self._module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Without `self`; torch.export asks for it, and for the code."""
+        signature = inspect.signature(self._forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> types.CodeType:
+        return self._forward.__code__
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_forward"}
@@ -36,7 +52,19 @@ class Rewritten:
         self._forward = _compile(self.source)
 
 
-def _compile(source: str) -> Callable[..., Any]:
+def restore_forwards(slots: list[Slot]) -> None:
+    """Give modules the forward of their class back, and take the activations from the batch norms in them."""
+    for slot in slots:
+        rewritten = slot.module.__dict__.get("forward")
+        if isinstance(rewritten, Rewritten):
+            for name in rewritten.activated:
+                layer = slot.module.get_submodule(name)
+                if isinstance(layer, BatchNorm):
+                    layer.activation = None
+            del slot.module.forward
+
+
+def _compile(source: str) -> types.FunctionType:
     names: dict[str, Any] = {}
     exec(compile(source, "<batchnorm>", "exec"), names)
     return names["forward"]

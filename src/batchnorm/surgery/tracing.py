@@ -20,6 +20,7 @@ from batchnorm.surgery.absorb import Absorbed
 from batchnorm.surgery.walker import is_watched
 
 Concrete = Callable[[str, inspect.Signature], Mapping[str, Any] | None]
+IsLeaf = Callable[[nn.Module, str], bool]
 Accept = Callable[[str, fx.Graph], None]
 
 
@@ -28,12 +29,12 @@ class Rules(NamedTuple):
 
     Attributes:
         concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
-        is_leaf: whether to stop at a module, beside those of torch.
+        is_leaf: whether to stop at a module of this name, beside those of torch.
         accept: raises if the graph of the module of this name is not what the module does.
     """
 
     concrete: Concrete
-    is_leaf: Callable[[nn.Module], bool]
+    is_leaf: IsLeaf
     accept: Accept
 
 
@@ -62,20 +63,18 @@ class Traced:
 
 
 class Tracer(fx.Tracer):
-    """Stops at modules of torch's own, at batch norms, at what is watched by hooks, and at the modules named as leaves."""
+    """Stops at modules of torch's own, at batch norms, at what is watched by hooks, at what the rules say, and at `leaves`."""
 
-    def __init__(self, leaves: set[int], is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> None:
         super().__init__()
-        self._leaves, self._is_leaf = leaves, is_leaf
+        self._path, self._leaves, self._is_leaf = path, leaves, is_leaf
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of m is one node."""
-        return id(m) in self._leaves or stops_at(m, self._is_leaf) or super().is_leaf_module(m, module_qualified_name)
-
-
-def stops_at(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
-    """Whether a module is traced as one call, whatever class it is of."""
-    return isinstance(module, (_BatchNorm, Absorbed)) or is_leaf(module) or is_watched(module)
+        name = f"{self._path}.{module_qualified_name}".lstrip(".")
+        if id(m) in self._leaves or isinstance(m, (_BatchNorm, Absorbed)) or is_watched(m) or self._is_leaf(m, name):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -92,10 +91,11 @@ def trace_parts(model: nn.Module, rules: Rules) -> Traced:
     return _trace(without_weights(model), "", rules)[0]
 
 
-def trace_module(model: nn.Module, path: str, rules: Rules) -> Part | None:
-    """Trace one module of the model; None where that fails."""
-    parts = _trace(without_weights(model).get_submodule(path), path, rules)[0].parts
-    return next((part for part in parts if part.path == path), None)
+def trace_module(model: nn.Module, path: str, rules: Rules) -> tuple[Part | None, str]:
+    """Trace one module of the model; None, and why, where that fails."""
+    traced = _trace(without_weights(model).get_submodule(path), path, rules)[0]
+    part = next((part for part in traced.parts if part.path == path), None)
+    return part, traced.failures.get(path or "the model", "")
 
 
 def _trace(module: nn.Module, path: str, rules: Rules) -> tuple[Traced, bool]:
@@ -133,7 +133,7 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
             return None, "it is not called"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a forward warns of is not of this call
-            graph = Tracer(leaves, rules.is_leaf).trace(module, dict(constants))
+            graph = Tracer(path, leaves, rules.is_leaf).trace(module, dict(constants))
         if random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1]):
             raise StateError("its forward draws random numbers")
         rules.accept(path, graph)
@@ -145,11 +145,13 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
     return graph, ""
 
 
-def _composite(module: nn.Module, path: str, is_leaf: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+def _composite(module: nn.Module, path: str, is_leaf: IsLeaf) -> Iterator[tuple[str, nn.Module]]:
     """The modules directly below that are made of others; a list of modules is looked into."""
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _composite(child, full, is_leaf)
-        elif next(child.children(), None) is not None and not isinstance(child, _BatchNorm) and not is_leaf(child):
+        elif (
+            next(child.children(), None) is not None and not isinstance(child, _BatchNorm) and not is_leaf(child, full)
+        ):
             yield full, child

@@ -71,24 +71,32 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return dict(found.values())
 
 
-def layers_of(slots: list[Slot]) -> Iterator[tuple[_BatchNorm, str]]:
-    """Each batch norm once, with the paths of all its slots."""
+def norms_of(slots: list[Slot]) -> Iterator[tuple[nn.Module, str]]:
+    """Each batch norm once, frozen ones of any library included, with the paths of all its slots."""
     paths: dict[int, list[str]] = {}
     for slot in slots:
         paths.setdefault(id(slot.module), []).append(slot.path or "the model")
     for module in {id(slot.module): slot.module for slot in slots}.values():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) or is_frozen_norm(module):
             yield module, ", ".join(paths[id(module)])
+
+
+def layers_of(slots: list[Slot]) -> Iterator[tuple[_BatchNorm, str]]:
+    """Each of torch's and our batch norms once, with the paths of all its slots."""
+    for module, paths in norms_of(slots):
+        if isinstance(module, _BatchNorm):
+            yield module, paths
 
 
 def sequential_pairs(slots: list[Slot]) -> Iterator[tuple[Slot, Slot]]:
     """Neighbours in a plain `nn.Sequential`: the output of the first is the input of the second, and goes nowhere else."""
-    for before, after in itertools.pairwise(slot for slot in slots if _is_sequential(slot.parent)):
+    for before, after in itertools.pairwise(slot for slot in slots if is_sequential(slot.parent)):
         if before.parent is after.parent:
             yield before, after
 
 
-def _is_sequential(parent: nn.Module | None) -> bool:
+def is_sequential(parent: nn.Module | None) -> bool:
+    """Whether a module calls its children one after the other, and does nothing else."""
     return (
         isinstance(parent, nn.Sequential)
         and type(parent).forward is nn.Sequential.forward
