@@ -152,8 +152,9 @@ class _Watched:
 
     def __init__(self, name: str, layer: _BatchNorm, bit: int) -> None:
         self.name, self.layer, self.bit = name, layer, bit
-        part = getattr(layer, "statistics", None)
-        self.kept: Any = part.seen_by(layer) if isinstance(part, Domains) else layer  # the buffers to write
+        self.kept: Any = layer  # whose buffers are written
+        if isinstance(layer, BatchNorm) and isinstance(layer.statistics, Domains):
+            self.kept = layer.statistics.seen_by(layer)
         self.final = False
         self.forced = False  # it waits for itself: take what it sees now
         self.begin_pass()
