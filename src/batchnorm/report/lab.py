@@ -24,7 +24,8 @@ def render(known: Sequence[Known]) -> str:
     verdicts = {experiment.name: _verdict(experiment, outcome) for experiment, outcome in known}
     judged = [verdict.answer for verdict in verdicts.values() if verdict is not None]
     counted = ", ".join(f"{judged.count(answer)} {answer}" for answer in SIGNS if answer in judged)
-    lead = f"Of {len(known)} claims {len(judged)} are measured" + (f": {counted}." if judged else " to the end.")
+    are = "is" if len(judged) == 1 else "are"
+    lead = f"Of {len(known)} claims {len(judged)} {are} measured to the end" + (f": {counted}." if judged else ".")
     body = [section("Every claim", _claims(known, verdicts))]
     body += [
         section(_heading(experiment), *_experiment(experiment, outcome, verdicts[experiment.name]))
