@@ -248,7 +248,7 @@ class TestPage:
         assert "✓ holds" in page
         assert "3 of 4 done" in page
         assert "not measured" in page
-        assert "Of 3 claims 1 is measured to the end: 1 holds." in page
+        assert "Of 3 claims 1 is measured to the end: 1 × holds." in page
         for text in ("90.5%\u00a0±\u00a00.7%", "never", "3.14", "Nobody 2026", "2 seeds", "Does &lt;it&gt; work?"):
             assert text in page, text
         assert page.count("<svg") == 2
