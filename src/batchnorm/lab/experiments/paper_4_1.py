@@ -119,6 +119,6 @@ EXPERIMENT = Experiment(
         "validation images to the target first; steps are then counted on the test images, every 5 up to 300 and every 50 after. "
         "Inputs of sigmoids are those of the validation images normalized as in training."
     ),
-    seconds=60,
+    seconds=35,
     data="MNIST's IDX files",
 )
