@@ -6,7 +6,6 @@ The graph holds for such shapes alone, so it serves to see what goes where, not 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +44,8 @@ class ConcreteProxy(fx.Proxy):
         return len(self.value)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([operator.getitem(self, at) for at in range(len(self))])
+        proxy: Any = self
+        return iter([proxy[at] for at in range(len(self))])
 
 
 class ConcreteTracer(Tracer):
