@@ -22,6 +22,7 @@ from batchnorm.bench.suite import Layer
 from batchnorm.bench.tables import summary_tables
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
+from batchnorm.lab import allocation
 from batchnorm.lab.networks import resnet50
 from batchnorm.report.bench import render
 from tests.test_bench_cases import case
@@ -173,14 +174,14 @@ class TestMemory:
             del first
             return torch.empty(1 << 18) + 1
 
-        assert 4 << 20 <= memory.peak_bytes(work) < 5 << 20
+        assert 4 << 20 <= allocation.peak_bytes(work) < 5 << 20
 
     def test_saved_is_what_the_graph_keeps(self):
         x = torch.randn(100, 100, requires_grad=True)
-        assert memory.saved_bytes(lambda: x.neg().exp().sum()) == 4 * 100 * 100
-        assert memory.saved_bytes(lambda: x.square().square().sum()) == 4 * 100 * 100
+        assert allocation.saved_bytes(lambda: x.neg().exp().sum()) == 4 * 100 * 100
+        assert allocation.saved_bytes(lambda: x.square().square().sum()) == 4 * 100 * 100
         with torch.no_grad():
-            assert memory.saved_bytes(lambda: x.square().square().sum()) == 0
+            assert allocation.saved_bytes(lambda: x.square().square().sum()) == 0
 
     def test_reused_outputs_need_glibc(self, monkeypatch):
         monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("musl", ""))

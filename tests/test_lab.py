@@ -15,10 +15,9 @@ from batchnorm.errors import InputError, MissingExtraError, StateError
 from batchnorm.lab import extras, runner
 from batchnorm.lab.data import Dataset, Examples, idx, load
 from batchnorm.lab.experiments import learning_rates
-from batchnorm.lab.experiments.learning_rates import Plan
+from batchnorm.lab.experiments.learning_rates import Job, Plan
 from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.result import Result, Training, check_writable, to_json, write
-from batchnorm.lab.runner import Job
 from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, train
 from batchnorm.version import __version__
 from tests.idx_files import header, write_idx_files
@@ -278,7 +277,7 @@ class TestRunner:
 
     def test_a_change_of_code_is_another_training(self, monkeypatch):
         before = job().file_name
-        monkeypatch.setattr(runner, "code_version", lambda: "another")
+        monkeypatch.setattr(learning_rates, "code_version", lambda module: "another")
         assert job().file_name != before
 
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm import memory
-from batchnorm.bench.memory import saved_bytes
 from batchnorm.kernels import KERNELS, cpu
+from batchnorm.lab.allocation import saved_bytes
 from batchnorm.lab.networks import resnet50
 from batchnorm.memory.recipes import Recipe
 from batchnorm.memory.saver import DEPTH

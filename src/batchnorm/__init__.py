@@ -1,6 +1,6 @@
 """Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) for PyTorch. `import batchnorm as bn`."""
 
-from batchnorm import errors, functional, statistics
+from batchnorm import errors, functional, interop, statistics
 from batchnorm.agreement import Agreement, average_buffers, replicas_agree
 from batchnorm.distributed import synchronize, unsynchronize
 from batchnorm.errors import BatchNormError
@@ -41,6 +41,7 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "interop",
     "recalibrate",
     "recomputation",
     "replicas_agree",

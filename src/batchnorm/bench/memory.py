@@ -1,24 +1,16 @@
-"""Memory: where outputs come from, how much a call allocates, and how much a training step keeps for its backward."""
+"""Memory: where outputs come from."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
-from typing import TypeVar
-
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from batchnorm.errors import InputError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 LARGEST_THRESHOLD = 32 * 2**20  # where glibc's own adjustment ends
-
-Result = TypeVar("Result")
 
 
 @contextmanager
@@ -46,31 +38,3 @@ def outputs(kind: str) -> Iterator[None]:
         libc.mallopt(MMAP_THRESHOLD, LARGEST_THRESHOLD)
         libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)
         libc.malloc_trim(0)
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that torch's allocator held during a call, above what it held before."""
-    _, changes = _traced(function)
-    return max(accumulate(changes), default=0)
-
-
-def saved_bytes(function: Callable[[], Tensor]) -> int:
-    """What a call leaves allocated as long as its result lives, without the result itself: what was kept for the backward.
-
-    The first call warms up. Counted is what the allocator still holds, whatever way it is kept: by hooks, recipes or compiled code.
-    """
-    function()
-    result, changes = _traced(function)
-    return sum(changes) - result.untyped_storage().nbytes()
-
-
-def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """The result, which is alive, and the bytes that torch's allocator took and gave back until then, in that order."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = function()
-    assert profiled.profiler is not None
-    assert profiled.profiler.kineto_results is not None
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return result, [event.nbytes() for event in events]  # pyright: ignore[reportAttributeAccessIssue] (missing in torch's stubs)

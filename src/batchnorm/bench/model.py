@@ -14,6 +14,7 @@ from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.run import settled
 from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
 from batchnorm.errors import InputError
+from batchnorm.lab.allocation import peak_bytes, saved_bytes
 from batchnorm.lab.networks import resnet50
 from batchnorm.surgery import convert
 
@@ -65,10 +66,10 @@ def _measure(
     for variant in dict.fromkeys(variants):
         model = copy.deepcopy(original)
         forward = VARIANTS[variant](model)
-        saved[variant] = memory.saved_bytes(lambda forward=forward: F.cross_entropy(forward(x), labels))
+        saved[variant] = saved_bytes(lambda forward=forward: F.cross_entropy(forward(x), labels))
         steps[variant] = _step(model, forward, x, labels)
         steps[variant]()  # the optimizer's buffers and a compiler's code are there before the peak is looked at
-        peaks[variant] = memory.peak_bytes(steps[variant])
+        peaks[variant] = peak_bytes(steps[variant])
     samples = interleaved(steps, Effort(0.0, least=rounds), clock_for(threads)[0])
     eager = percentile(samples["eager"], 50)
 

@@ -16,6 +16,7 @@ from batchnorm.bench.case import Case, Tensors, tensors
 from batchnorm.bench.providers import PARTS, Provider, Timed
 from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
+from batchnorm.lab.allocation import peak_bytes
 
 MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
 UNITS = {"us": 1e6, "ms": 1e3}
@@ -74,7 +75,7 @@ def _measure(
             function = timed[name] = provider.prepare(case, given)
             errors[name] = None if name == "copy" or provider in PARTS else exact.error(function()[0])
             if (case.outputs, name) not in peaks:
-                peaks[case.outputs, name] = memory.peak_bytes(function)
+                peaks[case.outputs, name] = peak_bytes(function)
         left = replace(effort, seconds=effort.seconds - (time.perf_counter() - start))
         samples = interleaved(timed, left, clock_for(case.threads)[0])
     return rows(case, samples, errors, {name: peaks[case.outputs, name] for name in samples})

@@ -43,7 +43,7 @@ class Measured:
 
     Attributes:
         values: by metric. NaN where there is nothing to measure, infinity for what never happened.
-        curves: by name, points (x, y), x ascending.
+        curves: by name, points (x, y), x ascending. Beside a curve "a" there may be "a.low" and "a.high": its band.
     """
 
     values: Mapping[str, float]
@@ -67,7 +67,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Curve:
-    """How curves of one name are drawn: one line for each arm, the mean over seeds in their range."""
+    """How curves of one name are drawn: one line for each arm, the mean over seeds in their range, or in its own band."""
 
     title: str
     x: str
@@ -120,6 +120,8 @@ class Experiment:
         judge: the verdict on the results of all seeds.
         curves: by the names in `Measured.curves`.
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
+        seconds: about what the default size takes for one seed, all arms, on one core: for estimates.
+        data: what a folder given with `--data` is to hold; "" where the experiment takes none.
     """
 
     name: str
@@ -133,3 +135,5 @@ class Experiment:
     judge: Callable[[Results], Verdict]
     curves: Mapping[str, Curve] = field(default_factory=dict)
     protocol: str = ""
+    seconds: float = 60.0
+    data: str = ""

@@ -1,23 +1,34 @@
 """The networks of the experiments, each with and without batch normalization."""
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from batchnorm.layers import BatchNorm1d
 
+Normalization = Callable[[int], nn.Module]  # from a number of channels
+
+
+def perceptron(
+    sizes: Sequence[int], normalization: Normalization | None, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """
+    Linear layers from `sizes[0]` to `sizes[-1]` features, between them normalization and activation: (N, ...) to (N, sizes[-1]).
+
+    After the same `torch.manual_seed` the weights are the same with and without batch normalization: the linear layers keep
+    their biases under it, which costs nothing in accuracy (beta takes over) and keeps the random draws equal.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(sizes[:-1]):
+        normalized = [] if normalization is None else [normalization(outputs)]
+        layers += [nn.Linear(inputs, outputs), *normalized, activation()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
 
 def tutorial_network(batch_norm: bool) -> nn.Sequential:
-    """
-    The tutorial's 784-512-256-10 network: (N, 1, 28, 28) images to (N, 10) scores.
-
-    After the same `torch.manual_seed` both kinds start from the same weights: the linear layers keep their biases
-    under batch normalization, which costs nothing in accuracy (beta takes over) and keeps the random draws equal.
-    """
-
-    def hidden(inputs: int, outputs: int) -> list[nn.Module]:
-        normalization: list[nn.Module] = [BatchNorm1d(outputs)] if batch_norm else []
-        return [nn.Linear(inputs, outputs), *normalization, nn.ReLU()]
-
-    return nn.Sequential(nn.Flatten(), *hidden(784, 512), *hidden(512, 256), nn.Linear(256, 10))
+    """The tutorial's 784-512-256-10 network: (N, 1, 28, 28) images to (N, 10) scores."""
+    return perceptron((784, 512, 256, 10), BatchNorm1d if batch_norm else None)
 
 
 class Bottleneck(nn.Module):

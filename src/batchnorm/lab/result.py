@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
@@ -144,6 +145,11 @@ def environment() -> dict[str, str]:
 def to_json(data: Any) -> str:
     """JSON that any parser reads: NaN and infinity raise a ValueError, for they have no spelling there."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def spelled(value: float) -> float | str:
+    """A number as JSON can hold it; those it has not are words that `float` reads again: nan, inf, -inf."""
+    return float(value) if math.isfinite(value) else str(float(value))
 
 
 def check_writable(directory: Path) -> None:

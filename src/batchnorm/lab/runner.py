@@ -1,94 +1,80 @@
-"""Runs many independent trainings over worker processes, and never the same one twice.
+"""Runs many independent pieces of work over worker processes, and never the same one twice.
 
-Each finished training is stored at once under a key made of its arguments and of the library's code, so an interrupted
-run goes on where it stopped, and a change of either starts afresh. Workers compute with one thread each: results do not
+Each result is stored at once under a key made of its arguments and of the code it depends on, so an interrupted run goes on
+where it stopped, and a change of either starts afresh. Workers compute with one thread each: results do not
 depend on how many there are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from batchnorm.errors import InputError, StateError
-from batchnorm.lab.result import Training, check_writable, to_json, write
+from batchnorm.errors import BatchNormError, StateError
+from batchnorm.lab.result import check_writable, to_json, write
+
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training's arguments: everything that its result depends on, besides the code."""
-
-    experiment: str
-    arm: str
-    learning_rate: float
-    seed: int
-    steps: int
-    batch_size: int
-    measure_every: int
-    data: str | None
-    fingerprint: str
+class Job(Protocol[R]):
+    """The arguments of one piece of work: where its result is stored, and how."""
 
     @property
     def file_name(self) -> str:
-        """Readable, and different for different arguments or code; where the data lie does not matter, the fingerprint does."""
-        arguments = asdict(self) | {"data": None}
-        key = hashlib.sha256(json.dumps([arguments, code_version()], sort_keys=True).encode()).hexdigest()
-        return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}-{key[:12]}.json"
+        """Different for different arguments, data or code."""
+        ...
+
+    def pack(self, result: R, /) -> Any:
+        """The result as JSON types."""
+        ...
+
+    def unpack(self, data: Any, /) -> R:
+        """What `pack` made; a ValueError, TypeError, KeyError or AttributeError if it is something else."""
+        ...
 
 
-@cache
-def code_version() -> str:
-    """A digest of torch's version and of every source and library of this package that a training can run."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(package.rglob("*")):
-        inside = path.relative_to(package)
-        if path.suffix in {".py", ".so"} and inside.parts[0] not in {"bench", "cli", "env.py", "report", "__main__.py"}:
-            digest.update(str(inside).encode() + path.read_bytes())
-    return digest.hexdigest()
+J = TypeVar("J", bound=Job[Any])
 
 
-Measure = Callable[[Job], Training]
-
-
-def stored(job: Job, directory: Path) -> Training | None:
-    """The training that `run` left in `directory` for this job, if any."""
+def stored(job: Job[R], directory: Path) -> R | None:
+    """The result that `run` left in `directory` for this job; None if there is none, or a damaged one."""
     try:
-        return Training(**json.loads((directory / job.file_name).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return job.unpack(json.loads((directory / job.file_name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def run(measure: Measure, jobs: Sequence[Job], directory: Path, workers: int) -> Generator[Training, None, None]:
-    """Yield every job's training: first those stored in `directory`, then the others as they finish, stored before.
+def run(measure: Callable[[J], R], jobs: Sequence[J], directory: Path, workers: int) -> Generator[R, None, None]:
+    """Yield every job's result: first those stored in `directory`, then the others as they finish, stored before.
 
     Args:
         measure: a module-level function, called in the workers.
         jobs: in the order in which they are begun.
-        directory: where trainings are stored; made if needed.
+        directory: where results are stored; made if needed.
         workers: how many processes.
 
     Raises:
         InputError: `directory` cannot be written.
+        BatchNormError: what `measure` raised of ours.
         StateError: a worker died, for instance for want of memory.
     """
     check_writable(directory)
     found = [(job, stored(job, directory)) for job in jobs]
-    yield from (training for _, training in found if training is not None)
-    waiting = [job for job, training in found if training is None]
+    yield from (result for _, result in found if result is not None)
+    waiting = [job for job, result in found if result is None]
     with _pool(measure, min(workers, len(waiting))) as pool:
-        idle, busy = list(pool), {}
+        idle, busy = list(pool), dict[Connection, J]()
         while waiting or busy:
             while waiting and idle:
                 connection = idle.pop()
@@ -97,13 +83,13 @@ def run(measure: Measure, jobs: Sequence[Job], directory: Path, workers: int) ->
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 job = busy.pop(connection)
-                training = _receive(connection, pool[connection], job)
-                write(directory / job.file_name, to_json(asdict(training)))
+                result = _receive(connection, pool[connection], job)
+                write(directory / job.file_name, to_json(job.pack(result)))
                 idle.append(connection)
-                yield training
+                yield result
 
 
-def _receive(connection: Connection, process: BaseProcess, job: Job) -> Training:
+def _receive(connection: Connection, process: BaseProcess, job: Job[R]) -> R:
     try:
         answer = connection.recv()
     except EOFError as error:
@@ -118,7 +104,7 @@ def _receive(connection: Connection, process: BaseProcess, job: Job) -> Training
 
 
 @contextmanager
-def _pool(measure: Measure, size: int) -> Iterator[dict[Connection, BaseProcess]]:
+def _pool(measure: Callable[[Any], Any], size: int) -> Iterator[dict[Connection, BaseProcess]]:
     """Worker processes by their connection; ended on leaving, whatever they do."""
     context = get_context("spawn")
     pool: dict[Connection, BaseProcess] = {}
@@ -153,17 +139,28 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _work(measure: Measure, connection: Connection) -> None:
+def _work(measure: Callable[[Any], Any], connection: Connection) -> None:
     """Answer jobs until the parent closes the line, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:
         try:
             job = connection.recv()
             try:
                 answer = measure(job)
-            except InputError as error:  # the data changed under us: the parent says so
+            except (
+                BatchNormError
+            ) as error:  # the data changed under us, or are not what they should be: the parent says so
                 answer = error
             connection.send(answer)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes nothing that a worker in the middle of its job would look at."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

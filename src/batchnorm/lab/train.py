@@ -1,7 +1,7 @@
 """One training loop for every classification experiment, and what can be measured on the way."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,22 @@ from batchnorm.lab.data import Examples
 
 @dataclass(frozen=True)
 class Schedule:
-    """Plain stochastic gradient descent: constant learning rate, no momentum, no weight decay."""
+    """Stochastic gradient descent without weight decay: plain and at a constant learning rate, unless it says otherwise."""
 
     learning_rate: float
     steps: int
     batch_size: int
     seed: int
+    momentum: float = 0.0
+    cosine: bool = False
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        return (
+            self.learning_rate * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
+            if self.cosine
+            else self.learning_rate
+        )
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -29,18 +39,24 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: count - count % size].split(size)
 
 
-def train(network: nn.Module, examples: Examples, schedule: Schedule) -> Iterator[tuple[int, float]]:
+def train(
+    network: nn.Module,
+    examples: Examples,
+    schedule: Schedule,
+    seen: Callable[[Examples], Examples] = lambda batch: batch,
+) -> Iterator[tuple[int, float]]:
     """
     Train `network` in place; after each step yield its number, from 1, and the loss before it.
 
     Between two steps the caller may measure: `.grad` still holds the gradient that the step followed.
-    Training ends early, after yielding it, at a loss that is not finite.
+    Training ends early, after yielding it, at a loss that is not finite. `seen` makes of a batch what the network is shown.
     """
-    optimizer = torch.optim.SGD(network.parameters(), lr=schedule.learning_rate)
+    optimizer = torch.optim.SGD(network.parameters(), lr=schedule.learning_rate, momentum=schedule.momentum)
     order = batches(len(examples), schedule.batch_size, schedule.seed)
     for step in range(1, schedule.steps + 1):
-        batch = examples[next(order)]
+        batch = seen(examples[next(order)])
         network.train()
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
         loss = F.cross_entropy(network(batch.images), batch.labels)
         optimizer.zero_grad()
         loss.backward()
@@ -70,11 +86,11 @@ def gradient_norms(network: nn.Module) -> list[float]:
 @torch.no_grad()
 def activation_input(network: nn.Sequential, examples: Examples) -> Tensor:
     """
-    What the last ReLU of `network` receives for `examples`, as in training, (N, units).
+    What the last activation of `network` receives for `examples`, as in training, (N, units).
 
     Batch normalization takes the statistics of these very examples and keeps its running statistics.
     """
-    last = max(index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU))
+    last = max(index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU | nn.Sigmoid))
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     prefix = network[:last].train()
     try:

@@ -21,7 +21,9 @@ from batchnorm.lab.result import Arm, Result, Training
 from batchnorm.report.rows import test_accuracy
 
 INK, MUTED, GRID, PLAIN, BATCH_NORM = "#010101", "#020202", "#030303", "#040404", "#050505"
+MORE = ("#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PLAIN: "--plain", BATCH_NORM: "--batch-norm"}
+VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(MORE, start=3)}
 COLORS = {"plain": PLAIN, "batch_norm": BATCH_NORM}
 LINES: dict[str, Any] = {  # a second sign beside the color
     "plain": {"color": PLAIN, "linestyle": (0, (4, 1.5))},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
+from batchnorm.lab.experiment import Experiment, Metric, Results
 from batchnorm.lab.result import Arm, Result
 
 MISSING = "–"
+MOST_COLUMNS = 3  # of arms beside one another
 
 
 def percent(values: Sequence[float]) -> str:
@@ -74,3 +77,29 @@ def test_accuracy(result: Result, arm: Arm, rate: float) -> list[float]:
         for training in result.trainings
         if training.arm == arm.name and training.learning_rate == rate
     ]
+
+
+def comparison(experiment: Experiment, results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Labels of columns, and rows of a label and cells: a column for each arm, or a row where the arms are many."""
+    cells = {
+        (arm, name): spread(metric, results.values(arm, name))
+        for arm in experiment.arms
+        for name, metric in experiment.metrics.items()
+    }
+    labels = {name: metric.label for name, metric in experiment.metrics.items()}
+    if len(experiment.arms) <= MOST_COLUMNS:
+        rows = [(labels[name], [cells[arm, name] for arm in experiment.arms]) for name in labels]
+        return list(experiment.arms.values()), rows
+    rows = [(label, [cells[arm, name] for name in labels]) for arm, label in experiment.arms.items()]
+    return list(labels.values()), rows
+
+
+def spread(metric: Metric, values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation of the seeds; each seed where one of them never came there."""
+    measured = [value for value in values if not math.isnan(value)]
+    if not measured:
+        return MISSING
+    if not all(map(math.isfinite, measured)):
+        return ", ".join(dict.fromkeys(map(metric, measured)))
+    deviation = f"\u00a0±\u00a0{metric(stdev(measured))}" if len(measured) > 1 else ""
+    return f"{metric(fmean(measured))}{deviation}"

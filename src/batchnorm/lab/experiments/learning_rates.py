@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.fingerprint import code_version
 from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.result import Arm, Claim, Result, Training, environment
-from batchnorm.lab.runner import Job
 from batchnorm.lab.train import Schedule, accuracy, activation_input, gradient_norms, train
 
 QUESTION = "Does batch normalization let the same network train faster, and over a wider range of learning rates?"
@@ -30,6 +33,36 @@ COMMON = 0.1
 TARGET = 0.95
 QUANTILES = (0.15, 0.5, 0.85)
 PROBES = 240  # validation images whose hidden inputs are looked at
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training's arguments: everything that its result depends on, besides the code."""
+
+    experiment: str
+    arm: str
+    learning_rate: float
+    seed: int
+    steps: int
+    batch_size: int
+    measure_every: int
+    data: str | None
+    fingerprint: str
+
+    @property
+    def file_name(self) -> str:
+        """Readable, and different for different arguments or code; where the data lie does not matter, the fingerprint does."""
+        arguments = asdict(self) | {"data": None}
+        key = hashlib.sha256(json.dumps([arguments, code_version(__name__)], sort_keys=True).encode()).hexdigest()
+        return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}-{key[:12]}.json"
+
+    def pack(self, training: Training) -> dict[str, Any]:
+        """The training as JSON types."""
+        return asdict(training)
+
+    def unpack(self, data: Any) -> Training:
+        """What `pack` made; a TypeError if it is something else."""
+        return Training(**data)
 
 
 @dataclass(frozen=True)

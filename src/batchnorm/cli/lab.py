@@ -1,0 +1,214 @@
+"""`batchnorm lab`: list the experiments, run them, and make a page of what came out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.env import cores
+from batchnorm.errors import InputError
+from batchnorm.lab import experiments, extras, outcome
+from batchnorm.lab.experiment import Experiment, Setting, Size
+from batchnorm.lab.fingerprint import data_version
+from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.result import to_json, write
+from batchnorm.lab.runner import run
+from batchnorm.lab.unit import Finished, Unit, measure
+from batchnorm.report.rows import comparison
+
+OUT = Path("runs/lab")
+SEEDS, QUICK_SEEDS = 3, 1
+
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Folder of the results."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+
+
+@click.group("lab", epilog="Example: batchnorm lab run lr-range depth && batchnorm lab report")
+def lab_command() -> None:
+    """Measure what is claimed of batch normalization, on this machine."""
+
+
+@lab_command.command("list", epilog="Example: batchnorm lab list")
+@out_option
+@json_option
+def list_command(out: Path, as_json: bool) -> None:
+    """List the experiments: what each asks, how long it takes, and what came out so far."""
+    extras.require()
+    found = [
+        (experiment, outcome.load(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)
+    ]
+    if as_json:
+        click.echo(to_json([_summary(*each) for each in found]), nl=False)
+        return
+    table = Table("experiment", "question", "time", "result so far", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for experiment, known in found:
+        table.add_row(experiment.name, experiment.question, _time(experiment, known), _state(experiment, known))
+    Console(highlight=False).print(table)
+
+
+def _time(experiment: Experiment, known: Outcome | None) -> str:
+    """Of one core, in seconds: as measured, or as expected of the default."""
+    if known is None or known.finished < known.units:
+        return f"~{SEEDS * experiment.seconds:.0f} s"
+    return f"{known.seconds:.0f} s"
+
+
+def _state(experiment: Experiment, known: Outcome | None) -> str:
+    if known is None:
+        return "–"
+    verdict = known.verdict(experiment)
+    return f"{known.finished} of {known.units} measured" if verdict is None else verdict.answer
+
+
+def _summary(experiment: Experiment, known: Outcome | None) -> dict[str, Any]:
+    verdict = None if known is None else known.verdict(experiment)
+    return {
+        "experiment": experiment.name,
+        "question": experiment.question,
+        "claim": experiment.claim,
+        "answer": None if verdict is None else verdict.answer,
+        "evidence": None if verdict is None else verdict.evidence,
+        "outcome": None if known is None else known.to_dict(),
+    }
+
+
+@lab_command.command("run", epilog="Example: batchnorm lab run lr-range paper-4.1 --seeds 5")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...|all")
+@out_option
+@click.option(
+    "--seeds", type=click.IntRange(min=1), help=f"How often each arm is run.  [default: {SEEDS}, quick: {QUICK_SEEDS}]"
+)
+@click.option("--quick", is_flag=True, help="As little as shows the effect, in some 20 s an experiment.")
+@click.option("--full", is_flag=True, help="More data, more steps: an hour or more for all.")
+@click.option("--device", default="cpu", show_default=True, help="Where the networks are, such as cuda.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Folder with data of your own, for experiments that take it."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=cores, help="Processes of one thread each.  [default: cores]"
+)
+@json_option
+@click.pass_context
+def run_command(
+    ctx: click.Context,
+    names: Sequence[str],
+    out: Path,
+    seeds: int | None,
+    quick: bool,
+    full: bool,
+    device: str,
+    data: Path | None,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Run experiments, by name or all.
+
+    What has been measured before is not measured again, unless its code or its options changed. Ctrl-C keeps what is finished; the
+    same command goes on from there.
+    """
+    extras.require()
+    chosen = [experiments.load(name) for name in (experiments.NAMES if "all" in names else dict.fromkeys(names))]
+    if quick and full:
+        raise InputError("a run has one size: leave out --quick or --full")
+    size: Size = "quick" if quick else "full" if full else "default"
+    seeds = seeds or (QUICK_SEEDS if quick else SEEDS)
+    units = _units(chosen, Setting(0, size, device, None if data is None else str(data)), seeds)
+    command, finished = command_line(ctx), list[Finished]()
+    try:
+        costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
+        with progress_bar(counted=False) as progress, closing(run(measure, units, out / "units", workers)) as done:
+            task = progress.add_task(f"0 of {len(units)}", total=sum(costs[unit.experiment] for unit in units))
+            for each in done:
+                finished.append(each)
+                name = each.unit.experiment
+                _outcome(name, seeds, finished, command).save(out)  # now: whatever happens later, the report has it
+                description = f"{len(finished)} of {len(units)}, last {name}"
+                progress.update(task, advance=costs[name], description=description)
+    except KeyboardInterrupt:
+        _show(chosen, seeds, finished, command, as_json)
+        kept = f"{len(finished)} of {len(units)} measurements are finished and kept"
+        click.echo(f"\nInterrupted; {kept}. Continue with:\n  {command}", err=True)
+        ctx.exit(130)
+    _show(chosen, seeds, finished, command, as_json)
+    if not as_json:
+        click.echo(f"\nFor the page: batchnorm lab report --out {shlex.quote(str(out))}")
+
+
+def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:
+    """What is to be measured, one experiment after the other, all arms of a seed side by side.
+
+    Raises:
+        InputError: there is no such device; or there are data that none of the experiments takes, or that are no folder.
+    """
+    try:
+        torch.empty(0, device=setting.device)
+    except (RuntimeError, AssertionError) as error:  # torch built without it asserts
+        first = str(error).splitlines()[0]
+        raise InputError(f"--device must be one that torch can use here; {setting.device} is not: {first}") from error
+    if setting.data is not None and not any(experiment.data for experiment in chosen):
+        raise InputError(f"--data is for experiments that take data; {', '.join(e.name for e in chosen)} take none")
+    version = data_version(setting.data)
+    units = list[Unit]()
+    for experiment in chosen:
+        own = setting if experiment.data else replace(setting, data=None)
+        units += [
+            Unit(experiment.name, arm, replace(own, seed=seed), version if own.data else "")
+            for seed in range(seeds)
+            for arm in experiment.arms
+        ]
+    return units
+
+
+def _outcome(name: str, seeds: int, finished: Sequence[Finished], command: str) -> Outcome:
+    of_it = [each for each in finished if each.unit.experiment == name]
+    return Outcome.of(experiments.load(name), seeds, of_it, command)
+
+
+def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished], command: str, as_json: bool) -> None:
+    """What came out, on stdout: as JSON, or a table for each experiment with the judgment."""
+    begun = {each.unit.experiment for each in finished}
+    known = [(each, _outcome(each.name, seeds, finished, command)) for each in chosen if each.name in begun]
+    if as_json:
+        click.echo(to_json([_summary(*each) for each in known]), nl=False)
+        return
+    console = Console(highlight=False)
+    for experiment, came_out in known:
+        verdict = came_out.verdict(experiment)
+        columns, rows = comparison(experiment, came_out.results())
+        table = Table("", *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for label, cells in rows:
+            table.add_row(label, *cells)
+        console.print(f"[bold]{experiment.name}[/]: {experiment.claim}")
+        console.print(table)
+        console.print(_state(experiment, came_out) + ("" if verdict is None else f": {verdict.evidence}") + "\n")
+
+
+@lab_command.command("report", epilog="Example: batchnorm lab report --page lab.html")
+@out_option
+@click.option("--page", type=click.Path(path_type=Path), help="File to write.  [default: report.html in the folder]")
+def report_command(out: Path, page: Path | None) -> None:
+    """Make one HTML page of what has been measured, finished or not. It needs no network."""
+    extras.require()
+    known = [
+        (experiment, outcome.load(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)
+    ]
+    if not any(came_out for _, came_out in known):
+        raise InputError(f"a report is made of results; {out} holds none: batchnorm lab run all --out {out}")
+    from batchnorm.report.lab import render  # matplotlib takes a moment: after the checks, not before
+
+    target = page or out / "report.html"
+    write(target, render(known))
+    click.echo(f"Wrote {target}.")

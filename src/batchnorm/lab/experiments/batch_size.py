@@ -1,0 +1,172 @@
+"""What small normalization batches lose, and how much of it each remedy brings back.
+
+The normalization batch is decoupled from SGD's: every batch of 64 goes through the linear layers at once and through a batch norm in
+groups, as if each were on a device of its own. Only the statistics change. The running statistics move with every group, by a momentum of
+0.1 for 64 samples. Two settings: noise of 1.5 deviations on the images, groups at random; and no noise with each batch sorted by
+class, so that a group shows one class or two.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.lab.data import Examples, digits
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.networks import perceptron
+from batchnorm.lab.train import Schedule, accuracy, train
+from batchnorm.layers import BatchNorm1d
+from batchnorm.statistics import Batch, Ghost, MovingAverage, Renorm, Statistics
+from batchnorm.surgery import freeze
+
+BATCH = 64
+NOISE = 1.5
+SMALL = {"noise": 2, "sorted": 4}  # where the remedies are judged
+PROMISED = {"noise": 0.60, "sorted": 0.85}  # of plain's loss, to come back
+
+
+class InGroups(nn.Module):
+    """A layer that in training sees every `size` samples alone."""
+
+    def __init__(self, layer: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.layer(group) for group in x.split(self.size)]) if self.training else self.layer(x)
+
+
+def _grouped(part: Statistics, channels: int, size: int) -> nn.Module:
+    return InGroups(BatchNorm1d(channels, momentum=0.1 * size / BATCH, statistics=part), size)
+
+
+# From channels, size of the normalization batch, and steps of the training.
+PARTS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "plain": lambda channels, size, _: _grouped(Batch(), channels, size),
+    # The groups inside one call, and running statistics that follow the whole batch.
+    "ghost": lambda channels, size, _: BatchNorm1d(channels, statistics=Ghost(size)),
+    # Plain for a twentieth of the training, with the full bounds after two fifths.
+    "renorm": lambda channels, size, steps: _grouped(Renorm(warmup=steps * BATCH // size // 20), channels, size),
+    # Averages over as many groups as a batch has.
+    "moving_average": lambda channels, size, steps: _grouped(
+        MovingAverage(BATCH // size, warmup=steps * (BATCH // size) // 20), channels, size
+    ),
+    # Frozen for the last fifth (Wu & Johnson 2021, section 3.4).
+    "frozen": lambda channels, size, _: _grouped(Batch(), channels, size),
+    # No batch at all, beside which the parts have to stand.
+    "group_norm": lambda channels, *_: nn.GroupNorm(8, channels),
+}
+
+
+def errors(part: str, setting: str, size: int, seed: int, epochs: int) -> tuple[float, float]:
+    """The shares of validation and of test images that are classified wrong after one training."""
+    data, noise = digits.load(), NOISE if setting == "noise" else 0.0
+    drawn = torch.Generator().manual_seed(99)
+    held_out = torch.cat([data.validation.images, data.test.images])
+    held_out = held_out + noise * torch.randn(held_out.shape, generator=drawn)
+    validation, test = held_out.split([len(data.validation), len(data.test)])
+
+    drawn = torch.Generator().manual_seed(seed)
+
+    def seen(batch: Examples) -> Examples:
+        if setting == "sorted":
+            return batch[batch.labels.argsort(stable=True)]
+        return replace(batch, images=batch.images + noise * torch.randn(batch.images.shape, generator=drawn))
+
+    steps = epochs * (len(data.train) // BATCH)
+    torch.manual_seed(seed)
+    network = perceptron((784, 512, 256, 10), lambda channels: PARTS[part](channels, size, steps))
+    for step, _ in train(network, data.train, Schedule(0.05, steps, BATCH, seed, momentum=0.9, cosine=True), seen):
+        if part == "frozen" and step == steps * 4 // 5:
+            freeze(network, affine=False)
+    return (
+        1 - accuracy(network, replace(data.validation, images=validation)),
+        1 - accuracy(network, replace(data.test, images=test)),
+    )
+
+
+def measure(arm: str, setting: Setting) -> Measured:
+    sizes = {
+        "noise": setting.pick((64, 2), (64, 8, 4, 2), (64, 32, 16, 8, 4, 2)),
+        "sorted": setting.pick((64, 4), (64, 16, 4), (64, 32, 16, 8, 4)),
+    }
+    epochs = setting.pick(5, 10, 30)
+    values, curves = dict[str, float](), dict[str, list[tuple[float, float]]]()
+    for kind, tried in sizes.items():
+        # Group norm knows no batch: once is enough.
+        once = {
+            size: errors(arm, kind, size, setting.seed, epochs)
+            for size in (tried[:1] if arm == "group_norm" else tried)
+        }
+        found = {size: once.get(size, once[BATCH]) for size in tried}
+        for size in (BATCH, SMALL[kind]):
+            values[f"{kind}_{size}"] = found[size][1]
+            values[f"{kind}_{size}_validation"] = found[size][0]
+        curves[kind] = [(size, found[size][1]) for size in sorted(tried)]
+    return Measured(values, curves)
+
+
+def recovered(results: Results, kind: str) -> tuple[str, float]:
+    """The remedy with the best validation error at the small normalization batch, and the share of plain's loss it brings back on test."""
+    small, large = f"{kind}_{SMALL[kind]}", f"{kind}_{BATCH}"
+    remedies = [part for part in PARTS if part not in ("plain", "group_norm")]
+    best = min(remedies, key=lambda part: results.mean(part, f"{small}_validation"))
+    lost = results.mean("plain", small) - results.mean("plain", large)
+    return best, (results.mean("plain", small) - results.mean(best, small)) / lost if lost > 0 else 0.0
+
+
+def judge(results: Results) -> Verdict:
+    found = {kind: recovered(results, kind) for kind in SMALL}
+    told = (
+        f"{'Groups at random' if kind == 'noise' else 'Sorted groups'} of {size}: plain errs on "
+        f"{results.mean('plain', f'{kind}_{size}'):.1%} instead of {results.mean('plain', f'{kind}_{BATCH}'):.1%} at {BATCH}; the best "
+        f"remedy on validation, {ARMS[found[kind][0]]}, on {results.mean(found[kind][0], f'{kind}_{size}'):.1%}, which brings "
+        f"{found[kind][1]:.0%} of the loss back."
+        for kind, size in SMALL.items()
+    )
+    kept = [found[kind][1] >= share for kind, share in PROMISED.items()]
+    return Verdict("holds" if all(kept) else "holds only when" if any(kept) else "does not hold", " ".join(told))
+
+
+ARMS = {
+    "plain": "plain",
+    "ghost": "Ghost",
+    "renorm": "Renorm",
+    "moving_average": "MovingAverage",
+    "frozen": "frozen for the last fifth",
+    "group_norm": "GroupNorm",
+}
+METRICS = {
+    f"{kind}_{size}": Metric(f"error, {'random' if kind == 'noise' else 'sorted'} groups of {size}", ".1%", "lower")
+    for kind, small in SMALL.items()
+    for size in (BATCH, small)
+}
+EXPERIMENT = Experiment(
+    name="batch-size",
+    question="What do small normalization batches cost, and which remedy brings it back?",
+    claim="Small or sorted normalization batches cost accuracy, and the best remedy brings most of it back.",
+    source=(
+        "Ioffe 2017 (arXiv:1702.03275); Wu & He 2018 (arXiv:1803.08494); Yan et al. 2020 (arXiv:2001.06838); Wu & Johnson 2021 "
+        "(arXiv:2105.07576)"
+    ),
+    paper=(
+        "ImageNet, error at normalization batch 2: BN 35.2 %, renorm 30.3 %, moving averages 23.7 % (Yan et al.); BN at 32: 23.6 % "
+        "(Wu & He)"
+    ),
+    arms=ARMS,
+    metrics=METRICS,
+    measure=measure,
+    judge=judge,
+    curves={
+        "noise": Curve("Test error, groups at random, noisy images", "normalization batch", "test error", log_x=True),
+        "sorted": Curve("Test error, batches sorted by class", "normalization batch", "test error", log_x=True),
+    },
+    protocol=(
+        f"784-512-256-10 with ReLU on digits of 28x28 pixels; SGD with batches of {BATCH}, momentum 0.9, 0.05 falling by a cosine, 10 "
+        "epochs (quick: 5, full: 30) for all arms. Batch norms see groups: at random, with noise of 1.5 deviations on all images; or of a "
+        "batch sorted by class, without noise. The remedy that is judged is chosen on validation; errors are of test images, by the "
+        "running statistics."
+    ),
+    seconds=120,
+)

@@ -1,0 +1,111 @@
+"""At how many learning rates, and from how many initial scales, does the tutorial's network train?
+
+The demonstration's trainings, and the same network begun with other weights. It is the claim that is easiest to see: batch
+normalization makes a layer blind to the scale of its weights, so neither the step nor the start has to be right.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from batchnorm.lab.data import load
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiments import learning_rates
+from batchnorm.lab.experiments.learning_rates import COMMON, LEARNING_RATES, TARGET, Job, Plan
+from batchnorm.lab.networks import tutorial_network
+from batchnorm.lab.result import Training
+from batchnorm.lab.train import Schedule, accuracy, train
+
+DEVIATIONS = (0.001, 0.003, 0.01, 0.05, 0.2, 1.0, 5.0)  # of the initial weights
+ENOUGH, TOO_MANY = 5, 3  # learning rates of seven at which it is to train with and without
+
+
+def measure(arm: str, setting: Setting) -> Measured:
+    plan = Plan.of(setting.data, quick=False, seeds=1)
+    trainings = [
+        learning_rates.measure(
+            Job("lr-range", arm, rate, setting.seed, plan.steps, plan.batch_size, plan.measure_every, plan.data, "")
+        )
+        for rate in LEARNING_RATES
+    ]
+    begun = [(deviation, _begun(arm, deviation, plan, setting)) for deviation in DEVIATIONS]
+    best, common = max(trainings, key=_validation), trainings[LEARNING_RATES.index(COMMON)]
+    return Measured(
+        values={
+            "rates": sum(_validation(training) >= TARGET for training in trainings),
+            "deviations": sum(validation >= TARGET for _, (validation, _) in begun),
+            "steps": math.inf if common.steps_to_target is None else common.steps_to_target,
+            "accuracy": best.test_accuracy,
+            "best_rate": best.learning_rate,
+        },
+        curves={
+            "sweep": [(training.learning_rate, training.test_accuracy) for training in trainings],
+            "begun": [(deviation, test) for deviation, (_, test) in begun],
+            "course": list(zip(map(float, common.steps), common.validation_accuracy, strict=True)),
+        },
+    )
+
+
+def _validation(training: Training) -> float:
+    return training.validation_accuracy[-1]
+
+
+def _begun(arm: str, deviation: float, plan: Plan, setting: Setting) -> tuple[float, float]:
+    """Accuracy on validation and on test images after weights drawn with this deviation, at the common learning rate."""
+    data = load(setting.data)
+    torch.manual_seed(setting.seed)
+    network = tutorial_network(batch_norm=arm == "batch_norm")
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0, deviation)
+            nn.init.zeros_(layer.bias)
+    for _ in train(network, data.train, Schedule(COMMON, plan.steps, plan.batch_size, setting.seed)):
+        pass
+    return accuracy(network, data.validation), accuracy(network, data.test)
+
+
+def judge(results: Results) -> Verdict:
+    plain, normalized = (results.values(arm, "rates") for arm in ("plain", "batch_norm"))
+    evidence = (
+        f"Of {len(LEARNING_RATES)} learning rates {min(normalized):.0f} or more train with BN, {max(plain):.0f} or fewer without; "
+        f"of {len(DEVIATIONS)} scales of the initial weights {results.mean('batch_norm', 'deviations'):.1f} and "
+        f"{results.mean('plain', 'deviations'):.1f} on average. Test accuracy at the best learning rate: "
+        f"{results.mean('batch_norm', 'accuracy'):.1%} and {results.mean('plain', 'accuracy'):.1%}."
+    )
+    if min(normalized) >= ENOUGH and max(plain) <= TOO_MANY:
+        return Verdict("holds", evidence)
+    return Verdict("holds only when" if min(normalized) > max(plain) else "does not hold", evidence)
+
+
+EXPERIMENT = Experiment(
+    name="lr-range",
+    question="Does batch normalization let the same network train over a wider range of learning rates and initial weights?",
+    claim="With batch normalization the network trains at most learning rates of three orders of magnitude, without at a few.",
+    source="Ioffe & Szegedy 2015, section 3.3 (arXiv:1502.03167); Bjorck et al. 2018 (arXiv:1806.02375)",
+    paper="Inception trains at 5 and 30 times the learning rate with BN, and diverges at 5 times without (section 4.2.2)",
+    arms=learning_rates.ARMS,
+    metrics={
+        "rates": Metric(f"learning rates of {len(LEARNING_RATES)} that train", ".3g"),
+        "deviations": Metric(f"initial scales of {len(DEVIATIONS)} that train", ".3g"),
+        "steps": Metric(f"steps to {TARGET:.0%} at {COMMON:g}", ".0f", "lower"),
+        "accuracy": Metric("test accuracy, best rate", ".1%"),
+        "best_rate": Metric("best rate (on validation)", ".3g", "neither"),
+    },
+    measure=measure,
+    judge=judge,
+    curves={
+        "sweep": Curve("Test accuracy by learning rate", "learning rate", "test accuracy", log_x=True),
+        "begun": Curve("Test accuracy by initial scale", "deviation of initial weights", "test accuracy", log_x=True),
+        "course": Curve(f"Validation accuracy at learning rate {COMMON:g}", "step", "validation accuracy"),
+    },
+    protocol=(
+        "784-512-256-10 with ReLU on digits of 28x28 pixels (or MNIST's files), plain SGD, 300 steps (MNIST: 1000) of 64 images; "
+        f"learning rates {', '.join(map('{:g}'.format, LEARNING_RATES))} with PyTorch's initialization, and at {COMMON:g} "
+        f"weights from N(0, s²) for s of {', '.join(map('{:g}'.format, DEVIATIONS))}. A training counts as one that trains if it "
+        f"ends at {TARGET:.0%} on validation; the best learning rate is chosen there; accuracies are of test images. Both arms of "
+        "a seed start from the same weights and see the same batches."
+    ),
+    seconds=35,
+    data="MNIST's IDX files",
+)

@@ -1,0 +1,93 @@
+"""Early in training or with a small momentum the running statistics lag behind the network; population statistics do not.
+
+One training is looked at in evaluation mode with three kinds of statistics; the network's weights are the same.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from batchnorm.lab.data import Examples, digits
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.image_networks import resnet
+from batchnorm.lab.train import Schedule, accuracy, train
+from batchnorm.layers import BatchNorm2d
+from batchnorm.population import recalibrate
+
+MOMENTUM, USUAL = 0.01, 0.1
+EARLY = 20  # steps
+SAMPLES = (64, 128, 256, 512, 1024)
+GAP = 0.3
+
+
+def measure(arm: str, setting: Setting) -> Measured:
+    data = digits.load(size=8)
+    torch.manual_seed(setting.seed)
+    network = resnet(lambda channels: BatchNorm2d(channels, momentum=USUAL if arm == "usual" else MOMENTUM))
+    schedule = Schedule(0.05, setting.pick(50, 100, 600), 64, setting.seed, momentum=0.9)
+    course, by_samples = list[tuple[float, float]](), list[tuple[float, float]]()
+    for step, _ in train(network, data.train, schedule):
+        if step % 10 == 0:
+            looked_at = _recalibrated(network, data.train, 1024) if arm == "population" else network
+            course.append((step, accuracy(looked_at, data.test)))
+        if step == EARLY and arm == "population":
+            by_samples = [(size, accuracy(_recalibrated(network, data.train, size), data.test)) for size in SAMPLES]
+    values = {
+        "early": dict(course)[EARLY],
+        "end": course[-1][1],
+        "least": min(share for step, share in course if step >= EARLY),
+    }
+    return Measured(values, {"course": course} | ({"samples": by_samples} if by_samples else {}))
+
+
+def _recalibrated(network: nn.Module, examples: Examples, samples: int) -> nn.Module:
+    """A copy with the statistics of the first `samples` images."""
+    return recalibrate(copy.deepcopy(network), examples.images[:samples].split(64))
+
+
+def judge(results: Results) -> Verdict:
+    early = {arm: results.mean(arm, "early") for arm in ARMS}
+    end = {arm: results.mean(arm, "end") for arm in ARMS}
+    evidence = (
+        f"After {EARLY} steps: {early['running']:.1%} of the test images right by the running statistics of momentum {MOMENTUM:g}, "
+        f"{early['usual']:.1%} of momentum {USUAL:g}, {early['population']:.1%} by the population's. At the end: {end['running']:.1%}, "
+        f"{end['usual']:.1%} and {end['population']:.1%}."
+    )
+    if early["population"] - early["running"] >= GAP:
+        return Verdict("holds", evidence)
+    return Verdict("holds only when" if early["population"] > early["running"] else "does not hold", evidence)
+
+
+ARMS = {
+    "running": f"running, momentum {MOMENTUM:g}",
+    "usual": f"running, momentum {USUAL:g}",
+    "population": f"population, momentum {MOMENTUM:g}",
+}
+EXPERIMENT = Experiment(
+    name="population",
+    question="Are population statistics better for inference than running ones?",
+    claim="While running statistics lag, the statistics of the population make the same weights far more accurate.",
+    source="Ioffe & Szegedy 2015, section 3.1, algorithm 2 (arXiv:1502.03167); Wu & Johnson 2021, section 3 (arXiv:2105.07576)",
+    paper="1000 to 10 000 samples are enough for population statistics (Wu & Johnson, section 3.2)",
+    arms=ARMS,
+    metrics={
+        "early": Metric(f"test accuracy after {EARLY} steps", ".1%"),
+        "least": Metric(f"least from step {EARLY} on", ".1%"),
+        "end": Metric("test accuracy at the end", ".1%"),
+    },
+    measure=measure,
+    judge=judge,
+    curves={
+        "course": Curve("Test accuracy by step", "step", "test accuracy"),
+        "samples": Curve(
+            f"Population statistics of so many images, step {EARLY}", "images", "test accuracy", log_x=True
+        ),
+    },
+    protocol=(
+        "A ResNet-like network on digits of 8x8 pixels, SGD with momentum 0.9 at 0.05, 100 steps of 64 images (quick: 50, full: 600). "
+        "Every 10 steps the test images are classified by the running statistics or by those of 1024 training images (`recalibrate`) in "
+        "a copy. Nothing is chosen."
+    ),
+    seconds=50,
+)

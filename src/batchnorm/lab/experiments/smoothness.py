@@ -1,0 +1,160 @@
+"""Is it a stable distribution of inputs that batch normalization helps by, or a smoother loss?
+
+Santurkar et al. put noise after each batch norm: every unit is shifted and stretched anew at every step, so that the next layer's inputs
+are less stable than without batch normalization. Beside the accuracy, the loss's smoothness is measured as they do: how far the loss
+and its gradient change along the gradient, in the first steps.
+"""
+
+import copy
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.lab.data import Dataset, Examples, digits
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.networks import Normalization, perceptron
+from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, train
+from batchnorm.layers import BatchNorm1d
+
+DEPTH, SHALLOW, WIDTH = 20, 5, 64
+RATES = (0.03, 0.1, 0.3)
+WALKS = (0.5, 1.0, 2.0, 4.0)  # learning rates along the gradient
+NOISE = 0.25
+NEAR, FAR = (
+    0.1,
+    0.5,
+)  # how close the noisy network is to come to the one with batch normalization, and to leave the plain one
+
+
+class Noise(nn.Module):
+    """Shifts and stretches each unit at random, another way at each step, alike for the whole batch; in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        shift, stretch = NOISE * torch.randn(2, x.shape[1])
+        return x * (1 + stretch) + shift
+
+
+NORMALIZATIONS: dict[str, Normalization | None] = {
+    "plain": None,
+    "batch_norm": BatchNorm1d,
+    "noisy": lambda channels: nn.Sequential(BatchNorm1d(channels), Noise()),
+}
+
+
+def measure(arm: str, setting: Setting) -> Measured:
+    data, steps = digits.load(size=8), setting.pick(200, 300, 1500)
+    tried = [_trained(arm, rate, data, steps, setting.seed) for rate in setting.pick(RATES[:2], RATES)]
+    _, test, course, moved = max(tried, key=lambda one: one[0])
+    (he_range, he_turn), (_, usual_turn) = (_roughness(arm, he, data.train, setting.seed) for he in (True, False))
+    values = {"accuracy": test, "moved": moved, "loss_range": he_range, "turn": he_turn, "usual_turn": usual_turn}
+    return Measured(values, {"course": course})
+
+
+def _trained(
+    arm: str, rate: float, data: Dataset, steps: int, seed: int
+) -> tuple[float, float, list[tuple[float, float]], float]:
+    """Validation and test accuracy, validation accuracy by step, and how far the last sigmoids' mean inputs move in 10 steps."""
+    torch.manual_seed(seed)
+    network = perceptron((64, *[WIDTH] * DEPTH, 10), NORMALIZATIONS[arm], nn.Sigmoid)
+    course, means = list[tuple[float, float]](), list[Tensor]()
+    for step, _ in train(network, data.train, Schedule(rate, steps, 64, seed)):
+        if step % 10 == 0:
+            course.append((step, accuracy(network, data.validation)))
+            received = activation_input(network, data.validation)
+            means.append(received.mean(0))
+    moved = torch.stack(means).diff(dim=0).abs().median()
+    return course[-1][1], accuracy(network, data.test), course, float(moved)
+
+
+def _roughness(arm: str, he: bool, examples: Examples, seed: int) -> tuple[float, float]:
+    """
+    Along the gradient in the first 50 steps of a network that learns either way: how much the loss varies at most, and how far the
+    gradient turns, relative to itself; both means over steps.
+    """
+    torch.manual_seed(seed)
+    network, rate = perceptron((64, *[WIDTH] * SHALLOW, 10), NORMALIZATIONS[arm]), 0.1
+    for layer in network:
+        if he and isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    ranges, turns = list[float](), list[float]()
+    for step, _ in train(network, examples, Schedule(rate, 50, 64, seed)):
+        if step % 5 == 0:
+            walked = copy.deepcopy(network).train()
+            batch = examples[next(batches(len(examples), 64, seed + step))]
+            start = [weight.detach().clone() for weight in walked.parameters()]
+            here, gradient = _gradient(walked, batch, seed)
+            losses, turned = [here], list[float]()
+            for length in WALKS:
+                with torch.no_grad():
+                    for weight, origin, slope in zip(walked.parameters(), start, gradient, strict=True):
+                        weight.copy_(origin - length * rate * slope)
+                there, other = _gradient(walked, batch, seed)
+                losses.append(there)
+                turned.append(_norm([a - b for a, b in zip(other, gradient, strict=True)]) / _norm(gradient))
+            ranges.append(max(losses) - min(losses))
+            turns.append(max(turned))
+    return fmean(ranges), fmean(turns)
+
+
+def _gradient(network: nn.Module, batch: Examples, seed: int) -> tuple[float, list[Tensor]]:
+    """The loss and its gradient; any noise is the same at every place of a walk."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        loss = F.cross_entropy(network(batch.images), batch.labels)
+    return loss.item(), list(torch.autograd.grad(loss, list(network.parameters())))
+
+
+def _norm(parts: list[Tensor]) -> float:
+    return float(torch.stack([part.norm() for part in parts]).norm())
+
+
+def judge(results: Results) -> Verdict:
+    share, moved, turn, usual = (
+        {arm: results.mean(arm, name) for arm in ARMS} for name in ("accuracy", "moved", "turn", "usual_turn")
+    )
+    evidence = (
+        f"{DEPTH} layers of sigmoids: {share['plain']:.1%} of the test images right without BN, {share['batch_norm']:.1%} with it, "
+        f"{share['noisy']:.1%} with noise after it, which moves inputs by {moved['noisy']:.2g} in 10 steps instead of "
+        f"{moved['batch_norm']:.2g} ({moved['plain']:.2g} without BN). In {SHALLOW} layers of ReLU begun as He et al. propose the gradient "
+        f"turns by {turn['batch_norm']:.2g} of itself along its way with BN and {turn['plain']:.2g} without; with PyTorch's weights, which "
+        f"shrink signals, by {usual['batch_norm']:.2g} and {usual['plain']:.2g}."
+    )
+    noise = share["noisy"] >= share["batch_norm"] - NEAR and share["noisy"] >= share["plain"] + FAR
+    smooth = [turned["batch_norm"] < turned["plain"] for turned in (turn, usual)]
+    if noise and all(smooth):
+        return Verdict("holds", evidence)
+    return Verdict("holds only when" if noise or any(smooth) else "does not hold", evidence)
+
+
+ARMS = {"plain": "without BN", "batch_norm": "with BN", "noisy": "with BN, then noise"}
+EXPERIMENT = Experiment(
+    name="smoothness",
+    question="Does batch normalization help by keeping inputs stable, or by making the loss smoother?",
+    claim="With unstable inputs after batch normalization its benefit stays; and gradients turn less along their way than without it.",
+    source="Santurkar et al. 2018, sections 2.2 and 3.1 (arXiv:1805.11604)",
+    paper="VGG on CIFAR-10: noisy BN trains nearly as BN, with less stable inputs than without (figure 2), as a plot without numbers",
+    arms=ARMS,
+    metrics={
+        "accuracy": Metric("test accuracy", ".1%"),
+        "moved": Metric("move of mean inputs in 10 steps", ".2g", "lower"),
+        "loss_range": Metric("range of the loss along the gradient, He", ".2g", "lower"),
+        "turn": Metric("turn of the gradient, He", ".2g", "lower"),
+        "usual_turn": Metric("turn of the gradient, PyTorch's", ".2g", "lower"),
+    },
+    measure=measure,
+    judge=judge,
+    curves={"course": Curve(f"Validation accuracy, {DEPTH} layers of sigmoids", "step", "validation accuracy")},
+    protocol=(
+        f"{DEPTH} layers of {WIDTH} sigmoids on digits of 8x8 pixels, plain SGD, 300 steps of 64 images (quick: 200, full: 1500), learning "
+        f"rate of {', '.join(map(str, RATES))} chosen on validation (quick: the first two), accuracy of test images. Noise: each unit "
+        f"times 1 + {NOISE} N(0, 1), plus {NOISE} N(0, 1), drawn anew at each step. Smoothness: {SHALLOW} layers of ReLU, with He's "
+        "and with PyTorch's initialization, in the first 50 steps at 0.1; walks of 0.5 to 4 learning rates along the gradient of a "
+        "batch; the largest change of the gradient relative to its norm."
+    ),
+    seconds=60,
+)

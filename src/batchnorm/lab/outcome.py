@@ -1,0 +1,123 @@
+"""What is known of one experiment after a run, whole or not: measurements by arm and seed, and how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchnorm.errors import InputError
+from batchnorm.lab.experiment import Experiment, Measured, Results, Size, Verdict
+from batchnorm.lab.result import environment, to_json, write
+from batchnorm.lab.unit import Finished, packed, unpacked
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    One experiment's measurements.
+
+    Attributes:
+        experiment: its name.
+        size: how much was run.
+        device: where the networks were.
+        data: the folder with the user's data, if any.
+        by_arm: one entry for each seed, in their order; None where it has not been measured.
+        seconds: of all measurements together, each with one thread.
+        environment: versions, the kind of machine, and when.
+        command: that made it.
+    """
+
+    experiment: str
+    size: Size
+    device: str
+    data: str | None
+    by_arm: Mapping[str, Sequence[Measured | None]]
+    seconds: float
+    environment: Mapping[str, str]
+    command: str
+
+    @classmethod
+    def of(cls, experiment: Experiment, seeds: int, finished: Sequence[Finished], command: str) -> Outcome:
+        """What the finished units say, at least one, all of one run of `seeds` seeds."""
+        measured = {(each.unit.arm, each.unit.setting.seed): each.measured for each in finished}
+        setting = finished[0].unit.setting
+        return cls(
+            experiment=experiment.name,
+            size=setting.size,
+            device=setting.device,
+            data=setting.data,
+            by_arm={arm: [measured.get((arm, seed)) for seed in range(seeds)] for arm in experiment.arms},
+            seconds=sum(each.seconds for each in finished),
+            environment=environment(),
+            command=command,
+        )
+
+    @property
+    def seeds(self) -> int:
+        """How many each arm is to have."""
+        return max(map(len, self.by_arm.values()), default=0)
+
+    @property
+    def finished(self) -> int:
+        """How many units are measured."""
+        return sum(measured is not None for seeds in self.by_arm.values() for measured in seeds)
+
+    @property
+    def units(self) -> int:
+        """How many there are to be."""
+        return sum(map(len, self.by_arm.values()))
+
+    def results(self) -> Results:
+        """What there is, arms that have nothing yet included."""
+        return Results({arm: [each for each in seeds if each is not None] for arm, seeds in self.by_arm.items()})
+
+    def verdict(self, experiment: Experiment) -> Verdict | None:
+        """The judgment on a complete outcome; None while something is missing."""
+        if self.finished < self.units or set(self.by_arm) != set(experiment.arms):
+            return None
+        return experiment.judge(self.results())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as JSON types."""
+        by_arm = {arm: [None if each is None else packed(each) for each in seeds] for arm, seeds in self.by_arm.items()}
+        return {"schema": SCHEMA} | vars(self) | {"by_arm": by_arm}
+
+    def save(self, directory: Path) -> None:
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            InputError: the place cannot be written.
+        """
+        write(path_of(self.experiment, directory), to_json(self.to_dict()))
+
+
+def path_of(experiment: str, directory: Path) -> Path:
+    """Where the outcome of an experiment is kept."""
+    return directory / f"{experiment}.json"
+
+
+def load(experiment: str, directory: Path) -> Outcome | None:
+    """
+    What `Outcome.save` left in a folder; None if nothing is there.
+
+    Raises:
+        InputError: what is there is not an outcome of this version.
+    """
+    path = path_of(experiment, directory)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("schema") != SCHEMA:
+            raise ValueError("another schema")
+        data["by_arm"] = {
+            arm: [None if each is None else unpacked(each) for each in seeds] for arm, seeds in data["by_arm"].items()
+        }
+        return Outcome(**data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} must be an outcome of schema {SCHEMA}: {error}; run the experiment again") from error

@@ -1,0 +1,105 @@
+"""What the lab measured as one page: every claim with its verdict, then each experiment with plots, numbers and protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from batchnorm.lab.experiment import Experiment, Verdict
+from batchnorm.lab.outcome import Outcome
+from batchnorm.report.curves import drawings
+from batchnorm.report.page import document, section, table
+from batchnorm.report.rows import comparison
+
+SIGNS = {
+    "holds": ("holds", "✓ holds"),
+    "holds only when": ("part", "◐ holds only when"),
+    "does not hold": ("fails", "✗ does not hold"),
+}
+Known = tuple[Experiment, Outcome | None]
+
+
+def render(known: Sequence[Known]) -> str:
+    """The page of all experiments, measured or not, as text; at least one of them is begun."""
+    verdicts = {experiment.name: _verdict(experiment, outcome) for experiment, outcome in known}
+    judged = [verdict.answer for verdict in verdicts.values() if verdict is not None]
+    counted = ", ".join(f"{judged.count(answer)} {answer}" for answer in SIGNS if answer in judged)
+    lead = f"Of {len(known)} claims {len(judged)} are measured" + (f": {counted}." if judged else " to the end.")
+    body = [section("Every claim", _claims(known, verdicts))]
+    body += [
+        section(_heading(experiment), *_experiment(experiment, outcome, verdicts[experiment.name]))
+        for experiment, outcome in known
+        if outcome is not None
+    ]
+    environments = dict.fromkeys(
+        " · ".join(f"{name} {value}" for name, value in outcome.environment.items() if name != "date")
+        for _, outcome in known
+        if outcome is not None
+    )
+    return document(
+        "batchnorm lab", "What is claimed of batch normalization, measured", lead, body, " — ".join(environments)
+    )
+
+
+def _heading(experiment: Experiment) -> str:
+    name, question = escape(experiment.name), escape(experiment.question)
+    return f'<span class="kicker" id="{_anchor(experiment)}">{name}</span>{question}'
+
+
+def _anchor(experiment: Experiment) -> str:
+    return experiment.name.replace(".", "-")
+
+
+def _verdict(experiment: Experiment, outcome: Outcome | None) -> Verdict | None:
+    return None if outcome is None else outcome.verdict(experiment)
+
+
+def _sign(outcome: Outcome | None, verdict: Verdict | None) -> tuple[str, str]:
+    """A CSS class, and words."""
+    if verdict is not None:
+        return SIGNS[verdict.answer]
+    return "open", "not measured" if outcome is None else f"{outcome.finished} of {outcome.units} done"
+
+
+def _claims(known: Sequence[Known], verdicts: dict[str, Verdict | None]) -> str:
+    items = []
+    for experiment, outcome in known:
+        css, words = _sign(outcome, verdicts[experiment.name])
+        claim = escape(experiment.claim)
+        linked = claim if outcome is None else f'<a href="#{_anchor(experiment)}">{claim}</a>'
+        items.append(f'<li><p class="verdict {css}">{words}</p><div><p>{linked}</p></div></li>')
+    return '<ol class="claims">\n' + "\n".join(items) + "\n</ol>"
+
+
+def _experiment(experiment: Experiment, outcome: Outcome, verdict: Verdict | None) -> list[str]:
+    css, words = _sign(outcome, verdict)
+    evidence = "Not complete: what follows is of the finished measurements." if verdict is None else verdict.evidence
+    judged = (
+        f'<ol class="claims"><li><p class="verdict {css}">{words}</p><div><p>{escape(experiment.claim)}</p>'
+        f'<p class="note">{escape(evidence)}</p></div></li></ol>'
+    )
+    paper = {"The paper": experiment.paper or "gives no number", "Here": evidence, "Source": experiment.source}
+    if set(outcome.by_arm) != set(experiment.arms):
+        return [judged, "<p class='note'>It was measured with other arms than it has now: run it again.</p>"]
+    results = outcome.results()
+    columns, rows = comparison(experiment, results)
+    figures = "\n".join(
+        f"<figure>\n{svg}<figcaption><strong>{escape(title)}.</strong></figcaption>\n</figure>"
+        for svg, title in drawings(experiment, results)
+    )
+    seeds = "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds; mean ± standard deviation"
+    made = {
+        "Protocol": experiment.protocol,
+        "Size": f"{outcome.size}, {seeds}, {outcome.seconds:.0f} s of one core on {outcome.device}, {outcome.environment['date']}",
+    }
+    return [
+        judged,
+        f'<div class="figures">\n{figures}\n</div>',
+        table(experiment.question, "", [("", label) for label in columns], rows),
+        _entries(paper | made, outcome.command),
+    ]
+
+
+def _entries(entries: dict[str, str], command: str) -> str:
+    listed = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>\n" for name, text in entries.items())
+    return f"<dl>\n{listed}<dt>Make it again</dt><dd><code>{escape(command)}</code></dd>\n</dl>"

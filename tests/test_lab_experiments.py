@@ -1,0 +1,146 @@
+"""The lab's experiments about mechanisms, made small: the direction of each effect, with one seed and margins checked over twenty."""
+
+import math
+
+import pytest
+import torch
+
+from batchnorm.lab.data import digits
+from batchnorm.lab.experiment import Measured, Results, Setting
+from batchnorm.lab.experiments import (
+    batch_size,
+    cost,
+    depth,
+    image_classification,
+    load,
+    lr_range,
+    paper_4_1,
+    population,
+    regularization,
+    smoothness,
+)
+from batchnorm.lab.experiments.learning_rates import Plan
+
+QUICK = Setting(seed=0, size="quick")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_lr_range_trains_at_rates_and_from_weights_that_plain_does_not(monkeypatch):
+    monkeypatch.setattr(lr_range, "LEARNING_RATES", (0.1, 3.0))
+    monkeypatch.setattr(lr_range, "DEVIATIONS", (0.2,))
+    monkeypatch.setattr(Plan, "of", lambda *_, **__: Plan(seeds=1, steps=100))
+    plain, normalized = (lr_range.measure(arm, QUICK).values for arm in ("plain", "batch_norm"))
+    assert normalized["rates"] == 2
+    assert plain["rates"] <= 1
+    assert normalized["steps"] * 2 < plain["steps"]
+    assert (plain["deviations"], normalized["deviations"]) == (0, 1)
+
+
+def test_the_papers_network_is_many_times_faster():
+    data = digits.load()
+    normalized = paper_4_1._run("batch_norm", data, 0.1, 250, seed=0)
+    plain = paper_4_1._run("plain", data, 0.1, 1000, seed=0)
+    assert paper_4_1._reached(normalized, "validation") <= 200
+    assert paper_4_1._reached(plain, "validation") == math.inf
+
+
+def test_thirty_layers_of_sigmoids_learn_only_with_batch_normalization():
+    data = digits.load(size=8)
+    shares, gradients = {}, {}
+    for arm in ("plain", "batch_norm"):
+        network = depth._network(arm, 30, torch.nn.Sigmoid, seed=0)
+        gradients[arm] = depth._first_gradients(network, data, seed=0)[0]
+        shares[arm] = depth._trained(network, data, 0.1, 100, QUICK)[1]
+    assert shares["plain"] < 0.2
+    assert shares["batch_norm"] > 0.7
+    assert gradients["plain"] < 1e-12 < 1e-2 < gradients["batch_norm"]
+
+
+@pytest.mark.parametrize("name", image_classification.NETWORKS)
+def test_image_networks_learn_sooner(name):
+    data = digits.load(size=16)
+    plain, normalized = (
+        image_classification._trained(arm, name, 0.03, data, QUICK)[1] for arm in ("plain", "batch_norm")
+    )
+    assert normalized > 0.93
+    assert plain < normalized - 0.04
+
+
+class TestBatchSize:
+    def test_groups_of_two_cost_and_moving_averages_bring_it_back(self):
+        large, small, remedied = (
+            batch_size.errors(part, "noise", size, seed=0, epochs=4)[1]
+            for part, size in (("plain", 64), ("plain", 2), ("moving_average", 2))
+        )
+        assert small > large + 0.04
+        assert (small - remedied) / (small - large) > 0.5
+
+    def test_sorted_groups_cost_and_renormalization_brings_it_back(self):
+        small, remedied, frozen = (
+            batch_size.errors(part, "sorted", 4, seed=0, epochs=4)[1] for part in ("plain", "renorm", "frozen")
+        )
+        assert small > 0.1
+        assert remedied < small / 2
+        assert frozen < small
+
+    def test_what_is_recovered_is_of_the_part_that_validation_chose(self):
+        def seed(test, validation):
+            large = {"noise_64": 0.1, "noise_64_validation": 0.1}
+            return [Measured({"noise_2": test, "noise_2_validation": validation} | large)]
+
+        others = {part: seed(0.3, 0.3) for part in batch_size.PARTS}
+        by_arm = others | {"renorm": seed(0.15, 0.12), "frozen": seed(0.11, 0.2), "group_norm": seed(0.1, 0.1)}
+        assert batch_size.recovered(Results(by_arm), "noise") == ("renorm", pytest.approx(0.75))
+
+
+def test_early_population_statistics_are_far_better_than_running_ones():
+    running, counted = (population.measure(arm, QUICK).values["early"] for arm in ("running", "population"))
+    assert counted > 0.85
+    assert running < counted - 0.05
+
+
+def test_noise_after_batch_normalization_keeps_its_benefit(monkeypatch):
+    monkeypatch.setattr(smoothness, "RATES", (0.1,))
+    measured = {arm: smoothness.measure(arm, QUICK).values for arm in smoothness.ARMS}
+    assert measured["plain"]["accuracy"] < 0.2
+    assert measured["noisy"]["accuracy"] > 0.6
+    assert measured["noisy"]["moved"] > 10 * measured["plain"]["moved"] > 0
+    assert measured["batch_norm"]["turn"] < measured["plain"]["turn"] / 2
+    assert measured["batch_norm"]["usual_turn"] > measured["plain"]["usual_turn"]
+
+
+def test_few_images_are_learned_by_heart_and_better_with_batch_normalization():
+    plain, normalized = (regularization.measure(arm, QUICK).values for arm in ("plain", "batch_norm"))
+    assert plain["training"] == normalized["training"] == 1
+    assert normalized["accuracy"] > plain["accuracy"]
+
+
+def test_batch_normalization_doubles_what_is_kept_and_save_memory_gives_it_back():
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 1, 16, 16), torch.arange(16) % 10
+    _, layer, build = cost.NETWORKS["vgg"]
+    plain, normalized = (cost._kept(build(norm), images, labels) for norm in (None, layer))
+    saving = cost._kept(cost.convert(build(layer), save_memory=True), images, labels)
+    assert 1.7 < normalized / plain < 2.1
+    assert 0.9 < saving / plain < 1.15
+
+
+@pytest.mark.parametrize("name", ["lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population"])
+def test_equal_arms_hold_no_claim(name):
+    """A judge is shown able to say no."""
+    experiment = load(name)
+
+    class Same(dict):
+        def __missing__(self, key):
+            return 0.5
+
+    verdict = experiment.judge(Results({arm: [Measured(Same())] for arm in experiment.arms}))
+    assert verdict.answer == "does not hold"
+    assert verdict.evidence
