@@ -276,6 +276,37 @@ def test_of_what_cannot_be_traced_the_parts_are_folded():
     assert type(found[2]) is Unclear
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.norm(F.pad(m.conv(x), [0, x.shape[-1] % 2]) if x.size(-1) % 2 else m.conv(x)),
+        lambda m, x: m.norm(y := m.conv(x)).view(y.shape[0], -1) + torch.ones_like(y).flatten(1),
+        lambda m, x: m.norm((y := m.conv(x)).transpose(1, 2).transpose(2, 1)).reshape_as(y) + y.size(1) + len(x),
+        lambda m, x: m.norm(m.conv(x)) * torch.arange(4.0, dtype=torch.float64),
+        lambda m, x: torch.cat([m.norm(m.conv(part)) for part in x.split(int(x.shape[0]), 0)]),
+    ],
+)
+def test_forwards_that_look_at_shapes(function):
+    model = Graph(function, conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4))
+    folded(model, normal(2, 4, 4, 4))
+
+
+def test_linear_layers_whose_features_are_flattened():
+    """LeViT's: linear, then batch norm over the flattened positions."""
+    model = Graph(
+        lambda m, x: m.norm((y := m.linear(x)).flatten(0, 1)).reshape_as(y),
+        linear=nn.Linear(4, 3),
+        norm=nn.BatchNorm1d(3),
+    )
+    folded(model, normal(2, 5, 4))
+    model.function = lambda m, x: m.norm(m.linear(x).view(-1, 3))
+    folded(model, normal(2, 5, 4))
+    model.function = lambda m, x: m.norm(m.linear(x).permute(0, 2, 1)).transpose(-1, -2)
+    folded(model, normal(2, 5, 4))
+    model.function = lambda m, x: m.norm(m.linear(x).mean(1))
+    folded(model, normal(2, 5, 4))
+
+
 def test_a_graph_that_is_not_what_the_model_does_is_not_used():
     class Deceived(nn.Module):
         def __init__(self):

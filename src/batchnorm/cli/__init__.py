@@ -14,6 +14,7 @@ from rich.table import Table
 
 from batchnorm.cli.bench import bench_command
 from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.cli.convert import convert_command
 from batchnorm.cli.env import env_command
 from batchnorm.cli.fold import fold_command
 from batchnorm.cli.lab import lab_command
@@ -57,6 +58,7 @@ def commands() -> None:
 
 
 commands.add_command(bench_command)
+commands.add_command(convert_command)
 commands.add_command(env_command)
 commands.add_command(lab_command)
 commands.add_command(fold_command)

@@ -27,7 +27,7 @@ from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
 from batchnorm.surgery.rewritten import restore_forwards
-from batchnorm.surgery.tracing import Rules, Traced, trace_parts
+from batchnorm.surgery.tracing import Rules, Traced, Tracer, trace_parts
 
 _ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
 
@@ -100,7 +100,7 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
 
 def _fold(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Traced, Folding]:
     record, folding = Record(model, args, kwargs), Folding(model)
-    traced = trace_parts(model, Rules(record.concrete, _is_leaf, record.accept))
+    traced = trace_parts(model, Rules(record.concrete, _is_leaf, record.accept, (Tracer, record.tracer)))
     for part in traced.parts:
         folding.fold(part, record)
     folding.carry_out()

@@ -21,6 +21,7 @@ from batchnorm.folding.report import Folded, Merged
 from batchnorm.folding.rules import Scene, check_stays
 from batchnorm.folding.weights import CONVOLUTIONS, Weights, kind_of, not_writable
 from batchnorm.layers import BatchNorm
+from batchnorm.surgery.graphs import CONSTANT
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import Rules, Traced, trace_module
 
@@ -61,7 +62,11 @@ class Merging:
         for path in owners:
             part, _ = trace_module(model, path, rules)
             owner = model.get_submodule(path)
-            if part is None or not record.takes_tensors_only(path):
+            if (
+                part is None
+                or not record.takes_tensors_only(path)
+                or any(CONSTANT in node.meta for node in part.graph.nodes)
+            ):
                 continue
             scene = scene_of(model, part, record)
             before = len(self.merged)

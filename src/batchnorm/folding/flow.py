@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from batchnorm.surgery.graphs import ADDITIONS
+from batchnorm.surgery.graphs import ADDITIONS, CONSTANT
 
 SUBTRACTIONS = (operator.sub, operator.isub, torch.sub)
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -143,7 +143,7 @@ class Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
-        result = super().run_node(n)
+        result = n.meta[CONSTANT] if CONSTANT in n.meta else super().run_node(n)
         if isinstance(result, torch.Tensor):
             n.meta["shape"] = tuple(result.shape)
         return result

@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.errors import ArgumentError, StateError
+from batchnorm.folding.concrete import ConcreteTracer
 from batchnorm.folding.flow import Shapes
+from batchnorm.surgery.tracing import IsLeaf, Tracer
 
 
 class Call(NamedTuple):
@@ -49,6 +51,11 @@ class Record:
         if not self.counts[id(self._model.get_submodule(path))]:
             return None
         return {name: value for name, value in self._bound(path, signature).items() if not _has_tensor(value)}
+
+    def tracer(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> Tracer:
+        """A tracer that computes the values of the example beside."""
+        signature = inspect.signature(type(self._model.get_submodule(path)).forward)
+        return ConcreteTracer(path, leaves, is_leaf, _copied(tuple(self._bound(path, signature).values())))
 
     def accept(self, path: str, graph: fx.Graph) -> None:
         """Note the shapes of a module's graph, and see that it computes what the module did.

@@ -26,7 +26,7 @@ from batchnorm.folding.flow import (
 )
 from batchnorm.folding.norms import Affine
 from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, channel_axis, kind_of, not_writable
-from batchnorm.surgery.graphs import in_place, uses
+from batchnorm.surgery.graphs import in_place, readers, uses
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> 
     if not isinstance(value, fx.Node) or shape_of(value) is None:
         raise Refused("its input is not a tensor")
     name, module = scene.name_of(value), scene.module_of(value)
-    if len(value.users) > 1 or uses(user, value) > 1:
+    if readers(value) != [user] or uses(user, value) > 1:
         raise Refused(f"the output of {name} also goes elsewhere")
     if scene.passes(value):
         yield from back(scene, value.args[0], value, axis, affine)
@@ -129,9 +129,10 @@ def ahead(scene: Scene, value: fx.Node, axis: int, affine: Affine) -> Iterator[E
     Raises:
         Refused: if one does not end in a linear layer.
     """
-    if not value.users:
+    users = readers(value)
+    if not users:
         raise Refused("its output is not used")
-    for user in value.users:
+    for user in users:
         name, module = scene.name_of(user), scene.module_of(user)
         if not user.args or user.args[0] is not value or uses(user, value) > 1:
             raise Refused(f"after it is {name}")

@@ -19,7 +19,7 @@ from batchnorm.kernels import Activation, from_module
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.surgery.convert import convert
-from batchnorm.surgery.graphs import ADDITIONS, in_place, uses
+from batchnorm.surgery.graphs import ADDITIONS, CONSTANT, in_place, uses
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import Rules, trace_module
 from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
@@ -218,6 +218,8 @@ def _graph(owner: nn.Module, is_whole: Callable[[str], bool]) -> tuple[fx.Graph 
             module.training = training
     if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
         return None, "its forward goes other ways in training"
+    if any(CONSTANT in node.meta for node in graphs[0].nodes):
+        return None, "its forward makes tensors of its own"
     _leave_out_identities(owner, graphs[0])
     return graphs[0], ""
 

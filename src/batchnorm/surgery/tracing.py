@@ -17,25 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import StateError
 from batchnorm.surgery.absorb import Absorbed
+from batchnorm.surgery.graphs import CONSTANT
 from batchnorm.surgery.walker import is_watched
 
 Concrete = Callable[[str, inspect.Signature], Mapping[str, Any] | None]
 IsLeaf = Callable[[nn.Module, str], bool]
 Accept = Callable[[str, fx.Graph], None]
-
-
-class Rules(NamedTuple):
-    """How to trace.
-
-    Attributes:
-        concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
-        is_leaf: whether to stop at a module of this name, beside those of torch.
-        accept: raises if the graph of the module of this name is not what the module does.
-    """
-
-    concrete: Concrete
-    is_leaf: IsLeaf
-    accept: Accept
+MakeTracer = Callable[[str, set[int], IsLeaf], "Tracer"]
 
 
 class Part(NamedTuple):
@@ -75,6 +63,22 @@ class Tracer(fx.Tracer):
         if id(m) in self._leaves or isinstance(m, (_BatchNorm, Absorbed)) or is_watched(m) or self._is_leaf(m, name):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+
+class Rules(NamedTuple):
+    """How to trace.
+
+    Attributes:
+        concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
+        is_leaf: whether to stop at a module of this name, beside those of torch.
+        accept: raises if the graph of the module of this name is not what the module does.
+        tracers: the kinds to try, one after the other.
+    """
+
+    concrete: Concrete
+    is_leaf: IsLeaf
+    accept: Accept
+    tracers: tuple[MakeTracer, ...] = (Tracer,)
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -126,23 +130,34 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
     """The graph of a module, or why there is none."""
     if "forward" in module.__dict__:
         return None, "it has a forward of its own"
-    states = random.getstate(), torch.get_rng_state()
-    try:
-        constants = rules.concrete(path, inspect.signature(type(module).forward))
-        if constants is None:
-            return None, "it is not called"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a forward warns of is not of this call
-            graph = Tracer(path, leaves, rules.is_leaf).trace(module, dict(constants))
-        if random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1]):
-            raise StateError("its forward draws random numbers")
-        rules.accept(path, graph)
-    except Exception as error:  # forwards may raise anything when they meet a stand-in for a tensor
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
-    finally:
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-    return graph, ""
+    reasons = list[str]()
+    for make in rules.tracers:
+        states = random.getstate(), torch.get_rng_state()
+        try:
+            constants = rules.concrete(path, inspect.signature(type(module).forward))
+            if constants is None:
+                return None, "it is not called"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a forward warns of is not of this call
+                graph = make(path, leaves, rules.is_leaf).trace(module, dict(constants))
+            if random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1]):
+                raise StateError("its forward draws random numbers")
+            _note_constants(module, graph)
+            rules.accept(path, graph)
+            return graph, ""
+        except Exception as error:  # forwards may raise anything when they meet a stand-in for a tensor
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+        finally:
+            random.setstate(states[0])
+            torch.set_rng_state(states[1])
+    return None, reasons[-1]
+
+
+def _note_constants(module: nn.Module, graph: fx.Graph) -> None:
+    """Keep tensors that the tracer hung on the copy it ran."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            node.meta[CONSTANT] = getattr(module, str(node.target))
 
 
 def _composite(module: nn.Module, path: str, is_leaf: IsLeaf) -> Iterator[tuple[str, nn.Module]]:
