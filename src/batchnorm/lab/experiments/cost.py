@@ -114,4 +114,5 @@ EXPERIMENT = Experiment(
         "as a ratio. Memory: bytes that a forward leaves allocated for its backward, as a ratio."
     ),
     seconds=15,
+    any_device=True,
 )
