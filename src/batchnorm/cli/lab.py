@@ -159,7 +159,8 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
     """What is to be measured, one experiment after the other, all arms of a seed side by side.
 
     Raises:
-        InputError: there is no such device, or an experiment does not run there; or there are data that none of the experiments takes, or that are no folder.
+        InputError: there is no such device, or an experiment does not run there; there are data that none of the experiments
+            takes, or that are no folder.
     """
     try:
         torch.empty(0, device=setting.device)
