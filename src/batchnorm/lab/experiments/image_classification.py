@@ -25,7 +25,7 @@ Course = list[tuple[float, float]]
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    data, values, curves = digits.load(size=16), dict[str, float](), dict[str, Course]()
+    data, values, curves = digits.load(size=16).to(setting.device), dict[str, float](), dict[str, Course]()
     for name in NETWORKS:
         tried = [_trained(arm, name, rate, data, setting) for rate in setting.pick(RATES[:2], RATES)]
         course, test = max(tried, key=lambda one: one[0][-1][1])
@@ -43,6 +43,7 @@ def _trained(arm: str, name: str, rate: float, data: Dataset, setting: Setting) 
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    network.to(setting.device)
     schedule = Schedule(rate, setting.pick(80, 150, 500), 64, setting.seed, momentum=0.9, cosine=True)
     course = [
         (float(step), accuracy(network, data.validation))
