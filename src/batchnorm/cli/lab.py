@@ -100,7 +100,7 @@ def _summary(experiment: Experiment, known: Outcome | None) -> dict[str, Any]:
     "--device",
     default="cpu",
     show_default=True,
-    help="Where the networks are, for experiments that run anywhere (cost).",
+    help="Where the networks are, for experiments that can go there.",
 )
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Folder with data of your own, for experiments that take it."
@@ -167,7 +167,7 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
     except (RuntimeError, AssertionError) as error:  # torch built without it asserts
         first = str(error).splitlines()[0]
         raise InputError(f"--device must be one that torch can use here; {setting.device} is not: {first}") from error
-    bound = [experiment.name for experiment in chosen if not experiment.any_device]
+    bound = [experiment.name for experiment in chosen if experiment.cpu_only]
     if torch.device(setting.device).type != "cpu" and bound:
         raise InputError(
             f"--device is for experiments that run anywhere; {', '.join(bound)} run on the CPU: leave them or it out"

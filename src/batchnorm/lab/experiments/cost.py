@@ -114,5 +114,4 @@ EXPERIMENT = Experiment(
         "as a ratio. Memory: bytes that a forward leaves allocated for its backward, as a ratio."
     ),
     seconds=15,
-    any_device=True,
 )

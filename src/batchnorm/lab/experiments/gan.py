@@ -144,4 +144,5 @@ EXPERIMENT = Experiment(
         ".0005 too. 1000 generated images against the 360 test images, in 64 features of a classifier trained with noise."
     ),
     seconds=90,
+    cpu_only=True,
 )

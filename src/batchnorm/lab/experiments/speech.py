@@ -110,4 +110,5 @@ EXPERIMENT = Experiment(
     ),
     seconds=85,
     data="WAV files of 16-bit samples, and transcripts.csv with the columns file and text, and voice if known",
+    cpu_only=True,
 )

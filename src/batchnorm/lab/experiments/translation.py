@@ -99,4 +99,5 @@ EXPERIMENT = Experiment(
         "learning rate .01, of .003, .01 and .02 the best of every arm on the validation sentences."
     ),
     seconds=35,
+    cpu_only=True,
 )
