@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from batchnorm.lab.adversaries import NOISE, in_range, judged_by, networks
 from batchnorm.lab.data import Examples
+from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.frechet import frechet_distance
 from batchnorm.lab.train import batches
@@ -101,6 +102,7 @@ def mistaken(arm: str, generator: nn.Module, discriminator: nn.Module, part: Exa
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train both, and judge what the generator makes in inference by the test images."""
+    require_cpu(setting)
     test = judged_by()[0].test
     every, distances = setting.pick(150, 100), []
     classes = error = math.nan

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import clicks
+from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.train import batches
 from batchnorm.layers import BatchNorm1d
@@ -84,6 +85,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Netw
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test part."""
+    require_cpu(setting)
     split, every = load(*setting.pick((20_000, 5000), (60_000, 10_000))), setting.pick(50, 75)
     curve = [
         (step, judged(network, split.test))

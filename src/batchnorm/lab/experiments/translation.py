@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import sentences
+from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.train import batches
 from batchnorm.lab.translator import Translator
@@ -66,6 +67,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Tran
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test sentences."""
+    require_cpu(setting)
     test, every = load().test, setting.pick(50, 50, 100)
     curve = [
         (step, judged(translator, test))
