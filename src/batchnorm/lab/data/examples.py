@@ -21,6 +21,10 @@ class Examples:
     def __getitem__(self, index: Tensor) -> "Examples":
         return Examples(self.images[index], self.labels[index])
 
+    def to(self, device: str) -> "Examples":
+        """The same on a device."""
+        return Examples(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -57,6 +61,11 @@ class Dataset:
         return Dataset(
             self.name, standardize(self.train), standardize(self.validation), standardize(self.test), self.fingerprint
         )
+
+    def to(self, device: str) -> "Dataset":
+        """The same data on a device."""
+        train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
+        return Dataset(self.name, train, validation, test, self.fingerprint)
 
     @property
     def sizes(self) -> dict[str, int]:
