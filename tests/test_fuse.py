@@ -1,5 +1,6 @@
 """What follows a batch norm in a model's own code goes into the same call; nothing else changes, and it can be undone."""
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -243,6 +244,40 @@ def test_what_is_added_must_have_the_shape():
     model = bn.fuse(Scripted(lambda m, x: m.norm(x) + x.mean((2, 3), keepdim=True)))
     with pytest.raises(bn.errors.ShapeError, match="residual must have the input's shape"):
         model(sample().float())
+
+
+def test_an_exchanged_layer_does_not_lose_its_activation_silently():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(bn.fuse(nn.Sequential(ConvLayer(nn.ReLU())))).eval()
+    with pytest.raises(
+        bn.errors.StateError, match=r"norm must be the batch norm that applies .* but is a SyncBatchNorm"
+    ):
+        model(sample().float())
+    assert "forward" not in vars(bn.revert(model)[0])
+    model(sample().float())
+
+
+@pytest.mark.parametrize("method", ["joint", "layerwise"])
+def test_fused_models_are_recalibrated(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(Bottleneck(4, 2, 1), Block2())
+    expected = copy.deepcopy(model)
+    batches = [torch.randn(4, 4, 5, 5) for _ in range(3)]
+    for each in (expected, bn.fuse(model)):
+        bn.recalibrate(each, batches, method=method)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_memory_is_saved_in_fused_models():
+    torch.manual_seed(0)
+    model = bn.fuse(nn.Sequential(Bottleneck(4, 2, 1), Block2())).double()
+    grads = []
+    for context in (contextlib.nullcontext(), bn.save_memory()):
+        model.zero_grad()
+        with context:
+            y = model(sample()).square().sum()
+        y.backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
 
 
 def test_fused_and_folded():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from batchnorm import memory
@@ -79,7 +80,7 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
         logger.info("fold: %s are one convolution, %s", ", ".join(merge.branches), merge.convolution)
     for name, reason in folding.left.items():
         logger.info("fold: left %s: %s", name, reason)
-    before, after = _medians(lambda: call(original, args, kwargs), lambda: call(folded, args, kwargs))
+    before, after = _medians(model, lambda: call(original, args, kwargs), lambda: call(folded, args, kwargs))
     report = FoldReport(
         folded=(*folding.folded, *merging.folded),
         merged=tuple(merging.merged),
@@ -123,14 +124,17 @@ def _separate(model: nn.Module) -> None:
     release_activations(slots)
 
 
-def _medians(*functions: Callable[[], Any]) -> list[float]:
+def _medians(model: nn.Module, *functions: Callable[[], Any]) -> list[float]:
     """Seconds of each function, measured in turns: a busy machine slows all alike."""
+    devices = {value.device for value in (*model.parameters(), *model.buffers()) if value.device.type != "cpu"}
     samples: list[list[float]] = [[] for _ in functions]
     start = time.perf_counter()
     while len(samples[0]) < _ROUNDS or time.perf_counter() - start < _SECONDS:
         for function, taken in zip(functions, samples, strict=True):
             begun = time.perf_counter()
             function()
+            for device in devices:
+                torch.accelerator.synchronize(device)
             taken.append(time.perf_counter() - begun)
     return [statistics.median(taken) for taken in samples]
 

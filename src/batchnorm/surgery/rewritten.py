@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
+from batchnorm.errors import StateError
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery.walker import Slot
 
@@ -17,7 +18,8 @@ from batchnorm.surgery.walker import Slot
 class Rewritten:
     """What stands in a module's `forward` instead of its class's. Deleting the attribute goes back.
 
-    It calls what hangs in the module by name, so it may be copied and pickled with it, and modules in it may be exchanged.
+    It calls what hangs in the module by name, so it may be copied and pickled with it, and modules in it may be exchanged. Should a
+    batch norm be exchanged that was given an activation, that would be lost: then a call raises a StateError.
 
     Attributes:
         source: the Python code, for reading.
@@ -32,6 +34,13 @@ class Rewritten:
         self._forward = _compile(self.source)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for name in self.activated:
+            layer = self._module.get_submodule(name)
+            if not isinstance(layer, BatchNorm) or layer.activation is None:
+                raise StateError(
+                    f"{name} must be the batch norm that applies an activation here, but is a {type(layer).__name__} without; call "
+                    "batchnorm.revert before layers are exchanged"
+                )
         return self._forward(self._module, *args, **kwargs)
 
     @property
