@@ -149,3 +149,29 @@ def test_what_it_refuses():
         bn.BatchNorm1d(3, dtype=torch.complex64, statistics=part)(torch.randn(4, 3, dtype=torch.complex64))
     with pytest.raises(StateError, match=r"torch\.func"):
         torch.func.grad(lambda x: bn.BatchNorm1d(3, statistics=part)(x).sum())(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph(backend, centered):
+    """Forward, gradients and the windows that the backward writes, through warmup and after it."""
+    torch.manual_seed(0)
+    part = MovingAverage(window=2, warmup=3, centered=centered)
+    eager = nn.Sequential(
+        nn.Linear(4, 5), bn.BatchNorm(5, statistics=part, activation="relu"), nn.Linear(5, 4)
+    ).double()
+    compiled = copy.deepcopy(eager)
+    program = torch.compile(compiled, fullgraph=True, backend=backend)
+    for _ in range(6):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        values = []
+        for call in (eager, program):
+            y = call(x)
+            y.sin().sum().backward()
+            values.append(y)
+        torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=1e-12)
+    assert eager[1].get_buffer("running_var_gradient").abs().min() > 0
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)

@@ -58,6 +58,11 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
+def recomputing_now(like: Tensor) -> Tensor:
+    """`recomputing` as a 0-d bool on the device of `like`, asked at each call of compiled code too."""
+    return torch.ops.batchnorm.recomputing.default(like)
+
+
 # Compiled code computes again in its backward what was cheap to compute, from the buffers as they are by then: moved. What an
 # operator of its own gives it keeps.
 torch.library.define("batchnorm::kept", "(Tensor value) -> Tensor")

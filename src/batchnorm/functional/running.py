@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from batchnorm.errors import ArgumentError, StateError
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.parts import parts_of_buffer
-from batchnorm.functional.recompute import recomputing
+from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import cpu
 from batchnorm.moments import Moments
 
@@ -86,7 +86,7 @@ def _move_by_torch(
         finite = torch.stack([value.to(running.dtype).isfinite().all() for running, value in pairs]).all()
         moves = finite if moves is None else moves & finite
     if torch.compiler.is_compiling() and not exporting():  # whether this is a recomputation shows when the code runs
-        first = ~torch.ops.batchnorm.recomputing(moments.mean)
+        first = ~recomputing_now(moments.mean)
         moves = first if moves is None else moves & first
     steps = []
     for running, value in pairs:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import Reducer, moments, normalize_with, recomputing
+from batchnorm.functional import Reducer, moments, normalize_with
 from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional.recompute import kept, recomputing_now
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics.contract import Kept, Layer
 from batchnorm.statistics.shared import reducer_of, train_or_infer
@@ -39,7 +40,7 @@ class MovingAverage:
     The running mean then moves to 0.
 
     The windows are buffers of the layer, (window, C) each. The backward writes two of them, so the gradient is no derivative: it cannot
-    be differentiated again, under `torch.func` it is an error, and `torch.compile` cannot trace it in one graph.
+    be differentiated again, and under `torch.func` it is an error.
 
     Args:
         window: batches averaged; the paper's is 16.
@@ -88,15 +89,15 @@ class MovingAverage:
         batch = moments(x, mask)
         batch = batch if reducer is None else reducer.merge(batch).detach()
         with torch.no_grad():
-            again = recomputing()  # the windows hold this batch already, and the counter has counted it
-            before = counter - 1 if again else counter.clone()
+            # In a recomputation the windows hold this batch already, and the counter has counted it.
+            again = recomputing_now(x)
+            before = kept(counter - again.to(counter.dtype))
             place = (torch.arange(self.window, device=x.device) == before % self.window).unsqueeze(1)  # (window, 1)
             variance = batch.variance()
             finite = batch.mean.isfinite().all() & variance.isfinite().all()
             learns = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
-            if not again:
-                _put(means, place & learns, batch.mean)
-                _put(variances, place & learns, variance)
+            _put(means, place & learns & ~again, batch.mean)
+            _put(variances, place & learns & ~again, variance)
             averaged = before >= max(self.window, self.warmup)
             use = averaged & learns
             mean = torch.where(use, means.to(batch.mean.dtype).mean(0), batch.mean)
@@ -105,9 +106,10 @@ class MovingAverage:
             within = torch.where(use, variances.to(mean.dtype).mean(0), variance)
             between = torch.where(use, means.to(mean.dtype) - mean, batch.mean - mean).square().mean(0)
             variance = within + between
+            mean, variance = kept(mean), kept(variance)
             sigma = (variance + layer.eps).sqrt()
             r = (sigma / (running_var.to(sigma.dtype) + layer.eps).sqrt()).clamp(1 / self.r_max, self.r_max)
-            r = torch.where(use, r, torch.ones_like(r))
+            r = kept(torch.where(use, r, torch.ones_like(r)))
         count = batch.count * torch.where(use, self.window, 1).double()
         windows = _Windows(mean_g, mean_gz, place, averaged, self.centered)
         if torch.is_grad_enabled() and x.requires_grad:
