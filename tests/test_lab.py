@@ -48,6 +48,12 @@ class TestDigits:
     def test_the_same_on_every_call(self, digits):
         assert torch.equal(load().test.images, digits.test.images)
 
+    def test_on_a_device(self, digits):
+        moved = digits.to("meta")
+        for part in (moved.train, moved.validation, moved.test):
+            assert part.images.device == part.labels.device == torch.device("meta")
+        assert moved.sizes == digits.sizes
+
 
 class TestIdx:
     @pytest.mark.parametrize("zipped", [False, True])

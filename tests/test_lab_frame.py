@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -326,6 +327,25 @@ class TestCommands:
         complete.save(tmp_path)
         assert call("lab", "report", "--out", tmp_path).stdout == f"Wrote {tmp_path / 'report.html'}.\n"
         assert "✓ holds" in (tmp_path / "report.html").read_text()
+
+    def test_findings_are_a_page_and_drawings_of_what_is_complete(self, tmp_path, monkeypatch):
+        experiment, complete = known()
+        monkeypatch.setattr(experiments, "NAMES", ("tiny", "half", "later"))
+        monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
+        complete.save(tmp_path)
+        dataclasses.replace(known(missing={("with", 1)})[1], experiment="half").save(tmp_path)
+        page = tmp_path / "docs" / "findings.md"
+        assert call("lab", "findings", "--out", tmp_path, "--page", page).exit_code == 0
+        text = page.read_text()
+        assert "| [tiny](#tiny) | It works. | holds |" in text
+        assert "| share | 50.5%\u00a0±\u00a00.7% | 90.5%\u00a0±\u00a00.7% |" in text
+        assert "| steps | never | 10" in text
+        assert "half" not in text
+        assert "](findings/tiny.svg)" in text
+        (drawing,) = (page.parent / "findings").iterdir()
+        assert drawing.name == "tiny.svg"
+        assert ElementTree.parse(drawing).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert "--series-3" in drawing.read_text()
 
 
 def start(*arguments):
