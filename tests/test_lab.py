@@ -188,9 +188,8 @@ class TestTraining:
         assert Schedule(0.5, 4, 64, 0).rate(4) == 0.5
         network = tutorial_network(batch_norm=False)
         before = network[1].weight.detach().clone()
-        first, second = (
-            network[1].weight.grad.clone() for _, _ in zip(range(2), train(network, digits.train, schedule))
-        )
+        steps = islice(train(network, digits.train, schedule), 2)
+        first, second = (network[1].weight.grad.clone() for _ in steps)
         velocity = 0.9 * first + second
         expected = before - 0.5 * first - schedule.rate(2) * velocity
         torch.testing.assert_close(network[1].weight.detach(), expected)
