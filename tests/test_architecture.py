@@ -23,10 +23,12 @@ ORDER = [
     "statistics",
     "layers",
     "lazy",
+    "interop",
     "surgery",
     "distributed",
     "agreement",
     "population",
+    "folding",
     "explain",
     "env",
     "lab",
@@ -36,7 +38,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-EXTRAS = ("click", "rich", "numpy", "matplotlib", "sklearn", "onnx", "scipy", "pandas")
+EXTRAS = ("click", "rich", "numpy", "matplotlib", "sklearn", "gymnasium", "onnx", "scipy", "pandas")
 
 
 def room(path: Path) -> str:

@@ -291,6 +291,7 @@ class TestCommands:
         [
             (("run", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
             (("run", "depth", "--quick", "--full"), "a run has one size"),
+            (("run", "cost", "gan", "--device", "meta"), "; cost, gan run on the CPU"),
             (("run", "depth", "--device", "nowhere"), "--device must be one that torch can use here; nowhere is not"),
             (("run", "depth", "--data", "."), "--data is for experiments that take data; depth take"),
             (("run", "lr-range", "--data", "nowhere"), "there is no folder nowhere"),

@@ -97,7 +97,12 @@ def _summary(experiment: Experiment, known: Outcome | None) -> dict[str, Any]:
 )
 @click.option("--quick", is_flag=True, help="As little as shows the effect, in some 20 s an experiment.")
 @click.option("--full", is_flag=True, help="More data, more steps: an hour or more for all.")
-@click.option("--device", default="cpu", show_default=True, help="Where the networks are, such as cuda.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where the networks are, for experiments that can go there.",
+)
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Folder with data of your own, for experiments that take it."
 )
@@ -155,13 +160,19 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
     """What is to be measured, one experiment after the other, all arms of a seed side by side.
 
     Raises:
-        InputError: there is no such device; or there are data that none of the experiments takes, or that are no folder.
+        InputError: there is no such device, or an experiment does not run there; there are data that none of the experiments
+            takes, or that are no folder.
     """
     try:
         torch.empty(0, device=setting.device)
     except (RuntimeError, AssertionError) as error:  # torch built without it asserts
         first = str(error).splitlines()[0]
         raise InputError(f"--device must be one that torch can use here; {setting.device} is not: {first}") from error
+    bound = [experiment.name for experiment in chosen if experiment.cpu_only]
+    if torch.device(setting.device).type != "cpu" and bound:
+        raise InputError(
+            f"--device is for experiments that run anywhere; {', '.join(bound)} run on the CPU: leave them or it out"
+        )
     if setting.data is not None and not any(experiment.data for experiment in chosen):
         raise InputError(f"--data is for experiments that take data; {', '.join(e.name for e in chosen)} take none")
     version = data_version(setting.data)

@@ -19,6 +19,14 @@ NAMES = (
     "smoothness",
     "regularization",
     "cost",
+    "detection",
+    "speech",
+    "gan",
+    "dqn",
+    "policy-gradient",
+    "recommender",
+    "translation",
+    "driving",
 )
 
 

@@ -1,0 +1,55 @@
+"""CartPole-v1 (Barto, Sutton & Anderson 1983) as gymnasium has it, many poles at once, in tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm.lab import extras
+
+LONGEST = 500  # steps of an episode, each of reward 1
+SOLVED = 475.0  # mean return at which gymnasium calls CartPole-v1 solved
+TEST_SEED = 1_000_000  # of the episodes that a policy is judged by: none that it learns from
+
+
+class CartPoles:
+    """`count` poles, balanced side by side by gymnasium's own vector environment.
+
+    Attributes:
+        states: (count, 4) float32: position, velocity, angle, angular velocity; SI units.
+        over: (count,) bool: these episodes have ended, so the next step sets them up again and its action does not count.
+
+    Raises:
+        MissingExtraError: gymnasium is not installed.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        extras.require()
+        import gymnasium
+
+        self._environment = gymnasium.make_vec(
+            "CartPole-v1", num_envs=count, vectorization_mode="vector_entry_point", max_episode_steps=LONGEST
+        )
+        states, _ = self._environment.reset(seed=seed)
+        self.states = torch.from_numpy(states)
+        self.over = torch.zeros(count, dtype=torch.bool)
+
+    def step(self, actions: Tensor) -> Tensor:
+        """Push left (0) or right (1), (count,) int64, and say which poles fell, (count,) bool."""
+        states, _, fell, stood, _ = self._environment.step(actions.numpy())
+        self.states, fallen = torch.from_numpy(states), torch.from_numpy(fell)
+        self.over = fallen | torch.from_numpy(stood)
+        return fallen
+
+
+@torch.no_grad()
+def mean_return(choose: Callable[[Tensor], Tensor], episodes: int = 20) -> float:
+    """The mean number of steps, at most 500, that `choose`, (N, 4) states to (N,) actions, keeps poles up; the same poles each time."""
+    poles, standing, total = CartPoles(episodes, TEST_SEED), torch.ones(episodes, dtype=torch.bool), 0
+    while standing.any():
+        poles.step(choose(poles.states))
+        total += int(standing.sum())
+        standing &= ~poles.over
+    return total / episodes

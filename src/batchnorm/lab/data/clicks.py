@@ -1,0 +1,75 @@
+"""Who clicks on what: sparse categories and heavy-tailed numbers with a planted structure, for a recommender to find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VERSION = 1  # another one for every change of what is drawn
+SIZES = (2000, 1000, 200, 50, 20, 7)  # categories of user, item, brand, place, device, weekday
+COUNTS = 6  # numbers beside them: prices, visits, seconds
+RANK = 4  # of the planted tastes
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """Categories (N, 6) int64, numbers (N, 6) from units to many thousands, and whether there was a click (N,)."""
+
+    categories: Tensor
+    numbers: Tensor
+    clicked: Tensor
+
+    def __len__(self) -> int:
+        return len(self.clicked)
+
+    def __getitem__(self, rows: Tensor | slice) -> Clicks:
+        return Clicks(self.categories[rows], self.numbers[rows], self.clicked[rows])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three disjoint parts, and the chance of a click that was planted in the test part, (N,): no network can know more."""
+
+    train: Clicks
+    validation: Clicks
+    test: Clicks
+    planted: Tensor
+    fingerprint: str
+
+
+def load(train: int, held_out: int) -> Split:
+    """So many to train, and so many each to validate and to test; the same on every call."""
+    generator = torch.Generator().manual_seed(0)
+    N = train + 2 * held_out
+    # Few users, items and so on make most of the traffic: the chance of category k goes as 1 / (k + 1).
+    categories = torch.stack(
+        [
+            torch.multinomial(1 / torch.arange(1.0, size + 1), N, replacement=True, generator=generator)
+            for size in SIZES
+        ],
+        dim=1,
+    )
+    normal = torch.randn(N, COUNTS, generator=generator)
+    scale = torch.logspace(0, 4, COUNTS)
+    numbers = (1.5 * normal).exp() * scale  # log-normal
+    tastes = [torch.randn(size, RANK, generator=generator) / RANK**0.5 for size in SIZES]
+    leaning = [torch.randn(size, generator=generator) for size in SIZES]
+    user, item, brand = (tastes[field][categories[:, field]] for field in range(3))
+    logit = (
+        2 * (user * item).sum(1)
+        + (user * brand).sum(1)
+        + 0.4 * sum(part[categories[:, field]] for field, part in enumerate(leaning))
+        + normal @ torch.linspace(-0.6, 0.6, COUNTS)
+        - 1
+    )
+    chance = logit.sigmoid()
+    everything = Clicks(categories, numbers, torch.rand(N, generator=generator) < chance)
+    return Split(
+        everything[:train],
+        everything[train : train + held_out],
+        everything[train + held_out :],
+        chance[train + held_out :],
+        fingerprint=f"clicks-{VERSION}-{train}-{held_out}",
+    )

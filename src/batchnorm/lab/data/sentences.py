@@ -1,0 +1,84 @@
+"""Sentences of a small made-up language and their translations: other words, other order, endings that agree."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VERSION = 1  # another one for every change of the grammar
+NOUNS, VERBS, ADJECTIVES = 40, 20, 20
+END = 0  # ends a translation, begins its reading, and fills up what is shorter
+SOURCE_WORDS = 1 + NOUNS + VERBS + ADJECTIVES + 1  # and one for "not", the last
+TARGET_WORDS = 1 + NOUNS + 2 * VERBS + 2 * ADJECTIVES + 1  # verbs and adjectives have two endings
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Source sentences (N, S) with their lengths (N,), and translations (N, T) that end with `END`; the rest is `END` too."""
+
+    source: Tensor
+    lengths: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: Tensor) -> Pairs:
+        return Pairs(self.source[rows], self.lengths[rows], self.target[rows])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three parts without a sentence in common."""
+
+    train: Pairs
+    validation: Pairs
+    test: Pairs
+    fingerprint: str
+
+
+def sentence(rng: random.Random) -> tuple[list[int], list[int]]:
+    """
+    A sentence and its translation.
+
+    A sentence is phrase [NOT] verb phrase, a phrase up to two adjectives and a noun. In the translation the verb comes last with NOT behind
+    it, adjectives follow their noun in reverse, and have the ending of their noun's gender, as the verb has that of its subject's.
+    """
+
+    def phrase() -> tuple[list[int], list[int], int]:
+        noun = rng.randrange(NOUNS)
+        gender = noun % 2
+        adjectives = [rng.randrange(ADJECTIVES) for _ in range(rng.randint(0, 2))]
+        said = [1 + NOUNS + VERBS + one for one in adjectives] + [1 + noun]
+        translated = [1 + noun] + [1 + NOUNS + 2 * VERBS + 2 * one + gender for one in reversed(adjectives)]
+        return said, translated, gender
+
+    (subject, its_translation, gender), (other, its_other, _) = phrase(), phrase()
+    verb, negated = rng.randrange(VERBS), rng.random() < 0.3
+    said = [*subject, *([SOURCE_WORDS - 1] if negated else []), 1 + NOUNS + verb, *other]
+    translated = [*its_translation, *its_other, 1 + NOUNS + 2 * verb + gender, *([TARGET_WORDS - 1] if negated else [])]
+    return said, translated
+
+
+def load(train: int = 6000, held_out: int = 500) -> Split:
+    """So many sentences to train, and so many each to validate and to test; the same on every call."""
+    rng, known = random.Random(0), {}
+    while len(known) < train + 2 * held_out:
+        said, translated = sentence(rng)
+        known[tuple(said)] = translated
+    pairs = list(known.items())
+
+    def padded(rows: list[list[int]], length: int) -> Tensor:
+        return torch.tensor([row + [END] * (length - len(row)) for row in rows])
+
+    longest = max(len(said) for said, _ in pairs)
+    everything = Pairs(
+        padded([list(said) for said, _ in pairs], longest),
+        torch.tensor([len(said) for said, _ in pairs]),
+        padded([translated for _, translated in pairs], longest + 1),  # at least one END
+    )
+    order = torch.arange(len(pairs)).split([train, held_out, held_out])
+    return Split(*(everything[rows] for rows in order), fingerprint=f"sentences-{VERSION}-{train}-{held_out}")

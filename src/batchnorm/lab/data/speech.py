@@ -1,0 +1,189 @@
+"""Spoken words and their letters: ours, synthesized (`speech_recipe`), or a folder of WAV files with a table of transcripts."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import random
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import InputError
+from batchnorm.lab import extras
+
+VERSION = 1  # another one for every change of the features or the recipe
+FILE = Path(__file__).with_name("speech.npz")
+TABLE = "transcripts.csv"
+ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # the letter at position i has the number i + 1; 0 is CTC's blank
+BANDS = 40
+WINDOW, HOP = 0.025, 0.0125  # seconds of sound in a frame, and between the beginnings of two
+LOWEST, HIGHEST = 60.0, 7600.0  # hertz of the bands
+LEVELS = 40  # steps in which features of ours are kept, for each band between its extremes
+FLOOR = 1e-5  # the power below which all is silence
+HELD_OUT = {"validation": ("m5", "f3"), "test": ("m3", "m7", "f2", "f5")}  # voices of ours that no network trains on
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Logarithmic mel features (frames, 40) of a recording, what is said, and by whom."""
+
+    features: Tensor
+    text: str
+    voice: str
+
+    @property
+    def letters(self) -> Tensor:
+        """The numbers of the letters, (letters,) int64."""
+        return torch.tensor([ALPHABET.index(letter) + 1 for letter in self.text])
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Three parts, spoken by different voices; features are standardized by those of `train`."""
+
+    name: str
+    train: list[Utterance]
+    validation: list[Utterance]
+    test: list[Utterance]
+    fingerprint: str
+
+
+def load(directory: str | Path | None = None) -> Speech:
+    """
+    The synthesized words, or WAV files in `directory` with its `transcripts.csv` (columns file and text, and voice if known).
+
+    Of a folder a tenth of the voices, at least one, validates and a fifth, at least one, tests; without that column every file has a voice
+    of its own.
+
+    Raises:
+        InputError: a file cannot be read or is not what it should be, or there are fewer than three voices.
+        MissingExtraError: numpy is not installed.
+    """
+    if directory is not None:
+        return _parted("WAV files", *_read_folder(Path(directory)))
+    extras.require()
+    import numpy
+
+    with numpy.load(FILE) as stored:
+        steps, low, high, lengths = (torch.from_numpy(stored[name]) for name in ("steps", "low", "high", "lengths"))
+        texts, voices = stored["texts"].tolist(), stored["voices"].tolist()
+        fingerprint = f"speech-{int(stored['version'])}"
+    levels = [part.cumsum(0).to(torch.uint8) for part in steps.split(lengths.tolist())]  # differences, modulo 256
+    utterances = [
+        Utterance(low + level * (high - low) / LEVELS, text, voice)
+        for level, text, voice in zip(levels, texts, voices, strict=True)
+    ]
+
+    held_out = {voice: part for part, held in HELD_OUT.items() for voice in held}
+    parts = [held_out.get(one.voice.rpartition("+")[2], "train") for one in utterances]
+    return _parted("synthesized words", utterances, parts, fingerprint)
+
+
+def features(sound: Tensor, rate: int) -> Tensor:
+    """
+    Logarithms of the power in 40 bands equally wide in mel, 60 to 7600 Hz, each 12.5 ms, of samples (n,) in -1..1: (frames, 40).
+
+    Silence before and after is left out. Source of the scale: O'Shaughnessy 1987, mel = 2595 log10(1 + f / 700).
+
+    Raises:
+        InputError: fewer than 16000 samples a second, or shorter than a frame.
+    """
+    size, hop = round(WINDOW * rate), round(HOP * rate)
+    if rate < 16_000 or len(sound) < size:
+        raise InputError(
+            f"a recording must have 16000 samples a second and last {WINDOW * 1000:g} ms at least; this one has {rate} a second, "
+            f"{len(sound)} in all: give another"
+        )
+    frames = sound.unfold(0, size, hop) * torch.hann_window(size)  # (frames, size)
+    width = 2 ** math.ceil(math.log2(size))
+    power = torch.fft.rfft(frames, width).abs().square() / size  # (frames, width / 2 + 1)
+    loud = (power.sum(1) > FLOOR).nonzero()
+    if len(loud):
+        power = power[loud[0, 0] : loud[-1, 0] + 1]
+    frequency = torch.linspace(0, rate / 2, width // 2 + 1)
+
+    def mel(hertz: float) -> float:
+        return 2595 * math.log10(1 + hertz / 700)
+
+    edges = 700 * (10 ** (torch.linspace(mel(LOWEST), mel(HIGHEST), BANDS + 2) / 2595) - 1)
+    rising = (frequency[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[None, 2:] - frequency[:, None]) / (edges[2:] - edges[1:-1])
+    return (power @ torch.minimum(rising, falling).clamp(min=0) + FLOOR).log()  # bands are triangles
+
+
+def samples(file: Path | IO[bytes], name: str) -> tuple[Tensor, int]:
+    """
+    The first channel of a WAV file of 16-bit samples, (n,) in -1..1, and how many there are a second.
+
+    Raises:
+        InputError: it cannot be read, or is of another kind.
+    """
+    try:
+        with wave.open(str(file) if isinstance(file, Path) else file) as content:
+            width, channels, rate = content.getsampwidth(), content.getnchannels(), content.getframerate()
+            raw = bytearray(content.readframes(content.getnframes()))
+    except (OSError, EOFError, wave.Error) as error:
+        raise InputError(
+            f"cannot read {name} as a WAV file: {error or 'it ends too early'}; record or convert it again"
+        ) from error
+    if width != 2:
+        raise InputError(f"WAV files must have samples of 16 bits; {name} has {8 * width}: convert it")
+    raw = raw[: len(raw) // (2 * channels) * 2 * channels]
+    if not raw:
+        return torch.empty(0), rate
+    return torch.frombuffer(raw, dtype=torch.int16).reshape(-1, channels)[:, 0] / 32768, rate
+
+
+def _parted(name: str, utterances: Sequence[Utterance], parts: Sequence[str], fingerprint: str) -> Speech:
+    """The data set, its features standardized."""
+    everything = torch.cat([one.features for one, part in zip(utterances, parts, strict=True) if part == "train"])
+    mean, deviation = everything.mean(), everything.std()
+
+    def of(wanted: str) -> list[Utterance]:
+        return [
+            replace(one, features=(one.features - mean) / deviation)
+            for one, part in zip(utterances, parts, strict=True)
+            if part == wanted
+        ]
+
+    return Speech(name, of("train"), of("validation"), of("test"), fingerprint)
+
+
+def _read_folder(directory: Path) -> tuple[list[Utterance], list[str], str]:
+    """Utterances of a folder, the part of each, and a fingerprint of all."""
+    table = directory / TABLE
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"a folder of recordings must have a {TABLE}; cannot read {table}: {error}") from error
+    digest = hashlib.sha256()
+    utterances = []
+    for number, row in enumerate(rows, start=2):
+        file, text = row.get("file"), " ".join((row.get("text") or "").lower().split())
+        if not file or not text or set(text) - set(ALPHABET):
+            raise InputError(
+                f"each line of {TABLE} must have a file and a text of English letters, blanks and apostrophes; "
+                f"line {number} has {file!r} and {text!r}"
+            )
+        sound, rate = samples(directory / file, file)
+        try:
+            utterances.append(Utterance(features(sound, rate), text, row.get("voice") or file))
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+        digest.update(sound.numpy().tobytes() + text.encode() + utterances[-1].voice.encode())
+    voices = sorted({one.voice for one in utterances})
+    if len(voices) < 3:
+        raise InputError(f"there must be three voices at least, to train, validate and test; {TABLE} has {len(voices)}")
+    random.Random(0).shuffle(voices)
+    validation = voices[: max(1, len(voices) // 10)]
+    test = voices[len(validation) : len(validation) + max(1, len(voices) // 5)]
+    part = {**dict.fromkeys(voices, "train"), **dict.fromkeys(validation, "validation"), **dict.fromkeys(test, "test")}
+    return utterances, [part[one.voice] for one in utterances], f"wav-{VERSION}-{digest.hexdigest()[:12]}"

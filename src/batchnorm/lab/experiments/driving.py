@@ -1,0 +1,122 @@
+"""Does batch normalization help a network that steers by what a camera sees?
+
+A regression, so the noise of batch statistics goes straight into the answer; and the light differs from image to image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from batchnorm.lab.data import roads
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.train import batches
+from batchnorm.layers import BatchNorm1d, BatchNorm2d
+
+ARMS = {
+    "none": "without BN",
+    "both": "BN after every layer",
+    "convolutions": "BN after the convolutions",
+    "input": "BN on the image",
+}
+BATCH = 64
+LEARNING_RATE = {"none": 0.003, "both": 0.01, "convolutions": 0.01, "input": 0.01}
+RATIO = 1.2  # how many times smaller the error must be with BN
+
+render = lru_cache(maxsize=3)(roads.render)
+TRAIN, VALIDATION, TEST = (3000, 0), (500, 1), (1000, 2)  # how many, and the seed
+
+
+def network(arm: str) -> nn.Sequential:
+    """Images (N, 1, 32, 32) to angles (N, 1) in deviations of 10 degrees: PilotNet (Bojarski et al. 2016) in small."""
+
+    def convolution(inputs: int, outputs: int, size: int) -> list[nn.Module]:
+        normalization = BatchNorm2d(outputs) if arm in ("both", "convolutions") else nn.Identity()
+        return [nn.Conv2d(inputs, outputs, size, 2), normalization, nn.ReLU()]
+
+    def hidden(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Linear(inputs, outputs), BatchNorm1d(outputs) if arm == "both" else nn.Identity(), nn.ReLU()]
+
+    return nn.Sequential(
+        BatchNorm2d(1) if arm == "input" else nn.Identity(),
+        *convolution(1, 12, 5),
+        *convolution(12, 24, 3),
+        *convolution(24, 32, 3),
+        nn.Flatten(),
+        *hidden(128, 64),
+        *hidden(64, 16),
+        nn.Linear(16, 1),
+    )
+
+
+@torch.no_grad()
+def judged(trained: nn.Module, part: roads.Roads) -> float:
+    """The root mean square error in degrees, in inference."""
+    angles = 10 * trained.eval()(part.images).squeeze(1)
+    return float((angles - part.angles).square().mean().sqrt())
+
+
+def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.Sequential]]:
+    """The network after each step, counted from 1."""
+    train = render(*TRAIN)
+    torch.manual_seed(setting.seed)
+    steering, order = network(arm), batches(len(train.angles), BATCH, setting.seed)
+    optimizer = torch.optim.Adam(steering.parameters(), rate)
+    steps = setting.pick(200, 800, 3000)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        rows = next(order)
+        optimizer.zero_grad()
+        F.mse_loss(10 * steering.train()(train.images[rows]).squeeze(1), train.angles[rows]).backward()
+        optimizer.step()
+        schedule.step()
+        yield step, steering
+
+
+def measure(arm: str, setting: Setting) -> Measured:
+    """Train, and judge by the test roads."""
+    test, every = render(*TEST), setting.pick(100, 200, 500)
+    curve = [
+        (step, judged(steering, test))
+        for step, steering in trained(arm, setting, LEARNING_RATE[arm])
+        if step % every == 0
+    ]
+    return Measured({"error": curve[-1][1]}, {"error": curve})
+
+
+def judge(results: Results) -> Verdict:
+    """Whether BN after every layer makes the error smaller, and more so than standard images alone."""
+    error = {arm: results.mean(arm, "error") for arm in results.by_arm}
+    evidence = "Degrees of error: " + ", ".join(f"{ARMS[arm]} {value:.2f}" for arm, value in error.items()) + "."
+    if error["none"] < RATIO * error["both"]:
+        return Verdict("does not hold", evidence)
+    if error["input"] < RATIO * error["both"]:
+        return Verdict("holds only when", f"The images are not standardized beforehand. {evidence}")
+    return Verdict("holds", evidence)
+
+
+EXPERIMENT = Experiment(
+    name="driving",
+    question="Does batch normalization help a network that steers by what a camera sees?",
+    claim="With BN a network steers more precisely.",
+    source="the tutorial, section 6; Bojarski et al. 2016 (arXiv:1604.07316) for the network",
+    paper="",
+    arms=ARMS,
+    metrics={
+        "error": Metric("error in degrees", ".2f", "lower"),
+    },
+    measure=measure,
+    judge=judge,
+    curves={"error": Curve("Error while learning", "steps", "degrees", log_y=True)},
+    protocol=(
+        "Rendered roads of 32x32 pixels, 3000 to train, 500 to validate, 1000 to test. Three convolutions of stride 2, hidden layers of "
+        "64 and 16, Adam with a cosine schedule, batches of 64; the learning rate of each arm is the best of .001, .003, .01, .03 on the "
+        "validation roads."
+    ),
+    seconds=20,
+    cpu_only=True,
+)
