@@ -108,9 +108,8 @@ EXPERIMENT = Experiment(
     judge=judge,
     protocol=(
         f"Forward and backward of {BATCH} images of 16x16 pixels through 256-512-256-10, a VGG- and a ResNet-like network, one thread "
-        "of the CPU, "
-        "each in turns with the same network without normalization: medians of 60 turns (quick: 20, full: 300) of processor time, "
-        "as a ratio. Memory: bytes that a forward leaves allocated for its backward, as a ratio."
+        "of the CPU, each in turns with the same network without normalization: medians of 60 turns (quick: 15, full: 300) of processor "
+        "time, as a ratio. Memory: bytes that a forward leaves allocated for its backward, as a ratio."
     ),
     seconds=15,
     cpu_only=True,
