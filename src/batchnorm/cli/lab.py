@@ -13,6 +13,7 @@ import click
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from batchnorm.cli.common import command_line, progress_bar
@@ -205,9 +206,11 @@ def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished]
         table = Table("", *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for label, cells in rows:
             table.add_row(label, *cells)
-        console.print(f"[bold]{experiment.name}[/]: {experiment.claim}")
+        console.print(f"[bold]{experiment.name}[/]: {escape(experiment.claim)}")
         console.print(table)
-        console.print(_state(experiment, came_out) + ("" if verdict is None else f": {verdict.evidence}") + "\n")
+        console.print(
+            _state(experiment, came_out) + ("" if verdict is None else f": {escape(verdict.evidence)}") + "\n"
+        )
 
 
 @lab_command.command("report", epilog="Example: batchnorm lab report --page lab.html")
