@@ -23,6 +23,7 @@ from batchnorm.statistics import Domains, domain
 
 ARMS = {
     "none": "without BN",
+    "tuned": "without BN, learning rate of its own",
     "both": "BN in both",
     "generator": "BN in the generator only",
     "discriminator": "BN in the discriminator only",
@@ -31,7 +32,8 @@ ARMS = {
 }
 BATCH = 64
 LEARNING_RATE = {
-    "none": 0.004,
+    "none": 0.001,
+    "tuned": 0.004,
     "both": 0.001,
     "generator": 0.004,
     "discriminator": 0.001,
@@ -53,7 +55,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.S
     torch.manual_seed(setting.seed)
     statistics = Domains(("real", "fake")) if arm == "domains" else None
     generator, discriminator = networks(
-        arm not in ("none", "discriminator"), arm not in ("none", "generator"), statistics
+        arm not in ("none", "tuned", "discriminator"), arm not in ("none", "tuned", "generator"), statistics
     )
     of_generator = torch.optim.Adam(generator.parameters(), rate, (0.5, 0.999))
     of_discriminator = torch.optim.Adam(discriminator.parameters(), rate, (0.5, 0.999))
@@ -113,14 +115,19 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether images are three times closer with BN in both; and not if the discriminator sees real and generated ones in one batch."""
+    """Whether images are three times closer with BN in both, also than those of plain networks with a rate of their own."""
     distance = {arm: results.mean(arm, "distance") for arm in results.by_arm}
     evidence = "Fréchet distance: " + ", ".join(f"{ARMS[arm]} {value:.1f}" for arm, value in distance.items()) + "."
     if distance["none"] < RATIO * distance["both"]:
         return Verdict("does not hold", evidence)
-    if distance["joint"] < RATIO * distance["domains"]:
-        return Verdict("holds", evidence)
-    return Verdict("holds only when", f"Real and generated images must not share a batch's statistics. {evidence}")
+    conditions = []
+    if distance["tuned"] < RATIO * distance["both"]:
+        conditions.append("the learning rate is the one that suits BN")
+    if distance["joint"] > RATIO * distance["domains"]:
+        conditions.append("real and generated images do not share a batch's statistics")
+    if conditions:
+        return Verdict("holds only when", f"It takes that {' and that '.join(conditions)}. {evidence}")
+    return Verdict("holds", evidence)
 
 
 EXPERIMENT = Experiment(
@@ -140,8 +147,9 @@ EXPERIMENT = Experiment(
     curves={"distance": Curve("Distance while learning", "steps", "Fréchet distance", log_y=True)},
     protocol=(
         "scikit-learn's digits at 16x16. DCGAN with one more convolution at each size, 16 channels; batches of 64, Adam (beta .5), real "
-        "images labeled .9; the learning rate of each arm is the best of .001, .002, .004 on the validation images, with both of .0002 and "
-        ".0005 too. 1000 generated images against the 360 test images, in 64 features of a classifier trained with noise."
+        "images labeled .9. Learning rate .001, with BN in both the best of .0002 to .004 on the validation images; for the plain "
+        "networks tuned, in one network alone and in one batch the best of .001, .002, .004. 1000 generated images against the 360 "
+        "test images, in 64 features of a classifier trained with noise."
     ),
     seconds=90,
     cpu_only=True,
