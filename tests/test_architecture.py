@@ -38,7 +38,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-EXTRAS = ("click", "rich", "numpy", "matplotlib", "sklearn", "onnx", "scipy", "pandas")
+EXTRAS = ("click", "rich", "numpy", "matplotlib", "sklearn", "gymnasium", "onnx", "scipy", "pandas")
 
 
 def room(path: Path) -> str:

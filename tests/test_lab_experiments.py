@@ -55,7 +55,7 @@ def test_thirty_layers_of_sigmoids_learn_only_with_batch_normalization():
     data = digits.load(size=8)
     shares, gradients = {}, {}
     for arm in ("plain", "batch_norm"):
-        network = depth._network(arm, 30, torch.nn.Sigmoid, seed=0)
+        network = depth._network(arm, 30, torch.nn.Sigmoid, QUICK)
         gradients[arm] = depth._first_gradients(network, data, seed=0)[0]
         shares[arm] = depth._trained(network, data, 0.1, 100, QUICK)[1]
     assert shares["plain"] < 0.2

@@ -47,9 +47,7 @@ def lab_command() -> None:
 def list_command(out: Path, as_json: bool) -> None:
     """List the experiments: what each asks, how long it takes, and what came out so far."""
     extras.require()
-    found = [
-        (experiment, outcome.load(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)
-    ]
+    found = _known(out)
     if as_json:
         click.echo(to_json([_summary(*each) for each in found]), nl=False)
         return
@@ -57,6 +55,11 @@ def list_command(out: Path, as_json: bool) -> None:
     for experiment, known in found:
         table.add_row(experiment.name, experiment.question, _time(experiment, known), _state(experiment, known))
     Console(highlight=False).print(table)
+
+
+def _known(out: Path) -> list[tuple[Experiment, Outcome | None]]:
+    """Every experiment with what its folder holds of it."""
+    return [(experiment, outcome.load(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)]
 
 
 def _time(experiment: Experiment, known: Outcome | None) -> str:
@@ -93,7 +96,12 @@ def _summary(experiment: Experiment, known: Outcome | None) -> dict[str, Any]:
 )
 @click.option("--quick", is_flag=True, help="As little as shows the effect, in some 20 s an experiment.")
 @click.option("--full", is_flag=True, help="More data, more steps: an hour or more for all.")
-@click.option("--device", default="cpu", show_default=True, help="Where the networks are, such as cuda.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where the networks are, for experiments that can go there.",
+)
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Folder with data of your own, for experiments that take it."
 )
@@ -151,13 +159,19 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
     """What is to be measured, one experiment after the other, all arms of a seed side by side.
 
     Raises:
-        InputError: there is no such device; or there are data that none of the experiments takes, or that are no folder.
+        InputError: there is no such device, or an experiment does not run there; there are data that none of the experiments
+            takes, or that are no folder.
     """
     try:
         torch.empty(0, device=setting.device)
     except (RuntimeError, AssertionError) as error:  # torch built without it asserts
         first = str(error).splitlines()[0]
         raise InputError(f"--device must be one that torch can use here; {setting.device} is not: {first}") from error
+    bound = [experiment.name for experiment in chosen if experiment.cpu_only]
+    if torch.device(setting.device).type != "cpu" and bound:
+        raise InputError(
+            f"--device is for experiments that run anywhere; {', '.join(bound)} run on the CPU: leave them or it out"
+        )
     if setting.data is not None and not any(experiment.data for experiment in chosen):
         raise InputError(f"--data is for experiments that take data; {', '.join(e.name for e in chosen)} take none")
     version = data_version(setting.data)
@@ -202,9 +216,7 @@ def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished]
 def report_command(out: Path, page: Path | None) -> None:
     """Make one HTML page of what has been measured, finished or not. It needs no network."""
     extras.require()
-    known = [
-        (experiment, outcome.load(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)
-    ]
+    known = _known(out)
     if not any(came_out for _, came_out in known):
         raise InputError(f"a report is made of results; {out} holds none: batchnorm lab run all --out {out}")
     from batchnorm.report.lab import render  # matplotlib takes a moment: after the checks, not before
@@ -212,3 +224,19 @@ def report_command(out: Path, page: Path | None) -> None:
     target = page or out / "report.html"
     write(target, render(known))
     click.echo(f"Wrote {target}.")
+
+
+@lab_command.command("findings", epilog="Example: batchnorm lab findings --page docs/findings.md")
+@out_option
+@click.option("--page", type=click.Path(path_type=Path), default=Path("docs/findings.md"), show_default=True)
+def findings_command(out: Path, page: Path) -> None:
+    """Write what is complete as a Markdown page, and its drawings into a folder beside it."""
+    extras.require()
+    known = [(experiment, came_out) for experiment, came_out in _known(out) if came_out is not None]
+    from batchnorm.report.findings import render
+
+    text, drawings = render(known, page.stem)
+    write(page, text)
+    for name, svg in drawings.items():
+        write(page.with_suffix("") / name, svg)
+    click.echo(f"Wrote {page} and {len(drawings)} drawings.")

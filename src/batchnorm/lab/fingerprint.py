@@ -57,7 +57,10 @@ def _imported(source: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [
+                name if _source(name) else node.module for name in inner
+            ]  # a module of a package, or of a module's names
     return names
 
 

@@ -27,7 +27,7 @@ class Outcome:
         device: where the networks were.
         data: the folder with the user's data, if any.
         by_arm: one entry for each seed, in their order; None where it has not been measured.
-        seconds: of all measurements together, each with one thread.
+        seconds: of the processor, all measurements together.
         environment: versions, the kind of machine, and when.
         command: that made it.
     """

@@ -23,8 +23,9 @@ def render(known: Sequence[Known]) -> str:
     """The page of all experiments, measured or not, as text; at least one of them is begun."""
     verdicts = {experiment.name: _verdict(experiment, outcome) for experiment, outcome in known}
     judged = [verdict.answer for verdict in verdicts.values() if verdict is not None]
-    counted = ", ".join(f"{judged.count(answer)} {answer}" for answer in SIGNS if answer in judged)
-    lead = f"Of {len(known)} claims {len(judged)} are measured" + (f": {counted}." if judged else " to the end.")
+    counted = ", ".join(f"{judged.count(answer)} × {answer}" for answer in SIGNS if answer in judged)
+    are = "is" if len(judged) == 1 else "are"
+    lead = f"Of {len(known)} claims {len(judged)} {are} measured to the end" + (f": {counted}." if judged else ".")
     body = [section("Every claim", _claims(known, verdicts))]
     body += [
         section(_heading(experiment), *_experiment(experiment, outcome, verdicts[experiment.name]))

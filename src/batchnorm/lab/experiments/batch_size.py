@@ -59,12 +59,12 @@ PARTS: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
-def errors(part: str, setting: str, size: int, seed: int, epochs: int) -> tuple[float, float]:
+def errors(part: str, setting: str, size: int, seed: int, epochs: int, device: str = "cpu") -> tuple[float, float]:
     """The shares of validation and of test images that are classified wrong after one training."""
-    data, noise = digits.load(), NOISE if setting == "noise" else 0.0
+    data, noise = digits.load().to(device), NOISE if setting == "noise" else 0.0
     drawn = torch.Generator().manual_seed(99)
     held_out = torch.cat([data.validation.images, data.test.images])
-    held_out = held_out + noise * torch.randn(held_out.shape, generator=drawn)
+    held_out = held_out + noise * torch.randn(held_out.shape, generator=drawn).to(device)
     validation, test = held_out.split([len(data.validation), len(data.test)])
 
     drawn = torch.Generator().manual_seed(seed)
@@ -72,11 +72,11 @@ def errors(part: str, setting: str, size: int, seed: int, epochs: int) -> tuple[
     def seen(batch: Examples) -> Examples:
         if setting == "sorted":
             return batch[batch.labels.argsort(stable=True)]
-        return replace(batch, images=batch.images + noise * torch.randn(batch.images.shape, generator=drawn))
+        return replace(batch, images=batch.images + noise * torch.randn(batch.images.shape, generator=drawn).to(device))
 
     steps = epochs * (len(data.train) // BATCH)
     torch.manual_seed(seed)
-    network = perceptron((784, 512, 256, 10), lambda channels: PARTS[part](channels, size, steps))
+    network = perceptron((784, 512, 256, 10), lambda channels: PARTS[part](channels, size, steps)).to(device)
     for step, _ in train(network, data.train, Schedule(0.05, steps, BATCH, seed, momentum=0.9, cosine=True), seen):
         if part == "frozen" and step == steps * 4 // 5:
             freeze(network, affine=False)
@@ -96,7 +96,7 @@ def measure(arm: str, setting: Setting) -> Measured:
     for kind, tried in sizes.items():
         # Group norm knows no batch: once is enough.
         once = {
-            size: errors(arm, kind, size, setting.seed, epochs)
+            size: errors(arm, kind, size, setting.seed, epochs, setting.device)
             for size in (tried[:1] if arm == "group_norm" else tried)
         }
         found = {size: once.get(size, once[BATCH]) for size in tried}

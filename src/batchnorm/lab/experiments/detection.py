@@ -101,4 +101,5 @@ EXPERIMENT = Experiment(
         "momentum .9, cosine schedule, batches of 16. The learning rate of each arm is the best of .01, .03, .1 on the validation canvases."
     ),
     seconds=80,
+    cpu_only=True,
 )

@@ -150,4 +150,5 @@ EXPERIMENT = Experiment(
         "steps. Nothing was tuned for an arm; returns are of 20 poles that never train. A target network is copied every 250 steps."
     ),
     seconds=60,
+    cpu_only=True,
 )

@@ -118,4 +118,5 @@ EXPERIMENT = Experiment(
         "validation roads."
     ),
     seconds=20,
+    cpu_only=True,
 )

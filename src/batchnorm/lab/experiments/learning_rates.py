@@ -48,6 +48,7 @@ class Job:
     measure_every: int
     data: str | None
     fingerprint: str
+    device: str = "cpu"
 
     @property
     def file_name(self) -> str:
@@ -121,9 +122,9 @@ _load_once = lru_cache(maxsize=1)(load)
 def measure(job: Job) -> Training:
     """Train one network and measure it on the way. Both arms of a seed start from the same weights and see the same batches."""
     start = time.perf_counter()
-    data = _load_once(job.data)
+    data = _load_once(job.data).to(job.device)
     torch.manual_seed(job.seed)
-    network = tutorial_network(batch_norm=job.arm == "batch_norm")
+    network = tutorial_network(batch_norm=job.arm == "batch_norm").to(job.device)
     probes = data.validation[torch.arange(min(PROBES, len(data.validation)))]
     watched = job.learning_rate == COMMON  # quantiles cost as much as a training step
     steps, validation, losses, norms, received = [0], [accuracy(network, data.validation)], [], [], []
@@ -158,7 +159,7 @@ def measure(job: Job) -> Training:
 
 
 def _quantiles(inputs: Tensor) -> Tensor:
-    return torch.quantile(inputs, torch.tensor(QUANTILES), dim=0)  # (N, units) -> (3, units)
+    return torch.quantile(inputs.cpu(), torch.tensor(QUANTILES), dim=0)  # (N, units) -> (3, units)
 
 
 def _typical(received: Tensor) -> tuple[list[list[float]], float]:

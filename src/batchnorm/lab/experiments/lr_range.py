@@ -25,7 +25,18 @@ def measure(arm: str, setting: Setting) -> Measured:
     plan = Plan.of(setting.data, quick=False, seeds=1)
     trainings = [
         learning_rates.measure(
-            Job("lr-range", arm, rate, setting.seed, plan.steps, plan.batch_size, plan.measure_every, plan.data, "")
+            Job(
+                "lr-range",
+                arm,
+                rate,
+                setting.seed,
+                plan.steps,
+                plan.batch_size,
+                plan.measure_every,
+                plan.data,
+                "",
+                setting.device,
+            )
         )
         for rate in LEARNING_RATES
     ]
@@ -53,13 +64,14 @@ def _validation(training: Training) -> float:
 
 def _begun(arm: str, deviation: float, plan: Plan, setting: Setting) -> tuple[float, float]:
     """Accuracy on validation and on test images after weights drawn with this deviation, at the common learning rate."""
-    data = load(setting.data)
+    data = load(setting.data).to(setting.device)
     torch.manual_seed(setting.seed)
     network = tutorial_network(batch_norm=arm == "batch_norm")
     for layer in network:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, 0, deviation)
             nn.init.zeros_(layer.bias)
+    network.to(setting.device)
     for _ in train(network, data.train, Schedule(COMMON, plan.steps, plan.batch_size, setting.seed)):
         pass
     return accuracy(network, data.validation), accuracy(network, data.test)

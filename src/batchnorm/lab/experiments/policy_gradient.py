@@ -167,4 +167,5 @@ EXPERIMENT = Experiment(
         "as those of a round before the first. Nothing was tuned for an arm; returns are of 20 poles that never train."
     ),
     seconds=60,
+    cpu_only=True,
 )

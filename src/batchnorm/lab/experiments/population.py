@@ -22,9 +22,10 @@ GAP = 0.3
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    data = digits.load(size=8)
+    data = digits.load(size=8).to(setting.device)
     torch.manual_seed(setting.seed)
     network = resnet(lambda channels: BatchNorm2d(channels, momentum=USUAL if arm == "usual" else MOMENTUM))
+    network.to(setting.device)
     schedule = Schedule(0.05, setting.pick(50, 100, 600), 64, setting.seed, momentum=0.9)
     course, by_samples = list[tuple[float, float]](), list[tuple[float, float]]()
     for step, _ in train(network, data.train, schedule):

@@ -128,4 +128,5 @@ EXPERIMENT = Experiment(
         "rate of each arm is the best of .001, .003, .01, .03 on the validation part."
     ),
     seconds=30,
+    cpu_only=True,
 )

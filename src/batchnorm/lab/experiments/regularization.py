@@ -43,7 +43,7 @@ ARMS = {
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    data, draws = digits.load(), setting.pick(2, 3, 10)
+    data, draws = digits.load().to(setting.device), setting.pick(2, 3, 10)
     tests = [_best(arm, data, draws * setting.seed + draw, setting) for draw in range(draws)]
     return Measured({"accuracy": fmean(test for test, _ in tests), "training": fmean(learned for _, learned in tests)})
 
@@ -54,7 +54,7 @@ def _best(arm: str, data: Dataset, seed: int, setting: Setting) -> tuple[float, 
     images, tried = data.train[drawn], list[tuple[float, float, float]]()
     for rate in setting.pick(RATES[1:2], RATES):
         torch.manual_seed(seed)
-        network = _network(arm)
+        network = _network(arm).to(setting.device)
         for _ in train(network, images, Schedule(rate, 200, 64, seed, momentum=0.9, cosine=True)):
             pass
         tried.append((accuracy(network, data.validation), accuracy(network, data.test), accuracy(network, images)))

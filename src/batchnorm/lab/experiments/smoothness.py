@@ -34,7 +34,7 @@ class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        shift, stretch = NOISE * torch.randn(2, x.shape[1])
+        shift, stretch = NOISE * torch.randn(2, x.shape[1], device=x.device)
         return x * (1 + stretch) + shift
 
 
@@ -46,7 +46,7 @@ NORMALIZATIONS: dict[str, Normalization | None] = {
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    data, steps = digits.load(size=8), setting.pick(200, 300, 1500)
+    data, steps = digits.load(size=8).to(setting.device), setting.pick(200, 300, 1500)
     tried = [_trained(arm, rate, data, steps, setting.seed) for rate in setting.pick(RATES[:2], RATES)]
     _, test, course, moved = max(tried, key=lambda one: one[0])
     (he_range, he_turn), (_, usual_turn) = (_roughness(arm, he, data.train, setting.seed) for he in (True, False))
@@ -59,7 +59,7 @@ def _trained(
 ) -> tuple[float, float, list[tuple[float, float]], float]:
     """Validation and test accuracy, validation accuracy by step, and how far the last sigmoids' mean inputs move in 10 steps."""
     torch.manual_seed(seed)
-    network = perceptron((64, *[WIDTH] * DEPTH, 10), NORMALIZATIONS[arm], nn.Sigmoid)
+    network = perceptron((64, *[WIDTH] * DEPTH, 10), NORMALIZATIONS[arm], nn.Sigmoid).to(data.train.images.device)
     course, means = list[tuple[float, float]](), list[Tensor]()
     for step, _ in train(network, data.train, Schedule(rate, steps, 64, seed)):
         if step % 10 == 0:
@@ -81,6 +81,7 @@ def _roughness(arm: str, he: bool, examples: Examples, seed: int) -> tuple[float
         if he and isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+    network.to(examples.images.device)
     ranges, turns = list[float](), list[float]()
     for step, _ in train(network, examples, Schedule(rate, 50, 64, seed)):
         if step % 5 == 0:

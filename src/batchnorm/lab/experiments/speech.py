@@ -12,13 +12,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pad_sequence
 
+from batchnorm.errors import InputError
 from batchnorm.lab.data import speech
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.letters import best_path, error_rate
+from batchnorm.lab.recognizer import Recognizer
 from batchnorm.lab.train import batches
-from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 ARMS = {
     "none": "without BN",
@@ -27,73 +28,11 @@ ARMS = {
     "recurrent": "BN in the recurrent layers only",
     "per_step": "BN, per step in the recurrent layers",
 }
-BATCH, HIDDEN, STEPS = 32, 64, 16
+BATCH = 32
 LEARNING_RATE = 0.1
 RATIO = 3.0  # how many times fewer letters must be wrong with BN
 
 load = lru_cache(maxsize=1)(speech.load)
-
-
-class Masked(nn.Module):
-    """No normalization, but padding is 0 as after one."""
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return x * (torch.arange(x.shape[-1]) < lengths[:, None]).view(len(x), *[1] * (x.dim() - 2), -1)
-
-
-class PerStep(nn.Module):
-    """Statistics of each of the first 16 time steps, and of all later ones together; gamma and beta are common (section 3.2)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(BatchNorm1d(channels, on_single="running") for _ in range(STEPS + 1))
-        for layer in self.layers:
-            layer.weight, layer.bias = self.layers[0].weight, self.layers[0].bias
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(N, C, T), of which so many steps count, to the same."""
-        pieces = [*x[..., :STEPS].split(1, -1), *([x[..., STEPS:]] if x.shape[-1] > STEPS else [])]
-        left = (lengths - step for step in range(STEPS + 1))
-        return torch.cat(
-            [
-                layer(part, lengths=count.clamp(0, part.shape[-1]))
-                for layer, part, count in zip(self.layers, pieces, left, strict=False)
-            ],
-            -1,
-        )
-
-
-class Recognizer(nn.Module):
-    """Features (N, T, 40) to scores of the letters (N, T / 2, 29): two convolutions, two bidirectional recurrent layers."""
-
-    def __init__(self, arm: str) -> None:
-        super().__init__()
-        convolutions, recurrent = arm in ("both", "convolutions", "per_step"), arm in ("both", "recurrent", "per_step")
-
-        def between(channels: int) -> nn.Module:
-            if arm == "per_step":
-                return PerStep(channels)
-            return BatchNorm1d(channels) if recurrent else Masked()
-
-        self.convolutions = nn.ModuleList([nn.Conv2d(1, 16, 5, 2, 2), nn.Conv2d(16, 32, 3, (2, 1), 1)])
-        self.after = nn.ModuleList(BatchNorm2d(channels) if convolutions else Masked() for channels in (16, 32))
-        sizes = (32 * speech.BANDS // 4, 2 * HIDDEN)
-        self.before = nn.ModuleList(between(size) for size in (*sizes, 2 * HIDDEN))
-        self.recurrent = nn.ModuleList(nn.GRU(size, HIDDEN, batch_first=True, bidirectional=True) for size in sizes)
-        self.scores = nn.Linear(2 * HIDDEN, len(speech.ALPHABET) + 1)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and how many steps of them count, (N,)."""
-        x, lengths = x.mT.unsqueeze(1), (lengths + 1) // 2  # (N, 1, 40, T); the first convolution's stride is 2
-        for convolution, normalize in zip(self.convolutions, self.after, strict=True):
-            x = normalize(convolution(x), lengths=lengths).relu()
-        x = x.flatten(1, 2)  # (N, C, T / 2)
-        for normalize, layer in zip(self.before, self.recurrent, strict=False):
-            packed = pack_padded_sequence(
-                normalize(x, lengths=lengths).mT, lengths, batch_first=True, enforce_sorted=False
-            )
-            x = pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[-1])[0].mT
-        return self.scores(self.before[-1](x, lengths=lengths).mT), lengths
 
 
 def batch_of(spoken: list[speech.Utterance]) -> tuple[Tensor, Tensor]:
@@ -112,10 +51,13 @@ def judged(network: nn.Module, part: list[speech.Utterance]) -> float:
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Recognizer]]:
-    """The recognizer after each step, counted from 1."""
+    """The recognizer after each step, counted from 1; an InputError if the recordings do not fill a batch."""
     train = load(setting.data).train
+    if len(train) < BATCH:
+        raise InputError(f"there must be {BATCH} recordings to train at least, but there are {len(train)}: add some")
     torch.manual_seed(setting.seed)
-    network = Recognizer(arm)
+    convolutions, recurrent = arm not in ("none", "recurrent"), arm not in ("none", "convolutions")
+    network = Recognizer(convolutions, recurrent, arm == "per_step")
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, nesterov=True)
     order = batches(len(train), BATCH, setting.seed)
     for step in range(1, setting.pick(42, 84, 500) + 1):
@@ -168,4 +110,5 @@ EXPERIMENT = Experiment(
     ),
     seconds=85,
     data="WAV files of 16-bit samples, and transcripts.csv with the columns file and text, and voice if known",
+    cpu_only=True,
 )

@@ -1,0 +1,80 @@
+"""What the lab measured as a page of the documentation: Markdown, and one drawing for each experiment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+from batchnorm.lab.experiment import Experiment, Verdict
+from batchnorm.lab.outcome import Outcome
+from batchnorm.report.curves import drawings
+from batchnorm.report.rows import comparison
+
+INTRODUCTION = """# Findings
+
+What `batchnorm lab` found; every experiment's protocol stands below its numbers, and [the lab](lab.md) tells how to run it. Numbers are
+means ± standard deviations over seeds. Written by `batchnorm lab findings` from results, never by hand.
+"""
+FONT = "text { font-family: system-ui, sans-serif; }"
+
+
+def render(known: Sequence[tuple[Experiment, Outcome]], folder: str) -> tuple[str, dict[str, str]]:
+    """The page of what is complete, and its drawings by the name of their files, which the page expects in `folder`."""
+    judged = [
+        (experiment, outcome, verdict)
+        for experiment, outcome in known
+        if (verdict := outcome.verdict(experiment)) is not None
+    ]
+    parts = [INTRODUCTION, _lines([("experiment", "claim", "verdict"), *_overview(judged)])]
+    svgs = dict[str, str]()
+    for experiment, outcome, verdict in judged:
+        name = f"{experiment.name}.svg"
+        svg, title = drawings(experiment, outcome.results())[0]
+        svgs[name] = _standalone(svg)
+        parts.append(_section(experiment, outcome, verdict, f"![{title}]({folder}/{name})"))
+    environments = {
+        ", ".join(f"{name} {value}" for name, value in outcome.environment.items()) for _, outcome, _ in judged
+    }
+    parts.append("Measured with " + "; ".join(sorted(environments)) + ".\n")
+    return "\n".join(parts), svgs
+
+
+def _overview(judged: Iterable[tuple[Experiment, Outcome, Verdict]]) -> Iterable[tuple[str, str, str]]:
+    for experiment, _, verdict in judged:
+        anchor = re.sub(r"[^\w-]", "", experiment.name)  # as Markdown makes it of the heading
+        yield f"[{experiment.name}](#{anchor})", experiment.claim, verdict.answer
+
+
+def _section(experiment: Experiment, outcome: Outcome, verdict: Verdict, drawing: str) -> str:
+    columns, rows = comparison(experiment, outcome.results())
+    seeds = "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds"
+    return "\n".join(
+        [
+            f"## {experiment.name}\n",
+            f"{experiment.question}\n",
+            f"Claim: {experiment.claim} Verdict: **{verdict.answer}**.\n",
+            f"{verdict.evidence}\n",
+            f"{drawing}\n",
+            _lines([("", *columns), *((label, *cells) for label, cells in rows)]),
+            f"- The source: {experiment.source}. Its number: {experiment.paper or 'none'}.",
+            f"- Protocol: {experiment.protocol}",
+            f"- Made by `{outcome.command}`: size {outcome.size}, {seeds}, {outcome.seconds:.0f} s of one core.\n",
+        ]
+    )
+
+
+def _lines(rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table, the first row its head."""
+    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    rule = "|" + "---|" * (head.count(" | ") + 1)
+    return "\n".join([head, rule, *body, ""])
+
+
+def _standalone(svg: str) -> str:
+    """A drawing that is a file: with its namespace, the page's colors for light and dark, and no more digits than can be seen."""
+    css = resources.files("batchnorm.report").joinpath("page.css").read_text(encoding="utf-8")
+    colors = css[: css.index("* {")].strip()
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" \\1>\n<style>{colors}\n{FONT}</style>'
+    return re.sub(r"<svg ([^>]*)>", opening, svg, count=1)

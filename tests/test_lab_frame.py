@@ -1,0 +1,403 @@
+"""The lab's frame: units that are never measured twice, results that survive every end, the commands, and the page."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import batchnorm
+from batchnorm.cli import commands
+from batchnorm.errors import InputError
+from batchnorm.lab import experiments, fingerprint, outcome, runner
+from batchnorm.lab import unit as units
+from batchnorm.lab.experiment import Experiment, Measured, Metric, Setting
+from batchnorm.lab.fingerprint import code_version, data_version
+from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.result import spelled, to_json
+from batchnorm.lab.unit import Finished, Unit, packed, unpacked
+from batchnorm.report.lab import render
+from batchnorm.report.rows import spread
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(batchnorm.__file__).parent
+STRANGE = {"nan": math.nan, "never": math.inf, "below": -math.inf, "third": 1 / 3}
+
+
+def unit(experiment="depth", arm="plain", seed=0, size="quick", data=None, version=""):
+    return Unit(experiment, arm, Setting(seed, size, data=data), version)
+
+
+def tiny() -> Experiment:
+    """The experiment of `tiny_lab`, without what that file does to the registry."""
+    names, load = experiments.NAMES, experiments.load
+    try:
+        from tests import tiny_lab
+    finally:
+        experiments.NAMES, experiments.load = names, load
+    return tiny_lab.EXPERIMENT
+
+
+def known(arms=("without", "with"), seeds=2, missing=()):
+    experiment = tiny()
+    finished = [
+        Finished(Unit("tiny", arm, Setting(seed, "quick")), tiny_measured(arm, seed), 1.5)
+        for arm in arms
+        for seed in range(seeds)
+        if (arm, seed) not in missing
+    ]
+    return experiment, Outcome.of(experiment, seeds, finished, "batchnorm lab run tiny")
+
+
+def tiny_measured(arm, seed):
+    share = (0.9 if arm == "with" else 0.5) + seed / 100
+    values = {"share": share, "steps": math.inf if arm == "without" else 10.0, "gap": math.nan}
+    return Measured(values, {"course": [(1.0, 0.1), (2.0, share)]})
+
+
+class TestRegistry:
+    @pytest.mark.parametrize("name", experiments.NAMES)
+    def test_what_is_listed_is_there_and_whole(self, name):
+        experiment = experiments.load(name)
+        assert experiment.name == name
+        assert len(experiment.arms) >= 2
+        assert all(re.fullmatch(r"\w+", arm) for arm in experiment.arms)  # they are part of file names
+        for text in ("question", "claim", "source", "protocol"):
+            assert len(getattr(experiment, text)) > 20, text
+        assert experiment.question.endswith("?")
+        assert experiment.metrics
+
+    def test_every_file_is_listed(self):
+        files = {path.stem for path in (PACKAGE / "lab" / "experiments").glob("*.py")}
+        listed = {experiments.module_of(name).rsplit(".", 1)[1] for name in experiments.NAMES}
+        assert files - {"__init__", "learning_rates"} == listed
+
+    def test_a_file_that_is_missing_is_an_error(self, monkeypatch):
+        monkeypatch.setattr(experiments, "NAMES", ("nowhere",))
+        with pytest.raises(ModuleNotFoundError, match="nowhere"):
+            experiments.load("nowhere")
+
+
+class TestStored:
+    def test_numbers_that_json_has_not_come_back(self):
+        measured = Measured(STRANGE, {"a": [(0.0, math.nan), (1.0, math.inf)]})
+        read = unpacked(json.loads(to_json(packed(measured))))
+        assert repr(read) == repr(measured)  # NaN is not equal to itself
+        assert [spelled(value) for value in STRANGE.values()] == ["nan", "inf", "-inf", 1 / 3]
+
+    def test_other_arguments_data_or_code_are_another_unit(self, monkeypatch):
+        different = [
+            unit(),
+            unit("lr-range"),
+            unit(arm="batch_norm"),
+            unit(seed=1),
+            unit(size="full"),
+            unit(version="other data"),
+            dataclasses.replace(unit(), setting=Setting(0, "quick", "cuda")),
+        ]
+        assert len({each.file_name for each in different}) == len(different)
+        assert unit(data="here", version="x").file_name == unit(data="there", version="x").file_name
+        before = unit().file_name
+        monkeypatch.setattr(units, "code_version", lambda module: "another")
+        assert unit().file_name != before
+
+    def test_a_damaged_file_is_measured_again(self, tmp_path):
+        (path,) = _ran(tmp_path)
+        whole = path.read_bytes()
+        assert repr(runner.stored(unit(), tmp_path)) == repr(strange(unit()))
+        for damage in (b"[]", b"null", b'{"measured": {}}', b'{"measured": [], "seconds": 1}', b"\xff\xfe"):
+            path.write_bytes(damage)
+            assert runner.stored(unit(), tmp_path) is None, damage
+        for cut in range(len(whole) - 2):  # without the line break it is whole
+            path.write_bytes(whole[:cut])
+            assert runner.stored(unit(), tmp_path) is None, cut
+        assert _ran(tmp_path) == [path]
+        assert path.read_bytes() == whole
+
+    def test_a_full_disk_is_one_line(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            InputError, match=r"cannot write .*depth-plain.*: No space left on device; choose"
+        ) as caught:
+            list(runner.run(strange, [unit()], tmp_path, workers=1))
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+
+def _ran(directory):
+    list(runner.run(strange, [unit()], directory, workers=1))
+    return sorted(directory.iterdir())
+
+
+def strange(job):
+    """A stand-in for a measurement, in a worker."""
+    return Finished(job, Measured(STRANGE), 0.25)
+
+
+class TestFingerprint:
+    def test_code_is_what_an_experiment_imports_and_nothing_else(self):
+        reached = {str(path.relative_to(PACKAGE)) for path in fingerprint._reached("batchnorm.lab.experiments.depth")}
+        assert {"lab/experiments/depth.py", "lab/train.py", "lab/networks.py", "layers.py", "kernels/cpu.py"} <= reached
+        assert {
+            "lab/experiments/lr_range.py",
+            "lab/runner.py",
+            "cli/lab.py",
+            "report/lab.py",
+            "__init__.py",
+        }.isdisjoint(reached)
+        built = {path.name for path in (PACKAGE / "kernels").glob("*.so")}
+        assert built <= {Path(name).name for name in reached}
+
+    def test_an_experiment_that_uses_another_one_depends_on_it(self):
+        names = {path.name for path in fingerprint._reached("batchnorm.lab.experiments.lr_range")}
+        assert {"lr_range.py", "learning_rates.py"} <= names
+
+    def test_it_follows_the_bytes_of_what_is_reached(self, monkeypatch, tmp_path):
+        for name, source in {"a": "from batchnorm import b\n", "b": "", "c": ""}.items():
+            (tmp_path / f"{name}.py").write_text(source)
+        package = tmp_path.rename(tmp_path.with_name("batchnorm"))
+        monkeypatch.setattr(fingerprint, "ROOT", package)
+
+        def version():
+            code_version.cache_clear()
+            return code_version("batchnorm.a")
+
+        before = version()
+        (package / "c.py").write_text("other = 1")
+        assert version() == before
+        (package / "b.py").write_text("other = 1")
+        changed = version()
+        assert changed != before
+        (package / "table.bin").write_bytes(b"data beside the code")
+        assert version() not in (before, changed)
+        code_version.cache_clear()
+
+    def test_data_are_known_by_their_files(self, tmp_path):
+        assert data_version(None) == ""
+        (tmp_path / "x").write_text("1")
+        before = data_version(str(tmp_path))
+        assert data_version(str(tmp_path)) == before
+        (tmp_path / "x").write_text("12")
+        assert data_version(str(tmp_path)) != before
+        with pytest.raises(InputError, match="there is no folder"):
+            data_version(str(tmp_path / "nowhere"))
+
+
+class TestOutcome:
+    def test_saved_and_loaded_is_equal(self, tmp_path):
+        _, came_out = known(missing={("with", 1)})
+        came_out.save(tmp_path)
+        assert repr(outcome.load("tiny", tmp_path)) == repr(came_out)
+        assert outcome.load("depth", tmp_path) is None
+
+    def test_only_a_complete_one_is_judged(self):
+        experiment, complete = known()
+        assert (complete.finished, complete.units, complete.seeds, complete.seconds) == (4, 4, 2, 6.0)
+        verdict = complete.verdict(experiment)
+        assert verdict is not None
+        assert (verdict.answer, verdict.evidence) == ("holds", "90.5% with it.")
+        experiment, open_ = known(missing={("with", 1)})
+        assert (open_.finished, open_.units, open_.verdict(experiment)) == (3, 4, None)
+        other = dataclasses.replace(experiment, arms={"other": "other arms"})
+        assert complete.verdict(other) is None
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 99}'])
+    def test_what_is_none_is_refused(self, tmp_path, content):
+        (tmp_path / "tiny.json").write_text(content)
+        with pytest.raises(InputError, match=r"tiny\.json must be an outcome of schema 1"):
+            outcome.load("tiny", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("values", "text"),
+        [
+            ([0.5], "0.50"),
+            ([0.5, 1.0], "0.75 ± 0.35"),
+            ([math.inf, 2.0], "never, 2.00"),
+            ([math.inf, math.inf], "never"),
+            ([math.nan, 2.0], "2.00"),
+            ([math.nan], "–"),
+            ([], "–"),
+        ],
+    )
+    def test_seeds_as_text(self, values, text):
+        assert spread(Metric("", ".2f"), values).replace("\u00a0", " ") == text
+
+
+class TestPage:
+    def test_it_holds_everything_and_no_address(self):
+        experiment, complete = known()
+        begun, half = (
+            (dataclasses.replace(each, name="half") for each in (experiment,)),
+            known(missing={("with", 1)})[1],
+        )
+        page = render(
+            [(experiment, complete), (next(begun), half), (dataclasses.replace(experiment, name="later"), None)]
+        )
+        assert "✓ holds" in page
+        assert "3 of 4 done" in page
+        assert "not measured" in page
+        assert "Of 3 claims 1 is measured to the end: 1 × holds." in page
+        for text in ("90.5%\u00a0±\u00a00.7%", "never", "3.14", "Nobody 2026", "2 seeds", "Does &lt;it&gt; work?"):
+            assert text in page, text
+        assert page.count("<svg") == 2
+        assert "default-src 'none'" in page
+        assert not re.search(r"https?://|//[\w.]+/|@import|<script|<link(?! rel=\"icon\" href=\"data:)", page)
+        assert set(re.findall(r'href="(#tiny[^"]*|#half[^"]*)"', page)) >= {"#tiny", "#half"}
+        assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
+        assert re.search(r"prefers-color-scheme: dark", page)
+
+    def test_without_curves_the_headline_is_drawn(self):
+        experiment, complete = known()
+        page = render([(dataclasses.replace(experiment, curves={}), complete)])
+        assert page.count("<svg") == 1
+        assert 'aria-label="share: without it 50.5%' in page
+
+    def test_numbers_that_are_none_break_no_drawing(self):
+        experiment, complete = known()
+        strange = Measured(dict.fromkeys(experiment.metrics, math.nan), {"course": [(1.0, math.nan), (2.0, math.inf)]})
+        by_arm = {arm: [strange] for arm in experiment.arms}
+        for curves in (experiment.curves, {}):
+            page = render(
+                [(dataclasses.replace(experiment, curves=curves), dataclasses.replace(complete, by_arm=by_arm))]
+            )
+            assert page.count("<svg") == 1
+
+    def test_other_arms_than_now_are_said(self):
+        experiment, complete = known()
+        page = render([(dataclasses.replace(experiment, arms={"other": "other"}), complete)])
+        assert "measured with other arms" in page
+
+
+def call(*arguments):
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+class TestCommands:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("run", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
+            (("run", "depth", "--quick", "--full"), "a run has one size"),
+            (("run", "cost", "gan", "--device", "meta"), "; gan run on the CPU"),
+            (("run", "depth", "--device", "nowhere"), "--device must be one that torch can use here; nowhere is not"),
+            (("run", "depth", "--data", "."), "--data is for experiments that take data; depth take"),
+            (("run", "lr-range", "--data", "nowhere"), "there is no folder nowhere"),
+            (("run", "depth", "--out", "FILE"), "cannot write into FILE"),
+            (("report", "--out", "nowhere"), "a report is made of results; nowhere holds none"),
+        ],
+    )
+    def test_bad_usage_is_one_line_and_exit_2(self, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "FILE").write_text("")
+        result = call("lab", *arguments)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        assert message in result.stderr
+
+    def test_list_tells_question_time_and_result(self, tmp_path, monkeypatch):
+        experiment, complete = known()
+        monkeypatch.setattr(experiments, "NAMES", ("tiny", "later"))
+        monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
+        complete.save(tmp_path)
+        lines = call("lab", "list", "--out", tmp_path).stdout.splitlines()
+        assert [line.split() for line in lines[2:]] == [
+            ["tiny", "Does", "<it>", "work?", "6", "s", "holds"],
+            ["later", "Does", "<it>", "work?", "~3", "s", "–"],
+        ]
+        listed = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
+        assert [each["answer"] for each in listed] == ["holds", None]
+
+    def test_report_writes_the_page(self, tmp_path, monkeypatch):
+        experiment, complete = known()
+        monkeypatch.setattr(experiments, "NAMES", ("tiny",))
+        monkeypatch.setattr(experiments, "load", lambda name: experiment)
+        complete.save(tmp_path)
+        assert call("lab", "report", "--out", tmp_path).stdout == f"Wrote {tmp_path / 'report.html'}.\n"
+        assert "✓ holds" in (tmp_path / "report.html").read_text()
+
+
+def start(*arguments):
+    environment = {**os.environ, "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{ROOT}", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "tiny_lab.py"), "lab", *map(str, arguments)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def stored(directory):
+    return {path.name: path.stat().st_mtime_ns for path in (directory / "units").glob("[!.]*.json")}
+
+
+def wait_for(count, directory, process):
+    while len(stored(directory)) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+class TestEnds:
+    def test_killed_it_goes_on_where_it_was(self, tmp_path):
+        arguments = ("run", "tiny", "--workers", 2, "--out", tmp_path, "--seeds", 4)
+        process = start(*arguments)
+        wait_for(2, tmp_path, process)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = workers.read_text().split() if workers.exists() else []
+        process.kill()
+        process.communicate()
+        kept = stored(tmp_path)
+        assert 2 <= len(kept) < 8
+        for _ in range(500):  # the workers see that they are alone
+            if all(map(gone, children)):
+                break
+            time.sleep(0.02)
+        assert all(map(gone, children))
+        assert stored(tmp_path) == kept
+        begun = outcome.load("tiny", tmp_path)
+        assert begun is not None
+        assert begun.finished >= 1  # the report knows of them
+
+        output, errors = start(*arguments, "--json").communicate(timeout=120)
+        assert errors == ""
+        after = stored(tmp_path)
+        assert len(after) == 8
+        assert {name: after[name] for name in kept} == kept
+        (said,) = json.loads(output)
+        assert (said["answer"], said["evidence"]) == ("holds", "91.5% with it.")
+        assert said["outcome"]["by_arm"]["without"][0]["values"] == {"share": 0.5, "steps": "inf", "gap": "nan"}
+
+    def test_ctrl_c_says_how_to_go_on(self, tmp_path):
+        process = start("run", "tiny", "--workers", 1, "--out", tmp_path, "--seeds", 4)
+        wait_for(2, tmp_path, process)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        kept = len(stored(tmp_path))
+        assert f"{kept} of 8 measurements are finished and kept. Continue with:" in errors
+        assert f"batchnorm lab run tiny --out {tmp_path} --seeds 4 --workers 1" in errors
+        assert f"{kept} of 8 measured" in output
+
+    def test_what_an_experiment_says_against_its_data_is_one_line(self, tmp_path):
+        process = start("run", "tiny", "--out", tmp_path / "out", "--data", tmp_path, "--workers", 1)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert (output, errors) == ("", "Error: data must be real; these are not: bring others\n")
