@@ -116,6 +116,30 @@ def test_before_a_convolution_with_a_padding_of_its_own():
     found, _ = folded(nn.Sequential(nn.BatchNorm2d(3), nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3)), normal(2, 3, 5, 5))
 
 
+def test_one_padding_for_several_convolutions_or_none():
+    model = Graph(lambda m, x: m.a(y := m.norm(x)) + m.b(y).relu(), norm=nn.BatchNorm2d(3))
+    model.a, model.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, (3, 3), padding=(1, 1), bias=False)
+    found, report = folded(model, normal(2, 3, 5, 5))
+    assert report.folded == (bn.folding.Folded("norm", ("a", "b"), "before, padded"),)
+    assert (type(found.norm), found.a.padding, found.b.padding) == (ChannelPad, (0, 0), (0, 0))
+    model.b = nn.Conv2d(3, 4, 1)
+    _, report = folded(model, normal(2, 3, 5, 5), batch_norms=1)
+    assert report.left["norm"].endswith("a pads, and others would be padded with it")
+
+
+def test_one_after_the_other():
+    _, report = folded(
+        nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+        normal(2, 3, 4, 4),
+    )
+    assert sorted((pair.batch_norm, pair.kind) for pair in report.folded) == [
+        ("0", "before"),
+        ("1", "before"),
+        ("3", "after"),
+        ("4", "after"),
+    ]
+
+
 def test_before_a_linear_layer():
     folded(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), normal(5, 4))
     folded(nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)), normal(5, 4, 3, 3))
