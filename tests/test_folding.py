@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import batchnorm as bn
 from batchnorm.folding.modules import ChannelPad
@@ -115,6 +116,30 @@ def test_before_a_convolution_with_a_padding_of_its_own():
     found, _ = folded(nn.Sequential(nn.BatchNorm2d(3), nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3)), normal(2, 3, 5, 5))
 
 
+def test_one_padding_for_several_convolutions_or_none():
+    model = Graph(lambda m, x: m.a(y := m.norm(x)) + m.b(y).relu(), norm=nn.BatchNorm2d(3))
+    model.a, model.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, (3, 3), padding=(1, 1), bias=False)
+    found, report = folded(model, normal(2, 3, 5, 5))
+    assert report.folded == (bn.folding.Folded("norm", ("a", "b"), "before, padded"),)
+    assert (type(found.norm), found.a.padding, found.b.padding) == (ChannelPad, (0, 0), (0, 0))
+    model.b = nn.Conv2d(3, 4, 1)
+    _, report = folded(model, normal(2, 3, 5, 5), batch_norms=1)
+    assert report.left["norm"].endswith("a pads, and others would be padded with it")
+
+
+def test_one_after_the_other():
+    _, report = folded(
+        nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+        normal(2, 3, 4, 4),
+    )
+    assert sorted((pair.batch_norm, pair.kind) for pair in report.folded) == [
+        ("0", "before"),
+        ("1", "before"),
+        ("3", "after"),
+        ("4", "after"),
+    ]
+
+
 def test_before_a_linear_layer():
     folded(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), normal(5, 4))
     folded(nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)), normal(5, 4, 3, 3))
@@ -200,6 +225,13 @@ def test_modules_that_somebody_watches_or_changed_stay():
     assert "hooks" in folded(model, normal(2, 3, 4, 4), batch_norms=1)[1].left["1"]
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3))
     assert "parametrized" in folded(model, normal(2, 3, 4, 4), batch_norms=1)[1].left["1"]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    prune.l1_unstructured(model[0], "weight", amount=2)
+    prune.l1_unstructured(model[3], "weight", amount=2)
+    report = bn.fold(settle(model), normal(2, 3, 4, 4).float())[1]
+    assert report.left["1"].startswith("0 cannot take it in: it has hooks")
+    assert report.left["3"] == "it has hooks or a forward of its own"
+    bn.fuse(model)
     tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
     tied[2].weight = tied[0].weight
     assert "shares its weights" in folded(tied, normal(2, 3, 4, 4), batch_norms=1)[1].left["1"]
@@ -351,6 +383,34 @@ def test_over_the_tolerance_it_raises():
             bn.fold(model, x, tolerance=wrong)
     with pytest.raises(bn.errors.ArgumentError, match=r"must be a torch.nn.Module"):
         bn.fold([model], x)
+
+
+def test_dtype_layout_and_flags_are_kept():
+    layers = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)
+    model = settle(nn.Sequential(*layers)).to(torch.bfloat16, memory_format=torch.channels_last)
+    model[0].requires_grad_(False)
+    found, report = bn.fold(model, normal(2, 3, 8, 8).bfloat16(), tolerance=0.05)
+    assert {value.dtype for value in found.state_dict().values()} == {torch.bfloat16}
+    assert found[3].weight.is_contiguous(memory_format=torch.channels_last)
+    assert [value.requires_grad for value in found.parameters()] == [False, False, True, True]
+    assert not found.training
+    assert report.largest_output > 1
+
+
+def test_lazy_layers_must_know_their_sizes():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(bn.errors.StateError, match="some are lazy; call it once first"):
+        bn.fold(model, normal(2, 3, 8, 8).float())
+    model(normal(2, 3, 8, 8).float())
+    assert bn.fold(model, normal(2, 3, 8, 8).float())[1].batch_norms_after == 0
+
+
+def test_a_compiled_model_is_folded_and_compiled():
+    model = torch.compile(settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval(), backend="eager")
+    x = normal(2, 3, 4, 4).float()
+    found, report = bn.fold(model, x)
+    assert (type(found), report.batch_norms_after) == (type(model), 0)
+    torch.testing.assert_close(found(x), model(x))
 
 
 def test_the_report_is_a_table_and_plain_data():

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.statistics import Running
@@ -378,3 +379,28 @@ def test_a_shared_layer_stays_one_object_through_all_surgery():
             surgery(model)
             assert model[0] is model[2][0] is model[3][0] is shared, surgery
         assert type(shared) is cls
+
+
+def test_pruned_and_parametrized_layers_keep_what_they_have(caplog):
+    def build():
+        pruned, parametrized = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        prune.l1_unstructured(pruned, "weight", amount=2)
+        parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
+        parametrized.register_state_dict_post_hook(lambda *given: given[1].update({f"{given[2]}extra": torch.ones(1)}))
+        return nn.Sequential(pruned, parametrized)
+
+    model, expected = build(), build()
+    classes = [type(layer) for layer in model]
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.convert(model)
+    assert isinstance(model[0], bn.BatchNorm1d)
+    assert "left 1: it is a ParametrizedBatchNorm1d" in caplog.text
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(model(x), expected(x))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    assert "1.extra" in model.state_dict()
+    bn.fuse(bn.revert(model))
+    bn.revert(model)
+    assert [type(layer) for layer in model] == classes
+    assert len(model[0]._forward_pre_hooks) == 1
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm import memory
-from batchnorm.errors import ArgumentError, FoldingError, InputError
+from batchnorm.errors import ArgumentError, FoldingError, InputError, StateError
 from batchnorm.folding.branches import Merging
 from batchnorm.folding.fold import Folding
 from batchnorm.folding.norms import is_norm
@@ -28,7 +29,7 @@ from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
 from batchnorm.surgery.rewritten import restore_forwards
-from batchnorm.surgery.tracing import Rules, Traced, Tracer, trace_parts
+from batchnorm.surgery.tracing import Rules, Traced, Tracer, computed_weights, trace_parts
 
 _ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
 
@@ -49,14 +50,19 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     Raises:
         ArgumentError: if model is not a module, or example_input no input.
         InputError: if tolerance is negative.
+        StateError: if layers are lazy still.
         FoldingError: if the outputs differ by more than the tolerance.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     if not tolerance >= 0:
         raise InputError(f"tolerance must be a number of at least 0, but got {tolerance}")
+    if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        raise StateError(
+            "the layers of a model must know their sizes before it is folded, but some are lazy; call it once first"
+        )
     args, kwargs = example(example_input)
-    original = copy.deepcopy(model).eval()
+    original = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_weights(model)}).eval()
     folded = copy.deepcopy(original)
     _separate(folded)
     traced, folding = _fold(folded, args, kwargs)

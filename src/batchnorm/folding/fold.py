@@ -32,14 +32,13 @@ class Folding:
     unpadded: list[Any] = field(default_factory=list)
 
     def fold(self, part: Part, record: Record) -> None:
-        """Fold the batch norms of a graph, in the order in which they are called."""
+        """Fold the batch norms of a graph, in the order in which they are called; again, while others are out of the way now."""
         scene = scene_of(self.model, part, record)
-        for node, (name, norm) in scene.modules.items():
-            if is_norm(norm):
-                try:
-                    self._fold(scene, node, name, norm)
-                except Refused as reason:
-                    self.left[name] = str(reason)
+        norms = [(node, name, norm) for node, (name, norm) in scene.modules.items() if is_norm(norm)]
+        before = None
+        while before is None or len(norms) < before:
+            before = len(norms)
+            norms = [(node, name, norm) for node, name, norm in norms if not self._folds(scene, node, name, norm)]
 
     def carry_out(self) -> None:
         """Change the model."""
@@ -49,6 +48,15 @@ class Folding:
             convolution.padding = (0,) * len(convolution.kernel_size)
             convolution._reversed_padding_repeated_twice = [0] * 2 * len(convolution.kernel_size)
         hang(self.model, self.replacements)
+
+    def _folds(self, scene: Scene, node: fx.Node, name: str, norm: nn.Module) -> bool:
+        try:
+            self._fold(scene, node, name, norm)
+        except Refused as reason:
+            self.left[name] = str(reason)
+            return False
+        self.left.pop(name, None)
+        return True
 
     def _fold(self, scene: Scene, node: fx.Node, name: str, norm: nn.Module) -> None:
         if id(norm) in scene.shared:
@@ -94,7 +102,7 @@ class Folding:
                 raise Refused("an activation or an addition follows in the same layer")
             check_stays(scene, node.args[0])
             ends = list(ahead(scene, node, axis, affine))
-            _check_pads(scene, node, ends, self.unpadded)
+            _check_pads(scene, node, ends)
         except Refused as refused:
             raise Refused(f"{before}; {refused}") from None
         padded = any(end.pad is not None and type(end.module) not in CONSTANT_PADS for end in ends)
@@ -139,7 +147,7 @@ def _channel_pad(pad: Tensor | None, padding: tuple[int, ...], norm: Any) -> Cha
     return ChannelPad(pad.to(norm.running_mean.dtype), tuple(padding))
 
 
-def _check_pads(scene: Scene, node: fx.Node, ends: list[End], unpadded: list[Any]) -> None:
+def _check_pads(scene: Scene, node: fx.Node, ends: list[End]) -> None:
     """One padding in the place of the batch norm must do for all layers that pad.
 
     Raises:
@@ -152,5 +160,3 @@ def _check_pads(scene: Scene, node: fx.Node, ends: list[End], unpadded: list[Any
     alike = len({padding_of(end.module) for end in padded}) == 1
     if len(padded) < len(ends) or not alike or any(id(end.module) not in direct for end in padded):
         raise Refused(f"{padded[0].name} pads, and others would be padded with it")
-    if any(end.module in unpadded for end in padded):
-        raise Refused(f"{padded[0].name} is padded already")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import StateError
@@ -83,8 +83,14 @@ class Rules(NamedTuple):
 
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy with the same tensors: tracing runs forwards, which may leave their marks on the modules."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
+    tensors = itertools.chain(model.parameters(), model.buffers(), computed_weights(model))
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def computed_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that are plain attributes, as pruning and `weight_norm` leave them, which torch does not copy."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def trace_parts(model: nn.Module, rules: Rules) -> Traced:
