@@ -41,7 +41,7 @@ class Planar {
         const bool many_rows = N >= rows_of_sums, short_rows = many_rows && S < short_plane;
         sums_by_columns = short_rows && !task.mask;
         // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
-        maps_by_columns = short_rows || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
+        maps_by_columns = short_rows || S < T::width || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
     }
 
     // Both passes over one block of channels after the other.
