@@ -111,6 +111,6 @@ EXPERIMENT = Experiment(
         "of the CPU, each in turns with the same network without normalization: medians of 60 turns (quick: 15, full: 300) of processor "
         "time, as a ratio. Memory: bytes that a forward leaves allocated for its backward, as a ratio."
     ),
-    seconds=15,
+    seconds=40,
     cpu_only=True,
 )

@@ -100,5 +100,5 @@ EXPERIMENT = Experiment(
         "0.05); accuracy of test images. Dropout is 0.5 after each ReLU; smaller normalization batches are groups of the batch of 64 "
         "(`Ghost`)."
     ),
-    seconds=70,
+    seconds=60,
 )

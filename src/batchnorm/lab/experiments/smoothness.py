@@ -157,5 +157,5 @@ EXPERIMENT = Experiment(
         "and with PyTorch's initialization, in the first 50 steps at 0.1; walks of 0.5 to 4 learning rates along the gradient of a "
         "batch; the largest change of the gradient relative to its norm."
     ),
-    seconds=60,
+    seconds=20,
 )
