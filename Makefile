@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo bench test lint docs sanitize clean
+.PHONY: demo lab bench test lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train the tutorial's network with and without batch normalization (runs/demo/report.html)"
+	@echo "make lab       measure what is claimed of batch normalization (runs/lab/report.html)"
 	@echo "make bench     measure against the byte limit and against the others (runs/bench/report.html)"
 	@echo "make test      run the tests with coverage"
 	@echo "make lint      ruff and pyright"
@@ -33,6 +34,10 @@ $(VENV)/dev: $(VENV)/torch $(BUILT_FROM)
 
 demo: $(VENV)/lab
 	$(BIN)/batchnorm demo
+
+lab: $(VENV)/lab
+	$(BIN)/batchnorm lab run all
+	$(BIN)/batchnorm lab report
 
 bench: $(VENV)/lab
 	$(BIN)/batchnorm env

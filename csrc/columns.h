@@ -42,7 +42,7 @@ INLINE void sum_together(
             for (int64_t row = 0; row < rows_of_sums; ++row) term.fetch(i + (rows_of_sums + row) * rows.stride, 1);
         }
         UNROLLED
-        for (int64_t row = 0; row < count; ++row, i += rows.stride) here.add(term(i, 0, channel, part), channel.mean);
+        for (int64_t row = 0; row < count; ++row, i += rows.stride) here.add(term(i, channel, part), channel.mean);
         sums[j / T::width] = here;
     });
 }
@@ -58,7 +58,7 @@ INLINE void sum_columns(const Table<T>& table, const Rows& all, const Term term,
     });
 }
 
-// Maps `count` rows, at most `rows_of_map`.
+// Maps `count` rows, at most `rows_of_map`. A mask is one of the columns, the same for all rows.
 template <bool stream, class T, class Map, class Out>
 INLINE void map_together(const Table<T>& table, const Rows& rows, int64_t j0, int64_t j1, int64_t count, const Map& map, const Out& out) {
     for_columns<T>(j0, j1, [&](int64_t j, auto part) INLINED {
@@ -70,7 +70,7 @@ INLINE void map_together(const Table<T>& table, const Rows& rows, int64_t j0, in
         }
         UNROLLED
         for (int64_t row = 0; row < count; ++row, i += rows.stride) {
-            const auto values = map(i, 0, channel, part);
+            const auto values = map(i, j, channel, part);
             if constexpr (stream && decltype(part)::is_whole) {
                 out.stream(i, values);
             } else {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 namespace batchnorm {
@@ -31,37 +32,66 @@ inline int64_t counted(const uint8_t* mask, int64_t positions) {
     return count;
 }
 
-// The position after the first `wanted` counted ones from `m` on; `positions` if there are no more.
-inline int64_t after_counted(const uint8_t* mask, int64_t m, int64_t positions, int64_t wanted) {
-    while (m + word_positions <= positions && wanted >= word_positions) {
-        wanted -= counted(mask + m, word_positions);
-        m += word_positions;
-    }
-    for (; m < positions && wanted > 0; ++m) wanted -= mask[m] != 0;
+// The first position from `m` on that counts, or does not; `end` if there is none.
+inline int64_t next(const uint8_t* mask, int64_t m, int64_t end, bool counts) {
+    const uint64_t others = counts ? 0 : all_counted;
+    while (m + word_positions <= end && mask_word(mask + m) == others) m += word_positions;
+    while (m < end && (mask[m] != 0) != counts) ++m;
     return m;
 }
 
-// Copies the counted of so many values to to[filled], ...; how many are filled then. Writes up to a word past them.
-template <class Element>
-inline int64_t gather(const Element* from, const uint8_t* mask, int64_t count, Element* to, int64_t filled) {
-    int64_t i = 0;
-    for (; i + word_positions <= count; i += word_positions) {
-        const uint64_t word = mask_word(mask + i);
-        if (word == all_counted) {
-            memcpy(to + filled, from + i, word_positions * sizeof(Element));
-            filled += word_positions;
-        } else if (word) {
-            for (int place = 0; place < word_positions; ++place) {
-                to[filled] = from[i + place];
-                filled += mask[i + place] != 0;
-            }
+// Positions that count, all of one row.
+struct Run {
+    int64_t first, count;
+};
+
+// All that count, cut into chunks of `chunk_values` of them: chunk k is runs first[k] ... first[k + 1] - 1. A mask of nothing makes one
+// chunk without runs, no mask makes no chunk.
+class CountedRuns {
+  public:
+    CountedRuns(const uint8_t* mask, int64_t positions, int64_t row, int64_t counted, int64_t chunk_values)
+        : chunks(mask ? 1 + (counted > 0 ? (counted - 1) / chunk_values : 0) : 0) {
+        if (!mask) return;
+        first = (int64_t*)malloc((chunks + 1) * sizeof(int64_t));
+        const int64_t count = cut(mask, positions, row, chunk_values, [](int64_t, int64_t, Run) {});
+        runs = (Run*)malloc((count + 1) * sizeof(Run));
+        first[0] = 0;
+        cut(mask, positions, row, chunk_values, [&](int64_t chunk, int64_t number, Run run) {
+            runs[number] = run;
+            first[chunk + 1] = number + 1;
+        });
+        if (!count) first[1] = 0;
+    }
+    ~CountedRuns() {
+        free(first);
+        free(runs);
+    }
+    CountedRuns(const CountedRuns&) = delete;
+    CountedRuns& operator=(const CountedRuns&) = delete;
+
+    const Run* begin(int64_t chunk) const { return runs + first[chunk]; }
+    const Run* end(int64_t chunk) const { return runs + first[chunk + 1]; }
+
+    const int64_t chunks;
+
+  private:
+    int64_t* first = nullptr;
+    Run* runs = nullptr;
+
+    // body(chunk, number, run) for each run; how many there are.
+    template <class Body>
+    static int64_t cut(const uint8_t* mask, int64_t positions, int64_t row, int64_t chunk_values, const Body& body) {
+        int64_t number = 0, chunk = 0, room = chunk_values;
+        for (int64_t m = next(mask, 0, positions, true); m < positions; m = next(mask, m, positions, true)) {
+            const int64_t row_end = (m / row + 1) * row, reach = row_end < m + room ? row_end : m + room;
+            const int64_t end = next(mask, m, reach, false);
+            body(chunk, number++, Run{m, end - m});
+            room -= end - m;
+            m = end;
+            if (room == 0) ++chunk, room = chunk_values;
         }
+        return number;
     }
-    for (; i < count; ++i) {
-        to[filled] = from[i];
-        filled += mask[i] != 0;
-    }
-    return filled;
-}
+};
 
 }  // namespace batchnorm

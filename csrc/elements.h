@@ -125,7 +125,7 @@ struct Elements {
     typedef Elements<Storage, Act, with_residual, false> Unmasked;
 
     const Element *x, *dy, *residual;
-    const uint8_t* mask;
+    const uint8_t *mask, *mask_end;
     Act activation;
 
     Elements(const Task& task, Act activation)
@@ -133,11 +133,20 @@ struct Elements {
           dy((const Element*)task.dy),
           residual((const Element*)task.residual),
           mask(task.mask),
+          mask_end(task.mask + task.N * task.S),
           activation(activation) {}
     Elements(const Element* x, const Element* dy, const Element* residual, Act activation)
-        : x(x), dy(dy), residual(residual), mask(nullptr), activation(activation) {}
+        : x(x), dy(dy), residual(residual), mask(nullptr), mask_end(nullptr), activation(activation) {}
 
-    // The same over copies, `apart` elements from one tensor's to the next one's, of which every element counts.
+    // The same under another mask.
+    Elements under(const uint8_t* other, const uint8_t* other_end) const {
+        Elements elements = *this;
+        elements.mask = other, elements.mask_end = other_end;
+        return elements;
+    }
+    // The same where every element counts.
+    Unmasked unmasked() const { return {x, dy, residual, activation}; }
+    // And over copies, `apart` elements from one tensor's to the next one's.
     Unmasked over(const Element* copies, int64_t apart) const {
         return {copies, copies + apart, residual ? copies + 2 * apart : nullptr, activation};
     }
@@ -158,7 +167,10 @@ struct Elements {
     template <class Part>
     INLINE Vector counted(Vector values, Vector others, int64_t m, Part part) const {
         if constexpr (!has_mask) return values;
-        return lanes_of<T>(mask + m, part) ? values : others;
+        if constexpr (!Part::is_whole) {  // byte by byte only where the mask ends
+            if (mask + m + T::width > mask_end) return lanes_of<T>(mask + m, part) ? values : others;
+        }
+        return lanes_of<T>(mask + m, Whole{}) ? values : others;
     }
 
     template <class Part>
@@ -181,15 +193,13 @@ struct Elements {
     }
 };
 
-// Lanes that do not count are given the value of the mean, and no gradient.
+// Sums under a mask are given what counts alone, so their terms know no mask.
 template <class E>
 struct MomentTerm {
     static constexpr bool has_mask = E::has_mask;
-    const E elements;
+    const typename E::Unmasked elements;
 
-    MomentTerm<typename E::Unmasked> over(const typename E::Element* copies, int64_t apart) const {
-        return {elements.over(copies, apart)};
-    }
+    MomentTerm over(const typename E::Element* copies, int64_t apart) const { return {elements.over(copies, apart)}; }
     // body(tensor, number) for each tensor that is read.
     template <class Body>
     INLINE void each(const Body& body) const {
@@ -199,21 +209,17 @@ struct MomentTerm {
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
-    INLINE MomentTermValues<typename E::Vector> operator()(
-        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
-        const auto x = elements.counted(E::T::load(elements.x + i, part), channel.mean, m, part);
-        return {first(x, channel.mean, part)};
+    INLINE MomentTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
+        return {first(E::T::load(elements.x + i, part), channel.mean, part)};
     }
 };
 
 template <class E>
 struct GradTerm {
     static constexpr bool has_mask = E::has_mask;
-    const E elements;
+    const typename E::Unmasked elements;
 
-    GradTerm<typename E::Unmasked> over(const typename E::Element* copies, int64_t apart) const {
-        return {elements.over(copies, apart)};
-    }
+    GradTerm over(const typename E::Element* copies, int64_t apart) const { return {elements.over(copies, apart)}; }
     template <class Body>
     INLINE void each(const Body& body) const {
         body(elements.x, 0), body(elements.dy, 1);
@@ -223,12 +229,10 @@ struct GradTerm {
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
     template <class Part>
-    INLINE GradTermValues<typename E::Vector> operator()(
-        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
-        typedef typename E::Vector Vector;
-        const Vector x = elements.counted(E::T::load(elements.x + i, part), channel.mean, m, part);
-        const Vector g = elements.counted(elements.grad(i, x - channel.mean, channel, part), Vector{}, m, part);
-        return {first(g, Vector{}, part), first(x, channel.mean, part)};
+    INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
+        const auto x = E::T::load(elements.x + i, part);
+        const auto g = elements.grad(i, x - channel.mean, channel, part);
+        return {first(g, typename E::Vector{}, part), first(x, channel.mean, part)};
     }
 };
 
@@ -240,9 +244,10 @@ struct Written {
 
 template <class E>
 struct NormalizeMap {
-    static constexpr bool writes_two = false;
+    static constexpr bool has_mask = E::has_mask, writes_two = false;
     const E elements;
 
+    NormalizeMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
@@ -256,9 +261,10 @@ struct NormalizeMap {
 
 template <class E>
 struct InputGradMap {
-    static constexpr bool writes_two = E::has_residual;
+    static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual;
     const E elements;
 
+    InputGradMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
     template <class Part>
@@ -301,25 +307,6 @@ struct Outputs {
         if (first && second && ((uint64_t)first ^ (uint64_t)second) % vector) return -1;
         return address % size ? -1 : (int64_t)((vector - address % vector) % vector / size);
     }
-};
-
-// The counted positions cut into chunks of so many of them: chunk k is positions first[k] ... first[k + 1] - 1. Without a mask none.
-class CountedChunks {
-  public:
-    CountedChunks(const Task& task, int64_t counted_values)
-        : chunks(task.mask ? at_least(divide_up(task.counted, counted_values), 1) : 0),
-          first(task.mask ? (int64_t*)malloc((chunks + 1) * sizeof(int64_t)) : nullptr) {
-        if (!task.mask) return;
-        first[0] = 0, first[chunks] = task.N * task.S;
-        for (int64_t chunk = 1; chunk < chunks; ++chunk)
-            first[chunk] = batchnorm::after_counted(task.mask, first[chunk - 1], first[chunks], counted_values);
-    }
-    ~CountedChunks() { free(first); }
-    CountedChunks(const CountedChunks&) = delete;
-    CountedChunks& operator=(const CountedChunks&) = delete;
-
-    const int64_t chunks;
-    int64_t* const first;
 };
 
 constexpr int tensors_of_a_sum = 3;  // x, dy and the residual

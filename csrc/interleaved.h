@@ -32,7 +32,7 @@ class Interleaved {
           M(task.N * task.S),
           rows(rows_of_chunk(M)),
           chunks(divide_up(M, rows)),
-          counted(task, rows_of_chunk(task.counted)) {}
+          runs(task.mask, M, M, task.counted, rows_of_chunk(task.counted)) {}
 
     template <class Term, class Map>
     void fused(const Term& term, const Map& map, int tensors) {
@@ -42,7 +42,7 @@ class Interleaved {
 
     template <class Term>
     void reduce(const Term& term, int) {
-        const int64_t chunks = task.mask ? counted.chunks : this->chunks;
+        const int64_t chunks = task.mask ? runs.chunks : this->chunks;
         double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
         for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c));
         bool* open = (bool*)malloc(C);
@@ -74,7 +74,7 @@ class Interleaved {
     Task& task;
     Channels<T> channels;
     const int64_t C, M, rows, chunks;
-    const CountedChunks counted;
+    const batchnorm::CountedRuns runs;
 
     int64_t rows_of_chunk(int64_t all_rows) const {
         const int64_t joint = channels.copies, values = at_least(chunk_values, divide_up(all_rows * C, most_chunks));
@@ -91,11 +91,7 @@ class Interleaved {
 
     // A typical value of the channel, from four rows.
     double typical(int64_t c) const {
-        if (task.mask) {
-            int64_t m = 0;
-            while (m < M && !task.mask[m]) ++m;
-            return m < M ? value(m, c) : 0.0;
-        }
+        if (task.mask) return task.counted ? value(runs.begin(0)->first, c) : 0.0;
         return Channels<T>::middle(value(0, c), value(M / 4, c), value(M / 2, c), value(M / 4 * 3, c));
     }
 
@@ -122,9 +118,9 @@ class Interleaved {
     void for_runs(int64_t m, int64_t end, const Body& body) {
         if (!task.mask) return body(m, end, true);
         while (m < end) {
-            int64_t until = m + 1;
-            while (until < end && task.mask[until] == task.mask[m]) ++until;
-            body(m, until, task.mask[m] != 0);
+            const bool counts = task.mask[m] != 0;
+            const int64_t until = batchnorm::next(task.mask, m, end, !counts);
+            body(m, until, counts);
             m = until;
         }
     }
@@ -136,7 +132,7 @@ class Interleaved {
         Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, vectors * sizeof(Sums<T>));
         for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
         if (task.mask) {
-            sum_counted(counted.first[chunk], counted.first[chunk + 1], term, sums);
+            sum_counted(chunk, term, sums);
         } else {
             for_rows(chunk * rows, at_most((chunk + 1) * rows, M),
                      [&](const Rows& some) { sum_columns(channels.table, some, term, sums); });
@@ -154,9 +150,9 @@ class Interleaved {
         free(sums);
     }
 
-    // The counted of rows m0 ... m1 - 1, as if they lay side by side: what a run leaves over waits for the next one.
+    // The counted rows of a chunk, as if they lay side by side: what a run leaves over waits for the next one.
     template <class Term>
-    void sum_counted(int64_t m0, int64_t m1, const Term& term, Sums<T>* sums) {
+    void sum_counted(int64_t chunk, const Term& term, Sums<T>* sums) {
         const int64_t joint = channels.copies, length = C * joint;
         Element* copies = (Element*)malloc(tensors_of_a_sum * length * sizeof(Element));
         const auto copied = term.over(copies, length);
@@ -167,13 +163,14 @@ class Interleaved {
             });
             waiting += count;
         };
-        for_runs(m0, m1, [&](int64_t m, int64_t end, bool counts) {
-            if (!counts) return;
+        for (const batchnorm::Run* run = runs.begin(chunk); run < runs.end(chunk); ++run) {
+            int64_t m = run->first;
+            const int64_t end = m + run->count;
             if (waiting) {
                 const int64_t joining = at_most(joint - waiting, end - m);
                 wait(m, joining);
                 m += joining;
-                if (waiting < joint) return;
+                if (waiting < joint) continue;
                 sum_columns(channels.table, Rows{0, 1, length, length}, copied, sums);
                 waiting = 0;
             }
@@ -181,7 +178,7 @@ class Interleaved {
             if (whole) sum_columns(channels.table, Rows{m * C, whole, length, length}, term, sums);
             m += whole * joint;
             if (m < end) wait(m, end - m);
-        });
+        }
         if (waiting) sum_columns(channels.table, Rows{0, 1, length, waiting * C}, copied, sums);
         free(copies);
     }

@@ -15,28 +15,26 @@ void run_verb(Task& task, typename E::Activation activation) {
     const int tensors = 1 + (task.dy != nullptr) + (task.residual != nullptr);
     Layout layout(task);
     switch (task.verb) {
-        case Verb::moments: return layout.reduce(MomentTerm<Plain>{plain}, tensors);
+        case Verb::moments: return layout.reduce(MomentTerm<Plain>{plain.unmasked()}, tensors);
         case Verb::normalize: return layout.map(NormalizeMap<E>{elements});
-        case Verb::reduce_grad: return layout.reduce(GradTerm<E>{elements}, tensors);
+        case Verb::reduce_grad: return layout.reduce(GradTerm<E>{elements.unmasked()}, tensors);
         case Verb::input_grad: return layout.map(InputGradMap<E>{elements});
-        case Verb::forward: return layout.fused(MomentTerm<Plain>{plain}, NormalizeMap<E>{elements}, tensors);
-        case Verb::backward: return layout.fused(GradTerm<E>{elements}, InputGradMap<E>{elements}, tensors);
+        case Verb::forward: return layout.fused(MomentTerm<Plain>{plain.unmasked()}, NormalizeMap<E>{elements}, tensors);
+        case Verb::backward: return layout.fused(GradTerm<E>{elements.unmasked()}, InputGradMap<E>{elements}, tensors);
     }
 }
 
+// In the interleaved layout a mask leaves out rows, not lanes.
 template <class T, class Act, Residual residual>
 void run_layout(Task& task, Act activation) {
-    typedef Elements<T, Act, residual, false> E;
-    if (task.interleaved) return run_verb<Interleaved<T>, E>(task, activation);
-    run_verb<Planar<T>, E>(task, activation);
+    if (task.interleaved) return run_verb<Interleaved<T>, Elements<T, Act, residual, false>>(task, activation);
+    if (task.mask) return run_verb<Planar<T>, Elements<T, Act, residual, true>>(task, activation);
+    run_verb<Planar<T>, Elements<T, Act, residual, false>>(task, activation);
 }
 
-// What is common has loops of its own; the other activations, masks and float64 share the general ones.
+// What is common has loops of its own; the other activations and float64 share the general ones.
 template <class T>
 void run_storage(Task& task) {
-    const AnyActivation<T> any = {task.activation, (typename T::Real)task.slope};
-    if (task.mask && !task.interleaved)  // in the other layout a mask leaves out rows, not lanes
-        return run_verb<Planar<T>, Elements<T, AnyActivation<T>, Residual::asked, true>>(task, any);
     if constexpr (sizeof(typename T::Real) == sizeof(float)) {
         if (task.activation == Activation::identity && !task.residual)
             return run_layout<T, Identity, Residual::none>(task, {});
@@ -44,7 +42,7 @@ void run_storage(Task& task) {
             return task.residual ? run_layout<T, Relu, Residual::some>(task, {})
                                  : run_layout<T, Relu, Residual::none>(task, {});
     }
-    run_layout<T, AnyActivation<T>, Residual::asked>(task, any);
+    run_layout<T, AnyActivation<T>, Residual::asked>(task, {task.activation, (typename T::Real)task.slope});
 }
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

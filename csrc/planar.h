@@ -5,7 +5,7 @@
 // are too few channels for the threads, the channel itself is cut instead, and the passes are apart.
 //
 // Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone, which are added in order.
-// Under a mask the chunks are of counted values, which are gathered piece by piece.
+// Under a mask the chunks are of counted values: long runs of them are summed where they lie, short ones gathered first.
 #pragma once
 
 #include "columns.h"
@@ -30,18 +30,18 @@ class Planar {
     typedef typename T::Real Real;
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
-    static constexpr int64_t ahead = bytes_ahead / sizeof(Element);
+    static constexpr int64_t ahead = bytes_ahead / sizeof(Element), vectors_together = rows_of_sums * T::width;
 
     explicit Planar(Task& task)
-        : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S), counted(task, chunk_values) {
+        : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S), runs(task.mask, N * S, S, task.counted, chunk_values) {
         row_values = at_most(S, chunk_values);
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
-        chunks = task.mask ? counted.chunks : divide_up(N, rows) * chunks_of_row;
-        const bool many_rows = !task.mask && N >= rows_of_sums;
-        sums_by_columns = many_rows && S < short_plane;
+        chunks = task.mask ? runs.chunks : divide_up(N, rows) * chunks_of_row;
+        const bool many_rows = N >= rows_of_sums, short_rows = many_rows && S < short_plane;
+        sums_by_columns = short_rows && !task.mask;
         // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
-        maps_by_columns = sums_by_columns || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
+        maps_by_columns = short_rows || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
     }
 
     // Both passes over one block of channels after the other.
@@ -79,7 +79,7 @@ class Planar {
     Task& task;
     Channels<T> channels;
     const int64_t N, C, S;
-    const CountedChunks counted;
+    const batchnorm::CountedRuns runs;
     int64_t rows, row_values, chunks_of_row, chunks;
     bool sums_by_columns, maps_by_columns;
 
@@ -102,9 +102,9 @@ class Planar {
     // A typical value of the channel, from its first row: the quarters of it.
     double typical(int64_t c) const {
         if (task.mask) {
-            int64_t m = 0;
-            while (m < N * S && !task.mask[m]) ++m;
-            return m < N * S ? value(m / S, c, m % S) : 0.0;
+            if (!task.counted) return 0.0;
+            const int64_t m = runs.begin(0)->first;
+            return value(m / S, c, m % S);
         }
         return Channels<T>::middle(value(0, c, 0), value(0, c, S / 4), value(0, c, S / 2), value(0, c, S / 4 * 3));
     }
@@ -195,7 +195,9 @@ class Planar {
             const int64_t next = n + 1 < span.n1 ? run + C * S : (span.n0 * C + c1) * S + span.s0;
             for (int64_t c = c0; c < c1; ++c) {
                 const int64_t at = (c - c0) * S;
-                sum_row(run + at, n * S + span.s0, width, length - at, next - length - run, channels.table.of(c), term, sums[c - c0]);
+                Sums<T> odd;
+                sum_row(run + at, width, length - at, next - length - run, channels.table.of(c), term, sums[c - c0], odd);
+                sums[c - c0].add(odd);
             }
         }
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
@@ -203,52 +205,78 @@ class Planar {
 
     template <class Term>
     void sum_counted(int64_t c0, int64_t c1, int64_t number, const Term& term, double* values, double* products) const {
-        constexpr int64_t apart = gathered_values + batchnorm::word_positions;
+        constexpr int64_t apart = gathered_values + T::width;
         alignas(cache_line) Element copies[tensors_of_a_sum * apart];
         const auto gathered = term.over(copies, apart);
         for (int64_t c = c0; c < c1; ++c) {
             const Channel<Vector> channel = channels.table.of(c);
-            Sums<T> sums;
-            int64_t filled = 0, m = counted.first[number];
-            while (m < counted.first[number + 1]) {
-                const int64_t n = m / S, row_end = at_most((n + 1) * S, counted.first[number + 1]);
-                const int64_t i = (n * (C - 1) + c) * S + m, count = at_most(row_end - m, gathered_values - filled);
-                int64_t now = filled;
-                term.each([&](const Element* from, int tensor) INLINED {
-                    now = batchnorm::gather(from + i, task.mask + m, count, copies + tensor * apart, filled);
-                });
-                m += count, filled = now;
-                if (filled < gathered_values) continue;
-                sum_row(0, 0, gathered_values, 0, 0, channel, gathered, sums);
+            Sums<T> even, odd;
+            int64_t filled = 0;
+            const auto flush = [&]() INLINED {
+                sum_row(0, filled, filled, 0, channel, gathered, even, odd);
                 filled = 0;
+            };
+            for (const batchnorm::Run* run = runs.begin(number); run < runs.end(number); ++run) {
+                const int64_t n = run->first / S, plane_end = (n * C + c + 1) * S;
+                int64_t i = (n * (C - 1) + c) * S + run->first, left = run->count;
+                while (left > 0) {
+                    if (left >= vectors_together && filled % vectors_together == 0) {
+                        if (filled) flush();
+                        const int64_t whole = left / vectors_together * vectors_together;
+                        sum_row(i, whole, plane_end - i, (C - 1) * S, channel, term, even, odd);
+                        i += whole, left -= whole;
+                        continue;
+                    }
+                    // A long run fills up what waits, so that the rest of it can be summed where it lies.
+                    const int64_t room = left < 2 * vectors_together ? gathered_values - filled : -filled & (vectors_together - 1);
+                    const int64_t count = at_most(left, room);
+                    term.fetch(i + ahead + (i + ahead < plane_end ? 0 : (C - 1) * S), (int)divide_up(count, T::width));
+                    term.each([&](const Element* from, int tensor) INLINED {
+                        copy_run(from, i, count, copies + tensor * apart + filled);
+                    });
+                    i += count, left -= count, filled += count;
+                    if (filled == gathered_values) flush();
+                }
             }
-            sum_row(0, 0, filled, 0, 0, channel, gathered, sums);
-            values[c - c0] = sums.total_value(), products[c - c0] = sums.total_product();
+            flush();
+            even.add(odd);
+            values[c - c0] = even.total_value(), products[c - c0] = even.total_product();
         }
     }
 
+    // In whole vectors, unless they end after the tensor: what they carry too much is written over, or not read.
+    INLINE void copy_run(const Element* from, int64_t i, int64_t count, Element* to) const {
+        if (i + count + T::width > N * C * S) {
+            memcpy(to, from + i, count * sizeof(Element));
+            return;
+        }
+        for (int64_t j = 0; j < count; j += T::width) memcpy(to + j, from + i + j, T::width * sizeof(Element));
+    }
+
+    // Adds a row to the sums of its even and of its odd vectors; `left` elements of x are read from i on, those after them lie `jump`
+    // further on. Rows of a multiple of `vectors_together` may be cut there without a change.
     template <class Term>
     static INLINE void sum_row(
-        int64_t i, int64_t m, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term, Sums<T>& sums) {
-        constexpr int64_t width = T::width, together = rows_of_sums * width;
-        Sums<T> even = sums, odd;
+        int64_t i, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term, Sums<T>& even_sums,
+        Sums<T>& odd_sums) {
+        constexpr int64_t width = T::width;
+        Sums<T> even = even_sums, odd = odd_sums;
         int64_t j = 0;
-        for (; j + together <= count; j += together) {
+        for (; j + vectors_together <= count; j += vectors_together) {
             term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), rows_of_sums);
             UNROLLED
-            for (int64_t at = j; at < j + together; at += 2 * width) {
-                even.add(term(i + at, m + at, channel, Whole{}), channel.mean);
-                odd.add(term(i + at + width, m + at + width, channel, Whole{}), channel.mean);
+            for (int64_t at = j; at < j + vectors_together; at += 2 * width) {
+                even.add(term(i + at, channel, Whole{}), channel.mean);
+                odd.add(term(i + at + width, channel, Whole{}), channel.mean);
             }
         }
         term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
-        for (; j + width <= count; j += width) even.add(term(i + j, m + j, channel, Whole{}), channel.mean);
+        for (; j + width <= count; j += width) even.add(term(i + j, channel, Whole{}), channel.mean);
         if (j < count) {
             const Some rest = {(int)(count - j)};
-            odd.add(term(i + j, m + j, channel, rest), channel.mean);
+            odd.add(term(i + j, channel, rest), channel.mean);
         }
-        even.add(odd);
-        sums = even;
+        even_sums = even, odd_sums = odd;
     }
 
     template <class Term>
@@ -278,11 +306,26 @@ class Planar {
             const Table<T> table(channels.table, c0, c1, S, true);
             const Rows rows = rows_of(c0, c1, span);
             const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && out.to_alignment(rows.first) == 0;
+            if constexpr (Map::has_mask) return map_masked_columns(table, rows, span.n0, task.stream && aligned, map, out);
             return task.stream && aligned ? map_columns<true>(table, rows, map, out) : map_columns<false>(table, rows, map, out);
         }
         for (int64_t n = span.n0; n < span.n1; ++n)
             for (int64_t c = c0; c < c1; ++c)
                 map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, out);
+    }
+
+    // Each row by itself, with the mask of its sample once for each channel.
+    template <class Map, class Out>
+    void map_masked_columns(const Table<T>& table, Rows rows, int64_t n, bool stream, const Map& map, const Out& out) const {
+        uint8_t mask[most_columns + T::width];
+        const int64_t samples = rows.count;
+        rows.count = 1;
+        for (int64_t sample = 0; sample < samples; ++sample, rows.first += rows.stride) {
+            memcpy(mask, task.mask + (n + sample) * S, S);
+            for (int64_t have = S; have < rows.columns; have *= 2) memcpy(mask + have, mask, at_most(have, rows.columns - have));
+            const Map here = map.under(mask, mask + sizeof mask);
+            stream ? map_columns<true>(table, rows, here, out) : map_columns<false>(table, rows, here, out);
+        }
     }
 
     template <class Map, class Out>

@@ -408,17 +408,20 @@ void normalize(Word* stack, uint64_t, uint64_t) {
     stack[0] = y.release();
 }
 
+void set_constant(Task& task, const Tensor& running_mean, const Tensor& running_var, double eps, int64_t C) {
+    const ChannelValues means(running_mean, C), variances(running_var, C);
+    for (int64_t c = 0; c < C; ++c) task.mean[c] = means[c], task.rstd[c] = 1.0 / __builtin_sqrt(variances[c] + eps);
+}
+
 void infer(Word* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
     const int64_t C = x.sizes[1];
     Call call(Verb::normalize, x);
-    const ChannelValues means(running_mean, C), variances(running_var, C);
     Tensor mean = Tensor::vector(C, dtypes[(int)Dtype::float64]), rstd = Tensor::vector(C, dtypes[(int)Dtype::float64]);
     call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
-    for (int64_t c = 0; c < C; ++c)
-        call.task.mean[c] = means[c], call.task.rstd[c] = 1.0 / __builtin_sqrt(variances[c] + eps);
+    set_constant(call.task, running_mean, running_var, eps, C);
     const Epilogue epilogue(arguments, C, call);
     Tensor y = call.output();
     call.task.output = y.data<void>();
@@ -589,7 +592,7 @@ void update_running(Word* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-#include "training_step.h"
+#include "steps.h"
 
 namespace {
 
@@ -601,8 +604,10 @@ const struct {
     {"input_grad", input_grad},   {"forward", forward},     {"backward", backward},
     {"update_running", update_running},
     {"training_step", training_step},
-    {"training_step_backward", training_step_backward},
     {"forward_groups", forward_groups}, {"backward_groups", backward_groups},
+    {"training_step_backward", step_backward<false>},
+    {"inference_step", inference_step},
+    {"inference_step_backward", step_backward<true>},
 };
 
 }  // namespace

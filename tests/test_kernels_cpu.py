@@ -433,10 +433,11 @@ def operator_calls():
     buffers = (torch.zeros(3), torch.ones(3), torch.tensor(1), torch.tensor(0))
     yield ops.training_step.default, (x, torch.rand(3), None, *buffers, 0.1, True, True, 1e-5, 1, 0.0)
     yield ops.training_step_backward.default, (dy, x, torch.ones(2, 3).double(), torch.rand(3), None, 1, 0.0, True)
-    yield ops.training_step_backward.default, (dy, x, torch.ones(2, 3).double(), None, None, 0, 0.0, False)
+    yield ops.inference_step.default, (x, torch.rand(3), None, *buffers[:2], 1e-5, 1, 0.0)
+    yield ops.inference_step_backward.default, (dy, x, torch.ones(2, 3).double(), None, None, 0, 0.0, False)
 
 
-@pytest.mark.parametrize("call", range(12))
+@pytest.mark.parametrize("call", range(13))
 def test_operators_keep_torchs_rules(call):
     operator, arguments = list(operator_calls())[call]
     torch.library.opcheck(operator, arguments)

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+from itertools import islice
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ class TestDigits:
 
     def test_the_same_on_every_call(self, digits):
         assert torch.equal(load().test.images, digits.test.images)
+
+    def test_on_a_device(self, digits):
+        moved = digits.to("meta")
+        for part in (moved.train, moved.validation, moved.test):
+            assert part.images.device == part.labels.device == torch.device("meta")
+        assert moved.sizes == digits.sizes
 
 
 class TestIdx:
@@ -169,6 +176,35 @@ class TestTraining:
             float(network[1].weight.grad.square().sum().sqrt()), rel=1e-4
         )
         assert len(gradient_norms(network)) == 3
+
+    def test_less_than_a_batch_is_refused(self, digits):
+        few = digits.train[torch.arange(63)]
+        with pytest.raises(InputError, match=r"one batch of 64 images must be left to learn from, but there are 63"):
+            next(train(tutorial_network(batch_norm=True), few, Schedule(0.1, steps=1, batch_size=64, seed=0)))
+
+    def test_momentum_and_a_cosine(self, digits):
+        schedule = Schedule(0.5, steps=4, batch_size=64, seed=0, momentum=0.9, cosine=True)
+        assert [schedule.rate(step) for step in (1, 3)] == [0.5, pytest.approx(0.25)]
+        assert Schedule(0.5, 4, 64, 0).rate(4) == 0.5
+        network = tutorial_network(batch_norm=False)
+        before = network[1].weight.detach().clone()
+        steps = islice(train(network, digits.train, schedule), 2)
+        first, second = (network[1].weight.grad.clone() for _ in steps)
+        velocity = 0.9 * first + second
+        expected = before - 0.5 * first - schedule.rate(2) * velocity
+        torch.testing.assert_close(network[1].weight.detach(), expected)
+
+    def test_what_is_seen_of_a_batch(self, digits):
+        sizes = []
+
+        def seen(batch):
+            sizes.append(len(batch))
+            return batch[torch.arange(5)]
+
+        network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        network.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        list(train(network, digits.train, Schedule(0.1, steps=1, batch_size=64, seed=0), seen))
+        assert sizes == [64, 5]
 
     def test_it_ends_at_a_loss_that_is_not_finite(self, digits):
         network = tutorial_network(batch_norm=False)

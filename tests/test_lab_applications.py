@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.errors import InputError
 from batchnorm.lab.control import CartPoles, mean_return
 from batchnorm.lab.experiment import Measured, Results, Setting
 from batchnorm.lab.experiments import dqn, gan, load, policy_gradient, recommender, translation
@@ -26,14 +25,6 @@ def one_thread():
 
 def measure(name: str, *arms: str) -> list[dict[str, float]]:
     return [dict(load(name).measure(arm, QUICK).values) for arm in arms]
-
-
-@pytest.mark.parametrize(
-    "name", ["detection", "speech", "gan", "dqn", "policy-gradient", "recommender", "translation", "driving"]
-)
-def test_another_device_is_refused(name):
-    with pytest.raises(InputError, match="CPU only, but --device says cuda"):
-        load(name).measure("none", Setting(seed=0, device="cuda"))
 
 
 class TestPieces:

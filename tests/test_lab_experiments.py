@@ -59,7 +59,7 @@ def test_thirty_layers_of_sigmoids_learn_only_with_batch_normalization():
         gradients[arm] = depth._first_gradients(network, data, seed=0)[0]
         shares[arm] = depth._trained(network, data, 0.1, 100, QUICK)[1]
     assert shares["plain"] < 0.2
-    assert shares["batch_norm"] > 0.7
+    assert shares["batch_norm"] > 0.5
     assert gradients["plain"] < 1e-12 < 1e-2 < gradients["batch_norm"]
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -290,6 +291,7 @@ class TestCommands:
         [
             (("run", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
             (("run", "depth", "--quick", "--full"), "a run has one size"),
+            (("run", "cost", "gan", "--device", "meta"), "; cost, gan run on the CPU"),
             (("run", "depth", "--device", "nowhere"), "--device must be one that torch can use here; nowhere is not"),
             (("run", "depth", "--data", "."), "--data is for experiments that take data; depth take"),
             (("run", "lr-range", "--data", "nowhere"), "there is no folder nowhere"),
@@ -326,6 +328,25 @@ class TestCommands:
         complete.save(tmp_path)
         assert call("lab", "report", "--out", tmp_path).stdout == f"Wrote {tmp_path / 'report.html'}.\n"
         assert "✓ holds" in (tmp_path / "report.html").read_text()
+
+    def test_findings_are_a_page_and_drawings_of_what_is_complete(self, tmp_path, monkeypatch):
+        experiment, complete = known()
+        monkeypatch.setattr(experiments, "NAMES", ("tiny", "half", "later"))
+        monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
+        complete.save(tmp_path)
+        dataclasses.replace(known(missing={("with", 1)})[1], experiment="half").save(tmp_path)
+        page = tmp_path / "docs" / "findings.md"
+        assert call("lab", "findings", "--out", tmp_path, "--page", page).exit_code == 0
+        text = page.read_text()
+        assert "| [tiny](#tiny) | It works. | holds |" in text
+        assert "| share | 50.5%\u00a0±\u00a00.7% | 90.5%\u00a0±\u00a00.7% |" in text
+        assert "| steps | never | 10" in text
+        assert "half" not in text
+        assert "](findings/tiny.svg)" in text
+        (drawing,) = (page.parent / "findings").iterdir()
+        assert drawing.name == "tiny.svg"
+        assert ElementTree.parse(drawing).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert "--series-3" in drawing.read_text()
 
 
 def start(*arguments):

@@ -136,6 +136,21 @@ class TestOptions:
         norm = bn.BatchNorm1d(3, statistics=statistics, dtype=torch.float64)
         close(bn.recalibrate(norm, batches), torch.cat(batches))
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_domain_that_the_call_stands_in(self, method):
+        batches = clusters()
+        norm = bn.BatchNorm1d(3, statistics=bn.statistics.Domains(("real", "fake")), dtype=torch.float64)
+        before = {name: value.clone() for name, value in norm.state_dict().items()}
+        with bn.domain("fake"):
+            bn.recalibrate(norm, batches, method=method)
+        data = torch.cat(batches)
+        torch.testing.assert_close(norm.get_buffer("running_mean_fake"), data.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(norm.get_buffer("running_var_fake"), data.var(0), rtol=1e-12, atol=1e-12)
+        others = {name: value for name, value in norm.state_dict().items() if not name.endswith("fake")}
+        assert all(torch.equal(value, before[name]) for name, value in others.items())
+        with bn.domain("other"), pytest.raises(InputError, match="other"):
+            bn.recalibrate(norm, batches, method=method)
+
     def test_limit(self):
         batches = clusters()
         close(bn.recalibrate(bn.BatchNorm1d(3).double(), batches, limit=4), torch.cat(batches[:4]))

@@ -18,7 +18,9 @@ SIGNATURES = {
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None, lengths=None)",
     bn.convert: "(model, *, statistics=None, fuse=True, save_memory=False)",
+    bn.fold: "(model, example_input, *, tolerance=0.0001)",
     bn.freeze: "(model, *, affine=True)",
+    bn.fuse: "(model)",
     bn.save_memory: "()",
     bn.recalibrate: "(model, loader, *, forward=None, method='joint', process_group=None, limit=None)",
     bn.revert: "(model)",

@@ -9,7 +9,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, InputError, ReplicaError, StateError
-from tests.replicas import on_replicas
+from tests.replicas import impatient, on_replicas
 from tests.test_population import clusters, network, same, state
 
 
@@ -149,10 +149,27 @@ def agree(rank):
         bn.replicas_agree(3)
 
 
+def failing_loader(rank):
+    """One rank's data fail: it raises what failed, the other stops within the group's timeout, and both are as they were."""
+
+    def batches():
+        yield torch.randn(4, 3, dtype=torch.float64)
+        if rank == 1:
+            raise OSError("a file is gone")
+
+    group = impatient(3)
+    model = nn.Sequential(bn.BatchNorm1d(3, dtype=torch.float64), bn.BatchNorm1d(3, dtype=torch.float64))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(OSError if rank == 1 else ReplicaError, match="a file is gone" if rank == 1 else "recalibrate"):
+        bn.recalibrate(model, batches(), process_group=group)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def everything(rank, size):
     population(rank)
     averaged(rank)
     agree(rank)
+    failing_loader(rank)
 
 
 def test_ranks():

@@ -1,4 +1,4 @@
-"""The short way of a training step: it is taken where it should be, and comes to the same bits as the long one."""
+"""The short way of a layer's call: it is taken where it should be, and comes to the same bits as the long one."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -11,14 +11,14 @@ from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.errors import InputError, ShapeError
+from batchnorm.functional import short
 from batchnorm.kernels import cpu
-from batchnorm.statistics import batch
 from tests.budget import assert_same_bits
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 SHAPES = [(2, 4, 3, 3), (1, 3, 5), (9, 33), (4, 1, 7), (40, 6, 12, 13)]
-LONG, SHORT = "NormalizeBackward", "TrainingStepBackward"
+LONG, SHORT = "NormalizeBackward", "NormalizeShortBackward"
 
 
 def data(shape, dtype=torch.float32, last=False, seed=0):
@@ -29,8 +29,8 @@ def data(shape, dtype=torch.float32, last=False, seed=0):
     return x.requires_grad_(), dy
 
 
-def layer_of(channels, **options):
-    layer = bn.BatchNorm(channels, **options)
+def layer_of(channels, training=True, **options):
+    layer = bn.BatchNorm(channels, **options).train(training)
     numbers = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in (*layer.parameters(), layer.running_mean):
@@ -49,11 +49,11 @@ def outcome(layer, x, dy):
 
 def both_ways(monkeypatch, make, x, dy):
     """The short way's outcome and the long one's, of layers made alike."""
-    short = outcome(make(), x, dy)
+    short_one = outcome(make(), x, dy)
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "training_step", lambda *_: None)
-        long = outcome(make(), x, dy)
-    return short, long
+        patch.setattr(short, "take", lambda *_: None)
+        long_one = outcome(make(), x, dy)
+    return short_one, long_one
 
 
 OPTIONS = [
@@ -68,11 +68,12 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "channels last"])
-def test_to_the_same_bits(monkeypatch, options, last):
+def test_to_the_same_bits(monkeypatch, options, training, last):
     dtypes = [(dtype, torch.float32) for dtype in cpu.DTYPES if dtype != torch.float64] + [(torch.float64,) * 2]
     for shape, (dtype, own) in product(SHAPES, dtypes):
-        make = partial(layer_of, shape[1], dtype=own, **options)
+        make = partial(layer_of, shape[1], training, dtype=own, **options)
         (way, found), (other_way, expected) = both_ways(monkeypatch, make, *data(shape, dtype, last))
         assert (way, other_way) == (SHORT, LONG)
         for ours, theirs in zip(found, expected, strict=True):
@@ -169,6 +170,19 @@ def test_what_is_unusual_goes_the_long_way(case):
     assert make()(x, **given).grad_fn.name() == LONG
 
 
+@pytest.mark.parametrize("case", ["a residual", "a mask", "gaps", "wider parameters", "a pruned weight"])
+def test_what_is_unusual_in_inference_goes_the_long_way(case):
+    make, x, given = UNUSUAL[case]
+    assert make().eval()(x, **given).grad_fn.name() == LONG
+
+
+def test_a_frozen_layer_takes_the_short_way():
+    layer = layer_of(3, statistics=bn.statistics.Running())
+    before = [value.clone() for value in layer.buffers()]
+    assert layer(X).grad_fn.name() == SHORT
+    assert all(map(torch.equal, before, layer.buffers()))
+
+
 def test_subclasses_go_the_long_way():
     assert layer_of(3)(X.as_subclass(Tagged)).grad_fn.name() == LONG
 
@@ -194,9 +208,10 @@ def test_refusals_leave_the_buffers_alone(break_it, error):
     assert all(map(torch.equal, before, layer.buffers()))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_differentiated_twice(activation):
-    layer = layer_of(3, dtype=torch.float64, activation=activation)
+def test_differentiated_twice(activation, training):
+    layer = layer_of(3, training, dtype=torch.float64, activation=activation)
     x = data((4, 3, 2), torch.float64)[0]
     assert layer(x).grad_fn.name() == SHORT
 
@@ -211,8 +226,9 @@ def test_differentiated_twice(activation):
     assert torch.autograd.gradgradcheck(run, given)
 
 
-def test_a_batch_of_gradients_at_once():
-    layer, (x, dy) = layer_of(3, activation="silu"), data((4, 3, 2))
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_batch_of_gradients_at_once(training):
+    layer, (x, dy) = layer_of(3, training, activation="silu"), data((4, 3, 2))
     y, inputs = layer(x), (x, *layer.parameters())
     many = torch.stack([dy, -2 * dy])
     at_once = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)

@@ -11,6 +11,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.statistics import Running
 from batchnorm.surgery import Absorbed, walk
+from tests.networks import FrozenBatchNorm2d, settle
 
 
 class Residual(nn.Module):
@@ -136,12 +137,11 @@ def test_subclasses_are_left_alone_and_reported(caplog):
         def forward(self, input):
             return super().forward(input) * 2
 
-    model = nn.Sequential(Mine(3), nn.SyncBatchNorm(3))
+    model = nn.Sequential(Mine(3))
     with caplog.at_level(logging.INFO, "batchnorm"):
         bn.convert(model)
-    assert [type(layer) for layer in model] == [Mine, nn.SyncBatchNorm]
+    assert type(model[0]) is Mine
     assert "left 0: it is a Mine" in caplog.text
-    assert "left 1: it is a SyncBatchNorm" in caplog.text
 
 
 def test_sequentials_with_their_own_forward_are_not_fused():
@@ -291,3 +291,90 @@ def test_a_model_cast_in_between_has_torchs_dtypes_afterwards():
     layer = bn.revert(bn.convert(nn.BatchNorm1d(3)).bfloat16())
     assert layer.running_mean.dtype == torch.bfloat16
     layer(torch.randn(4, 3).bfloat16())
+
+
+def test_synchronized_layers_go_both_ways():
+    group = object()
+    model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4, process_group=group), nn.ReLU())
+    model[1].custom = "kept"
+    before, state = shape_of(model), copy.deepcopy(model.state_dict())
+    bn.convert(model)
+    assert type(model[1]) is bn.BatchNorm
+    expected = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+    expected.load_state_dict(state)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(model(x), expected(x))
+    bn.revert(model)
+    assert shape_of(model) == before
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_synchronized_layers_of_several_processes_are_left_to_synchronize(monkeypatch, caplog):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        layer = bn.convert(nn.SyncBatchNorm(3))
+    assert type(layer) is nn.SyncBatchNorm
+    assert "batchnorm.synchronize takes it over" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_frozen_batch_norms_of_other_libraries_go_both_ways(dtype):
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4, eps=1e-3), nn.ReLU())).to(dtype)
+    model[1].custom = "kept"
+    model[1].register_forward_hook(lambda *_: None)
+    before, state, expected = shape_of(model), copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    bn.convert(model)
+    layer = model[1]
+    assert isinstance(layer, bn.BatchNorm)
+    assert (layer.statistics, layer.eps, list(layer.parameters())) == (Running(), 1e-3, [])
+    assert list(model.state_dict()) == list(state)
+    x = torch.randn(2, 3, 4, 4).to(dtype)
+    tolerance = {torch.bfloat16: 0.05}.get(dtype, 1e-5)
+    torch.testing.assert_close(model(x), expected(x), rtol=tolerance, atol=tolerance)
+    model.load_state_dict({**state, "1.num_batches_tracked": torch.tensor(3)})
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0, check_dtype=False)
+    layer.later = "kept, too"
+    bn.revert(model)
+    del layer.later
+    after = shape_of(model)
+    if dtype != torch.bfloat16:  # statistics that were widened come back as other tensors
+        assert after == before
+    assert [row[:5] for row in after] == [row[:5] for row in before]
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_unfrozen_ones_move_their_statistics_and_still_go_back():
+    layer = bn.unfreeze(bn.convert(FrozenBatchNorm2d(3)))
+    layer.train()(torch.randn(4, 3, 2, 2) + 1)
+    assert (layer.running_mean > 0.05).all()
+    assert type(bn.revert(layer)) is FrozenBatchNorm2d
+
+
+def test_what_only_looks_like_a_frozen_batch_norm_is_left(caplog):
+    class Other(FrozenBatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        assert type(bn.convert(Other(3))) is Other
+    assert "it is a Other, which computes something else (AssertionError)" in caplog.text
+
+
+def test_a_shared_layer_stays_one_object_through_all_surgery():
+    for shared in (nn.BatchNorm2d(4), nn.SyncBatchNorm(4), FrozenBatchNorm2d(4)):
+        model = nn.Sequential(shared, nn.ReLU(), nn.ModuleList([shared]), nn.Sequential(shared))
+        cls = type(shared)
+        for surgery in (
+            bn.convert,
+            bn.fuse,
+            bn.freeze,
+            bn.unfreeze,
+            bn.freeze,
+            bn.unfreeze,
+            bn.unsynchronize,
+            bn.revert,
+        ):
+            surgery(model)
+            assert model[0] is model[2][0] is model[3][0] is shared, surgery
+        assert type(shared) is cls

@@ -6,6 +6,7 @@ BatchNormError
  ├─ DTypeError         (TypeError, NotImplementedError)  a tensor whose dtype has no normalization
  ├─ ArgumentError      (TypeError)     an argument of the wrong kind
  ├─ StateError         (RuntimeError)  buffers, parameters or a transform in a state that does not allow the call
+ ├─ FoldingError       (RuntimeError)  a folded model that puts out something else
  ├─ ReplicaError       (RuntimeError)  replicas that did not answer, or that were not at the same layer
  └─ MissingExtraError  (ImportError)   an optional dependency is not installed
 
@@ -37,6 +38,10 @@ class ArgumentError(BatchNormError, TypeError):
 
 class StateError(BatchNormError, RuntimeError):
     """Buffers, parameters or a transform are in a state that does not allow the call."""
+
+
+class FoldingError(BatchNormError, RuntimeError):
+    """A folded model puts out something else than the model it was made of."""
 
 
 class ReplicaError(BatchNormError, RuntimeError):

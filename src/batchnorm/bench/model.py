@@ -16,12 +16,13 @@ from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, perce
 from batchnorm.errors import InputError
 from batchnorm.lab.allocation import peak_bytes, saved_bytes
 from batchnorm.lab.networks import resnet50
-from batchnorm.surgery import convert
+from batchnorm.surgery import convert, fuse
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet50": resnet50}
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
     "ours": lambda model: convert(model),
+    "fused": lambda model: fuse(model),
     "save memory": lambda model: convert(model, save_memory=True),
     "compile": lambda model: torch.compile(model, dynamic=False),
     "compile ours": lambda model: torch.compile(convert(model), dynamic=False),

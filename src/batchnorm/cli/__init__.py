@@ -14,7 +14,9 @@ from rich.table import Table
 
 from batchnorm.cli.bench import bench_command
 from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.cli.convert import convert_command
 from batchnorm.cli.env import env_command
+from batchnorm.cli.fold import fold_command
 from batchnorm.cli.lab import lab_command
 from batchnorm.cli.recalibrate import recalibrate_command
 from batchnorm.env import cores
@@ -56,8 +58,10 @@ def commands() -> None:
 
 
 commands.add_command(bench_command)
+commands.add_command(convert_command)
 commands.add_command(env_command)
 commands.add_command(lab_command)
+commands.add_command(fold_command)
 commands.add_command(recalibrate_command)
 
 

@@ -13,6 +13,7 @@ import click
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from batchnorm.cli.common import command_line, progress_bar
@@ -96,7 +97,12 @@ def _summary(experiment: Experiment, known: Outcome | None) -> dict[str, Any]:
 )
 @click.option("--quick", is_flag=True, help="As little as shows the effect, in some 20 s an experiment.")
 @click.option("--full", is_flag=True, help="More data, more steps: an hour or more for all.")
-@click.option("--device", default="cpu", show_default=True, help="Where the networks are, such as cuda.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where the networks are, for experiments that can go there.",
+)
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Folder with data of your own, for experiments that take it."
 )
@@ -154,13 +160,19 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
     """What is to be measured, one experiment after the other, all arms of a seed side by side.
 
     Raises:
-        InputError: there is no such device; or there are data that none of the experiments takes, or that are no folder.
+        InputError: there is no such device, or an experiment does not run there; there are data that none of the experiments
+            takes, or that are no folder.
     """
     try:
         torch.empty(0, device=setting.device)
     except (RuntimeError, AssertionError) as error:  # torch built without it asserts
         first = str(error).splitlines()[0]
         raise InputError(f"--device must be one that torch can use here; {setting.device} is not: {first}") from error
+    bound = [experiment.name for experiment in chosen if experiment.cpu_only]
+    if torch.device(setting.device).type != "cpu" and bound:
+        raise InputError(
+            f"--device is for experiments that run anywhere; {', '.join(bound)} run on the CPU: leave them or it out"
+        )
     if setting.data is not None and not any(experiment.data for experiment in chosen):
         raise InputError(f"--data is for experiments that take data; {', '.join(e.name for e in chosen)} take none")
     version = data_version(setting.data)
@@ -194,9 +206,11 @@ def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished]
         table = Table("", *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for label, cells in rows:
             table.add_row(label, *cells)
-        console.print(f"[bold]{experiment.name}[/]: {experiment.claim}")
+        console.print(f"[bold]{experiment.name}[/]: {escape(experiment.claim)}")
         console.print(table)
-        console.print(_state(experiment, came_out) + ("" if verdict is None else f": {verdict.evidence}") + "\n")
+        console.print(
+            _state(experiment, came_out) + ("" if verdict is None else f": {escape(verdict.evidence)}") + "\n"
+        )
 
 
 @lab_command.command("report", epilog="Example: batchnorm lab report --page lab.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,28 @@ def save_weights(model: nn.Module, path: Path) -> None:
         InputError: if the place cannot be written.
         MissingExtraError: if safetensors is not installed.
     """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     state = model.state_dict()
+
+    def write(temporary: Path) -> None:
+        if path.suffix == SAFETENSORS:  # whose tensors may not share memory
+            _safetensors().save_file({name: value.contiguous().clone() for name, value in state.items()}, temporary)
+        else:
+            torch.save(state, temporary)
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside the place, and move it there when it is done.
+
+    Raises:
+        InputError: if the place cannot be written.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # of the same suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if path.suffix == SAFETENSORS:  # whose tensors may not share memory
-                _safetensors().save_file({name: value.contiguous().clone() for name, value in state.items()}, temporary)
-            else:
-                torch.save(state, temporary)
+            write(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

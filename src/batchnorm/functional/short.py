@@ -1,11 +1,12 @@
-"""The short way of a layer's training step: one operator forward, one backward, and as few frames around them as there can be.
+"""The short way of a layer's call: one operator forward, one backward, and as few frames around them as there can be.
 
 On a tensor of a few kilobytes the frames are what a layer costs. What is not of the usual kind goes the long way, to the same bits.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,23 +17,32 @@ from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Epilogue, cpu
 from batchnorm.kernels.contract import values_per_channel
 
-Buffers = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+class Step(NamedTuple):
+    """The operators of a call and of its backward."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    constant_statistics: bool
 
 
-def training_step(
+# `normalize` and `move_running_statistics` at once; `normalize_with`.
+TRAINING = Step(cpu.training_step, cpu.training_step_backward, False)
+INFERENCE = Step(cpu.inference_step, cpu.inference_step_backward, True)
+
+
+def take(
+    step: Step,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: Buffers,
-    momentum: float,
-    unbiased: bool,
-    skip_nonfinite: bool,
-    eps: float,
     activation: Activation | None,
+    eps: float,
+    running: tuple[Any, ...],
 ) -> Tensor | None:
-    """`normalize` and `move_running_statistics` at once: y, or None where this is not the way, and then nothing was touched.
+    """y, or None where this is not the way, and then nothing was touched.
 
-    `running` is a layer's buffers: running_mean, running_var, num_batches_tracked, num_nonfinite_batches.
+    `running` is what the operator takes of the layer's buffers and of how they follow a batch, in the order of its schema.
     """
     if (
         type(x) is not Tensor
@@ -48,17 +58,17 @@ def training_step(
         return None
     if recomputing():
         # A checkpoint wants the same tensors saved, so the same way is taken; it moves nothing that stays.
-        running = cast("Buffers", tuple(None if buffer is None else buffer.clone() for buffer in running))
-    rest = (*running, momentum, unbiased, skip_nonfinite, eps, *cpu.code(activation))
+        running = tuple(value.clone() if isinstance(value, Tensor) else value for value in running)
+    rest = (*running, eps, *cpu.code(activation))
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, bias, (eps, activation, rest))
-    y, _ = cpu.training_step(x, weight, bias, *rest)
+        return _apply(x, weight, bias, (step, eps, activation, rest))
+    y, _ = step.forward(x, weight, bias, *rest)
     return y if y.numel() else None
 
 
-class TrainingStep(torch.autograd.Function):
+class NormalizeShort(torch.autograd.Function):
     """The autograd node of the short way; without an output where the operator does not take the call."""
 
     @staticmethod
@@ -67,14 +77,15 @@ class TrainingStep(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        constants: tuple[float, Activation | None, tuple[Any, ...]],  # as one: autograd looks at each argument
+        constants: tuple[Step, float, Activation | None, tuple[Any, ...]],  # as one: autograd looks at each argument
     ) -> Tensor | None:
-        eps, activation, rest = constants
-        y, statistics = cpu.training_step(x, weight, bias, *rest)
+        step, eps, activation, rest = constants
+        y, statistics = step.forward(x, weight, bias, *rest)
         if not y.numel():
             return None
         ctx.materialize_grads = False
-        ctx.kernel, ctx.eps, ctx.activation, ctx.reducer, ctx.groups = cpu, eps, activation, None, None
+        ctx.step, ctx.kernel, ctx.eps, ctx.activation = step, cpu, eps, activation
+        ctx.reducer, ctx.groups = None, None
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, statistics, weight, None if activation is None else bias)
         return y
@@ -85,17 +96,18 @@ class TrainingStep(torch.autograd.Function):
         if dy is None:
             return (None,) * 4
         x, statistics, weight, bias = ctx.saved_tensors
-        wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
+        wants_dx, wants_dweight, wants_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling():
             mean, rstd = statistics.unbind()
-            epilogue, count = Epilogue(weight, bias, activation=ctx.activation), values_per_channel(x)
+            epilogue = Epilogue(weight, bias, activation=ctx.activation)
+            count = None if ctx.step.constant_statistics else values_per_channel(x)
             dx, dweight, dbias, _ = gradients(ctx, dy, x, mean, rstd, epilogue, count, wants_dbias)
         else:
             code = cpu.code(ctx.activation)
-            dx, dweight, dbias = cpu.training_step_backward(dy, x, statistics, weight, bias, *code, wants_dx)
+            dx, dweight, dbias = ctx.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)
         dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
         return dx, dweight, dbias if wants_dbias else None, None
 
 
-# `TrainingStep.apply` without its two frames for `torch.func`, which takes the long way: they cost as much as a kernel.
-_apply = super(torch.autograd.Function, TrainingStep).apply  # pyright: ignore[reportAttributeAccessIssue]
+# `NormalizeShort.apply` without its two frames for `torch.func`, which takes the long way: they cost as much as a kernel.
+_apply = super(torch.autograd.Function, NormalizeShort).apply  # pyright: ignore[reportAttributeAccessIssue]

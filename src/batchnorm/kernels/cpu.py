@@ -10,6 +10,7 @@ import ctypes
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
 _CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
 
-_EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, int activation, float slope"
+_ACTIVATION = "int activation, float slope"
+_EPILOGUE = f"Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, {_ACTIVATION}"
 _SCHEMAS = (
     "moments(Tensor x, Tensor? mask, Tensor? count) -> (Tensor, Tensor)",
     f"forward(Tensor x, Tensor? count, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -51,9 +53,14 @@ _SCHEMAS = (
     "float count, float momentum, bool unbiased, bool skip_nonfinite) -> Tensor",
     "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
-    "float eps, int activation, float slope) -> (Tensor, Tensor)",
-    "training_step_backward(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, int activation, "
-    "float slope, bool wants_dx) -> (Tensor, Tensor, Tensor)",
+    f"float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
+    f"inference_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, {_ACTIVATION})"
+    " -> (Tensor, Tensor)",
+    *(
+        f"{step}_backward(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, {_ACTIVATION}, bool wants_dx)"
+        " -> (Tensor, Tensor, Tensor)"
+        for step in ("training_step", "inference_step")
+    ),
 )
 
 
@@ -260,6 +267,17 @@ def _channels(x: Tensor, *groups: int) -> Tensor:
     return x.new_empty((*groups, x.shape[1]), dtype=torch.float64)
 
 
+def _step(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx = _like(x) if rest[-1] else x.new_empty(0)
+    if weight is None:
+        return dx, x.new_empty(0), x.new_empty(0)
+    return dx, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
+
+
 # What the operators return, for tracing: shapes, strides and dtypes without values.
 _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
@@ -286,11 +304,10 @@ _FAKES = {
         _channels(x, groups),
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
-    "training_step": lambda x, *_: (_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)),
-    "training_step_backward": lambda _, x, __, weight, *rest: (
-        _like(x) if rest[-1] else x.new_empty(0),
-        *((x if weight is None else weight).new_empty(0 if weight is None else x.shape[1]) for _ in range(2)),
-    ),
+    "training_step": lambda x, *_: _step(x),
+    "inference_step": lambda x, *_: _step(x),
+    "training_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
+    "inference_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
 }
 
 _unavailable, _instruction_set = _load()
@@ -309,7 +326,10 @@ def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return missing
 
 
+# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), both empty where they do not take it, which they find out faster than
+# Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
 training_step, training_step_backward = _operator("training_step"), _operator("training_step_backward")
+inference_step, inference_step_backward = _operator("inference_step"), _operator("inference_step_backward")
 _warned = _unavailable is None
 
 

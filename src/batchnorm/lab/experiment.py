@@ -122,6 +122,7 @@ class Experiment:
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
         seconds: about what the default size takes for one seed, all arms, on one core: for estimates.
         data: what a folder given with `--data` is to hold; "" where the experiment takes none.
+        cpu_only: whether another `Setting.device` is an error.
     """
 
     name: str
@@ -137,3 +138,4 @@ class Experiment:
     protocol: str = ""
     seconds: float = 60.0
     data: str = ""
+    cpu_only: bool = False

@@ -1,4 +1,4 @@
-"""Small relatives of three image networks, for images (N, 1, 16, 16): the same plan, fewer channels.
+"""Small relatives of three image networks, for images (N, channels, 16, 16): the same plan, fewer channels.
 
 `normalization` makes a layer from a number of channels and stands after each convolution; without it the convolution has a bias.
 """
@@ -16,10 +16,10 @@ def convolution(
     return [layer] if normalization is None else [layer, normalization(outputs)]
 
 
-def alexnet(normalization: Normalization | None) -> nn.Sequential:
+def alexnet(normalization: Normalization | None, channels: int = 1) -> nn.Sequential:
     """Five convolutions, the first of 5x5, and two linear layers (Krizhevsky et al. 2012)."""
     return nn.Sequential(
-        *convolution(normalization, 1, 24, size=5),
+        *convolution(normalization, channels, 24, size=5),
         nn.ReLU(),
         nn.MaxPool2d(2),
         *convolution(normalization, 24, 48),
@@ -39,10 +39,10 @@ def alexnet(normalization: Normalization | None) -> nn.Sequential:
     )
 
 
-def vgg(normalization: Normalization | None) -> nn.Sequential:
+def vgg(normalization: Normalization | None, channels: int = 1) -> nn.Sequential:
     """Twelve convolutions of 3x3 in three stages, and one linear layer (Simonyan & Zisserman 2015)."""
     layers: list[nn.Module] = []
-    inputs = 1
+    inputs = channels
     for outputs in (16, 32, 64):
         for _ in range(4):
             layers += [*convolution(normalization, inputs, outputs), nn.ReLU()]
@@ -68,9 +68,9 @@ class Residual(nn.Module):
         return nn.functional.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet(normalization: Normalization | None) -> nn.Sequential:
+def resnet(normalization: Normalization | None, channels: int = 1) -> nn.Sequential:
     """A convolution, six residual blocks in three stages, an average over each map, one linear layer (He et al. 2015)."""
-    layers: list[nn.Module] = [*convolution(normalization, 1, 16), nn.ReLU()]
+    layers: list[nn.Module] = [*convolution(normalization, channels, 16), nn.ReLU()]
     inputs = 16
     for outputs in (16, 32, 64):
         for block in range(2):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm.errors import InputError
 from batchnorm.lab.data import Examples
 
 
@@ -50,7 +51,15 @@ def train(
 
     Between two steps the caller may measure: `.grad` still holds the gradient that the step followed.
     Training ends early, after yielding it, at a loss that is not finite. `seen` makes of a batch what the network is shown.
+
+    Raises:
+        InputError: the examples do not fill a batch.
     """
+    if len(examples) < schedule.batch_size:
+        raise InputError(
+            f"at least one batch of {schedule.batch_size} images must be left to learn from, but there are {len(examples)}: "
+            "give more training images"
+        )
     optimizer = torch.optim.SGD(network.parameters(), lr=schedule.learning_rate, momentum=schedule.momentum)
     order = batches(len(examples), schedule.batch_size, schedule.seed)
     for step in range(1, schedule.steps + 1):

@@ -37,7 +37,7 @@ from batchnorm.logs import logger
 from batchnorm.moments import Moments
 from batchnorm.population.items import Forward, call, check_loader, eager
 from batchnorm.population.lineage import Lineage
-from batchnorm.statistics import Running
+from batchnorm.statistics import Domains, Running
 from batchnorm.surgery import batch_norms
 
 METHODS = ("joint", "layerwise")
@@ -76,6 +76,8 @@ def recalibrate(
     layer that is used several times) and ranks; masked values do not count. The variance is the layer's `running_variance`, unbiased
     for torch's layers. Layers of torch and ours alike. Left alone are frozen layers (`bn.freeze`; or in inference while the model
     is in training), layers without running statistics, and layers that are not called.
+
+    Layers with `Domains` get those of the domain that the call stands in, `with bn.domain(...)`.
 
     Whatever ends it early, an error of the loader or of the model or Ctrl-C, leaves buffers, modes and hooks exactly as they were.
     `num_batches_tracked` stays, except where momentum is None and it is the weight of what was learned: there it counts the batches.
@@ -150,6 +152,9 @@ class _Watched:
 
     def __init__(self, name: str, layer: _BatchNorm, bit: int) -> None:
         self.name, self.layer, self.bit = name, layer, bit
+        self.kept: Any = layer  # whose buffers are written
+        if isinstance(layer, BatchNorm) and isinstance(layer.statistics, Domains):
+            self.kept = layer.statistics.seen_by(layer)
         self.final = False
         self.forced = False  # it waits for itself: take what it sees now
         self.begin_pass()
@@ -178,17 +183,14 @@ class _Watched:
         self.moments = batch if self.moments is None else self.moments.merge(batch)
 
     def nothing(self) -> Moments:
-        mean = self.layer.running_mean
-        assert mean is not None
+        mean = self.kept.running_mean
         values = (parts_of_buffer(mean) if mean.is_complex() else mean).new_zeros(1, dtype=torch.float64)
         C = mean.numel() * (2 if mean.is_complex() else 1)
         return Moments(0, values.expand(C), values.expand(C))
 
     def write(self, pooled: Moments, calls: int, skipped: int) -> None:
         """Make pooled moments the layer's running statistics."""
-        layer, count = self.layer, int(pooled.count)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
+        layer, count = self.kept, int(pooled.count)
         if count == 1:
             raise InputError(
                 f"{self.name}: population statistics need at least two values per channel, since one has no variance, but got 1; "
@@ -197,12 +199,12 @@ class _Watched:
         if count == 0:
             logger.warning("recalibrate: left %s: it saw no values", self.name)
             return
-        variance = pooled.variance(unbiased=getattr(layer, "running_variance", "unbiased") == "unbiased")
+        variance = pooled.variance(unbiased=getattr(self.layer, "running_variance", "unbiased") == "unbiased")
         for buffer, value in ((layer.running_mean, pooled.mean), (layer.running_var, variance)):
             (parts_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
         if layer.momentum is None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(calls)
-        counter = getattr(layer, "num_nonfinite_batches", None)
+        counter = getattr(self.layer, "num_nonfinite_batches", None)
         if counter is not None:
             counter.add_(skipped)
         if skipped:
@@ -263,7 +265,7 @@ def _run(
         (buffer, buffer.clone())
         for one in watched
         for name in _BUFFERS
-        if (buffer := getattr(one.layer, name, None)) is not None
+        if (buffer := getattr(one.kept, name, None)) is not None
     ]
     done = Progress(0, 0, 0, len(watched))
     try:

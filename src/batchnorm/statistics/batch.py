@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from batchnorm.functional.short import training_step
+from batchnorm.functional import short
 from batchnorm.statistics.accumulate import accumulating
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.shared import by_replicas, train_or_infer
@@ -22,13 +22,13 @@ class Batch:
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         alone = layer.reducer is None and not accumulating()
         if alone and layer.training and layer.track_running_stats and residual is None and mask is None:
-            y = _in_one_step(layer, x)
+            y = _train_shortly(layer, x)
             if y is not None:
                 return y
         return train_or_infer(layer, x, residual, mask, by_replicas)
 
 
-def _in_one_step(layer: Layer, x: Tensor) -> Tensor | None:
+def _train_shortly(layer: Layer, x: Tensor) -> Tensor | None:
     """What `Batch` makes of x in training, the short way; None where that is not the way."""
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
     if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
@@ -43,5 +43,5 @@ def _in_one_step(layer: Layer, x: Tensor) -> Tensor | None:
     if mean is None or variance is None:
         return None
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
-    running = (mean, variance, *counters)
-    return training_step(x, weight, bias, running, momentum, unbiased, skip_nonfinite, layer.eps, layer.activation)
+    running = (mean, variance, *counters, momentum, unbiased, skip_nonfinite)
+    return short.take(short.TRAINING, x, weight, bias, layer.activation, layer.eps, running)

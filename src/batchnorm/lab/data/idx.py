@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
-from batchnorm.lab.data.examples import Dataset, Examples
+from batchnorm.lab.data.examples import Dataset, Examples, drawn
 
-TRAIN = 10_000  # of MNIST's 60 000: a batch of 64 for 1000 steps sees each image about six times
-VALIDATION = 500
 REMEDY = "download the file again"
 
 
@@ -32,15 +30,7 @@ def load(directory: Path) -> Dataset:
         raise InputError(f"--data must be a folder with MNIST's IDX files; there is no folder {directory}")
     learn, learn_digest = _examples(directory, "train")
     test, test_digest = _examples(directory, "t10k")
-    validation = min(VALIDATION, len(learn) // 6)
-    order = torch.randperm(len(learn), generator=torch.Generator().manual_seed(0))
-    return Dataset(
-        name="IDX files",
-        train=learn[order[validation : validation + TRAIN]],
-        validation=learn[order[:validation]],
-        test=test,
-        fingerprint=f"idx-{learn_digest}-{test_digest}",
-    ).standardized()
+    return drawn("IDX files", learn, test, f"idx-{learn_digest}-{test_digest}")
 
 
 def _examples(directory: Path, part: str) -> tuple[Examples, str]:

@@ -13,7 +13,6 @@ import torch
 from batchnorm.lab.boxes import ENOUGH, mean_average_precision, overlaps
 from batchnorm.lab.data import canvases
 from batchnorm.lab.detector import Detector, detect, loss
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.train import batches
 
@@ -63,7 +62,6 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Dete
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test canvases."""
-    require_cpu(setting)
     test = load(*setting.pick((200, 50), (400, 100))).test
     every = setting.pick(60, 100)
     precision, recall, curve = 0.0, 0.0, []
@@ -103,4 +101,5 @@ EXPERIMENT = Experiment(
         "momentum .9, cosine schedule, batches of 16. The learning rate of each arm is the best of .01, .03, .1 on the validation canvases."
     ),
     seconds=80,
+    cpu_only=True,
 )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.layers import BatchNorm1d
 
@@ -81,7 +80,6 @@ def temporal_difference(arm: str, network: nn.Module, target: nn.Module, memory:
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Learn from one pole and play twenty others on the way."""
-    require_cpu(setting)
     steps, every = setting.pick(2500, 5000, 20_000), setting.pick(250, 500)
     torch.manual_seed(setting.seed)
     network, target = q_network(arm), q_network(arm)
@@ -152,4 +150,5 @@ EXPERIMENT = Experiment(
         "steps. Nothing was tuned for an arm; returns are of 20 poles that never train. A target network is copied every 250 steps."
     ),
     seconds=60,
+    cpu_only=True,
 )

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import roads
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.train import batches
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
@@ -80,7 +79,6 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.S
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test roads."""
-    require_cpu(setting)
     test, every = render(*TEST), setting.pick(100, 200, 500)
     curve = [
         (step, judged(steering, test))
@@ -120,4 +118,5 @@ EXPERIMENT = Experiment(
         "validation roads."
     ),
     seconds=20,
+    cpu_only=True,
 )

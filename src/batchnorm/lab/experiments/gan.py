@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from batchnorm.lab.adversaries import NOISE, in_range, judged_by, networks
 from batchnorm.lab.data import Examples
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.frechet import frechet_distance
 from batchnorm.lab.train import batches
@@ -104,7 +103,6 @@ def mistaken(arm: str, generator: nn.Module, discriminator: nn.Module, part: Exa
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train both, and judge what the generator makes in inference by the test images."""
-    require_cpu(setting)
     test = judged_by()[0].test
     every, distances = setting.pick(150, 100), []
     classes = error = math.nan
@@ -154,4 +152,5 @@ EXPERIMENT = Experiment(
         "test images, in 64 features of a classifier trained with noise."
     ),
     seconds=90,
+    cpu_only=True,
 )

@@ -5,18 +5,23 @@ What batch normalization brings over PyTorch's default initialization is large; 
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from batchnorm.lab.data import Dataset, digits
+from batchnorm.lab.data import Dataset, cifar, digits
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.image_networks import alexnet, resnet, vgg
 from batchnorm.lab.networks import Normalization
 from batchnorm.lab.train import Schedule, accuracy, train
 from batchnorm.layers import BatchNorm2d
 
-NETWORKS: dict[str, Callable[[Normalization | None], nn.Module]] = {"alexnet": alexnet, "vgg": vgg, "resnet": resnet}
+NETWORKS: dict[str, Callable[[Normalization | None, int], nn.Module]] = {
+    "alexnet": alexnet,
+    "vgg": vgg,
+    "resnet": resnet,
+}
 LABELS = {"alexnet": "AlexNet", "vgg": "VGG", "resnet": "ResNet"}
 RATES = (0.01, 0.05, 0.1)
 TARGET, ENOUGH = 0.95, 0.97
@@ -24,8 +29,13 @@ EVERY = 10  # steps
 Course = list[tuple[float, float]]
 
 
+def load(directory: str | None) -> Dataset:
+    """CIFAR-10's files in a folder, or the digits: images of 16x16 pixels."""
+    return digits.load(size=16) if directory is None else cifar.load(Path(directory))
+
+
 def measure(arm: str, setting: Setting) -> Measured:
-    data, values, curves = digits.load(size=16).to(setting.device), dict[str, float](), dict[str, Course]()
+    data, values, curves = load(setting.data).to(setting.device), dict[str, float](), dict[str, Course]()
     for name in NETWORKS:
         tried = [_trained(arm, name, rate, data, setting) for rate in setting.pick(RATES[:2], RATES)]
         course, test = max(tried, key=lambda one: one[0][-1][1])
@@ -38,7 +48,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 def _trained(arm: str, name: str, rate: float, data: Dataset, setting: Setting) -> tuple[Course, float]:
     """Validation accuracy by step, and test accuracy at the end."""
     torch.manual_seed(setting.seed)
-    network = NETWORKS[name](BatchNorm2d if arm == "batch_norm" else None)
+    network = NETWORKS[name](BatchNorm2d if arm == "batch_norm" else None, data.train.images.shape[1])
     if arm == "he":
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):
@@ -100,4 +110,5 @@ EXPERIMENT = Experiment(
         f"Steps are counted on validation, every {EVERY}; accuracies are of test images at the end."
     ),
     seconds=140,
+    data="CIFAR-10's binary files (data_batch_1.bin ... test_batch.bin)",
 )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.layers import BatchNorm1d
 from batchnorm.population import recalibrate
@@ -57,7 +56,6 @@ def advantages(values: Tensor, next_values: Tensor, over: Tensor) -> Tensor:
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Proximal policy optimization from 16 poles, played on 20 others on the way."""
-    require_cpu(setting)
     rounds = setting.pick(12, 40, 100)
     scale, offset = (torch.ones(4), torch.zeros(4)) if arm == "si" else (SCALE, OFFSET)
     torch.manual_seed(setting.seed)
@@ -169,4 +167,5 @@ EXPERIMENT = Experiment(
         "as those of a round before the first. Nothing was tuned for an arm; returns are of 20 poles that never train."
     ),
     seconds=60,
+    cpu_only=True,
 )

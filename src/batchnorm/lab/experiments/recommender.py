@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import clicks
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.train import batches
 from batchnorm.layers import BatchNorm1d
@@ -85,7 +84,6 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Netw
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test part."""
-    require_cpu(setting)
     split, every = load(*setting.pick((20_000, 5000), (60_000, 10_000))), setting.pick(50, 75)
     curve = [
         (step, judged(network, split.test))
@@ -130,4 +128,5 @@ EXPERIMENT = Experiment(
         "rate of each arm is the best of .001, .003, .01, .03 on the validation part."
     ),
     seconds=30,
+    cpu_only=True,
 )

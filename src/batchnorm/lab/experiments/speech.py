@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batchnorm.errors import InputError
 from batchnorm.lab.data import speech
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.letters import best_path, error_rate
 from batchnorm.lab.recognizer import Recognizer
@@ -79,7 +78,6 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Reco
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the voices held out for the test."""
-    require_cpu(setting)
     test, every, curve = load(setting.data).test, setting.pick(21, 21, 100), []
     for step, network in trained(arm, setting, LEARNING_RATE):
         if step % every == 0:
@@ -112,4 +110,5 @@ EXPERIMENT = Experiment(
     ),
     seconds=85,
     data="WAV files of 16-bit samples, and transcripts.csv with the columns file and text, and voice if known",
+    cpu_only=True,
 )

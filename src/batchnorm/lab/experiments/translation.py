@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import sentences
-from batchnorm.lab.devices import require_cpu
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.train import batches
 from batchnorm.lab.translator import Translator
@@ -67,7 +66,6 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Tran
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train, and judge by the test sentences."""
-    require_cpu(setting)
     test, every = load().test, setting.pick(50, 50, 100)
     curve = [
         (step, judged(translator, test))
@@ -101,4 +99,5 @@ EXPERIMENT = Experiment(
         "learning rate .01, of .003, .01 and .02 the best of every arm on the validation sentences."
     ),
     seconds=35,
+    cpu_only=True,
 )

@@ -1,0 +1,128 @@
+// A layer's call as one operator: in training `forward` and `update_running`, in inference `infer`, and for both a `backward` with the
+// gradients in the parameters' dtype. A tiny tensor costs what the calls around its kernels cost: two where there were four, and no
+// conversion by the autograd engine.
+// A part of torch_shim.cpp, whose classes it uses.
+#pragma once
+
+namespace {
+
+bool is_float32_or_float64(const Tensor& tensor) {
+    return tensor.dtype == dtypes[(int)Dtype::float32] || tensor.dtype == dtypes[(int)Dtype::float64];
+}
+
+// The usual case, whose arguments nothing is wrong with: the rest goes the long way, which has words for it.
+bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
+    if (x.rank < 2 || x.values() == 0) return false;
+    bool known = false;
+    for (const int32_t dtype : dtypes) known |= x.dtype == dtype;
+    if (!known) return false;
+    const Layout layout(x);
+    if (!layout.planar && !layout.interleaved) return false;
+    const auto is_vector = [&](const Tensor& tensor, const Tensor& of_dtype) {
+        const bool fits = tensor.rank == 1 && tensor.sizes[0] == x.sizes[1];
+        return fits && tensor.dtype == of_dtype.dtype && is_float32_or_float64(tensor);
+    };
+    if (!is_vector(running_mean, running_mean) || !is_vector(running_var, running_mean)) return false;
+    if (!weight) return !bias;
+    const int32_t wide = dtypes[(int)Dtype::float64];
+    return is_vector(weight, weight) && (!bias || is_vector(bias, weight)) && (weight.dtype != wide || x.dtype == wide);
+}
+
+bool is_counter(const Tensor& tensor) { return !tensor || (tensor.rank == 0 && tensor.dtype == int64); }
+
+// One call of a layer: y, and mean and rstd, (2, C), for the backward.
+struct LayerCall {
+    const int64_t C;
+    const ChannelValues weights, biases;
+    Call call;
+    Tensor y, statistics;
+
+    LayerCall(Verb verb, const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, Arguments& arguments)
+        : C(x.sizes[1]), weights(weight, C), biases(bias, C), call(verb, x), y(call.output()) {
+        const int64_t sizes[] = {2, C}, strides[] = {C, 1};
+        statistics = Tensor::empty(2, sizes, strides, dtypes[(int)Dtype::float64]);
+        Task& task = call.task;
+        task.eps = eps;
+        task.weight = weights, task.bias = biases;
+        task.activation = (Activation)arguments.integer(), task.slope = arguments.number();
+        task.output = y.data<void>();
+        task.mean = statistics.data<double>(), task.rstd = task.mean + C;
+    }
+    void leave_in(Word* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
+};
+
+// Where they do not take a call, both operators leave two empty tensors, and nothing was touched.
+void decline(Word* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
+
+void training_step(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
+    Running running(arguments);
+    const double momentum = arguments.number();
+    const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
+    const double eps = arguments.number();
+    if (!is_usual(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
+        !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches))
+        return decline(stack, x);
+    LayerCall layer(Verb::forward, x, weight, bias, eps, arguments);
+    std::vector<double> m2(layer.C);
+    Task& task = layer.call.task;
+    task.count = count_of(x, {});
+    task.m2 = m2.data();
+    layer.call.run();
+    running.follow(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
+    layer.leave_in(stack);
+}
+
+void inference_step(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
+    const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
+    const double eps = arguments.number();
+    if (!is_usual(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
+    LayerCall layer(Verb::normalize, x, weight, bias, eps, arguments);
+    set_constant(layer.call.task, running_mean, running_var, eps, layer.C);
+    layer.call.run();
+    layer.leave_in(stack);
+}
+
+// Float64 values in the dtype of `like`, float32 or float64.
+Tensor rounded(const std::vector<double>& values, const Tensor& like) {
+    Tensor tensor = Tensor::vector((int64_t)values.size(), like.dtype);
+    const auto round = [&](auto* narrow) {
+        for (size_t c = 0; c < values.size(); ++c) narrow[c] = values[c];
+    };
+    like.dtype == dtypes[(int)Dtype::float32] ? round(tensor.data<float>()) : round(tensor.data<double>());
+    return tensor;
+}
+
+// dx, dweight and dbias of what one of the two took.
+template <bool constant_statistics>
+void step_backward(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Tensor dy = arguments.tensor();
+    const Tensor x = arguments.tensor(), statistics = arguments.tensor();
+    const Tensor weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
+    const int64_t C = x.sizes[1];
+    const ChannelValues weights(weight, C), biases(bias, C);
+    Call call(Verb::backward, x);
+    Task& task = call.task;
+    task.activation = (Activation)arguments.integer();
+    task.slope = arguments.number();
+    const bool wants_dx = arguments.flag();
+    Tensor dx = wants_dx ? call.output() : nothing(x);
+    std::vector<double> sum_grad(C), sum_grad_xhat(C);
+    task.dy = call.beside(dy);
+    task.mean = statistics.data<double>(), task.rstd = task.mean + C;
+    task.count = constant_statistics ? 0.0 : count_of(x, {});
+    task.weight = weights, task.bias = biases;
+    task.sum_grad = sum_grad.data(), task.sum_grad_xhat = sum_grad_xhat.data();
+    task.output = wants_dx ? dx.data<void>() : nullptr;
+    if (!wants_dx) task.verb = Verb::reduce_grad;
+    call.run();
+    stack[0] = dx.release();
+    stack[1] = (weight ? rounded(sum_grad_xhat, weight) : nothing(x)).release();
+    stack[2] = (weight ? rounded(sum_grad, weight) : nothing(x)).release();
+}
+
+}  // namespace

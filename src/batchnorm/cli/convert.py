@@ -1,0 +1,101 @@
+"""`batchnorm convert`: what converting a model would do, as a tree; and its weights under the names that torch's layers have."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.tree import Tree
+from torch import nn
+
+from batchnorm.cli.models import build_model, load_weights, require_format, save_weights
+from batchnorm.errors import InputError
+from batchnorm.lab.result import check_writable, to_json
+from batchnorm.layers import BatchNorm
+from batchnorm.surgery import batch_norms, convert, fuse, is_frozen_norm, walk, why_left
+from batchnorm.surgery.rewritten import Rewritten
+
+
+@click.command("convert", epilog="Example: batchnorm convert mynet:resnet --weights old.pt --out new.safetensors")
+@click.argument("spec", metavar="MODEL")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="state_dict to read, from torch.save or .safetensors; gamma and beta are taken for weight and bias.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="File of weights to write; .safetensors by its suffix.")
+@click.option("--fuse", "fused", is_flag=True, help="Look for additions and activations in the model's own code, too.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before an existing file is written over.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+def convert_command(
+    spec: str, weights: Path | None, out: Path | None, fused: bool, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Show what `batchnorm.convert` does to a model, layer by layer, and why it leaves what it leaves.
+
+    MODEL names a factory, as package.module:factory; it is called without arguments. With --out its weights are written, whole or not at
+    all, as the converted model has them, which is as torch's layers have them.
+    """
+    start = time.perf_counter()
+    if out is not None:
+        require_format(out)
+        check_writable(out.parent)
+    original = build_model(spec)
+    model = copy.deepcopy(original)
+    model = fuse(model) if fused else convert(model)
+    if weights is not None:
+        load_weights(model, weights)
+    plan = _plan(original, model)
+    if not as_json:
+        _show(spec, original, plan)
+    writes = out is not None and not dry_run
+    if writes:
+        assert out is not None
+        if out.exists() and not yes:
+            if as_json:
+                raise InputError(f"{out} must not exist yet, or --yes be given, but it does")
+            click.confirm(f"{out} exists; write over it?", abort=True, err=True)
+        save_weights(model, out)
+    if as_json:
+        click.echo(to_json({"out": str(out) if writes else None, "modules": plan}), nl=False)
+    elif writes:
+        click.echo(f"\nWrote {out}. It took {time.perf_counter() - start:.0f} s.")
+
+
+def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
+    """Each batch norm, and each module that gets a forward of its own: what it is, what it becomes, why it is left."""
+    rows = list[dict[str, Any]]()
+    for before, after in zip(walk(original), walk(model), strict=True):
+        row: dict[str, Any] = {"module": before.path, "is": type(before.module).__name__}
+        if "forward" in after.module.__dict__ and isinstance(after.module.forward, Rewritten):
+            rows.append({**row, "becomes": "calls its batch norms with what is added to them", "left": None})
+        elif isinstance(after.module, BatchNorm):
+            activation = after.module.activation
+            applies = "" if activation is None else f", applies {activation}"
+            rows.append({**row, "becomes": f"batchnorm.{type(after.module).__name__}{applies}", "left": None})
+        elif before.module in batch_norms(before.module).values() or is_frozen_norm(before.module):
+            rows.append({**row, "becomes": None, "left": why_left(before.module)})
+    return rows
+
+
+def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
+    """The modules that hold a batch norm, as a tree."""
+    rows = {row["module"]: row for row in plan}
+    named = [slot.path for slot in walk(original)]
+    shown = [name for name in named if any(row == name or row.startswith(f"{name}.") or not name for row in rows)]
+    classes = {slot.path: type(slot.module).__name__ for slot in walk(original)}
+    branches: dict[str, Tree] = {}
+    for name in shown or [""]:
+        label = f"{name.rpartition('.')[2] or spec}  [dim]{classes[name]}[/dim]"
+        if name in rows:
+            row = rows[name]
+            label += f" → {row['becomes']}" if row["becomes"] else f"  [yellow]left[/yellow]: {row['left']}"
+        branches[name] = branches[name.rpartition(".")[0]].add(label) if name else Tree(label)
+    console = Console(highlight=False)
+    console.print(branches[""])
+    changed = sum(row["left"] is None for row in plan)
+    console.print(f"\n{changed} of {len(plan)} change." if plan else "\nIt has no batch norm.")

@@ -1,0 +1,117 @@
+"""`batchnorm fold`: a model without its batch norms, as weights or as a program."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from batchnorm.cli.export import PROGRAMS, export, require_exporter
+from batchnorm.cli.models import SAFETENSORS, build, build_model, load_weights, require_format, save_weights
+from batchnorm.errors import BatchNormError, InputError
+from batchnorm.folding import FoldReport, fold
+from batchnorm.folding.record import example
+from batchnorm.lab.result import check_writable, to_json
+
+_SHAPE = re.compile(r"\d+(x\d+)*")
+_SUFFIXES = (*PROGRAMS, SAFETENSORS, ".pt")
+
+
+@click.command(
+    "fold",
+    epilog="Example: batchnorm fold mynet:resnet --weights in.pt --input 1x3x224x224 --out model.onnx",
+)
+@click.argument("spec", metavar="MODEL")
+@click.option(
+    "--input",
+    "given",
+    required=True,
+    metavar="SHAPE|SPEC",
+    help="An example: a shape such as 1x3x224x224, or a factory of a tensor, a tuple of arguments or a dict of named ones.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="state_dict to read, from torch.save or .safetensors.  [default: the factory's]",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .onnx and .pt2 (torch.export) are programs, .safetensors and .pt weights.",
+)
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Error allowed.")
+@click.option("--fixed-batch", is_flag=True, help="Export for the example's batch size only.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+def fold_command(
+    spec: str, given: str, weights: Path | None, out: Path, tolerance: float, fixed_batch: bool, as_json: bool
+) -> None:
+    """Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.
+
+    MODEL names a factory, as package.module:factory; it is called without arguments. --out is written whole or not at all. Weights
+    are those of the folded model, whose layers have the names they had.
+    """
+    start = time.perf_counter()
+    if out.suffix not in _SUFFIXES:
+        raise InputError(f"--out must end in one of {', '.join(_SUFFIXES)}, but is {out}")
+    require_format(out)
+    require_exporter(out)
+    check_writable(out.parent)
+    model = build_model(spec)
+    if weights is not None:
+        load_weights(model, weights)
+    inputs = _example(given)
+    args, kwargs = example(inputs)
+    try:
+        folded, report = fold(model, inputs, tolerance=tolerance)
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model must take the example, but {type(error).__name__}: {error}; check --input"
+        ) from error
+    written = None
+    if out.suffix in PROGRAMS:
+        written = export(folded, args, kwargs, out, fixed_batch=fixed_batch)
+    else:
+        save_weights(folded, out)
+    if as_json:
+        click.echo(to_json({"out": str(out), "program_error": written, **report.to_dict()}), nl=False)
+        return
+    _show(report)
+    checked = "" if written is None else f", read again, and compared: it differs by {written:.2g}"
+    click.echo(f"\nWrote {out}{checked}. It took {time.perf_counter() - start:.0f} s.")
+
+
+def _example(given: str) -> Any:
+    if _SHAPE.fullmatch(given):
+        shape = [int(size) for size in given.split("x")]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return build(given)
+
+
+def _show(report: FoldReport) -> None:
+    table = Table("batch norm", "what became of it", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for pair in report.folded:
+        table.add_row(pair.batch_norm, f"folded into {', '.join(pair.into)} ({pair.kind})")
+    for name, reason in report.left.items():
+        table.add_row(name, f"left: {reason}")
+    console = Console(highlight=False)
+    console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    for merge in report.merged:
+        facts.add_row("merged", f"{', '.join(merge.branches)} into {merge.convolution}")
+    for name, reason in report.untraced.items():
+        facts.add_row("not traced", f"{name}: {reason}")
+    facts.add_row("batch norms", f"{report.batch_norms_before} before, {report.batch_norms_after} after")
+    facts.add_row("parameters", f"{report.parameters_before:,} before, {report.parameters_after:,} after")
+    facts.add_row("time", f"{1e3 * report.seconds_before:.3g} ms before, {1e3 * report.seconds_after:.3g} ms after")
+    facts.add_row("error", f"{report.max_error:.2g} beside outputs up to {report.largest_output:.2g}")
+    console.print(facts)

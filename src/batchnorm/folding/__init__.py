@@ -1,0 +1,155 @@
+"""Folding batch norms into their neighbors, for inference, with a numeric check of the result.
+
+In inference a batch norm is an affine function of each channel, and what is linear before or after it can take that in. The model's
+graph is traced on a copy; the copy's layers get new weights, and where a batch norm was is an `Identity`, or its activation. The modules
+stay what they are, so that a folded model is still of its class.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm import memory
+from batchnorm.errors import ArgumentError, FoldingError, InputError
+from batchnorm.folding.branches import Merging
+from batchnorm.folding.fold import Folding
+from batchnorm.folding.norms import is_norm
+from batchnorm.folding.record import Record, call, difference, example, largest
+from batchnorm.folding.report import Folded, FoldReport, Merged
+from batchnorm.folding.weights import kind_of
+from batchnorm.logs import logger
+from batchnorm.surgery import walk
+from batchnorm.surgery.absorb import release_activations
+from batchnorm.surgery.rewritten import restore_forwards
+from batchnorm.surgery.tracing import Rules, Traced, Tracer, trace_parts
+
+_ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
+
+
+def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tuple[nn.Module, FoldReport]:
+    """Fold the batch norms of a model into its convolutions and linear layers, for inference; the model itself is not touched.
+
+    Args:
+        model: of torch's and of our layers, frozen ones included. Its running statistics are folded, whatever mode it is in.
+        example_input: for one call of the model: a tensor, a tuple of arguments, or a dict of named ones. Tracing follows what the model
+            does for it, and the result is checked with it.
+        tolerance: the largest difference between the outputs of both models that is taken for rounding, beside outputs of at most 1;
+            beside larger ones in proportion.
+
+    Returns:
+        The folded copy, in inference mode, and a report of what was folded, what was left and why.
+
+    Raises:
+        ArgumentError: if model is not a module, or example_input no input.
+        InputError: if tolerance is negative.
+        FoldingError: if the outputs differ by more than the tolerance.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    if not tolerance >= 0:
+        raise InputError(f"tolerance must be a number of at least 0, but got {tolerance}")
+    args, kwargs = example(example_input)
+    original = copy.deepcopy(model).eval()
+    folded = copy.deepcopy(original)
+    _separate(folded)
+    traced, folding = _fold(folded, args, kwargs)
+    folded = folding.replacements.get(id(folded), folded)
+    merging = _merge(folded, args, kwargs)
+    for pair in merging.folded:
+        folding.left.pop(pair.batch_norm)
+    for slot in walk(folded):
+        if is_norm(slot.module):
+            folding.left.setdefault(slot.path or "the model", "it is in a part that could not be traced")
+    wanted = call(original, args, kwargs)
+    error, scale = difference(call(folded, args, kwargs), wanted), largest(wanted)
+    if not error <= tolerance * max(1.0, scale):
+        raise FoldingError(
+            f"the folded model must put out what the model does, to {tolerance:g} beside 1, but differs by {error:.3g} beside outputs up "
+            f"to {scale:.3g}; nothing was changed. Fold in float64 (model.double()), or give a larger tolerance if that is rounding"
+        )
+    for pair in (*folding.folded, *merging.folded):
+        logger.info("fold: %s is folded into %s (%s)", pair.batch_norm, ", ".join(pair.into), pair.kind)
+    for merge in merging.merged:
+        logger.info("fold: %s are one convolution, %s", ", ".join(merge.branches), merge.convolution)
+    for name, reason in folding.left.items():
+        logger.info("fold: left %s: %s", name, reason)
+    before, after = _medians(model, lambda: call(original, args, kwargs), lambda: call(folded, args, kwargs))
+    report = FoldReport(
+        folded=(*folding.folded, *merging.folded),
+        merged=tuple(merging.merged),
+        left=folding.left,
+        untraced=traced.failures,
+        max_error=error,
+        largest_output=scale,
+        tolerance=tolerance,
+        seconds_before=before,
+        seconds_after=after,
+        parameters_before=_numbers(original),
+        parameters_after=_numbers(folded),
+        batch_norms_before=_norms(original),
+        batch_norms_after=_norms(folded),
+    )
+    return folded, report
+
+
+def _fold(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Traced, Folding]:
+    record, folding = Record(model, args, kwargs), Folding(model)
+    traced = trace_parts(model, Rules(record.concrete, _is_leaf, record.accept, (Tracer, record.tracer)))
+    for part in traced.parts:
+        folding.fold(part, record)
+    folding.carry_out()
+    return traced, folding
+
+
+def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Merging:
+    record, merging = Record(model, args, kwargs), Merging()
+    rules = Rules(record.concrete, _is_leaf, record.accept)
+    merging.merge(model, record, trace_parts(model, rules), rules)
+    return merging
+
+
+def _separate(model: nn.Module) -> None:
+    """Take apart what `convert` put together, and the hooks that save memory in training."""
+    slots = list(walk(model))
+    for slot in slots:
+        memory.detach(slot.module)
+    restore_forwards(slots)
+    release_activations(slots)
+
+
+def _medians(model: nn.Module, *functions: Callable[[], Any]) -> list[float]:
+    """Seconds of each function, measured in turns: a busy machine slows all alike."""
+    devices = {value.device for value in (*model.parameters(), *model.buffers()) if value.device.type != "cpu"}
+    samples: list[list[float]] = [[] for _ in functions]
+    start = time.perf_counter()
+    while len(samples[0]) < _ROUNDS or time.perf_counter() - start < _SECONDS:
+        for function, taken in zip(functions, samples, strict=True):
+            begun = time.perf_counter()
+            function()
+            for device in devices:
+                torch.accelerator.synchronize(device)
+            taken.append(time.perf_counter() - begun)
+    return [statistics.median(taken) for taken in samples]
+
+
+def _numbers(model: nn.Module) -> int:
+    values = {id(value): value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()}
+    return sum(value.numel() for value in values.values())
+
+
+def _is_leaf(module: nn.Module, _: str) -> bool:
+    return is_norm(module) or kind_of(module) is not None
+
+
+def _norms(model: nn.Module) -> int:
+    return sum(is_norm(module) for module in model.modules())
+
+
+__all__ = ["FoldReport", "Folded", "Merged", "fold"]

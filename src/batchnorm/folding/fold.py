@@ -1,0 +1,156 @@
+"""Folding the batch norms of one graph, and putting what is left of them into the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from batchnorm.folding.flow import CONSTANT_PADS, Refused, shape_of
+from batchnorm.folding.modules import ChannelPad, Rest
+from batchnorm.folding.norms import Affine, is_norm, not_foldable, rest_of
+from batchnorm.folding.record import Record
+from batchnorm.folding.report import Folded
+from batchnorm.folding.rules import End, Scene, ahead, back, check_stays, padding_of
+from batchnorm.folding.weights import Weights
+from batchnorm.layers import BatchNorm
+from batchnorm.surgery import walk
+from batchnorm.surgery.tracing import Part
+
+
+@dataclass
+class Folding:
+    """What is to be done to a model, by the ids of its modules; nothing is done before `carry_out`."""
+
+    model: nn.Module
+    folded: list[Folded] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    weights: dict[int, Weights] = field(default_factory=dict)
+    replacements: dict[int, nn.Module] = field(default_factory=dict)
+    unpadded: list[Any] = field(default_factory=list)
+
+    def fold(self, part: Part, record: Record) -> None:
+        """Fold the batch norms of a graph, in the order in which they are called."""
+        scene = scene_of(self.model, part, record)
+        for node, (name, norm) in scene.modules.items():
+            if is_norm(norm):
+                try:
+                    self._fold(scene, node, name, norm)
+                except Refused as reason:
+                    self.left[name] = str(reason)
+
+    def carry_out(self) -> None:
+        """Change the model."""
+        for weights in self.weights.values():
+            weights.write()
+        for convolution in self.unpadded:
+            convolution.padding = (0,) * len(convolution.kernel_size)
+            convolution._reversed_padding_repeated_twice = [0] * 2 * len(convolution.kernel_size)
+        hang(self.model, self.replacements)
+
+    def _fold(self, scene: Scene, node: fx.Node, name: str, norm: nn.Module) -> None:
+        if id(norm) in scene.shared:
+            raise Refused(f"it {scene.shared[id(norm)]}")
+        if len(node.args) != 1 or set(node.kwargs) - {"residual"}:
+            raise Refused("it is given more than its input")
+        value = node.args[0]
+        shape = shape_of(value)
+        if shape is None:
+            raise Refused("its input is not a tensor")
+        axis = (norm.channel_axis if isinstance(norm, BatchNorm) else 1) % len(shape)
+        reason = not_foldable(norm, shape, axis)
+        if reason is not None:
+            raise Refused(reason)
+        affine = Affine.of(norm)
+        rest = _rest(norm, residual="residual" in node.kwargs)
+        ends, kind = self._ends(scene, node, axis, affine, rest)
+        for end in ends:
+            if type(end.module) in CONSTANT_PADS:
+                self.replacements[id(end.module)] = _channel_pad(end.pad, end.module.padding, norm)  # pyright: ignore
+                continue
+            weights = self.weights.setdefault(id(end.module), Weights(end.module))
+            if kind == "after":
+                weights.fold_after(end.affine)
+                continue
+            weights.fold_before(end.affine)
+            if end.pad is not None:
+                rest = _channel_pad(end.pad, padding_of(end.module), norm)
+                self.unpadded.append(end.module)
+        self.replacements[id(norm)] = rest
+        if type(rest) is nn.Identity:
+            scene.gone.add(node)
+        self.folded.append(Folded(name, tuple(end.name for end in ends), kind))
+
+    def _ends(self, scene: Scene, node: fx.Node, axis: int, affine: Affine, rest: nn.Module) -> tuple[list[End], str]:
+        """Where the batch norm goes, and which way that is."""
+        try:
+            return list(back(scene, node.args[0], node, axis, affine)), "after"
+        except Refused as refused:
+            before = str(refused)
+        try:
+            if type(rest) is not nn.Identity:
+                raise Refused("an activation or an addition follows in the same layer")
+            check_stays(scene, node.args[0])
+            ends = list(ahead(scene, node, axis, affine))
+            _check_pads(scene, node, ends, self.unpadded)
+        except Refused as refused:
+            raise Refused(f"{before}; {refused}") from None
+        padded = any(end.pad is not None and type(end.module) not in CONSTANT_PADS for end in ends)
+        return ends, "before, padded" if padded else "before"
+
+
+def scene_of(model: nn.Module, part: Part, record: Record) -> Scene:
+    """The graph of a part with the modules it calls, and which of them others use, too."""
+    calls = [node for node in part.graph.nodes if node.op == "call_module"]
+    modules = {node: (part.full(node.target), model.get_submodule(part.full(node.target))) for node in calls}
+    in_graph = Counter(id(module) for _, module in modules.values())
+    once = record.counts[id(model.get_submodule(part.path))]
+    owners = Counter(
+        id(value) for module in model.modules() for value in module._parameters.values() if value is not None
+    )
+    read = {part.full(node.target) for node in part.graph.nodes if node.op == "get_attr"}
+    shared = dict[int, str]()
+    for name, module in modules.values():
+        if in_graph[id(module)] > 1 or record.counts[id(module)] != once:
+            shared[id(module)] = "is called several times"
+        elif any(owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
+            shared[id(module)] = "shares its weights with another module"
+        elif any(target.startswith(f"{name}.") for target in read):
+            shared[id(module)] = "has weights that others read"
+    return Scene(part.graph, modules, shared)
+
+
+def hang(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Hang other modules in all places of the old ones, which are not the model itself."""
+    for slot in list(walk(model)):
+        if id(slot.module) in replacements and slot.parent is not None:
+            slot.hang(replacements[id(slot.module)].train(slot.module.training))
+
+
+def _rest(norm: nn.Module, *, residual: bool) -> nn.Module:
+    activation = norm.activation if isinstance(norm, BatchNorm) else None
+    return Rest(activation) if residual or activation is not None else rest_of(norm)
+
+
+def _channel_pad(pad: Tensor | None, padding: tuple[int, ...], norm: Any) -> ChannelPad:
+    assert pad is not None
+    return ChannelPad(pad.to(norm.running_mean.dtype), tuple(padding))
+
+
+def _check_pads(scene: Scene, node: fx.Node, ends: list[End], unpadded: list[Any]) -> None:
+    """One padding in the place of the batch norm must do for all layers that pad.
+
+    Raises:
+        Refused: if there would have to be several.
+    """
+    padded = [end for end in ends if end.pad is not None and type(end.module) not in CONSTANT_PADS]
+    if not padded:
+        return
+    direct = {id(scene.module_of(user)) for user in node.users}
+    alike = len({padding_of(end.module) for end in padded}) == 1
+    if len(padded) < len(ends) or not alike or any(id(end.module) not in direct for end in padded):
+        raise Refused(f"{padded[0].name} pads, and others would be padded with it")
+    if any(end.module in unpadded for end in padded):
+        raise Refused(f"{padded[0].name} is padded already")

@@ -1,0 +1,61 @@
+"""The modules that a folded model has where its batch norms were."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from batchnorm.kernels import Activation
+
+
+class Rest(nn.Module):
+    """What is left of a batch norm that was folded: its residual and its activation."""
+
+    def __init__(self, activation: Activation | None) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(input + residual), any shape."""
+        z = input if residual is None else input + residual
+        return z if self.activation is None else self.activation(z)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return str(self.activation)
+
+
+class ChannelPad(nn.Module):
+    """Padding with a value for each channel: what a batch norm would have to be given to put out 0 at the border.
+
+    Args:
+        value: (C,).
+        padding: as of `torch.nn.functional.pad`: (left, right) of the last axis, then of the one before ...
+
+    Shape:
+        input (N, C, *S) or (C, *S), with len(padding) / 2 axes S; output the same, with the axes S padded.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor, padding: tuple[int, ...]) -> None:
+        super().__init__()
+        self.padding = padding
+        self.register_buffer("value", value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pad."""
+        spatial = len(self.padding) // 2
+        before, after = self.padding[::2][::-1], self.padding[1::2][::-1]  # of each axis of S
+        inner = input.shape[-spatial:]
+        outer = [size + left + right for size, left, right in zip(inner, before, after, strict=True)]
+        value = self.value.to(input.dtype).reshape(-1, *(1,) * spatial)
+        output = value.expand(*input.shape[:-spatial], *outer).clone()
+        inside = output
+        for axis, left, size in zip(range(-spatial, 0), before, inner, strict=True):
+            inside = inside.narrow(axis, left, size)
+        inside.copy_(input)
+        return output
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"{self.value.numel()}, padding={self.padding}"

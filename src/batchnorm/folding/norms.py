@@ -1,0 +1,85 @@
+"""Batch norms in inference: an affine function of each channel, and what else they do."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.layers import BatchNorm
+from batchnorm.statistics import Batch, Ghost, MovingAverage, Renorm, Running
+from batchnorm.surgery import is_frozen_norm
+from batchnorm.surgery.walker import is_watched
+
+_PARTS = (Batch, Ghost, Renorm, MovingAverage, Running)  # which in inference use the running statistics
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = scale · x + shift, channel by channel.
+
+    Attributes:
+        scale, shift: (C,), float64.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, norm: Any) -> Affine:
+        """That of a batch norm with running statistics."""
+        mean, variance = _wide(norm.running_mean), _wide(norm.running_var)
+        scale = (variance + getattr(norm, "eps", 1e-5)).rsqrt()
+        if norm.weight is not None:
+            scale = scale * _wide(norm.weight)
+        shift = -mean * scale
+        return cls(scale, shift if norm.bias is None else shift + _wide(norm.bias))
+
+    def __call__(self, x: Tensor, axis: int) -> Tensor:
+        """Apply it to x, in x's dtype."""
+        shape = [-1 if at == axis else 1 for at in range(x.dim())]
+        return (x.double() * self.scale.reshape(shape) + self.shift.reshape(shape)).to(x.dtype)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm, frozen ones of any library included."""
+    return isinstance(module, _BatchNorm) or is_frozen_norm(module)
+
+
+def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
+    """Why a batch norm with input of this shape is more than an affine function and `rest_of`, or None."""
+    if is_watched(norm):
+        return "it has hooks or a forward of its own"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    if not norm.running_mean.is_floating_point():
+        return "it is complex"
+    if isinstance(norm, BatchNorm):
+        part = norm.statistics.before if isinstance(norm.statistics, Running) else norm.statistics
+        if part is not None and not isinstance(part, _PARTS):
+            return f"its statistics are {part!r}, which may change in inference"
+    if axis >= len(shape) or shape[axis] != norm.running_mean.numel():
+        return "its input has another number of channels"
+    if type(norm).forward in (BatchNorm.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return None
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(norm.running_mean)
+    with torch.no_grad():
+        found = copy.deepcopy(norm)(probe.clone())
+        wanted = rest_of(norm)(Affine.of(norm)(probe, axis))
+    if isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, 1e-4, 1e-4):
+        return None
+    return f"it is a {type(norm).__name__}, which computes something else"
+
+
+def rest_of(norm: nn.Module) -> nn.Module:
+    """What a batch norm does after its affine function: nothing, or what its children do one after the other."""
+    children = [child for child in norm.children() if type(child) is not nn.Identity]
+    return children[0] if len(children) == 1 else nn.Sequential(*children) if children else nn.Identity()
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().double()

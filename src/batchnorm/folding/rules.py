@@ -1,0 +1,215 @@
+"""Where the affine function of a batch norm can go: back into what is before it, or on into what comes after.
+
+Both ways lead through values that pass an affine function of their channels on, and end in layers that are linear. All ends of a way
+must be found before anything is changed; a way without an end raises `Refused`, which says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from batchnorm.folding.flow import (
+    CONSTANT_PADS,
+    Refused,
+    averages,
+    concatenated,
+    flattened,
+    is_identity,
+    moved,
+    operands,
+    shape_of,
+)
+from batchnorm.folding.norms import Affine
+from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, channel_axis, kind_of, not_writable
+from batchnorm.surgery.graphs import in_place, readers, uses
+
+
+@dataclass(frozen=True)
+class End:
+    """A layer that takes in an affine function.
+
+    Attributes:
+        name: of the layer, in the model.
+        affine: what it takes in.
+        pad: what the value must be at the borders that the layer pads, (C,); None where it does not matter.
+    """
+
+    name: str
+    module: nn.Module
+    affine: Affine
+    pad: Tensor | None = None
+
+
+@dataclass
+class Scene:
+    """A graph with the modules it calls.
+
+    Attributes:
+        module_of: the module of a call; None for other nodes.
+        name_of: for messages.
+        shared: why a module must not be changed because of who else uses it, or None.
+        gone: calls of batch norms that were folded, and only put out their first argument now.
+    """
+
+    graph: fx.Graph
+    modules: dict[fx.Node, tuple[str, nn.Module]]
+    shared: dict[int, str]
+    gone: set[fx.Node] = field(default_factory=set)
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[node][1] if node in self.modules else None
+
+    def name_of(self, node: fx.Node) -> str:
+        if node in self.modules:
+            return self.modules[node][0]
+        return {"placeholder": "the input", "output": "the output"}.get(
+            node.op, getattr(node.target, "__name__", str(node.target))
+        )
+
+    def passes(self, node: fx.Node) -> bool:
+        """Whether a node puts out its first argument."""
+        return node in self.gone or is_identity(node, self.module_of(node))
+
+
+def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> Iterator[End]:
+    """The ends of the way back from `user`, which applies the affine function to `value`.
+
+    Raises:
+        Refused: if it does not end in linear layers.
+    """
+    if not isinstance(value, fx.Node) or shape_of(value) is None:
+        raise Refused("its input is not a tensor")
+    name, module = scene.name_of(value), scene.module_of(value)
+    if readers(value) != [user] or uses(user, value) > 1:
+        raise Refused(f"the output of {name} also goes elsewhere")
+    if scene.passes(value):
+        yield from back(scene, value.args[0], value, axis, affine)
+        return
+    if module is not None and kind_of(module) is not None:
+        yield _end(scene, value, axis, affine)
+        return
+    if averages(value, module, axis, positive=bool((affine.scale >= 0).all())):
+        yield from back(scene, value.args[0], value, axis, affine)
+        return
+    pair = operands(value)
+    if pair is not None:
+        unshifted = Affine(affine.scale, torch.zeros_like(affine.shift))
+        yield from back(scene, pair[0][0], value, axis, affine)
+        yield from back(scene, pair[0][1], value, axis, unshifted)
+        return
+    joined = concatenated(value)
+    if joined is not None:
+        yield from _split(scene, value, *joined, axis, affine)
+        return
+    for before, after in (moved(value, module) or {}).items():
+        if after == axis:
+            yield from back(scene, value.args[0], value, before, affine)
+            return
+    raise Refused(f"before it is {name}" if module is None else f"before it is {name}, a {type(module).__name__}")
+
+
+def _split(scene: Scene, value: fx.Node, parts: list[fx.Node], joint: int, axis: int, affine: Affine) -> Iterator[End]:
+    """An affine function after a concatenation, split over what is concatenated."""
+    start = 0
+    for part in parts:
+        size = (shape_of(part) or (0,) * (joint + 1))[joint]
+        chosen = slice(start, start + size) if joint == axis else slice(None)
+        start += size
+        yield from back(scene, part, value, axis, Affine(affine.scale[chosen], affine.shift[chosen]))
+
+
+def ahead(scene: Scene, value: fx.Node, axis: int, affine: Affine) -> Iterator[End]:
+    """The ends of all ways on from `value`, which the affine function puts out.
+
+    Raises:
+        Refused: if one does not end in a linear layer.
+    """
+    users = readers(value)
+    if not users:
+        raise Refused("its output is not used")
+    for user in users:
+        name, module = scene.name_of(user), scene.module_of(user)
+        if not user.args or user.args[0] is not value or uses(user, value) > 1:
+            raise Refused(f"after it is {name}")
+        if scene.passes(user) and not in_place(user, module):
+            yield from ahead(scene, user, axis, affine)
+        elif module is not None and kind_of(module) is not None:
+            yield _end(scene, user, axis, affine, before=True)
+        elif type(module) in CONSTANT_PADS:
+            yield from _through_pad(scene, user, module, axis, affine)
+        elif averages(user, module, axis, positive=bool((affine.scale >= 0).all())):
+            yield from ahead(scene, user, axis, affine)
+        elif (there := (moved(user, module) or {}).get(axis)) is not None:
+            yield from ahead(scene, user, there, affine)
+        elif (flat := flattened(user, module, axis)) is not None:
+            there, each = flat
+            repeated = Affine(affine.scale.repeat_interleave(each), affine.shift.repeat_interleave(each))
+            yield from ahead(scene, user, there, repeated)
+        else:
+            raise Refused(f"after it is {name}" if module is None else f"after it is {name}, a {type(module).__name__}")
+
+
+def _through_pad(scene: Scene, node: fx.Node, module: Any, axis: int, affine: Affine) -> Iterator[End]:
+    """A padding whose value becomes what the affine function makes the old one of."""
+    name = scene.name_of(node)
+    padding = module.padding
+    if axis != len(shape_of(node) or ()) - len(padding) // 2 - 1:
+        raise Refused(f"{name} pads its channels")
+    if id(module) in scene.shared:
+        raise Refused(f"{name} {scene.shared[id(module)]}")
+    value = getattr(module, "value", 0.0)
+    yield End(name, module, affine, _preimage(affine, value, name))
+    yield from ahead(scene, node, axis, affine)
+
+
+def _end(scene: Scene, node: fx.Node, axis: int, affine: Affine, *, before: bool = False) -> End:
+    """A linear layer that takes the function in, or why it cannot."""
+    name, module = scene.modules[node]
+    kind = kind_of(module)
+    of = node.args[0] if before else node
+    rank = len(shape_of(of) or ())
+    if not rank or axis != channel_axis(module, rank):
+        raise Refused(
+            f"the channels are on axis {axis} of {rank}, which is not that of {name}, a {type(module).__name__}"
+        )
+    reason = not_writable(module)
+    if reason is not None:
+        raise Refused(f"{name} cannot take it in: {reason}")
+    if id(module) in scene.shared:
+        raise Refused(f"{name} {scene.shared[id(module)]}")
+    if not before:
+        return End(name, module, affine)
+    if kind in TRANSPOSED and affine.shift.any():
+        raise Refused(f"{name}, a {type(module).__name__}, spreads the shift unevenly")
+    pad = None
+    if kind in CONVOLUTIONS and module.padding_mode == "zeros" and any(padding_of(module)) and affine.shift.any():
+        pad = _preimage(affine, 0.0, name)
+    return End(name, module, affine, pad)
+
+
+def _preimage(affine: Affine, value: float, name: str) -> Tensor:
+    """What the affine function makes `value` of."""
+    if not affine.scale.all():
+        raise Refused(f"a channel with scale 0 has no padding for {name} that becomes {value:g}")
+    return (value - affine.shift) / affine.scale
+
+
+def padding_of(convolution: Any) -> tuple[int, ...]:
+    """How a convolution pads, as `torch.nn.functional.pad` takes it."""
+    return tuple(convolution._reversed_padding_repeated_twice)
+
+
+def check_stays(scene: Scene, value: Any) -> None:
+    """Refuse a value that is written into: what reads it later would read something else.
+
+    Raises:
+        Refused: naming who writes.
+    """
+    for user in value.users if isinstance(value, fx.Node) else ():
+        if in_place(user, scene.module_of(user)):
+            raise Refused(f"{scene.name_of(user)} writes into its input")

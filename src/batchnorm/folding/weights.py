@@ -1,0 +1,98 @@
+"""How the layers that are linear in their input take in an affine function that stands after or before them.
+
+scale · (W ∗ x + b) + shift = (scale · W) ∗ x + (scale · b + shift)                     after
+W ∗ (scale · x + shift) + b = (W · scale) ∗ x + (b + W ∗ shift)                         before
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.folding.norms import Affine
+from batchnorm.surgery.walker import is_watched
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LINEAR = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Torch's class of linear layer that a module computes as, or None; a subclass must compute as it does."""
+    for cls in LINEAR:
+        own = [
+            name for name in ("forward", "_conv_forward") if getattr(type(module), name, 0) is not getattr(cls, name, 0)
+        ]
+        if isinstance(module, cls) and not own:
+            return cls
+    return None
+
+
+def not_writable(module: nn.Module) -> str | None:
+    """Why the weights of a linear layer cannot be set, or None."""
+    if is_watched(module):
+        return "it has hooks or a forward of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is parametrized"
+    return None if weight.is_floating_point() else "its weight is not of a floating dtype"
+
+
+def channel_axis(module: nn.Module, rank: int) -> int:
+    """The axis of the channels in input and output of a linear layer."""
+    return rank - 1 if isinstance(module, nn.Linear) else rank - 1 - (module.weight.dim() - 2)  # pyright: ignore
+
+
+class Weights:
+    """The weights of one linear layer in float64, cast back once when all is folded into them."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.weight: Tensor = module.weight.detach().double()
+        self.bias: Tensor | None = None if module.bias is None else module.bias.detach().double()
+        self.groups: int = getattr(module, "groups", 1)
+        self.transposed = isinstance(module, TRANSPOSED)
+
+    def fold_after(self, affine: Affine) -> None:
+        """Take in what stands after the layer."""
+        scale = affine.scale
+        if self.transposed:  # (inputs, outputs / groups, *kernel)
+            by_group = self.weight.unflatten(0, (self.groups, -1))
+            self.weight = (by_group * _spread(scale.view(self.groups, 1, -1), by_group)).flatten(0, 1)
+        else:  # (outputs, inputs / groups, *kernel)
+            self.weight = self.weight * _spread(scale, self.weight)
+        self.bias = affine.shift if self.bias is None else self.bias * scale + affine.shift
+
+    def fold_before(self, affine: Affine) -> None:
+        """Take in what stands before the layer; with a shift, the layer is not transposed."""
+        if self.transposed:
+            self.weight = self.weight * _spread(affine.scale, self.weight)
+            return
+        by_group = self.weight.unflatten(0, (self.groups, -1))  # (groups, outputs / groups, inputs / groups, *kernel)
+        shift = (by_group * _spread(affine.shift.view(self.groups, 1, -1), by_group)).flatten(0, 1).flatten(1).sum(1)
+        self.weight = (by_group * _spread(affine.scale.view(self.groups, 1, -1), by_group)).flatten(0, 1)
+        self.bias = shift if self.bias is None else self.bias + shift
+
+    def add_branch(self, other: Weights, offsets: tuple[int, ...]) -> None:
+        """Take in a convolution beside this one, of the same groups, whose kernel begins at these offsets in this one's."""
+        weight = self.weight.clone()
+        kernel = tuple(slice(at, at + size) for at, size in zip(offsets, other.weight.shape[2:], strict=True))
+        weight[(..., *kernel)] += other.weight
+        self.weight = weight
+        if other.bias is not None:
+            self.bias = other.bias if self.bias is None else self.bias + other.bias
+
+    def write(self) -> None:
+        """Give the layer its weights, as new parameters."""
+        before = self.module.weight
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if value is not None:
+                # contiguous in the way the weights were
+                value = value.to(before.dtype) if name == "bias" else torch.empty_like(before).copy_(value)
+                setattr(self.module, name, nn.Parameter(value, before.requires_grad))
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(*values.shape, *(1,) * (like.dim() - values.dim()))

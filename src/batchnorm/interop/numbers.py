@@ -1,0 +1,162 @@
+"""What a batch norm is in any library: a scale, an offset, running statistics, and three settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.errors import ArgumentError, InputError, ShapeError, StateError
+from batchnorm.layers import BatchNorm
+from batchnorm.statistics import Batch, Running
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A batch norm, apart from any library's conventions.
+
+    Attributes:
+        scale: (C,), or None where there is none.
+        offset: (C,), or None.
+        mean: of inference, (C,).
+        variance: of inference, (C,).
+        eps: added to the variance.
+        momentum: the weight of the new batch.
+        channel_axis: of the input.
+    """
+
+    scale: Tensor | None
+    offset: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    momentum: float
+    channel_axis: int
+
+    def __post_init__(self) -> None:
+        sizes = {
+            name: tuple(getattr(self, name).shape)
+            for name in ("scale", "offset", "mean", "variance")
+            if getattr(self, name) is not None
+        }
+        if len(set(sizes.values())) > 1 or len(sizes["mean"]) != 1:
+            raise ShapeError(f"the numbers of a batch norm must be vectors of one size, but they are {sizes}")
+
+    def build(self) -> BatchNorm:
+        """A layer with these numbers whose running variance is biased, as the other libraries' are.
+
+        A scale that is not there is 1, and does not learn; an offset that is not there is left out.
+        """
+        affine = self.scale is not None or self.offset is not None
+        layer = BatchNorm(
+            len(self.mean),
+            self.eps,
+            self.momentum,
+            affine=affine,
+            bias=self.offset is not None,
+            dtype=self.mean.dtype,
+            channel_axis=self.channel_axis,
+            running_variance="biased",
+        )
+        numbers = {"weight": self.scale, "bias": self.offset, "running_mean": self.mean, "running_var": self.variance}
+        with torch.no_grad():
+            for name, value in numbers.items():
+                if value is not None:
+                    getattr(layer, name).copy_(value)
+        if affine and self.scale is None:
+            layer.weight.requires_grad_(False)
+        return layer
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Numbers:
+        """The numbers of a layer of ours or of torch's.
+
+        Raises:
+            ArgumentError: if it is no batch norm.
+            StateError: if it has no running statistics, or is lazy and has not seen its first input.
+            InputError: if it does what other libraries' layers cannot.
+        """
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ArgumentError(f"layer must be a batch norm, but got {type(layer).__name__}")
+        if layer.running_mean is None or layer.running_var is None or is_lazy(layer.running_mean):
+            raise StateError(
+                "other libraries keep running statistics, but this layer has none; build it with track_running_stats=True, and "
+                "call a lazy one once"
+            )
+        if layer.momentum is None:
+            raise InputError(
+                "momentum must be a number, since other libraries have no average over all batches, but it is None; set it"
+            )
+        if isinstance(layer, BatchNorm):
+            beyond = [
+                text
+                for text, is_so in (
+                    (f"the activation {layer.activation}", layer.activation is not None),
+                    (f"the statistics {layer.statistics}", not isinstance(layer.statistics, Batch | Running)),
+                )
+                if is_so
+            ]
+            if beyond:
+                raise InputError(
+                    f"other libraries' layers do not have {' and '.join(beyond)}; set it to what is plain, and apply it apart"
+                )
+        scale, offset = (None if value is None else value.detach().clone() for value in (layer.weight, layer.bias))
+        return cls(
+            scale,
+            offset,
+            layer.running_mean.detach().clone(),
+            layer.running_var.detach().clone(),
+            layer.eps,
+            layer.momentum,
+            layer.channel_axis if isinstance(layer, BatchNorm) else 1,
+        )
+
+
+def complement(momentum: float) -> float:
+    """1 - momentum, as it is written down: 0.9 of 0.1, and 0.1 of 0.9, where floating point says 0.09999999999999998."""
+    return float(1 - Decimal(repr(float(momentum))))
+
+
+def vector(value: Any, name: str) -> Tensor:
+    """An array of any library, (C,) or with axes of size 1 besides, as a tensor (C,) of its own.
+
+    Raises:
+        ArgumentError: if it is no array.
+    """
+    value = value.numpy() if hasattr(value, "numpy") and not isinstance(value, Tensor) else value
+    try:
+        tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(_as_list_or_array(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} must be an array of numbers, but got {type(value).__name__}: {error}") from error
+    if sum(size != 1 for size in tensor.shape) > 1:
+        raise ShapeError(f"{name} must have one number for each channel, but its shape is {tuple(tensor.shape)}")
+    return tensor.reshape(-1)
+
+
+def _as_list_or_array(value: Any) -> Any:
+    if hasattr(value, "__array__"):
+        import numpy
+
+        return numpy.array(value)
+    return value
+
+
+def array(value: Tensor) -> Any:
+    """A tensor as a numpy array of its own."""
+    return value.detach().cpu().numpy().copy()
+
+
+def entry(arrays: Mapping[str, Any], name: str, remedy: str) -> Any:
+    """What a mapping holds by this name.
+
+    Raises:
+        InputError: if there is nothing.
+    """
+    if name not in arrays:
+        raise InputError(f"{name!r} must be among the numbers, but there are only {sorted(map(str, arrays))}; {remedy}")
+    return arrays[name]

@@ -1,0 +1,108 @@
+"""ONNX's `BatchNormalization` nodes and their initializers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from batchnorm.errors import InputError, MissingExtraError
+from batchnorm.interop.numbers import Numbers, array, complement, vector
+from batchnorm.layers import BatchNorm
+
+_INPUTS = ("scale", "B", "input_mean", "input_var")
+
+
+class OnnxBatchNorm(NamedTuple):
+    """What a `BatchNormalization` node of opset 15 or later is made of.
+
+    Attributes:
+        node: a NodeProto from `x` to `y`, in inference.
+        initializers: TensorProtos (C,) named `<name>.scale`, `.B`, `.input_mean`, `.input_var`.
+    """
+
+    node: Any
+    initializers: list[Any]
+
+
+def from_onnx(model: Any) -> dict[str, BatchNorm]:
+    """Each `BatchNormalization` node of an ONNX model whose numbers are initializers, by its name, or its output where it has none.
+
+    Args:
+        model: a ModelProto, or the path of a file.
+
+    Raises:
+        MissingExtraError: if onnx is not installed.
+        InputError: if the file cannot be read, or a node's numbers are computed rather than stored.
+    """
+    onnx = _onnx()
+    if isinstance(model, str | Path):
+        try:
+            model = onnx.load(str(model))
+        except Exception as error:  # protobuf's and the operating system's
+            raise InputError(f"{model} must be an ONNX file: {type(error).__name__}: {error}") from error
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    layers = dict[str, BatchNorm]()
+    for node in model.graph.node:
+        if node.op_type != "BatchNormalization":
+            continue
+        name = node.name or node.output[0]
+        missing = [of for of in node.input[1:5] if of not in stored]
+        if missing:
+            raise InputError(
+                f"{name}: numbers must be initializers, but {', '.join(missing)} are not; fold constants first"
+            )
+        numbers = [vector(onnx.numpy_helper.to_array(stored[of]).copy(), of) for of in node.input[1:5]]
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        epsilon, momentum = (
+            _shortest(attributes.get(key, default)) for key, default in (("epsilon", 1e-5), ("momentum", 0.9))
+        )
+        scale, offset, mean, variance = numbers
+        layers[name] = Numbers(scale, offset, mean, variance, epsilon, complement(momentum), 1).build()
+    return layers
+
+
+def to_onnx(layer: nn.Module, name: str = "batch_norm") -> OnnxBatchNorm:
+    """A `BatchNormalization` node with a layer's numbers. ONNX always has a scale and an offset: 1 and 0 where the layer has none.
+
+    Raises:
+        MissingExtraError: if onnx is not installed.
+        ArgumentError, StateError, InputError: if the layer has no counterpart, as `Numbers.of`; if its channels are not on axis 1.
+    """
+    onnx = _onnx()
+    numbers = Numbers.of(layer)
+    if numbers.channel_axis != 1:
+        raise InputError(
+            f"ONNX has the channels on axis 1, but they are on axis {numbers.channel_axis}; transpose around the node"
+        )
+    scale = torch.ones_like(numbers.mean) if numbers.scale is None else numbers.scale
+    offset = torch.zeros_like(numbers.mean) if numbers.offset is None else numbers.offset
+    initializers = [
+        onnx.numpy_helper.from_array(array(value), f"{name}.{of}")
+        for of, value in zip(_INPUTS, (scale, offset, numbers.mean, numbers.variance), strict=True)
+    ]
+    node = onnx.helper.make_node(
+        "BatchNormalization",
+        ["x", *(tensor.name for tensor in initializers)],
+        ["y"],
+        name,
+        epsilon=numbers.eps,
+        momentum=complement(numbers.momentum),
+    )
+    return OnnxBatchNorm(node, initializers)
+
+
+def _shortest(value: float) -> float:
+    """A float32 attribute as the number that was meant: 1e-5, not 9.999999747378752e-06."""
+    return float(f"{value:.7g}")
+
+
+def _onnx() -> Any:
+    if find_spec("onnx") is None:
+        raise MissingExtraError("ONNX needs onnx: pip install 'batchnorm[export]'")
+    import onnx
+
+    return onnx

@@ -1,0 +1,54 @@
+"""The layer that tutorials write by hand: gamma, beta, and running statistics that are plain attributes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.errors import ArgumentError
+from batchnorm.interop.numbers import Numbers, vector
+from batchnorm.layers import BatchNorm
+
+_NUMBERS = ("gamma", "beta", "running_mean", "running_var")
+_WANTED = (*_NUMBERS, "eps", "momentum")
+
+
+def from_tutorial(layer: Any) -> BatchNorm:
+    """A layer with the numbers of a hand-written one, whose momentum weighs the new batch and whose running variance is biased.
+
+    Its running statistics, which are no buffers and may hold the autograd graph of every batch so far, become buffers without one.
+
+    Raises:
+        ArgumentError: if an attribute is missing, or no array.
+    """
+    _check(layer)
+    gamma, beta, mean, variance = (vector(getattr(layer, name), name) for name in _NUMBERS)
+    return Numbers(gamma, beta, mean, variance, layer.eps, layer.momentum, 1).build()
+
+
+def to_tutorial(layer: nn.Module, target: Any) -> Any:
+    """Give a hand-written layer the numbers of one of ours or of torch's, in place, and return it.
+
+    Raises:
+        ArgumentError: if the target lacks an attribute.
+        ArgumentError, StateError, InputError: if the layer has no counterpart; as `Numbers.of`.
+    """
+    _check(target)
+    numbers = Numbers.of(layer)
+    ones, zeros = torch.ones_like(numbers.mean), torch.zeros_like(numbers.mean)
+    with torch.no_grad():
+        target.gamma.copy_(ones if numbers.scale is None else numbers.scale)
+        target.beta.copy_(zeros if numbers.offset is None else numbers.offset)
+    target.running_mean, target.running_var = numbers.mean, numbers.variance
+    target.eps, target.momentum = numbers.eps, numbers.momentum
+    return target
+
+
+def _check(layer: Any) -> None:
+    missing = [name for name in _WANTED if not hasattr(layer, name)]
+    if missing:
+        raise ArgumentError(
+            f"a hand-written layer must have {', '.join(_WANTED)}, but {type(layer).__name__} lacks {', '.join(missing)}"
+        )

@@ -1,0 +1,49 @@
+"""Running statistics for averaged weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import StateError
+from batchnorm.layers import STATISTICS, BatchNorm
+from batchnorm.statistics import kept_by
+from batchnorm.surgery.walker import slots_of
+
+
+def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give the batch norms of `target` the running statistics and the counter of those of `source`, and return `target`.
+
+    For averaged weights (EMA, SWA): the average learns no statistics of its own. Layers meet by name; a prefix `module.` (of
+    `torch.optim.swa_utils.AveragedModel`, of DDP) does not count. They may be torch's or ours, of any part. Copied statistics are
+    those of the weights that made them; weights far from these want statistics of their own.
+
+    Raises:
+        ArgumentError: if one is not a module.
+        StateError: if a layer of `target` with running statistics has no counterpart of its size in `source`; nothing is copied then.
+    """
+    named = [
+        {
+            slot.path.removeprefix("module."): slot.module
+            for slot in slots_of(model)
+            if isinstance(slot.module, _BatchNorm) and slot.module.running_mean is not None
+        }
+        for model in (source, target)
+    ]
+    pairs = list[tuple[Tensor, Tensor]]()
+    for path, layer in named[1].items():
+        other = named[0].get(path)
+        kept = kept_by(layer.statistics) if isinstance(layer, BatchNorm) else {}
+        for name in (*STATISTICS, "num_batches_tracked", *(name for name in kept if hasattr(other, name))):
+            to, of = getattr(layer, name), getattr(other, name, None)
+            if of is None or of.shape != to.shape:
+                raise StateError(
+                    f"every batch norm of the target must have a counterpart of its size in the source, but {path or 'the model'} "
+                    "has none; copy between models of the same structure"
+                )
+            pairs.append((to, of))
+    with torch.no_grad():
+        for to, of in pairs:
+            to.copy_(of)
+    return target

@@ -1,0 +1,238 @@
+"""Letting batch norms apply what follows them in a model's own code: an activation, an addition, or both.
+
+Where a module's forward holds such a pattern, that module alone gets a forward made of its graph, in place of its class's; the module
+stays the same object, of the same class, and so do all below it. Modules are looked at from the innermost outward.
+"""
+
+from __future__ import annotations
+
+import collections
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from batchnorm.kernels import Activation, from_module
+from batchnorm.layers import BatchNorm
+from batchnorm.logs import logger
+from batchnorm.surgery.convert import convert
+from batchnorm.surgery.graphs import ADDITIONS, CONSTANT, in_place, uses
+from batchnorm.surgery.rewritten import Rewritten
+from batchnorm.surgery.tracing import Rules, trace_module
+from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
+
+_NAMES = ("relu", "relu6", "silu", "hardswish")
+_FUNCTIONS: dict[Any, str] = {
+    **{getattr(F, name): name for name in _NAMES},
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu_), "relu"),
+}
+
+
+class Pattern(NamedTuple):
+    """A batch norm and what follows it.
+
+    Attributes:
+        norm: its call.
+        add: the addition of something else to its output, or None.
+        act: the activation of that, or None.
+        activation: which one.
+    """
+
+    norm: fx.Node
+    add: fx.Node | None
+    act: fx.Node | None
+    activation: Activation | None
+
+    @property
+    def last(self) -> fx.Node:
+        found = self.act or self.add
+        assert found is not None
+        return found
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Let each batch norm apply the addition and the activation that follow it, in the same pass; in place, and return the model.
+
+    First `convert` does its part: layers become ours, and take in activations that follow them in an `nn.Sequential`. Then the
+    forwards of the model's modules are traced (`torch.fx`): batch norm + activation, batch norm + addition and batch norm + addition +
+    activation become one call. Outputs, gradients, state_dict and parameters stay what they were; `revert` goes back.
+
+    A module with such a pattern gets a forward of its own, which calls the modules that take part itself: hooks and code that come
+    later to a module between it and them are passed by. A module is left as it is where its forward cannot be traced, takes
+    optional arguments, draws random numbers or goes other ways in training than in inference; so are patterns with modules that
+    have hooks, or are used several times. What was changed, what was left and why goes to the logger `batchnorm`.
+
+    What is added must have the shape of the batch norm's output; to find that it does not is an error when the model is called.
+
+    Raises:
+        ArgumentError: if model is not a module.
+    """
+    convert(model)
+    slots = slots_of(model)
+    places = collections.Counter(id(slot.module) for slot in slots)
+    # children come after their parents; of a module in several places, the last is enough
+    for slot in {id(slot.module): slot for slot in reversed(slots)}.values():
+        holds = any(isinstance(module, BatchNorm) for module in slot.module.modules() if module is not slot.module)
+        if holds and not is_sequential(slot.module) and not isinstance(slot.module, (nn.ModuleList, nn.ModuleDict)):
+            reason = _fuse_in(slot.module, slot.path or "the model", places)
+            if reason:
+                logger.info("fuse: left %s: %s", slot.path or "the model", reason)
+    return model
+
+
+def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> str:
+    """Fuse what the forward of this module holds, and return why that cannot be done, or nothing."""
+    reason = _not_rewritable(owner)
+    if reason:
+        return reason
+    graph, reason = _graph(owner, lambda _: False)
+    if graph is None:
+        return reason
+    patterns = _patterns(owner, graph, places)
+    if not patterns:
+        return ""
+    # once more, now with everything that takes no part as one call each, which stays a call
+    entered = _ways(pattern.norm.target for pattern in patterns)
+    graph, reason = _graph(owner, lambda name: name not in entered)
+    if graph is None:
+        return reason
+    _rewrite(owner, name, graph, _patterns(owner, graph, places))
+    return ""
+
+
+def _rewrite(owner: nn.Module, name: str, graph: fx.Graph, patterns: list[Pattern]) -> None:
+    activated = list[str]()
+    for pattern in patterns:
+        norm = pattern.norm
+        layer = owner.get_submodule(str(norm.target))
+        assert isinstance(layer, BatchNorm)
+        if pattern.add is not None:
+            (residual,) = (value for value in pattern.add.args if value is not norm)
+            norm.kwargs = {"residual": residual}
+            pattern.add.replace_all_uses_with(norm)
+            # what is added may be computed after the batch norm was
+            pattern.add.append(norm)
+            graph.erase_node(pattern.add)
+        if pattern.act is not None:
+            layer.activation = pattern.activation
+            activated.append(str(norm.target))
+            pattern.act.replace_all_uses_with(norm)
+            graph.erase_node(pattern.act)
+        what = " and ".join(filter(None, [pattern.add and "an addition", str(pattern.activation or "")]))
+        logger.info("fuse: in %s, %s now applies %s", name, norm.target, what)
+    graph.lint()
+    owner.forward = Rewritten(owner, graph, tuple(activated))
+
+
+def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int]) -> list[Pattern]:
+    calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    found, taken = list[Pattern](), set[fx.Node]()
+    for node in graph.nodes:
+        layer = owner.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(layer, BatchNorm) or len(node.args) != 1 or node.kwargs:
+            continue
+        alone = calls[node.target] == places[id(layer)] == 1 and node.target not in read
+        if layer.activation is not None or is_watched(layer) or not alone:
+            continue
+        pattern = _pattern(owner, node, taken)
+        if pattern is not None:
+            found.append(pattern)
+            taken |= {pattern.last, *([pattern.add] if pattern.add else [])}
+    return found
+
+
+def _pattern(owner: nn.Module, norm: fx.Node, taken: set[fx.Node]) -> Pattern | None:
+    user = _only_user(norm)
+    add = user if user is not None and user not in taken and _adds(owner, user, norm) else None
+    user = _only_user(add or norm)
+    activation = None if user is None or user in taken else _activation(owner, user)
+    act = None if activation is None else user
+    return None if add is None and act is None else Pattern(norm, add, act, activation)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    user = next(iter(node.users), None)
+    return user if user is not None and len(node.users) == 1 and uses(user, node) == 1 else None
+
+
+def _adds(owner: nn.Module, node: fx.Node, norm: fx.Node) -> bool:
+    """Whether a node adds another value to the batch norm's output, and nobody could tell that it is added earlier."""
+    is_addition = node.target in ADDITIONS if node.op == "call_function" else node.target in ("add", "add_")
+    if node.op not in ("call_function", "call_method") or not is_addition or node.kwargs or len(node.args) != 2:
+        return False
+    other = node.args[1] if node.args[0] is norm else node.args[0]
+    if not isinstance(other, fx.Node):
+        return False
+    if in_place(node, None) and node.args[0] is other and len(other.users) > 1:
+        return False  # the other value changes, and is read elsewhere
+    written = (value for value in norm.args if isinstance(value, fx.Node))
+    return not any(in_place(user, _module(owner, user)) for value in written for user in value.users)
+
+
+def _activation(owner: nn.Module, node: fx.Node) -> Activation | None:
+    if node.op == "call_module":
+        module = owner.get_submodule(str(node.target))
+        return None if is_watched(module) else from_module(module)
+    if len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
+        return None
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        return Activation(_FUNCTIONS[node.target])
+    return Activation("relu") if node.op == "call_method" and node.target in ("relu", "relu_") else None
+
+
+def _module(owner: nn.Module, node: fx.Node) -> nn.Module | None:
+    return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _not_rewritable(owner: nn.Module) -> str:
+    if "forward" in owner.__dict__:
+        return "it has a forward of its own"
+    named = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    optional = any(given.default is not inspect.Parameter.empty or given.kind not in plain for given in named)
+    return "its forward takes optional arguments" if optional else ""
+
+
+def _graph(owner: nn.Module, is_whole: Callable[[str], bool]) -> tuple[fx.Graph | None, str]:
+    """The graph of a module's forward, the same in training and in inference; None, and why, where there is none."""
+
+    def is_leaf(module: nn.Module, name: str) -> bool:
+        return next(module.children(), None) is None or is_whole(name)
+
+    graphs = list[fx.Graph]()
+    flags = [(module, module.training) for module in owner.modules()]
+    try:
+        for training in (True, False):
+            for module, _ in flags:
+                module.training = training
+            part, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None))
+            if part is None:
+                return None, reason
+            graphs.append(part.graph)
+    finally:
+        for module, training in flags:
+            module.training = training
+    if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
+        return None, "its forward goes other ways in training"
+    if any(CONSTANT in node.meta for node in graphs[0].nodes):
+        return None, "its forward makes tensors of its own"
+    _leave_out_identities(owner, graphs[0])
+    return graphs[0], ""
+
+
+def _leave_out_identities(owner: nn.Module, graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        module = _module(owner, node)
+        if type(module) is nn.Identity and not is_watched(module) and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _ways(targets: Iterable[Any]) -> set[str]:
+    """The names of all modules on the way to these."""
+    parts = [str(target).split(".") for target in targets]
+    return {".".join(names[:depth]) for names in parts for depth in range(1, len(names))}

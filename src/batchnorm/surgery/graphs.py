@@ -1,0 +1,61 @@
+"""What a node of a torch.fx graph does to its arguments."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+_OF_THE_FORM = (
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "is_floating_point",
+)
+_LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like)
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
+_AS = ("reshape_as", "view_as", "expand_as", "type_as")
+CONSTANT = "constant"  # in a node's meta: a tensor that the traced code made, which hangs nowhere in the module
+
+
+def in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node may write into its first argument."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    augmented = node.op == "call_function" and name.startswith("i") and hasattr(operator, f"__{name}__")
+    return bool(node.kwargs.get("inplace")) or augmented or (name.endswith("_") and not name.endswith("__"))
+
+
+def uses(user: fx.Node, value: fx.Node) -> int:
+    """How often a node uses a value."""
+    count = [0]
+
+    def seen(node: fx.Node) -> fx.Node:
+        count[0] += node is value
+        return node
+
+    fx.map_arg((user.args, user.kwargs), seen)
+    return count[0]
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the values of a node; those that ask for its shape or type alone do not."""
+    return [user for user in node.users if not _reads_form(user, node)]
+
+
+def _reads_form(user: fx.Node, node: fx.Node) -> bool:
+    if uses(user, node) > 1:
+        return False
+    if user.op == "call_method":
+        return user.target in _OF_THE_FORM if user.args[0] is node else user.target in _AS
+    if user.op == "call_function" and user.target is getattr:
+        return user.args[1] in _ATTRIBUTES
+    return user.op == "call_function" and user.target in _LIKE

@@ -1,0 +1,79 @@
+"""A forward made of a graph, on one module alone: the module stays the same object, of the same class."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph_module import _format_import_block
+from torch.package import sys_importer
+
+from batchnorm.errors import StateError
+from batchnorm.layers import BatchNorm
+from batchnorm.surgery.walker import Slot
+
+
+class Rewritten:
+    """What stands in a module's `forward` instead of its class's. Deleting the attribute goes back.
+
+    It calls what hangs in the module by name, so it may be copied and pickled with it, and modules in it may be exchanged. Should a
+    batch norm be exchanged that was given an activation, that would be lost: then a call raises a StateError.
+
+    Attributes:
+        source: the Python code, for reading.
+        activated: the names of the batch norms in it that were given an activation for this.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, activated: tuple[str, ...] = ()) -> None:
+        self.activated = activated
+        code = graph.python_code("self")
+        self.source = f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
+        self._module = module
+        self._forward = _compile(self.source)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for name in self.activated:
+            layer = self._module.get_submodule(name)
+            if not isinstance(layer, BatchNorm) or layer.activation is None:
+                raise StateError(
+                    f"{name} must be the batch norm that applies an activation here, but is a {type(layer).__name__} without; call "
+                    "batchnorm.revert before layers are exchanged"
+                )
+        return self._forward(self._module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Without `self`; torch.export asks for it, and for the code."""
+        signature = inspect.signature(self._forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> types.CodeType:
+        return self._forward.__code__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forward = _compile(self.source)
+
+
+def restore_forwards(slots: list[Slot]) -> None:
+    """Give modules the forward of their class back, and take the activations from the batch norms in them."""
+    for slot in slots:
+        rewritten = slot.module.__dict__.get("forward")
+        if isinstance(rewritten, Rewritten):
+            for name in rewritten.activated:
+                layer = slot.module.get_submodule(name)
+                if isinstance(layer, BatchNorm):
+                    layer.activation = None
+            del slot.module.forward
+
+
+def _compile(source: str) -> types.FunctionType:
+    names: dict[str, Any] = {}
+    exec(compile(source, "<batchnorm>", "exec"), names)
+    return names["forward"]

@@ -1,0 +1,172 @@
+"""What a model does, as graphs of torch.fx: of the whole model, or of those parts of it that can be traced."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import StateError
+from batchnorm.surgery.absorb import Absorbed
+from batchnorm.surgery.graphs import CONSTANT
+from batchnorm.surgery.walker import is_watched
+
+Concrete = Callable[[str, inspect.Signature], Mapping[str, Any] | None]
+IsLeaf = Callable[[nn.Module, str], bool]
+Accept = Callable[[str, fx.Graph], None]
+MakeTracer = Callable[[str, set[int], IsLeaf], "Tracer"]
+
+
+class Part(NamedTuple):
+    """A module of the model that could be traced.
+
+    Attributes:
+        path: its name in the model, "" for the root.
+        graph: what its forward does; the targets of `call_module` are names of modules below it.
+    """
+
+    path: str
+    graph: fx.Graph
+
+    def full(self, target: Any) -> str:
+        """The name in the model of a module that the graph names."""
+        return f"{self.path}.{target}" if self.path else str(target)
+
+
+@dataclass
+class Traced:
+    """The parts of a model that could be traced, and why the others could not, by their names."""
+
+    parts: list[Part] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Tracer(fx.Tracer):
+    """Stops at modules of torch's own, at batch norms, at what is watched by hooks, at what the rules say, and at `leaves`."""
+
+    def __init__(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> None:
+        super().__init__()
+        self._path, self._leaves, self._is_leaf = path, leaves, is_leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call of m is one node."""
+        name = f"{self._path}.{module_qualified_name}".lstrip(".")
+        if id(m) in self._leaves or isinstance(m, (_BatchNorm, Absorbed)) or is_watched(m) or self._is_leaf(m, name):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+class Rules(NamedTuple):
+    """How to trace.
+
+    Attributes:
+        concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
+        is_leaf: whether to stop at a module of this name, beside those of torch.
+        accept: raises if the graph of the module of this name is not what the module does.
+        tracers: the kinds to try, one after the other.
+    """
+
+    concrete: Concrete
+    is_leaf: IsLeaf
+    accept: Accept
+    tracers: tuple[MakeTracer, ...] = (Tracer,)
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy with the same tensors: tracing runs forwards, which may leave their marks on the modules."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def trace_parts(model: nn.Module, rules: Rules) -> Traced:
+    """Trace the model; where that fails, with those of its modules as leaves that cannot be traced themselves; else these modules only.
+
+    The model is not run itself, and not changed.
+    """
+    return _trace(without_weights(model), "", rules)[0]
+
+
+def trace_module(model: nn.Module, path: str, rules: Rules) -> tuple[Part | None, str]:
+    """Trace one module of the model; None, and why, where that fails."""
+    traced = _trace(without_weights(model).get_submodule(path), path, rules)[0]
+    part = next((part for part in traced.parts if part.path == path), None)
+    return part, traced.failures.get(path or "the model", "")
+
+
+def _trace(module: nn.Module, path: str, rules: Rules) -> tuple[Traced, bool]:
+    found = Traced()
+    leaves: set[int] = set()
+    graph, reason = _attempt(module, path, leaves, rules)
+    below: dict[str, tuple[Traced, bool]] = {}
+    for name, child in _composite(module, path, rules.is_leaf):
+        watched = is_watched(child)  # a call of it is one node; what is in it is a part of its own
+        if graph is None or watched:
+            below[name] = _trace(child, name, rules)
+            if watched or not below[name][1]:
+                leaves.add(id(child))
+    if graph is None and leaves:
+        graph, _ = _attempt(module, path, leaves, rules)
+    if graph is not None:
+        found.parts.append(Part(path, graph))
+    else:
+        found.failures[path or "the model"] = reason
+    for name, (traced, whole) in below.items():
+        if graph is None or not whole or is_watched(module.get_submodule(name[len(path) :].lstrip("."))):
+            found.parts += traced.parts
+            found.failures |= traced.failures
+    return found, graph is not None
+
+
+def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tuple[fx.Graph | None, str]:
+    """The graph of a module, or why there is none."""
+    if "forward" in module.__dict__:
+        return None, "it has a forward of its own"
+    reasons = list[str]()
+    for make in rules.tracers:
+        states = random.getstate(), torch.get_rng_state()
+        try:
+            constants = rules.concrete(path, inspect.signature(type(module).forward))
+            if constants is None:
+                return None, "it is not called"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a forward warns of is not of this call
+                graph = make(path, leaves, rules.is_leaf).trace(module, dict(constants))
+            if random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1]):
+                raise StateError("its forward draws random numbers")
+            _note_constants(module, graph)
+            rules.accept(path, graph)
+            return graph, ""
+        except Exception as error:  # forwards may raise anything when they meet a stand-in for a tensor
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+        finally:
+            random.setstate(states[0])
+            torch.set_rng_state(states[1])
+    return None, reasons[-1]
+
+
+def _note_constants(module: nn.Module, graph: fx.Graph) -> None:
+    """Keep tensors that the tracer hung on the copy it ran."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            node.meta[CONSTANT] = getattr(module, str(node.target))
+
+
+def _composite(module: nn.Module, path: str, is_leaf: IsLeaf) -> Iterator[tuple[str, nn.Module]]:
+    """The modules directly below that are made of others; a list of modules is looked into."""
+    for name, child in module.named_children():
+        full = f"{path}.{name}" if path else name
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _composite(child, full, is_leaf)
+        elif (
+            next(child.children(), None) is not None and not isinstance(child, _BatchNorm) and not is_leaf(child, full)
+        ):
+            yield full, child

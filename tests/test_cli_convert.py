@@ -1,0 +1,112 @@
+"""`batchnorm convert` as a person types it: the plan as a tree, weights in and out, one-line errors."""
+
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.cli import commands
+from tests.networks import settle
+
+MODULE = """
+from torch import nn
+from batchnorm.lab.networks import Bottleneck
+from tests.networks import FrozenBatchNorm2d
+
+class Mine(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+def model():
+    tail = nn.Sequential(nn.Conv2d(16, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), Mine(3), FrozenBatchNorm2d(3))
+    return nn.Sequential(nn.Conv2d(3, 4, 1), Bottleneck(4, 4, 1), tail)
+
+def layer():
+    return nn.BatchNorm1d(3)
+
+def plain():
+    return nn.Linear(3, 3)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("COLUMNS", "120")
+    sys.modules.pop("mynet", None)
+    yield tmp_path
+    sys.modules.pop("mynet", None)
+
+
+def call(*arguments, **options):
+    return CliRunner().invoke(commands, ["convert", *map(str, arguments)], **options)
+
+
+def test_the_plan_is_a_tree(folder):
+    result = call("mynet:model", "--fuse", "--out", "new.pt", "--dry-run")
+    assert result.exit_code == 0, result.output
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert lines == [
+        "mynet:model  Sequential",
+        "├── 1  Bottleneck → calls its batch norms with what is added to them",
+        "│   ├── body  Sequential",
+        "│   │   ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
+        "│   │   ├── 4  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
+        "│   │   └── 7  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
+        "│   └── shortcut  Sequential",
+        "│       └── 1  BatchNorm2d → batchnorm.BatchNorm2d",
+        "└── 2  Sequential",
+        "    ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
+        "    ├── 3  Mine  left: it is a Mine, whose forward may differ",
+        "    └── 4  FrozenBatchNorm2d → batchnorm.FrozenBatchNorm",
+        "",
+        "7 of 8 change.",
+    ]
+    assert not (folder / "new.pt").exists()
+    assert call("mynet:plain").stdout.split("\n\n")[1] == "It has no batch norm.\n"
+    assert "mynet:layer  BatchNorm1d → batchnorm.BatchNorm1d" in call("mynet:layer").stdout
+
+
+def test_json_is_plain_data():
+    said = json.loads(call("mynet:model", "--json").stdout)
+    assert said["out"] is None
+    assert {row["module"]: (row["is"], row["becomes"], row["left"]) for row in said["modules"]}["2.3"] == (
+        "Mine", None, "it is a Mine, whose forward may differ",
+    )  # fmt: skip
+
+
+def test_names_of_a_tutorial_become_torchs(folder):
+    state = settle(nn.BatchNorm1d(3)).state_dict()
+    torch.save(
+        {
+            "gamma": state["weight"],
+            "beta": state["bias"],
+            "running_mean": state["running_mean"],
+            "running_var": state["running_var"],
+        },
+        "old.pt",
+    )
+    result = call("mynet:layer", "--weights", "old.pt", "--out", "new/new.pt")
+    assert result.exit_code == 0, result.output
+    assert "Wrote new/new.pt" in result.stdout
+    layer = nn.BatchNorm1d(3)
+    layer.load_state_dict(torch.load("new/new.pt", weights_only=True))
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_file_that_exists_is_asked_for(folder):
+    (folder / "new.pt").write_text("precious")
+    assert call("mynet:layer", "--out", "new.pt", input="n\n").exit_code == 1
+    assert (folder / "new.pt").read_text() == "precious"
+    refused = call("mynet:layer", "--out", "new.pt", "--json")
+    assert refused.exit_code == 2
+    assert "must not exist yet, or --yes be given" in refused.stderr
+    assert call("mynet:layer", "--out", "new.pt", input="y\n").exit_code == 0
+    assert call("mynet:layer", "--out", "new.pt", "--yes", "--json").exit_code == 0
+    assert sorted(torch.load("new.pt")) == sorted(bn.BatchNorm1d(3).state_dict())

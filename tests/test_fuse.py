@@ -1,0 +1,297 @@
+"""What follows a batch norm in a model's own code goes into the same call; nothing else changes, and it can be undone."""
+
+import contextlib
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import batchnorm as bn
+from batchnorm.lab.networks import Bottleneck
+from tests.networks import settle
+from tests.test_surgery import shape_of
+
+
+class Block(nn.Module):
+    """torchvision's: one activation for all, called again and again."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True) if act is None else act
+
+    def forward(self, x):
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class Functional(Block):
+    def forward(self, x):
+        y = F.relu6(self.bn1(self.conv1(x)), inplace=True)
+        return torch.add(x, self.bn2(self.conv2(y))).relu_()
+
+
+class Wrapped(nn.Module):
+    """As in transformers: a layer with an activation of nothing, and the addition outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(ConvLayer(nn.SiLU()), ConvLayer(nn.Identity()))
+        self.shortcut, self.act = ConvLayer(nn.Identity()), nn.GELU()
+
+    def forward(self, x):
+        y = self.layer(x)
+        y = y + self.shortcut(x)
+        return self.act(y)
+
+
+class ConvLayer(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), act
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
+
+
+def sample():
+    return torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def activations(model):
+    return {name: str(m.activation) for name, m in model.named_modules() if isinstance(m, bn.BatchNorm)}
+
+
+@pytest.mark.parametrize(
+    ("build", "fused", "additions"),
+    [
+        (Block, {"bn1": "relu", "bn2": "relu"}, 1),
+        (Functional, {"bn1": "relu6", "bn2": "relu"}, 1),
+        (lambda: Bottleneck(4, 2, 1), {"body.1": "relu", "body.4": "relu", "body.7": "relu", "shortcut.1": "None"}, 1),
+        (Wrapped, {"layer.0.norm": "silu", "layer.1.norm": "gelu", "shortcut.norm": "None"}, 1),
+        (lambda: ConvLayer(nn.Hardswish()), {"norm": "hardswish"}, 0),
+    ],
+    ids=["torchvision", "functional", "bottleneck", "transformers", "layer"],
+)
+def test_patterns_are_fused_and_undone(build, fused, additions):
+    torch.manual_seed(0)
+    model = settle(build()).double()
+    expected = copy.deepcopy(model)
+    before, state = shape_of(model), copy.deepcopy(model.state_dict())
+    assert bn.fuse(model) is model
+    assert activations(model) == fused
+    assert model.forward.source.count("residual = ") == additions
+    assert model.forward.source.count(" + ") == 0
+    assert list(model.state_dict()) == list(state)
+    for training in (True, False):
+        models = [m.train(training) for m in (expected, model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))]
+        results = []
+        for m in models:
+            x = sample().requires_grad_()
+            m.zero_grad()
+            y = m(x)
+            y.square().sum().backward()
+            results.append((y, x.grad, [p.grad for p in m.parameters()], dict(m.state_dict())))
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-10)
+    again = copy.deepcopy(model)
+    bn.fuse(again)
+    torch.testing.assert_close(again(sample()), model(sample()), rtol=0, atol=0)
+    model.train()
+    bn.revert(model)
+    assert shape_of(model) == before
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_a_pass_reads_and_writes_less():
+    """The addition and the activation are no calls of their own any more."""
+    model, calls = bn.fuse(Bottleneck(4, 2, 1)), []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        model(sample().float())
+    assert not {"add", "add_", "__add__", "__iadd__", "relu", "relu_"} & set(calls)
+
+
+def test_fused_models_compile_and_move():
+    model = bn.fuse(Bottleneck(4, 2, 1))
+    twin = copy.deepcopy(model)
+    x = sample().float()
+    torch.testing.assert_close(torch.compile(twin, backend="aot_eager", fullgraph=True)(x), model(x))
+    assert model.to(torch.float64)(sample()).dtype == torch.float64
+    model.body[7] = copy.deepcopy(model.body[7])  # the forward calls what hangs there
+    with torch.no_grad():
+        model.body[7].weight.zero_()
+        model.body[7].bias.fill_(-1e6)
+    assert (model(sample()) == 0).all()
+
+
+class Scripted(nn.Module):
+    """A forward of the test's choice."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        self.norm, self.relu, self.conv = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: m.relu(m.norm(x)) if x.sum() > 0 else x, "symbolically traced variables"),
+        (lambda m, x: m.relu(m.norm(x)) if m.training else m.norm(x), "goes other ways in training"),
+        (lambda m, x: m.relu(m.norm(x)) * torch.rand(()), "draws random numbers"),
+        (lambda m, x: m.relu(y := m.norm(x)) + y, None),
+        (lambda m, x: m.norm(m.relu(m.norm(x))), None),
+        (lambda m, x: m.norm(x) + m.norm.weight.sum(), None),
+        (lambda m, x: m.norm(x) + 1, None),
+        (lambda m, x: m.norm(x).add(x, alpha=2), None),
+        (lambda m, x: (y := m.conv(x)).add_(m.norm(x)) + y, None),
+        (lambda m, x: m.norm(z := m.conv(x)) + z.relu_(), None),
+        (lambda m, x: (y := m.norm(x)) + y, None),
+        (lambda m, x: torch.tanh(m.norm(x)), None),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fused_is_left_and_does_the_same(function, reason, caplog):
+    model = Scripted(function)
+    expected = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.fuse(model)
+    assert "forward" not in vars(model)
+    assert model.norm.activation is None
+    assert reason is None or reason in caplog.text
+    torch.manual_seed(3)
+    found = model(sample().float())
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, expected(sample().float()))
+
+
+@pytest.mark.parametrize("place", ["norm", "act", "", "inner"])
+def test_hooks_still_run(place):
+    model = Wrapped() if place == "inner" else ConvLayer(nn.ReLU())
+    watched = model.layer[1] if place == "inner" else model.get_submodule(place)
+    seen = []
+    watched.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    expected = copy.deepcopy(model)
+    torch.testing.assert_close(bn.fuse(model)(sample().float()), expected(sample().float()))
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_optional_arguments_keep_the_forward_but_not_those_below(caplog):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.norm = Block(), nn.BatchNorm2d(4)
+
+        def forward(self, x, mask=None):
+            y = F.relu(self.norm(self.block(x)))
+            return y if mask is None else y * mask
+
+    model = Optional()
+    expected = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.fuse(model)
+    assert "left the model: its forward takes optional arguments" in caplog.text
+    assert activations(model) == {"block.bn1": "relu", "block.bn2": "relu", "norm": "None"}
+    x = sample().float()
+    torch.testing.assert_close(model(x, x), expected(x, x))
+
+
+def test_of_what_cannot_be_traced_the_modules_below_are_fused():
+    class Unclear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block(nn.Tanh())])
+            self.norm, self.tail = nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.tail(torch.relu(self.norm(x)) if bool(x.sum() < 1e9) else x)
+
+    model = Unclear()
+    expected = copy.deepcopy(model)
+    bn.fuse(model)
+    assert activations(model) == {
+        "blocks.0.bn1": "relu", "blocks.0.bn2": "relu", "blocks.1.bn1": "None", "blocks.1.bn2": "None", "norm": "None",
+        "tail.0": "relu",
+    }  # fmt: skip
+    assert "residual" in model.blocks[1].forward.source
+    torch.testing.assert_close(model(sample().float()), expected(sample().float()))
+
+
+def test_what_is_added_must_have_the_shape():
+    model = bn.fuse(Scripted(lambda m, x: m.norm(x) + x.mean((2, 3), keepdim=True)))
+    with pytest.raises(bn.errors.ShapeError, match="residual must have the input's shape"):
+        model(sample().float())
+
+
+def test_an_exchanged_layer_does_not_lose_its_activation_silently():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(bn.fuse(nn.Sequential(ConvLayer(nn.ReLU())))).eval()
+    with pytest.raises(
+        bn.errors.StateError, match=r"norm must be the batch norm that applies .* but is a SyncBatchNorm"
+    ):
+        model(sample().float())
+    assert "forward" not in vars(bn.revert(model)[0])
+    model(sample().float())
+
+
+@pytest.mark.parametrize("method", ["joint", "layerwise"])
+def test_fused_models_are_recalibrated(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(Bottleneck(4, 2, 1), Block2())
+    expected = copy.deepcopy(model)
+    batches = [torch.randn(4, 4, 5, 5) for _ in range(3)]
+    for each in (expected, bn.fuse(model)):
+        bn.recalibrate(each, batches, method=method)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_memory_is_saved_in_fused_models():
+    torch.manual_seed(0)
+    model = bn.fuse(nn.Sequential(Bottleneck(4, 2, 1), Block2())).double()
+    grads = []
+    for context in (contextlib.nullcontext(), bn.save_memory()):
+        model.zero_grad()
+        with context:
+            y = model(sample()).square().sum()
+        y.backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+def test_fused_and_folded():
+    model = settle(nn.Sequential(Bottleneck(4, 2, 1), Bottleneck(8, 2, 1), Block2())).double()
+    expected = copy.deepcopy(model).eval()
+    found, report = bn.fold(bn.fuse(model), sample(), tolerance=1e-10)
+    assert report.batch_norms_after == 0
+    torch.testing.assert_close(found(sample()), expected(sample()), rtol=1e-10, atol=1e-10)
+
+
+class Block2(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return F.silu(self.norm(self.conv(x)))
