@@ -19,8 +19,8 @@ from batchnorm.lab.train import batches
 ARMS = {
     "none": "without BN",
     "both": "BN in both stages",
-    "regions": "BN in the region network only",
-    "proposals": "BN in the proposal network only",
+    "regions": "BN, regions only",
+    "proposals": "BN, proposals only",
 }
 BATCH = 16
 LEARNING_RATE = {"none": 0.03, "both": 0.1, "regions": 0.03, "proposals": 0.03}

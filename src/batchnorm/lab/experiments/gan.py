@@ -23,12 +23,12 @@ from batchnorm.statistics import Domains, domain
 
 ARMS = {
     "none": "without BN",
-    "tuned": "without BN, learning rate of its own",
+    "tuned": "without BN, tuned",
     "both": "BN in both",
-    "generator": "BN in the generator only",
-    "discriminator": "BN in the discriminator only",
-    "joint": "BN in both, real and generated in one batch",
-    "domains": "the same, statistics for each domain",
+    "generator": "BN, generator only",
+    "discriminator": "BN, discriminator only",
+    "joint": "BN in both, mixed batches",
+    "domains": "BN in both, Domains",
 }
 BATCH = 64
 LEARNING_RATE = {

@@ -24,9 +24,9 @@ from batchnorm.lab.train import batches
 ARMS = {
     "none": "without BN",
     "both": "BN, sequence-wise",
-    "convolutions": "BN in the convolutions only",
-    "recurrent": "BN in the recurrent layers only",
-    "per_step": "BN, per step in the recurrent layers",
+    "convolutions": "BN, convolutions only",
+    "recurrent": "BN, recurrent layers only",
+    "per_step": "BN, recurrent per step",
 }
 BATCH = 32
 LEARNING_RATE = 0.1
