@@ -405,16 +405,16 @@ class TestEnds:
         assert said["outcome"]["by_arm"]["without"][0]["values"] == {"share": 0.5, "steps": "inf", "gap": "nan"}
 
     def test_ctrl_c_says_how_to_go_on(self, tmp_path):
-        process = start("run", "tiny", "--workers", 1, "--out", tmp_path, "--seeds", 4)
+        process = start("run", "tiny", "--workers", 1, "--out", tmp_path, "--seeds", 40)
         wait_for(2, tmp_path, process)
         os.killpg(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Traceback" not in errors
         kept = len(stored(tmp_path))
-        assert f"{kept} of 8 measurements are finished and kept. Continue with:" in errors
-        assert f"batchnorm lab run tiny --out {tmp_path} --seeds 4 --workers 1" in errors
-        assert f"{kept} of 8 measured" in output
+        assert f"{kept} of 80 measurements are finished and kept. Continue with:" in errors
+        assert f"batchnorm lab run tiny --out {tmp_path} --seeds 40 --workers 1" in errors
+        assert f"{kept} of 80 measured" in output
 
     def test_what_an_experiment_says_against_its_data_is_one_line(self, tmp_path):
         process = start("run", "tiny", "--out", tmp_path / "out", "--data", tmp_path, "--workers", 1)
