@@ -147,7 +147,7 @@ class TestEffects:
             {"none": 20, "joint": 60},
             ("holds only when", "does not hold"),
         ),
-        ("policy-gradient", "solved", {"none": math.inf}, {"none": 100}, ("holds only when", "does not hold")),
+        ("policy-gradient", "solved", {"none": math.inf}, {"none": 100}, ("holds", "does not hold")),
         ("recommender", "area", {"none": 0.6}, {"none": 0.8}, ("holds only when", "does not hold")),
     ],
 )

@@ -132,7 +132,9 @@ def test_batch_normalization_doubles_what_is_kept_and_save_memory_gives_it_back(
     assert 0.9 < saving / plain < 1.15
 
 
-@pytest.mark.parametrize("name", ["lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population"])
+@pytest.mark.parametrize(
+    "name", ["lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population", "smoothness"]
+)
 def test_equal_arms_hold_no_claim(name):
     """A judge is shown able to say no."""
     experiment = load(name)
@@ -141,6 +143,30 @@ def test_equal_arms_hold_no_claim(name):
         def __missing__(self, key):
             return 0.5
 
-    verdict = experiment.judge(Results({arm: [Measured(Same())] for arm in experiment.arms}))
+    verdict = experiment.judge(Results({arm: [Measured(Same(), {"course": [(9.0, 0.5)]})] for arm in experiment.arms}))
     assert verdict.answer == "does not hold"
     assert verdict.evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "normalized", "answer", "told"),
+    [
+        ("depth", {"accuracy_30": 0.1}, {"accuracy_30": 0.11}, "does not hold", ""),
+        ("depth", {"accuracy_30": 0.1}, {"accuracy_30": 0.7}, "holds only when", "Less than 85%"),
+        ("lr-range", {"rates": 0}, {"rates": 1}, "does not hold", ""),
+        ("paper-4.1", {"steps": math.inf}, {}, "holds only when", "never within 3000 for 1 of 1 seeds without BN"),
+        ("paper-4.1", {}, {"steps": math.inf}, "does not hold", "with BN 1 of 1 seeds never come there"),
+        ("smoothness", {"moved": 9.0}, {"accuracy": 0.9}, "does not hold", ""),
+    ],
+)
+def test_what_a_judge_says_of_a_part_of_a_claim(name, plain, normalized, answer, told):
+    experiment = load(name)
+
+    def measured(values):
+        return [Measured(dict.fromkeys(experiment.metrics, 60.0) | values, {"course": [(3000.0, 0.9)]})]
+
+    arms = {arm: measured(plain if arm == "plain" else normalized) for arm in experiment.arms}
+    verdict = experiment.judge(Results(arms))
+    assert verdict.answer == answer
+    assert told in verdict.evidence
+    assert "inf" not in verdict.evidence

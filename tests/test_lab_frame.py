@@ -226,7 +226,7 @@ class TestOutcome:
             ([0.5], "0.50"),
             ([0.5, 1.0], "0.75 ± 0.35"),
             ([math.inf, 2.0], "never, 2.00"),
-            ([math.inf, math.inf], "never"),
+            ([math.inf, math.inf, 2.0], "never, never, 2.00"),
             ([math.nan, 2.0], "2.00"),
             ([math.nan], "–"),
             ([], "–"),

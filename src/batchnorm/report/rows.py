@@ -100,6 +100,6 @@ def spread(metric: Metric, values: Sequence[float]) -> str:
     if not measured:
         return MISSING
     if not all(map(math.isfinite, measured)):
-        return ", ".join(dict.fromkeys(map(metric, measured)))
+        return ", ".join(map(metric, measured))
     deviation = f"\u00a0±\u00a0{metric(stdev(measured))}" if len(measured) > 1 else ""
     return f"{metric(fmean(measured))}{deviation}"

@@ -126,7 +126,13 @@ def judge(results: Results) -> Verdict:
         for kind, size in SMALL.items()
     )
     kept = [found[kind][1] >= share for kind, share in PROMISED.items()]
-    return Verdict("holds" if all(kept) else "holds only when" if any(kept) else "does not hold", " ".join(told))
+    evidence = " ".join(told)
+    if all(kept):
+        return Verdict("holds", evidence)
+    if any(kept):
+        groups = "at random" if kept[0] else "sorted"
+        return Verdict("holds only when", f"Groups are {groups}. {evidence}")
+    return Verdict("does not hold", evidence)
 
 
 ARMS = {

@@ -30,6 +30,7 @@ DISCOUNT = 0.99
 BEGIN = 500  # steps before the first update
 REFRESH = 250  # steps between two copies to the target network
 MARGIN = 5.0  # how many times the return with BN must be that without
+LEARNED = 100  # mean return over the run that shows that something was learned; 9 is the least
 
 
 class Memory:
@@ -126,7 +127,10 @@ def judge(results: Results) -> Verdict:
     """Whether the joint forward returns five times as much; what else does without a target network stands beside it."""
     returns = {arm: results.mean(arm, "mean_return") for arm in results.by_arm}
     evidence = "Mean return over the run: " + ", ".join(f"{ARMS[arm]} {value:.0f}" for arm, value in returns.items())
-    return Verdict("holds" if returns["joint"] >= MARGIN * returns["none"] else "does not hold", f"{evidence}.")
+    learned = {arm: sum(value >= LEARNED for value in results.values(arm, "mean_return")) for arm in ("none", "joint")}
+    seeds = len(results.by_arm["joint"])
+    evidence += f"; seeds with at least {LEARNED}: {learned['none']} of {seeds} and {learned['joint']} of {seeds}."
+    return Verdict("holds" if returns["joint"] >= MARGIN * returns["none"] else "does not hold", evidence)
 
 
 EXPERIMENT = Experiment(

@@ -135,15 +135,17 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether every seed solves the task with BN on the input and none does without."""
+    """Whether every seed solves the task with BN on the input and none does without; else whether at least more of them do."""
     solved = {arm: [step for step in results.values(arm, "solved") if math.isfinite(step)] for arm in results.by_arm}
     seeds = len(results.by_arm["none"])
     evidence = "Seeds that solve it: " + ", ".join(
         f"{ARMS[arm]} {len(steps)} of {seeds}" for arm, steps in solved.items()
     )
-    if len(solved["input"]) < seeds or len(solved["none"]) == seeds:
-        return Verdict("does not hold", f"{evidence}.")
-    return Verdict("holds only when", f"The input has to be normalized. {evidence}.")
+    if len(solved["input"]) == seeds and not solved["none"]:
+        return Verdict("holds", f"{evidence}.")
+    if len(solved["input"]) > len(solved["none"]):
+        return Verdict("holds only when", f"For some seeds only. {evidence}.")
+    return Verdict("does not hold", f"{evidence}.")
 
 
 EXPERIMENT = Experiment(

@@ -57,7 +57,9 @@ def judge(results: Results) -> Verdict:
     )
     if early["population"] - early["running"] >= GAP:
         return Verdict("holds", evidence)
-    return Verdict("holds only when" if early["population"] > early["running"] else "does not hold", evidence)
+    if early["population"] - early["running"] >= GAP / 3:
+        return Verdict("holds only when", f"A smaller gain counts. {evidence}")
+    return Verdict("does not hold", evidence)
 
 
 ARMS = {

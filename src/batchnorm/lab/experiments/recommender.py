@@ -96,14 +96,14 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether BN brings .02 of area under the curve, also over logarithms."""
+    """Whether BN everywhere brings .02 of area under the curve, also over logarithms."""
     area = {arm: results.mean(arm, "area") for arm in results.by_arm}
     evidence = "Area under the curve: " + ", ".join(f"{ARMS[arm]} {value:.3f}" for arm, value in area.items())
     evidence += f"; possible {results.mean('none', 'possible'):.3f}."
-    best = max(area["input"], area["hidden"], area["both"])
-    if best < area["none"] + GAP:
+    everywhere = area["both"]
+    if everywhere < area["none"] + GAP:
         return Verdict("does not hold", evidence)
-    if best < area["logarithm"] + GAP:
+    if everywhere < area["logarithm"] + GAP:
         return Verdict("holds only when", f"Nobody takes the logarithm of the numbers beforehand. {evidence}")
     return Verdict("holds", evidence)
 
@@ -111,7 +111,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="recommender",
     question="Does batch normalization help a recommender, a wide network on sparse categories and heavy-tailed numbers?",
-    claim="With BN a recommender tells clicks better from other views.",
+    claim="With BN a recommender ranks views that were clicked higher above the others.",
     source="the tutorial, section 6",
     paper="",
     arms=ARMS,
@@ -126,6 +126,7 @@ EXPERIMENT = Experiment(
         "60000 synthetic views to train, 10000 each to validate and test: six fields of up to 2000 categories, six log-normal numbers of "
         "scales 1 to 10000, clicks by planted tastes. Embeddings of 8, two hidden layers of 256, Adam, batches of 256; the learning "
         "rate of each arm is the best of .001, .003, .01, .03 on the validation part."
+        " Learning rates were chosen beforehand, with one seed at the default size."
     ),
     seconds=30,
     cpu_only=True,

@@ -81,7 +81,16 @@ def judge(results: Results) -> Verdict:
     )
     spared = share["batch_norm"] >= share["dropout"] and share["both"] <= share["batch_norm"] + MATTERS
     noise = max(share["groups_16"], share["groups_4"]) > share["batch_norm"] + MATTERS
-    return Verdict("holds" if spared and noise else "holds only when" if spared or noise else "does not hold", evidence)
+    if spared and noise:
+        return Verdict("holds", evidence)
+    if spared or noise:
+        part = (
+            "Dropout is not needed, but smaller batches gain nothing"
+            if spared
+            else "Smaller batches gain, but so does dropout"
+        )
+        return Verdict("holds only when", f"{part}. {evidence}")
+    return Verdict("does not hold", evidence)
 
 
 EXPERIMENT = Experiment(

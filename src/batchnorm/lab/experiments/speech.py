@@ -89,7 +89,9 @@ def judge(results: Results) -> Verdict:
     """Whether with BN three times fewer letters are wrong."""
     wrong = {arm: results.mean(arm, "letters") for arm in results.by_arm}
     evidence = "Letters wrong: " + ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in wrong.items()) + "."
-    return Verdict("holds" if wrong["none"] >= RATIO * wrong["both"] else "does not hold", evidence)
+    return Verdict(
+        "holds" if wrong["none"] >= RATIO * wrong["both"] and wrong["none"] > 0 else "does not hold", evidence
+    )
 
 
 EXPERIMENT = Experiment(
@@ -107,6 +109,7 @@ EXPERIMENT = Experiment(
         "700 recordings of ten words, synthesized by espeak-ng in seven accents; seven voices train, two validate, four test. 40 bands, "
         "two convolutions, two bidirectional GRU layers of 64, CTC over letters, best path. SGD, Nesterov momentum .9, gradient norm "
         "at most 5, batches of 32; learning rate .1, of .01, .03, .1 and .3 the best of every arm on the validation voices."
+        " Learning rates were chosen beforehand, with one seed at the default size."
     ),
     seconds=85,
     data="WAV files of 16-bit samples, and transcripts.csv with the columns file and text, and voice if known",
