@@ -191,6 +191,19 @@ class TestONNX:
         y = pytest.importorskip("onnx.reference").ReferenceEvaluator(model).run(None, {"x": x.numpy()})[0]
         torch.testing.assert_close(torch.tensor(y), layer.eval()(x), rtol=1e-6, atol=1e-6)  # epsilon is a float32 there
 
+    def test_two_nodes_of_one_name_and_numbers_of_nine_digits(self):
+        onnx = pytest.importorskip("onnx")
+        layers = [trained(eps=1.234567891e-5, momentum=0.876543211) for _ in range(2)]
+        first, second = (interop.to_onnx(layer, name) for layer, name in zip(layers, ("one", "two"), strict=True))
+        second.node.name, second.node.output[0] = "one", "z"
+        graph = onnx.helper.make_graph(
+            [first.node, second.node], "both", [], [], [*first.initializers, *second.initializers]
+        )
+        found = interop.from_onnx(onnx.helper.make_model(graph))
+        assert list(found) == ["one", "z"]
+        single = torch.tensor([found["one"].eps, 1 - found["one"].momentum], dtype=torch.float64).float()
+        assert torch.equal(single, torch.tensor([1.234567891e-5, 1 - 0.876543211], dtype=torch.float64).float())
+
     def test_numbers_that_are_computed_and_files_that_are_none(self, tmp_path):
         onnx = pytest.importorskip("onnx")
         made = interop.to_onnx(trained())
@@ -268,6 +281,29 @@ class TestWhatHasNoCounterpart:
             interop.from_flax({"mean": "three", "var": VARIANCE})
         with pytest.raises(InputError, match="'var' must be among"):
             interop.from_flax({"mean": MEAN})
+
+    def test_what_is_no_layer(self):
+        for call in (interop.from_keras, interop.from_flax, interop.from_onnx):
+            with pytest.raises(ArgumentError, match="but got NoneType"):
+                call(None)
+        with pytest.raises(ArgumentError, match="momentum must be a number"):
+            interop.from_flax({"mean": MEAN, "var": VARIANCE}, momentum=None)
+        with pytest.raises(ArgumentError, match="eps must be a number"):
+            interop.from_flax({"mean": MEAN, "var": VARIANCE}, epsilon="small")
+
+    def test_dtypes_stay_each_its_own(self):
+        half = torch.tensor(MEAN, dtype=torch.float16)
+        arrays = {
+            "gamma": torch.tensor(GAMMA, dtype=torch.float64) / 3,
+            "moving_mean": half,
+            "moving_variance": [1, 4, 9],
+        }
+        layer = interop.from_keras(arrays)
+        assert torch.equal(layer.weight, arrays["gamma"])
+        assert torch.equal(layer.running_mean, half.float())
+        assert layer.running_var.tolist() == [1, 4, 9]
+        made = interop.to_keras(nn.BatchNorm1d(3, dtype=torch.bfloat16))
+        assert [value.dtype.name for value in made.weights] == ["float32"] * 4
 
     def test_torchs_layers_and_frozen_ones_go_too(self):
         layer = nn.BatchNorm2d(3)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from batchnorm.errors import InputError
+from batchnorm.errors import ArgumentError, InputError
 from batchnorm.interop.numbers import Numbers, array, complement, entry, vector
 from batchnorm.layers import BatchNorm
 
@@ -45,6 +45,10 @@ def from_flax(layer: Any, *, momentum: float = 0.99, epsilon: float = 1e-5, axis
     if isinstance(layer, Mapping):
         arrays = {**layer.get("params", {}), **layer.get("batch_stats", {})} if "batch_stats" in layer else layer
     else:
+        if not hasattr(layer, "use_running_average"):
+            raise ArgumentError(
+                f"layer must be an nnx.BatchNorm, or arrays by name, but got {type(layer).__name__}; of linen pass the variables"
+            )
         arrays = {
             name: value
             for name in ("scale", "bias", "mean", "var")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import ArgumentError, InputError, StateError
 from batchnorm.interop.numbers import Numbers, array, complement, entry, vector
 from batchnorm.layers import BatchNorm
 
@@ -37,11 +37,13 @@ def from_keras(layer: Any, *, axis: int = -1, momentum: float = 0.99, epsilon: f
         InputError: if moving_mean or moving_variance is missing; if the layer renormalizes (`renorm=True` of Keras 2).
         StateError: if the layer is not built.
         ShapeError: if arrays differ in size.
-        ArgumentError: if they are no arrays.
+        ArgumentError: if it is neither, or they are no arrays.
     """
     if isinstance(layer, Mapping):
         arrays = layer
     else:
+        if not hasattr(layer, "get_config") or not hasattr(layer, "get_weights"):
+            raise ArgumentError(f"layer must be a Keras layer or its arrays by name, but got {type(layer).__name__}")
         config = layer.get_config()
         if config.get("renorm"):
             raise InputError(

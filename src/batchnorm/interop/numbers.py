@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class Numbers:
     channel_axis: int
 
     def __post_init__(self) -> None:
+        for name in ("eps", "momentum"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
+                raise ArgumentError(f"{name} must be a number, but got {getattr(self, name)!r}")
         sizes = {
             name: tuple(getattr(self, name).shape)
             for name in ("scale", "offset", "mean", "variance")
@@ -59,15 +63,17 @@ class Numbers:
             self.momentum,
             affine=affine,
             bias=self.offset is not None,
-            dtype=self.mean.dtype,
             channel_axis=self.channel_axis,
             running_variance="biased",
         )
-        numbers = {"weight": self.scale, "bias": self.offset, "running_mean": self.mean, "running_var": self.variance}
-        with torch.no_grad():
-            for name, value in numbers.items():
-                if value is not None:
-                    getattr(layer, name).copy_(value)
+        dtype = next(value.dtype for value in (self.scale, self.offset, self.mean) if value is not None)
+        if affine:
+            scale = torch.ones_like(self.mean, dtype=dtype) if self.scale is None else self.scale
+            layer.register_parameter("weight", nn.Parameter(scale.clone()))
+        if self.offset is not None:
+            layer.register_parameter("bias", nn.Parameter(self.offset.clone()))
+        for name, value in (("running_mean", self.mean), ("running_var", self.variance)):
+            layer.register_buffer(name, value.to(torch.promote_types(value.dtype, torch.float32), copy=True))
         if affine and self.scale is None:
             layer.weight.requires_grad_(False)
         return layer
@@ -117,38 +123,48 @@ class Numbers:
         )
 
 
-def complement(momentum: float) -> float:
-    """1 - momentum, as it is written down: 0.9 of 0.1, and 0.1 of 0.9, where floating point says 0.09999999999999998."""
+def complement(momentum: Any) -> float:
+    """1 - momentum, as it is written down: 0.9 of 0.1, and 0.1 of 0.9, where floating point says 0.09999999999999998.
+
+    Raises:
+        ArgumentError: if it is no number.
+    """
+    if isinstance(momentum, bool) or not isinstance(momentum, Real):
+        raise ArgumentError(f"momentum must be a number, but got {momentum!r}")
     return float(1 - Decimal(repr(float(momentum))))
 
 
 def vector(value: Any, name: str) -> Tensor:
-    """An array of any library, (C,) or with axes of size 1 besides, as a tensor (C,) of its own.
+    """An array of any library, (C,) or with axes of size 1 besides, as a floating tensor (C,) of its own; whole numbers as float32.
 
     Raises:
-        ArgumentError: if it is no array.
+        ArgumentError: if it is no array of numbers.
+        ShapeError: if it has another shape.
     """
-    value = value.numpy() if hasattr(value, "numpy") and not isinstance(value, Tensor) else value
     try:
-        tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(_as_list_or_array(value))
+        tensor = value.detach().clone() if isinstance(value, Tensor) else _tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"{name} must be an array of numbers, but got {type(value).__name__}: {error}") from error
     if sum(size != 1 for size in tensor.shape) > 1:
         raise ShapeError(f"{name} must have one number for each channel, but its shape is {tuple(tensor.shape)}")
-    return tensor.reshape(-1)
+    return (tensor if tensor.is_floating_point() else tensor.float()).reshape(-1)
 
 
-def _as_list_or_array(value: Any) -> Any:
-    if hasattr(value, "__array__"):
-        import numpy
+def _tensor(value: Any) -> Tensor:
+    if not hasattr(value, "__array__"):
+        return torch.tensor(value)
+    import numpy
 
-        return numpy.array(value)
-    return value
+    values = numpy.array(value)
+    if values.dtype.name == "bfloat16":  # a type of ml_dtypes, which torch does not know; its bits are torch's
+        return torch.from_numpy(values.view(numpy.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 def array(value: Tensor) -> Any:
-    """A tensor as a numpy array of its own."""
-    return value.detach().cpu().numpy().copy()
+    """A tensor as a numpy array of its own; bfloat16, which numpy lacks, as float32, which holds it exactly."""
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
 
 
 def entry(arrays: Mapping[str, Any], name: str, remedy: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from batchnorm.errors import InputError, MissingExtraError
+from batchnorm.errors import ArgumentError, InputError, MissingExtraError
 from batchnorm.interop.numbers import Numbers, array, complement, vector
 from batchnorm.layers import BatchNorm
 
@@ -29,13 +30,14 @@ class OnnxBatchNorm(NamedTuple):
 
 
 def from_onnx(model: Any) -> dict[str, BatchNorm]:
-    """Each `BatchNormalization` node of an ONNX model whose numbers are initializers, by its name, or its output where it has none.
+    """Each `BatchNormalization` node of an ONNX model whose numbers are initializers, by its name or, where that is none or taken, its output.
 
     Args:
         model: a ModelProto, or the path of a file.
 
     Raises:
         MissingExtraError: if onnx is not installed.
+        ArgumentError: if it is neither.
         InputError: if the file cannot be read, or a node's numbers are computed rather than stored.
     """
     onnx = _onnx()
@@ -44,12 +46,14 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
             model = onnx.load(str(model))
         except Exception as error:  # protobuf's and the operating system's
             raise InputError(f"{model} must be an ONNX file: {type(error).__name__}: {error}") from error
+    if not hasattr(model, "graph"):
+        raise ArgumentError(f"model must be an ONNX model or its file, but got {type(model).__name__}")
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = dict[str, BatchNorm]()
     for node in model.graph.node:
         if node.op_type != "BatchNormalization":
             continue
-        name = node.name or node.output[0]
+        name = node.name if node.name and node.name not in layers else node.output[0]  # outputs differ, names may not
         missing = [of for of in node.input[1:5] if of not in stored]
         if missing:
             raise InputError(
@@ -97,7 +101,8 @@ def to_onnx(layer: nn.Module, name: str = "batch_norm") -> OnnxBatchNorm:
 
 def _shortest(value: float) -> float:
     """A float32 attribute as the number that was meant: 1e-5, not 9.999999747378752e-06."""
-    return float(f"{value:.7g}")
+    single = struct.pack("f", value)
+    return next(found for digits in range(1, 10) if struct.pack("f", found := float(f"{value:.{digits}g}")) == single)
 
 
 def _onnx() -> Any:
