@@ -30,7 +30,9 @@ class OnnxBatchNorm(NamedTuple):
 
 
 def from_onnx(model: Any) -> dict[str, BatchNorm]:
-    """Each `BatchNormalization` node of an ONNX model whose numbers are initializers, by its name or, where that is none or taken, its output.
+    """Each `BatchNormalization` node of an ONNX model whose numbers are initializers.
+
+    They go by their names, or by their outputs where a name is empty or taken.
 
     Args:
         model: a ModelProto, or the path of a file.
