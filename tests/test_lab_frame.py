@@ -10,28 +10,50 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 import batchnorm
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
 from batchnorm.lab import experiments, fingerprint, outcome, runner
 from batchnorm.lab import unit as units
-from batchnorm.lab.experiment import Experiment, Measured, Metric, Setting
+from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting
 from batchnorm.lab.fingerprint import code_version, data_version
-from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.outcome import Damaged, Outcome
 from batchnorm.lab.result import spelled, to_json
 from batchnorm.lab.unit import Finished, Unit, packed, unpacked
+from batchnorm.report.curves import drawings
 from batchnorm.report.lab import render
 from batchnorm.report.rows import spread
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(batchnorm.__file__).parent
 STRANGE = {"nan": math.nan, "never": math.inf, "below": -math.inf, "third": 1 / 3}
+
+
+DAMAGES = (
+    {"schema": 2},
+    {"experiment": "depth"},
+    {"size": "huge"},
+    {"seconds": "x"},
+    {"seconds": math.nan},
+    {"environment": {}},
+    {"environment": None},
+    {"environment": {"date": 1}},
+    {"command": None},
+    {"by_arm": {}},
+    {"by_arm": {"without": [], "with": []}},
+    {"by_arm": {"without": [None], "with": [None]}},
+    {"by_arm": {"without": [None, None], "with": [None]}},
+    {"by_arm": {"without": [{}], "with": [None]}},
+    {"unknown": 1},
+)
 
 
 def unit(experiment="depth", arm="plain", seed=0, size="quick", data=None, version=""):
@@ -48,10 +70,10 @@ def tiny() -> Experiment:
     return tiny_lab.EXPERIMENT
 
 
-def known(arms=("without", "with"), seeds=2, missing=()):
+def known(arms=("without", "with"), seeds=2, missing=(), size="quick"):
     experiment = tiny()
     finished = [
-        Finished(Unit("tiny", arm, Setting(seed, "quick")), tiny_measured(arm, seed), 1.5)
+        Finished(Unit("tiny", arm, Setting(seed, size)), tiny_measured(arm, seed), 1.5)
         for arm in arms
         for seed in range(seeds)
         if (arm, seed) not in missing
@@ -63,6 +85,14 @@ def tiny_measured(arm, seed):
     share = (0.9 if arm == "with" else 0.5) + seed / 100
     values = {"share": share, "steps": math.inf if arm == "without" else 10.0, "gap": math.nan}
     return Measured(values, {"course": [(1.0, 0.1), (2.0, share)]})
+
+
+def other_arms(experiment):
+    return dataclasses.replace(experiment, arms={"other": "other arms"})
+
+
+def other_metrics(experiment):
+    return dataclasses.replace(experiment, metrics={"renamed": experiment.metrics["share"]})
 
 
 class TestRegistry:
@@ -115,7 +145,10 @@ class TestStored:
         (path,) = _ran(tmp_path)
         whole = path.read_bytes()
         assert repr(runner.stored(unit(), tmp_path)) == repr(strange(unit()))
-        for damage in (b"[]", b"null", b'{"measured": {}}', b'{"measured": [], "seconds": 1}', b"\xff\xfe"):
+        other = to_json({"measured": {"values": {"nan": 1.0}, "curves": {}}, "seconds": 1}).encode()
+        nothing = b'{"measured": {"values": {}, "curves": {}}, "seconds": 1}'
+        shapes = (b"[]", b"null", b'{"measured": {}}', b'{"measured": [], "seconds": 1}', b"\xff\xfe")
+        for damage in (*shapes, nothing, other):
             path.write_bytes(damage)
             assert runner.stored(unit(), tmp_path) is None, damage
         for cut in range(len(whole) - 2):  # without the line break it is whole
@@ -144,7 +177,8 @@ def _ran(directory):
 
 def strange(job):
     """A stand-in for a measurement, in a worker."""
-    return Finished(job, Measured(STRANGE), 0.25)
+    metrics = experiments.load(job.experiment).metrics
+    return Finished(job, Measured(dict(zip(metrics, cycle(STRANGE.values()), strict=False))), 0.25)
 
 
 class TestFingerprint:
@@ -211,14 +245,25 @@ class TestOutcome:
         assert (verdict.answer, verdict.evidence) == ("holds", "90.5% with it.")
         experiment, open_ = known(missing={("with", 1)})
         assert (open_.finished, open_.units, open_.verdict(experiment)) == (3, 4, None)
-        other = dataclasses.replace(experiment, arms={"other": "other arms"})
-        assert complete.verdict(other) is None
+        assert complete.fits(experiment)
+        for other in (other_arms(experiment), other_metrics(experiment)):
+            assert not complete.fits(other)
+            assert complete.verdict(other) is None
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 99}'])
     def test_what_is_none_is_refused(self, tmp_path, content):
         (tmp_path / "tiny.json").write_text(content)
         with pytest.raises(InputError, match=r"tiny\.json must be an outcome of schema 1"):
             outcome.load("tiny", tmp_path)
+
+    @pytest.mark.parametrize("damage", DAMAGES, ids=str)
+    def test_one_with_a_wrong_field_is_refused(self, tmp_path, damage):
+        known()[1].save(tmp_path)
+        path = tmp_path / "tiny.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+        with pytest.raises(InputError, match=r"tiny\.json must be an outcome of schema 1") as caught:
+            outcome.load("tiny", tmp_path)
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("values", "text"),
@@ -275,10 +320,62 @@ class TestPage:
             )
             assert page.count("<svg") == 1
 
-    def test_other_arms_than_now_are_said(self):
+    @pytest.mark.parametrize("change", [other_arms, other_metrics])
+    def test_other_arms_or_metrics_than_now_are_said(self, change):
         experiment, complete = known()
-        page = render([(dataclasses.replace(experiment, arms={"other": "other"}), complete)])
-        assert "measured with other arms" in page
+        later = dataclasses.replace(experiment, name="later")
+        page = render([(change(experiment), complete), (later, dataclasses.replace(complete, experiment="later"))])
+        assert "measured with other arms or metrics than it has now: run it again" in page
+        assert page.count("<svg") == 1  # the other experiment's
+
+    def test_damaged_results_are_said_and_the_others_shown(self):
+        experiment, complete = known()
+        page = render([(experiment, complete), (dataclasses.replace(experiment, name="worse"), Damaged())])
+        assert "run it again</p>" in page
+        assert "Its results are damaged." in page
+        assert "✓ holds" in page
+        assert 'id="worse"' not in page
+
+    def test_numbers_of_some_seeds_are_said_to_be_so(self):
+        experiment, begun = known(missing={("with", 0), ("with", 1), ("without", 1)})
+        page = render([(experiment, begun)])
+        assert "quick, 1 of 4 measured; numbers are of the finished ones" in page
+        assert "standard deviation" not in page
+        assert "quick, 2 seeds; mean ± standard deviation" in render([known()])
+
+    @pytest.mark.parametrize("length", [4, 20, 40])
+    @pytest.mark.parametrize("arms", [2, 3, 5])
+    def test_legends_are_as_wide_as_the_drawing_at_most(self, monkeypatch, arms, length):
+        drawn = []
+        legend = Figure.legend
+
+        def noted(figure, *args, **kwargs):
+            drawn.append((figure, legend(figure, *args, **kwargs)))
+            return drawn[-1][1]
+
+        monkeypatch.setattr(Figure, "legend", noted)
+        labels = {f"arm{index}": f"{index}" * length for index in range(arms)}
+        results = Results({arm: [tiny_measured("with", 0)] for arm in labels})
+        drawings(dataclasses.replace(tiny(), arms=labels), results)
+        (kept,) = [(figure, each) for figure, each in drawn if each in figure.legends]
+        assert kept[1].get_window_extent().width <= kept[0].bbox.width
+        assert (len({text.get_window_extent().x0 for text in kept[1].texts}) > 1) == (length < 40)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Puts experiments like `tiny` in place of the lab's, by name, some of them changed."""
+
+    def put(*names, **changes):
+        experiment = tiny()
+        monkeypatch.setattr(experiments, "NAMES", names)
+        monkeypatch.setattr(
+            experiments,
+            "load",
+            lambda name: changes.get(name, lambda same: same)(dataclasses.replace(experiment, name=name)),
+        )
+
+    return put
 
 
 def call(*arguments):
@@ -290,13 +387,16 @@ class TestCommands:
         ("arguments", "message"),
         [
             (("run", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
+            (("run", "all", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
             (("run", "depth", "--quick", "--full"), "a run has one size"),
             (("run", "cost", "gan", "--device", "meta"), "; cost, gan run on the CPU"),
             (("run", "depth", "--device", "nowhere"), "--device must be one that torch can use here; nowhere is not"),
             (("run", "depth", "--data", "."), "--data is for experiments that take data; depth take"),
             (("run", "lr-range", "--data", "nowhere"), "there is no folder nowhere"),
             (("run", "depth", "--out", "FILE"), "cannot write into FILE"),
+            (("list", "--out", "FILE"), "--out must be a folder; FILE is a file"),
             (("report", "--out", "nowhere"), "a report is made of results; nowhere holds none"),
+            (("findings", "--out", "nowhere"), "findings are of complete results; nowhere holds none"),
         ],
     )
     def test_bad_usage_is_one_line_and_exit_2(self, tmp_path, monkeypatch, arguments, message):
@@ -315,11 +415,57 @@ class TestCommands:
         complete.save(tmp_path)
         lines = call("lab", "list", "--out", tmp_path).stdout.splitlines()
         assert [line.split() for line in lines[2:]] == [
-            ["tiny", "Does", "<it>", "work?", "6", "s", "holds"],
+            ["tiny", "Does", "<it>", "work?", "6", "s", "holds", "(quick,", "2", "seeds)"],
             ["later", "Does", "<it>", "work?", "~3", "s", "–"],
         ]
         listed = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
         assert [each["answer"] for each in listed] == ["holds", None]
+
+    @pytest.mark.parametrize(
+        ("size", "seeds", "state"),
+        [("default", 3, "holds"), ("default", 1, "holds (default, 1 seed)"), ("quick", 3, "holds (quick, 3 seeds)")],
+    )
+    def test_list_tells_a_run_that_is_not_the_default(self, tmp_path, registry, size, seeds, state):
+        registry("tiny")
+        known(size=size, seeds=seeds)[1].save(tmp_path)
+        line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[2]
+        assert line.split("work?")[1].split()[2:] == state.split()
+
+    @pytest.mark.parametrize("damage", [*DAMAGES, None], ids=str)
+    def test_a_damaged_result_hides_no_other(self, tmp_path, registry, damage):
+        registry("tiny", "fine")
+        complete = known(size="default")[1]
+        complete.save(tmp_path)
+        dataclasses.replace(complete, experiment="fine").save(tmp_path)
+        path = tmp_path / "tiny.json"
+        whole = path.read_text()
+        path.write_text(whole[:-30] if damage is None else json.dumps(json.loads(whole) | damage))
+        page = tmp_path / "findings.md"
+        results = [
+            call("lab", *each, "--out", tmp_path) for each in (["list"], ["report"], ["findings", "--page", page])
+        ]
+        for result in results:
+            assert result.exit_code == 0, result.output
+            (warning,) = result.stderr.splitlines()
+            assert warning.startswith(f"Warning: {path} must be an outcome of schema 1: ")
+        lines = results[0].stdout.splitlines()[2:]
+        assert lines[0].split() == ["tiny", "Does", "<it>", "work?", "~3", "s", "damaged:", "run", "it", "again"]
+        assert "holds" in lines[1]
+        assert "✓ holds" in (tmp_path / "report.html").read_text()
+        assert "Left out, for they are not complete: tiny." in results[2].stdout
+
+    @pytest.mark.parametrize("change", [other_arms, other_metrics])
+    def test_a_result_of_other_arms_or_metrics_hides_no_other(self, tmp_path, registry, change):
+        registry("tiny", "fine", tiny=change)
+        complete = known(size="default")[1]
+        complete.save(tmp_path)
+        dataclasses.replace(complete, experiment="fine").save(tmp_path)
+        result = call("lab", "list", "--out", tmp_path)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert "of other arms or metrics: run" in result.stdout
+        assert "holds" in result.stdout
+        assert call("lab", "report", "--out", tmp_path).exit_code == 0
+        assert "Left out" in call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md").stdout
 
     def test_report_writes_the_page(self, tmp_path, monkeypatch):
         experiment, complete = known()
@@ -330,13 +476,15 @@ class TestCommands:
         assert "✓ holds" in (tmp_path / "report.html").read_text()
 
     def test_findings_are_a_page_and_drawings_of_what_is_complete(self, tmp_path, monkeypatch):
-        experiment, complete = known()
+        experiment, complete = known(size="default")
         monkeypatch.setattr(experiments, "NAMES", ("tiny", "half", "later"))
         monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
         complete.save(tmp_path)
         dataclasses.replace(known(missing={("with", 1)})[1], experiment="half").save(tmp_path)
         page = tmp_path / "docs" / "findings.md"
-        assert call("lab", "findings", "--out", tmp_path, "--page", page).exit_code == 0
+        assert call("lab", "findings", "--out", tmp_path, "--page", page).stdout == (
+            f"Wrote {page} and 1 drawings.\nLeft out, for they are not complete: half, later.\n"
+        )
         text = page.read_text()
         assert "| [tiny](#tiny) | It works. | holds |" in text
         assert "| share | 50.5%\u00a0±\u00a00.7% | 90.5%\u00a0±\u00a00.7% |" in text
@@ -347,6 +495,17 @@ class TestCommands:
         assert drawing.name == "tiny.svg"
         assert ElementTree.parse(drawing).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         assert "--series-3" in drawing.read_text()
+
+    def test_findings_are_never_of_quick_runs(self, tmp_path, registry):
+        registry("tiny")
+        known()[1].save(tmp_path)
+        result = call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert (
+            result.stderr
+            == "Error: findings are of size default or full; of tiny there is a quick run: run it again without --quick\n"
+        )
+        assert not (tmp_path / "x.md").exists()
 
 
 def start(*arguments):

@@ -20,9 +20,9 @@ from batchnorm.cli.common import command_line, progress_bar
 from batchnorm.env import cores
 from batchnorm.errors import InputError
 from batchnorm.lab import experiments, extras, outcome
-from batchnorm.lab.experiment import Experiment, Setting, Size
+from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict
 from batchnorm.lab.fingerprint import data_version
-from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.outcome import Damaged, Outcome
 from batchnorm.lab.result import to_json, write
 from batchnorm.lab.runner import run
 from batchnorm.lab.unit import Finished, Unit, measure
@@ -58,34 +58,60 @@ def list_command(out: Path, as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
-def _known(out: Path) -> list[tuple[Experiment, Outcome | None]]:
-    """Every experiment with what its folder holds of it."""
-    return [(experiment, outcome.load(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)]
+def _known(out: Path) -> list[tuple[Experiment, Outcome | Damaged | None]]:
+    """Every experiment with what its folder holds of it; of what is damaged stderr has a line.
+
+    Raises:
+        InputError: the folder is a file.
+    """
+    if out.is_file():
+        raise InputError(f"--out must be a folder; {out} is a file")
+    return [(experiment, _loaded(experiment.name, out)) for experiment in map(experiments.load, experiments.NAMES)]
 
 
-def _time(experiment: Experiment, known: Outcome | None) -> str:
+def _loaded(name: str, out: Path) -> Outcome | Damaged | None:
+    try:
+        return outcome.load(name, out)
+    except InputError as error:
+        click.echo(f"Warning: {error}", err=True)
+        return Damaged()
+
+
+def _verdict(experiment: Experiment, known: Outcome | Damaged | None) -> Verdict | None:
+    return known.verdict(experiment) if isinstance(known, Outcome) else None
+
+
+def _time(experiment: Experiment, known: Outcome | Damaged | None) -> str:
     """Of one core, in seconds: as measured, or as expected of the default."""
-    if known is None or known.finished < known.units:
+    if not isinstance(known, Outcome) or _verdict(experiment, known) is None:
         return f"~{SEEDS * experiment.seconds:.0f} s"
     return f"{known.seconds:.0f} s"
 
 
-def _state(experiment: Experiment, known: Outcome | None) -> str:
+def _state(experiment: Experiment, known: Outcome | Damaged | None) -> str:
+    """What came out, with the size and seeds of the run where they are not the default's."""
     if known is None:
         return "–"
+    if isinstance(known, Damaged):
+        return "damaged: run it again"
+    if not known.fits(experiment):
+        return "of other arms or metrics: run it again"
     verdict = known.verdict(experiment)
-    return f"{known.finished} of {known.units} measured" if verdict is None else verdict.answer
+    answer = f"{known.finished} of {known.units} measured" if verdict is None else verdict.answer
+    if (known.size, known.seeds) == ("default", SEEDS):
+        return answer
+    return f"{answer} ({known.size}, {known.seeds} {'seed' if known.seeds == 1 else 'seeds'})"
 
 
-def _summary(experiment: Experiment, known: Outcome | None) -> dict[str, Any]:
-    verdict = None if known is None else known.verdict(experiment)
+def _summary(experiment: Experiment, known: Outcome | Damaged | None) -> dict[str, Any]:
+    verdict = _verdict(experiment, known)
     return {
         "experiment": experiment.name,
         "question": experiment.question,
         "claim": experiment.claim,
         "answer": None if verdict is None else verdict.answer,
         "evidence": None if verdict is None else verdict.evidence,
-        "outcome": None if known is None else known.to_dict(),
+        "outcome": known.to_dict() if isinstance(known, Outcome) else None,
     }
 
 
@@ -129,7 +155,11 @@ def run_command(
     same command goes on from there.
     """
     extras.require()
-    chosen = [experiments.load(name) for name in (experiments.NAMES if "all" in names else dict.fromkeys(names))]
+    chosen = [
+        experiments.load(name) for name in dict.fromkeys(names) if name != "all"
+    ]  # a wrong name beside all is wrong
+    if "all" in names:
+        chosen = list(map(experiments.load, experiments.NAMES))
     if quick and full:
         raise InputError("a run has one size: leave out --quick or --full")
     size: Size = "quick" if quick else "full" if full else "default"
@@ -220,7 +250,7 @@ def report_command(out: Path, page: Path | None) -> None:
     """Make one HTML page of what has been measured, finished or not. It needs no network."""
     extras.require()
     known = _known(out)
-    if not any(came_out for _, came_out in known):
+    if not any(isinstance(came_out, Outcome) for _, came_out in known):
         raise InputError(f"a report is made of results; {out} holds none: batchnorm lab run all --out {out}")
     from batchnorm.report.lab import render  # matplotlib takes a moment: after the checks, not before
 
@@ -235,11 +265,25 @@ def report_command(out: Path, page: Path | None) -> None:
 def findings_command(out: Path, page: Path) -> None:
     """Write what is complete as a Markdown page, and its drawings into a folder beside it."""
     extras.require()
-    known = [(experiment, came_out) for experiment, came_out in _known(out) if came_out is not None]
+    complete, incomplete = list[tuple[Experiment, Outcome]](), list[str]()
+    for experiment, came_out in _known(out):
+        if isinstance(came_out, Outcome) and came_out.verdict(experiment) is not None:
+            complete.append((experiment, came_out))
+        else:
+            incomplete.append(experiment.name)
+    if not complete:
+        raise InputError(f"findings are of complete results; {out} holds none: batchnorm lab run all --out {out}")
+    quick = [experiment.name for experiment, came_out in complete if came_out.size == "quick"]
+    if quick:
+        raise InputError(
+            f"findings are of size default or full; of {', '.join(quick)} there is a quick run: run it again without --quick"
+        )
     from batchnorm.report.findings import render
 
-    text, drawings = render(known, page.stem)
+    text, drawings = render(complete, page.stem)
     write(page, text)
     for name, svg in drawings.items():
         write(page.with_suffix("") / name, svg)
     click.echo(f"Wrote {page} and {len(drawings)} drawings.")
+    if incomplete:
+        click.echo(f"Left out, for they are not complete: {', '.join(incomplete)}.")

@@ -139,3 +139,7 @@ class Experiment:
     seconds: float = 60.0
     data: str = ""
     cpu_only: bool = False
+
+    def fits(self, measured: Measured) -> bool:
+        """Whether every metric has a value there: not where metrics were added or renamed since."""
+        return self.metrics.keys() <= measured.values.keys()

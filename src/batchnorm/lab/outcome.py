@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment, Measured, Results, Size, Verdict
@@ -76,9 +77,14 @@ class Outcome:
         """What there is, arms that have nothing yet included."""
         return Results({arm: [each for each in seeds if each is not None] for arm, seeds in self.by_arm.items()})
 
+    def fits(self, experiment: Experiment) -> bool:
+        """Whether the experiment had the arms and metrics then that it has now."""
+        measured = (each for seeds in self.by_arm.values() for each in seeds if each is not None)
+        return set(self.by_arm) == set(experiment.arms) and all(map(experiment.fits, measured))
+
     def verdict(self, experiment: Experiment) -> Verdict | None:
         """The judgment on a complete outcome; None while something is missing."""
-        if self.finished < self.units or set(self.by_arm) != set(experiment.arms):
+        if self.finished < self.units or not self.fits(experiment):
             return None
         return experiment.judge(self.results())
 
@@ -94,6 +100,11 @@ class Outcome:
             InputError: the place cannot be written.
         """
         write(path_of(self.experiment, directory), to_json(self.to_dict()))
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """In place of an outcome whose file cannot be read as one; only a new run of the experiment mends it."""
 
 
 def path_of(experiment: str, directory: Path) -> Path:
@@ -116,8 +127,31 @@ def load(experiment: str, directory: Path) -> Outcome | None:
         data["by_arm"] = {
             arm: [None if each is None else unpacked(each) for each in seeds] for arm, seeds in data["by_arm"].items()
         }
-        return Outcome(**data)
+        outcome = Outcome(**data)
+        _check(outcome, experiment)
+        return outcome
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} must be an outcome of schema {SCHEMA}: {error}; run the experiment again") from error
+
+
+def _check(outcome: Outcome, experiment: str) -> None:
+    """A ValueError or TypeError where a field is not what the class says; JSON has no types that would see to it."""
+    if outcome.experiment != experiment:
+        raise ValueError(f"it is of {outcome.experiment}")
+    if outcome.size not in get_args(Size):
+        raise ValueError(f"no size is {outcome.size}")
+    if len({len(seeds) for seeds in outcome.by_arm.values()}) != 1 or not outcome.finished:
+        raise ValueError("each arm must have the same number of seeds, and one of them a measurement")
+    if not math.isfinite(outcome.seconds):
+        raise ValueError(f"it took {outcome.seconds} seconds")
+    texts = [
+        outcome.device,
+        outcome.data or "",
+        outcome.command,
+        outcome.environment["date"],
+        *outcome.environment.values(),
+    ]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("device, data, command and environment must be text")

@@ -38,8 +38,11 @@ class Unit:
         return {"measured": packed(finished.measured), "seconds": finished.seconds}
 
     def unpack(self, data: Any) -> Finished:
-        """What `pack` made, as it was; a ValueError, TypeError or KeyError if it is something else."""
-        return Finished(self, unpacked(data["measured"]), float(data["seconds"]))
+        """What `pack` made, as it was; a ValueError, TypeError, KeyError or AttributeError if it is something else."""
+        measured = unpacked(data["measured"])
+        if not experiments.load(self.experiment).fits(measured):
+            raise ValueError(f"not the metrics of {self.experiment}")
+        return Finished(self, measured, float(data["seconds"]))
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,12 @@ def _scale(axes: Axes, log_x: bool, log_y: bool, xs: Sequence[float]) -> None:
 
 
 def _legend(figure: Figure, lines: int) -> None:
-    figure.legend(loc="outside upper left", ncols=2 if lines > 3 else lines, fontsize=10, handlelength=2.6)
+    """Above the plot, in as many columns as the labels leave room for."""
+    for columns in range(2 if lines > 3 else lines, 0, -1):
+        legend = figure.legend(loc="outside upper left", ncols=columns, fontsize=10, handlelength=2.6)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _ends(line: Points) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from batchnorm.lab.experiment import Experiment, Verdict
-from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.outcome import Damaged, Outcome
 from batchnorm.report.curves import drawings
 from batchnorm.report.page import document, section, table
 from batchnorm.report.rows import comparison
@@ -16,12 +16,13 @@ SIGNS = {
     "holds only when": ("part", "◐ holds only when"),
     "does not hold": ("fails", "✗ does not hold"),
 }
-Known = tuple[Experiment, Outcome | None]
+Known = tuple[Experiment, Outcome | Damaged | None]
 
 
 def render(known: Sequence[Known]) -> str:
     """The page of all experiments, measured or not, as text; at least one of them is begun."""
-    verdicts = {experiment.name: _verdict(experiment, outcome) for experiment, outcome in known}
+    begun = [(experiment, outcome) for experiment, outcome in known if isinstance(outcome, Outcome)]
+    verdicts = {experiment.name: outcome.verdict(experiment) for experiment, outcome in begun}
     judged = [verdict.answer for verdict in verdicts.values() if verdict is not None]
     counted = ", ".join(f"{judged.count(answer)} × {answer}" for answer in SIGNS if answer in judged)
     are = "is" if len(judged) == 1 else "are"
@@ -29,13 +30,11 @@ def render(known: Sequence[Known]) -> str:
     body = [section("Every claim", _claims(known, verdicts))]
     body += [
         section(_heading(experiment), *_experiment(experiment, outcome, verdicts[experiment.name]))
-        for experiment, outcome in known
-        if outcome is not None
+        for experiment, outcome in begun
     ]
     environments = dict.fromkeys(
         " · ".join(f"{name} {value}" for name, value in outcome.environment.items() if name != "date")
-        for _, outcome in known
-        if outcome is not None
+        for _, outcome in begun
     )
     return document(
         "batchnorm lab", "What is claimed of batch normalization, measured", lead, body, " — ".join(environments)
@@ -51,37 +50,45 @@ def _anchor(experiment: Experiment) -> str:
     return experiment.name.replace(".", "-")
 
 
-def _verdict(experiment: Experiment, outcome: Outcome | None) -> Verdict | None:
-    return None if outcome is None else outcome.verdict(experiment)
-
-
-def _sign(outcome: Outcome | None, verdict: Verdict | None) -> tuple[str, str]:
+def _sign(experiment: Experiment, outcome: Outcome | Damaged | None, verdict: Verdict | None) -> tuple[str, str]:
     """A CSS class, and words."""
     if verdict is not None:
         return SIGNS[verdict.answer]
-    return "open", "not measured" if outcome is None else f"{outcome.finished} of {outcome.units} done"
+    if outcome is None:
+        return "open", "not measured"
+    if isinstance(outcome, Damaged) or not outcome.fits(experiment):
+        return "open", "run it again"
+    return "open", f"{outcome.finished} of {outcome.units} done"
 
 
 def _claims(known: Sequence[Known], verdicts: dict[str, Verdict | None]) -> str:
     items = []
     for experiment, outcome in known:
-        css, words = _sign(outcome, verdicts[experiment.name])
-        claim = escape(experiment.claim)
-        linked = claim if outcome is None else f'<a href="#{_anchor(experiment)}">{claim}</a>'
+        css, words = _sign(experiment, outcome, verdicts.get(experiment.name))
+        linked = escape(experiment.claim)
+        if isinstance(outcome, Outcome):
+            linked = f'<a href="#{_anchor(experiment)}">{linked}</a>'
+        if isinstance(outcome, Damaged):
+            linked += " <span class='note'>Its results are damaged.</span>"
         items.append(f'<li><p class="verdict {css}">{words}</p><div><p>{linked}</p></div></li>')
     return '<ol class="claims">\n' + "\n".join(items) + "\n</ol>"
 
 
 def _experiment(experiment: Experiment, outcome: Outcome, verdict: Verdict | None) -> list[str]:
-    css, words = _sign(outcome, verdict)
-    evidence = "Not complete: what follows is of the finished measurements." if verdict is None else verdict.evidence
+    css, words = _sign(experiment, outcome, verdict)
+    if not outcome.fits(experiment):
+        evidence = "It was measured with other arms or metrics than it has now: run it again."
+    elif verdict is None:
+        evidence = "Not complete: what follows is of the finished measurements."
+    else:
+        evidence = verdict.evidence
     judged = (
         f'<ol class="claims"><li><p class="verdict {css}">{words}</p><div><p>{escape(experiment.claim)}</p>'
         f'<p class="note">{escape(evidence)}</p></div></li></ol>'
     )
+    if not outcome.fits(experiment):
+        return [judged]
     paper = {"The paper": experiment.paper or "gives no number", "Here": evidence, "Source": experiment.source}
-    if set(outcome.by_arm) != set(experiment.arms):
-        return [judged, "<p class='note'>It was measured with other arms than it has now: run it again.</p>"]
     results = outcome.results()
     columns, rows = comparison(experiment, results)
     figures = "\n".join(
@@ -89,6 +96,8 @@ def _experiment(experiment: Experiment, outcome: Outcome, verdict: Verdict | Non
         for svg, title in drawings(experiment, results)
     )
     seeds = "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds; mean ± standard deviation"
+    if verdict is None:
+        seeds = f"{outcome.finished} of {outcome.units} measured; numbers are of the finished ones"
     made = {
         "Protocol": experiment.protocol,
         "Size": f"{outcome.size}, {seeds}, {outcome.seconds:.0f} s of one core on {outcome.device}, {outcome.environment['date']}",
