@@ -28,6 +28,7 @@ from batchnorm.lab.fingerprint import code_version, data_version
 from batchnorm.lab.outcome import Damaged, Outcome
 from batchnorm.lab.result import spelled, to_json
 from batchnorm.lab.unit import Finished, Unit, packed, unpacked
+from batchnorm.report import findings
 from batchnorm.report.curves import drawings
 from batchnorm.report.lab import render
 from batchnorm.report.rows import spread
@@ -580,3 +581,15 @@ class TestEnds:
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 2
         assert (output, errors) == ("", "Error: data must be real; these are not: bring others\n")
+
+
+def test_the_page_of_findings_is_what_the_published_results_say():
+    """Make it again with: batchnorm lab findings --out benchmarks/results/lab --page docs/findings.md"""
+    root = Path(__file__).parent.parent
+    results = root / "benchmarks" / "results" / "lab"
+    known = [
+        (experiment, outcome.load(experiment.name, results)) for experiment in map(experiments.load, experiments.NAMES)
+    ]
+    text, pictures = findings.render([(experiment, found) for experiment, found in known if found], "findings")
+    assert len(pictures) == len(known) == 17
+    assert (root / "docs" / "findings.md").read_text(encoding="utf-8") == text
