@@ -489,7 +489,7 @@ class TestCommands:
         text = page.read_text()
         assert "| [tiny](#tiny) | It works. | holds |" in text
         assert "| share | 50.5%\u00a0±\u00a00.7% | 90.5%\u00a0±\u00a00.7% |" in text
-        assert "| steps | never | 10" in text
+        assert "| steps | never, never | 10" in text
         assert "half" not in text
         assert "](findings/tiny.svg)" in text
         (drawing,) = (page.parent / "findings").iterdir()
