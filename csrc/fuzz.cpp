@@ -54,7 +54,7 @@ void fuzz_one() {
     task.interleaved = numbers() % 2;
     task.N = one_of({1, 2, 3, 17, 64});
     task.C = one_of({1, 2, 3, 13, 64, 65, 131});
-    task.S = one_of({1, 2, 15, 16, 17, 49, 101, 196, 1031});
+    task.S = one_of({1, 2, 15, 16, 17, 49, 101, 196, 301, 1031});
     if (numbers() % 16 == 0) task.N = 1, task.C = one_of({1, 2}), task.S = 140001;
     const int64_t values = task.N * task.C * task.S, size = task.dtype == Dtype::float64   ? 8
                                                             : task.dtype == Dtype::float32 ? 4
@@ -63,7 +63,11 @@ void fuzz_one() {
     const int64_t shift = numbers() % 2 ? 64 : size * (numbers() % 32);
     Block x(values * size, shift), dy(values * size, shift), residual(values * size, shift), mask(task.N * task.S, 0);
     x.fill(3.0, task.dtype, values), dy.fill(0.0, task.dtype, values), residual.fill(1.0, task.dtype, values);
-    for (int64_t i = 0; i < task.N * task.S; ++i) ((uint8_t*)mask.data())[i] = numbers() % 4 != 0;
+    const int64_t run = one_of({1, 1, 5, 300});
+    for (int64_t i = 0, counts = 0; i < task.N * task.S; ++i) {
+        if (i % run == 0) counts = numbers() % 4 != 0;
+        ((uint8_t*)mask.data())[i] = (uint8_t)counts;
+    }
     task.x = x.data();
     if (backward) task.dy = dy.data();
     if (numbers() % 2 && task.verb != Verb::moments) task.residual = residual.data();

@@ -317,15 +317,16 @@ class Planar {
     // Each row by itself, with the mask of its sample once for each channel.
     template <class Map, class Out>
     void map_masked_columns(const Table<T>& table, Rows rows, int64_t n, bool stream, const Map& map, const Out& out) const {
-        uint8_t mask[most_columns + T::width];
+        uint8_t* mask = (uint8_t*)malloc(rows.columns + T::width);  // a vector past the end may be loaded, never used
         const int64_t samples = rows.count;
         rows.count = 1;
         for (int64_t sample = 0; sample < samples; ++sample, rows.first += rows.stride) {
             memcpy(mask, task.mask + (n + sample) * S, S);
             for (int64_t have = S; have < rows.columns; have *= 2) memcpy(mask + have, mask, at_most(have, rows.columns - have));
-            const Map here = map.under(mask, mask + sizeof mask);
+            const Map here = map.under(mask, mask + rows.columns + T::width);
             stream ? map_columns<true>(table, rows, here, out) : map_columns<false>(table, rows, here, out);
         }
+        free(mask);
     }
 
     template <class Map, class Out>
