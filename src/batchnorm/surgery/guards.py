@@ -32,7 +32,8 @@ def without_functions() -> Iterator[None]:
 
     All its calls go through the helper that is exchanged here, those by a reference to `apply`, too.
     """
-    helpers: Any = function._functorch.utils
+    private: Any = function
+    helpers = private._functorch.utils
     before = helpers.unwrap_dead_wrappers
 
     def refuse(args: tuple[Any, ...]) -> tuple[Any, ...]:

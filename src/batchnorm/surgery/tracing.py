@@ -127,7 +127,7 @@ def trace_module(model: nn.Module, path: str, rules: Rules) -> tuple[Part | None
     try:
         module = without_weights(model).get_submodule(path)
     except Exception as error:  # a copy may raise anything, as of a lock
-        return None, f"it cannot be copied: {_first_line(error)}"
+        return None, f"it cannot be copied: {first_line(error)}"
     attributes = Attributes(module)
     with without_functions() if rules.whole else contextlib.nullcontext():
         traced = _trace(module, path, rules)[0]
@@ -184,14 +184,15 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
             rules.accept(path, graph)
             return graph, ""
         except Exception as error:  # forwards may raise anything when they meet a stand-in for a tensor
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
         finally:
             random.setstate(states[0])
             torch.set_rng_state(states[1])
     return None, reasons[-1]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message; its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
