@@ -7,7 +7,6 @@ stay what they are, so that a folded model is still of its class.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
 from batchnorm.surgery.rewritten import restore_forwards
-from batchnorm.surgery.tracing import Rules, Traced, Tracer, computed_weights, first_line, trace_parts
+from batchnorm.surgery.tracing import Rules, Traced, Tracer, copied, trace_parts
 
 _ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
 
@@ -66,8 +65,8 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     given = list(tensors((args, kwargs)))
     if given and not any(value.numel() for value in given):
         raise InputError("the example must have at least one sample, but all its tensors are empty")
-    original = _copy(model).eval()
-    folded = _copy(original)
+    original = copied(model).eval()
+    folded = copied(original)
     _separate(folded)
     restore = _restoring(folded)
     traced, folding, counts = _fold(folded, args, kwargs)
@@ -126,21 +125,6 @@ def _note_left(model: nn.Module, folding: Folding, counts: Counter[int]) -> None
         if id(norm) not in named:
             named.add(id(norm))
             folding.left[name] = "it is in a part that could not be traced" if counts[id(norm)] else "it is not called"
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy, with weights that are computed as they are now.
-
-    Raises:
-        StateError: if there is none.
-    """
-    try:
-        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_weights(model)})
-    except Exception as error:  # a copy may raise anything, as of a lock
-        raise StateError(
-            f"a model must be one that copy.deepcopy can copy, but {type(error).__name__}: {first_line(error)}; keep locks, files and "
-            "outputs out of its attributes, or give its class a __deepcopy__"
-        ) from error
 
 
 def _restoring(model: nn.Module) -> Callable[[], None]:

@@ -108,6 +108,21 @@ def without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {**copies, **{id(tensor): tensor for tensor in model.parameters()}})
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, with weights that are computed as they are now.
+
+    Raises:
+        StateError: if there is none.
+    """
+    try:
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_weights(model)})
+    except Exception as error:  # a copy may raise anything, as of a lock
+        raise StateError(
+            f"a model must be one that copy.deepcopy can copy, but {type(error).__name__}: {first_line(error)}; keep locks, files and "
+            "outputs out of its attributes, or give its class a __deepcopy__"
+        ) from error
+
+
 def computed_weights(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that are plain attributes, as pruning and `weight_norm` leave them, which torch does not copy."""
     for module in model.modules():
