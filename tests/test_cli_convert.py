@@ -110,3 +110,32 @@ def test_a_file_that_exists_is_asked_for(folder):
     assert call("mynet:layer", "--out", "new.pt", input="y\n").exit_code == 0
     assert call("mynet:layer", "--out", "new.pt", "--yes", "--json").exit_code == 0
     assert sorted(torch.load("new.pt")) == sorted(bn.BatchNorm1d(3).state_dict())
+
+
+ODD = """
+from torch import nn
+
+def model():
+    print("building")
+    norm = nn.BatchNorm2d(3)
+    return nn.ModuleDict({"[/batch]": norm, "[red]x": norm})
+"""
+
+
+def test_names_with_brackets_and_a_layer_that_hangs_twice(folder):
+    (folder / "odd.py").write_text(ODD)
+    sys.modules.pop("odd", None)
+    result = call("odd:model")
+    assert result.exit_code == 0, result.output
+    assert "[/batch]  BatchNorm2d → batchnorm.BatchNorm2d" in result.stdout
+    assert "[red]x  BatchNorm2d" in result.stdout
+    assert result.stdout.rstrip().endswith("1 of 1 change.")
+    result = call("odd:model", "--json")
+    assert [row["module"] for row in json.loads(result.stdout)["modules"]] == ["[/batch]", "[red]x"]
+    assert "building" in result.stderr
+
+
+def test_an_empty_name_of_a_file_is_a_usage_error():
+    result = call("mynet:model", "--out", "")
+    assert result.exit_code == 2
+    assert "--out must be a file, but . is a folder" in result.output

@@ -130,3 +130,48 @@ def test_errors_are_clear_and_write_nothing(folder, arguments, words):
     assert words in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert [path.name for path in folder.iterdir() if path.suffix in (".pt", ".pt2", ".bin")] == []
+
+
+ODD = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("[red]conv", nn.Conv2d(3, 4, 1))
+        self.add_module("[/norm]", nn.BatchNorm2d(4))
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.last(torch.relu(getattr(self, "[/norm]")(getattr(self, "[red]conv")(x))))
+
+def model():
+    print("building")
+    return Odd()
+"""
+
+
+def test_names_with_brackets_are_printed_as_they_are(folder):
+    (folder / "odd.py").write_text(ODD)
+    sys.modules.pop("odd", None)
+    result = call("odd:model", "--input", "1x3x4x4", "--out", "x.pt")
+    assert result.exit_code == 0, result.output
+    assert "folded into [red]conv (after)" in result.stdout
+    assert "[/norm]" in result.stdout
+
+
+def test_json_is_alone_on_stdout_when_the_factory_prints(folder):
+    (folder / "odd.py").write_text(ODD)
+    sys.modules.pop("odd", None)
+    result = call("odd:model", "--input", "1x3x4x4", "--out", "x.pt", "--json")
+    assert json.loads(result.stdout)["folded"][0]["batch_norm"] == "[/norm]"
+    assert "building" in result.stderr
+
+
+@pytest.mark.parametrize("shape", ["99999999999x3x8x8", f"{'9' * 30}x3"])
+def test_a_shape_beyond_memory_is_one_line(folder, shape):
+    result = call("mynet:model", "--input", shape, "--out", "x.pt")
+    assert result.exit_code == 2
+    assert "--input must be a shape whose tensor fits in memory" in result.output
+    assert "Traceback" not in result.output

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import random
+import threading
 
 import pytest
 import torch
@@ -579,3 +580,141 @@ def test_most_of_their_batch_norms_were_folded():
         pytest.skip("runs after the test of the graphs")
     before, gone = (sum(column) for column in zip(*COUNTS, strict=True))
     assert gone > before / 3
+
+
+def report_of(model, x, **options):
+    """What became of the batch norms of a model that need not be foldable: folded, left."""
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(x)
+        found, report = bn.fold(model, x, **options)
+        torch.testing.assert_close(found(x), expected, rtol=1e-6, atol=1e-6)
+    return [pair.batch_norm for pair in report.folded], report.left
+
+
+def test_several_batch_norms_before_one_padding():
+    layers = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ZeroPad2d(1), nn.Conv2d(4, 5, 3)
+    found, _ = folded(nn.Sequential(*layers), normal(2, 4, 5, 6))
+    assert type(found[2]) is ChannelPad
+
+
+def test_a_padding_that_cuts_off_stays():
+    _, report = folded(
+        nn.Sequential(nn.BatchNorm2d(4), nn.ZeroPad2d((1, -1, 0, 0)), nn.Conv2d(4, 5, 3)), normal(2, 4, 5, 6), 1
+    )
+    assert report.left["0"].endswith("1 cuts off what it does not pad")
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_parametrized_biases_stay_and_parametrized_batch_norms_are_folded():
+    convolution, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    nn.utils.parametrize.register_parametrization(convolution, "bias", Doubled())
+    model = settle(nn.Sequential(convolution, nn.BatchNorm2d(4))).double()
+    assert "0 cannot take it in: its bias is parametrized" in report_of(model, normal(2, 4, 5, 5))[1]["1"]
+    nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
+    model = settle(nn.Sequential(nn.Conv2d(4, 4, 3), norm)).double()
+    assert report_of(model, normal(2, 4, 5, 5)) == (["1"], {})
+
+
+def test_a_batch_norm_of_a_block_that_also_hangs_elsewhere():
+    model = Graph(lambda m, x: m.block(x.relu()), norm=(norm := nn.BatchNorm2d(4)))
+    model.block = Graph(lambda m, x: m.a(x) + m.b(x) + m.norm(x), norm=norm)
+    model.block.a, model.block.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+    _, report = folded(model, normal(2, 4, 5, 5))
+    assert report.merged[0].convolution == "block.a"
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_compiled_model_may_have_been_called(called):
+    inner = settle(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).double().eval()
+    model = torch.compile(inner, backend="eager")
+    x = normal(2, 4, 5, 5)
+    if called:
+        with torch.no_grad():
+            model(x)
+    assert report_of(model, x) == (["_orig_mod.1"], {})
+
+
+def test_what_is_not_called_is_called_that():
+    unused = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = settle(
+        Graph(lambda m, x: m.conv(x), norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 1), unused=unused)
+    ).double()
+    assert report_of(model, normal(2, 4, 3, 3))[1] == dict.fromkeys(("norm", "unused.1"), "it is not called")
+
+
+def test_a_batch_norm_that_hangs_twice_is_reported_once():
+    shared = nn.BatchNorm2d(4)
+    layers = nn.Conv2d(4, 4, 3), shared, nn.Conv2d(4, 4, 3), shared
+    model = settle(nn.Sequential(*layers)).double()
+    assert report_of(model, normal(2, 4, 7, 7))[1] == {"1": "it is called several times"}
+
+
+def test_plain_references_to_a_layer():
+    model = Graph(lambda m, x: m.steps[1](m.steps[0](x)), norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 3))
+    model.steps = [model.conv, model.norm]
+    settle(model).double()
+    left = report_of(model, normal(2, 4, 5, 5))[1]
+    assert left == {"norm": "a plain attribute refers to norm, too, and would go on calling it"}
+    model = Graph(lambda m, x: m.conv(m.steps[0](m.norm(x))), norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 3))
+    model.pad = nn.ZeroPad2d(1)
+    model.steps = [model.pad]
+    settle(model).double()
+    assert "a plain attribute refers to pad" in report_of(model, normal(2, 4, 5, 5))[1]["norm"]
+
+
+def test_an_empty_example_shows_nothing():
+    class Twice(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = settle(nn.Sequential(nn.Conv2d(4, 4, 3), Twice(4))).double().eval()
+    with pytest.raises(bn.errors.InputError, match="at least one sample"):
+        bn.fold(model, normal(0, 4, 5, 5))
+    assert "computes something else" in report_of(model, normal(1, 4, 5, 5))[1]["1"]
+
+
+def test_a_padding_beyond_the_dtype_stays():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)).half().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(6e-5)
+        model[0].bias.fill_(10)
+    _, report = bn.fold(model, normal(2, 4, 5, 5).half(), tolerance=0.05)
+    assert report.left["0"].endswith("the padding of 1 would not be finite in torch.float16")
+
+
+def test_counters_of_the_model_do_not_move():
+    def forward(m, x):
+        m.count += 1
+        return m.norm(m.conv(x)) * m.count
+
+    model = settle(Graph(forward, norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 1))).double()
+    model.register_buffer("count", torch.zeros(()))
+    found, _ = bn.fold(model, normal(2, 4, 3, 3))
+    assert (model.count.item(), found.count.item()) == (0, 0)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model.lock = threading.Lock()
+    with pytest.raises(bn.errors.StateError, match=r"one that copy\.deepcopy can copy, but TypeError: cannot pickle"):
+        bn.fold(model, normal(1, 4, 3, 3).float())
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_branches_are_not_merged_where_gradients_are_switched_off():
+    def forward(m, x):
+        with torch.no_grad():
+            h = m.conv(x)
+        return m.a(h) + m.b(h)
+
+    model = Graph(forward, norm=nn.Identity(), conv=nn.Conv2d(4, 4, 1))
+    model.a, model.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    found, report = bn.fold(model, x)
+    found(x).sum().backward()
+    assert report.merged == ()
+    assert found.conv.weight.grad is None

@@ -4,11 +4,13 @@ import contextlib
 import copy
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.lab.networks import Bottleneck
@@ -240,10 +242,174 @@ def test_of_what_cannot_be_traced_the_modules_below_are_fused():
     torch.testing.assert_close(model(sample().float()), expected(sample().float()))
 
 
-def test_what_is_added_must_have_the_shape():
-    model = bn.fuse(Scripted(lambda m, x: m.norm(x) + x.mean((2, 3), keepdim=True)))
-    with pytest.raises(bn.errors.ShapeError, match="residual must have the input's shape"):
-        model(sample().float())
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+_reverse = Reversed.apply
+
+
+def _in(context):
+    def function(m, x):
+        with context():
+            y = m.conv(x)
+        return m.relu(m.norm(y))
+
+    return function
+
+
+def _without_gradients(m, x):
+    return m.relu(m.norm(torch.no_grad()(m.conv)(x)))
+
+
+def _writes(name):
+    def function(m, x):
+        if name == "buffer":
+            m.count += 1
+        elif name == "list":
+            m.seen.append(1)
+        else:
+            setattr(m, name, getattr(m, name) + 1)
+        return m.relu(m.norm(x))
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (_in(torch.no_grad), "switches gradients"),
+        (_in(torch.enable_grad), "switches gradients"),
+        (_without_gradients, "switches gradients"),
+        (_in(lambda: torch.autocast("cpu", torch.bfloat16)), "switches gradients"),
+        (_in(lambda: torch.autocast("cpu", enabled=False)), "switches gradients"),
+        (_in(torch.autograd.graph.save_on_cpu), "switches gradients"),
+        (lambda m, x: m.relu(m.norm(checkpoint(m.conv, x, use_reentrant=False))), "switches gradients"),
+        (lambda m, x: m.relu(m.norm(checkpoint(m.conv, x, use_reentrant=True))), "calls an autograd.Function"),
+        (lambda m, x: m.relu(m.norm(Reversed.apply(x))), "calls an autograd.Function"),
+        (lambda m, x: m.relu(m.norm(_reverse(x))), "calls an autograd.Function"),
+        (_writes("aux"), "writes attributes"),
+        (_writes("count"), "writes attributes"),
+        (_writes("buffer"), "writes attributes"),
+        (_writes("list"), "writes attributes"),
+    ],
+)  # fmt: skip
+def test_what_a_graph_does_not_hold_keeps_the_forward(function, reason, caplog):
+    model = Scripted(function)
+    model.aux, model.seen = 0, []
+    model.register_buffer("count", torch.zeros(()))
+    expected = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.fuse(model)
+    assert "forward" not in vars(model)
+    assert f"left the model: its forward {reason}" in caplog.text or f"left the model: it {reason}" in caplog.text
+    assert (model.aux, model.seen, model.count) == (0, [], 0)
+    results = []
+    for each in (expected, model):
+        x = sample().float().requires_grad_()
+        y = each(x)
+        y.square().sum().backward()
+        conv = each.conv.weight.grad
+        results.append(
+            (y, x.grad, *([] if conv is None else [conv]), torch.tensor([each.aux, len(each.seen), each.count]))
+        )
+    assert len(results[0]) == len(results[1])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+    assert Reversed.apply(torch.ones(1)).item() == 1  # nothing of the tracing stays
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.norm(a := x * 2) + m.act(a),
+        lambda m, x: (m.norm(a := x * 2), b := F.relu(a, True))[0] + b,
+        lambda m, x: (m.norm(v := x * 2), v.view(3, 4, 25).relu_())[0] + v,
+        lambda m, x: (m.norm(v := x * 2), v.mul_(2))[0] + x,
+        lambda m, x: (m.norm(v := x * 2), m.opaque(v))[0] + x,
+        lambda m, x: (x * 2).add_(m.norm(x)),
+    ],
+    ids=["container", "positional", "view", "method", "module", "target"],
+)
+def test_what_is_written_in_place_keeps_its_order(function):
+    class Opaque(nn.Module):
+        def forward(self, x):
+            return x.mul_(3)
+
+    model = settle(Scripted(function, act=nn.Sequential(nn.ReLU(inplace=True)), opaque=Opaque())).eval()
+    expected = copy.deepcopy(model)
+    bn.fuse(model)
+    assert "forward" not in vars(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample().float()), expected(sample().float()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_copied_is_left_and_what_is_below_is_fused(caplog):
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lock, self.saved = threading.Lock(), []
+            self.block, self.norm = Block(), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.norm(self.block(x))
+            self.saved[:] = [y]
+            return F.relu(y)
+
+    model = Locked()
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.fuse(model)
+    assert "left the model: it cannot be copied: cannot pickle" in caplog.text
+    assert activations(model) == {"block.bn1": "relu", "block.bn2": "relu", "norm": "None"}
+    del model.lock
+    model(sample().float())
+    bn.revert(model)
+    with caplog.at_level(logging.INFO, "batchnorm"):
+        bn.fuse(model)
+    assert "it cannot be copied: Only Tensors created explicitly by the user" in caplog.text
+    assert activations(model)["block.bn2"] == "relu"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.norm(x) + x.mean((2, 3), keepdim=True),
+        lambda m, x: torch.relu(m.norm(x) + m.scale),
+        lambda m, x: m.relu(m.norm(x.mean((2, 3), keepdim=True)) + x),
+        lambda m, x: m.norm(x) + x.size(1),
+        lambda m, x: m.relu(m.norm(x) + x.double()),
+    ],
+    ids=["mean", "parameter", "larger", "number", "dtype"],
+)
+def test_what_has_another_shape_is_added_afterwards(function):
+    model = Scripted(function, scale=nn.Parameter(torch.linspace(-1, 1, 4).reshape(1, 4, 1, 1)))
+    settle(model)
+    expected = copy.deepcopy(model)
+    bn.fuse(model)
+    assert "residual = " in model.forward.source
+    for training in (True, False):
+        results = []
+        for each in (expected.train(training), model.train(training)):
+            x = sample().float().requires_grad_()
+            each.zero_grad()
+            y = each(x)
+            (y.square().sum()).backward()
+            results.append((y, x.grad, each.norm.weight.grad, dict(each.state_dict())))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert str(bn.revert(model)) == str(expected)
+
+
+def test_what_has_another_shape_is_added_afterwards_in_a_compiled_model():
+    model = Scripted(lambda m, x: torch.relu(m.norm(x) + x.mean((2, 3), keepdim=True)))
+    expected = copy.deepcopy(model)
+    compiled = torch.compile(bn.fuse(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(sample().float()), expected(sample().float()), rtol=1e-4, atol=1e-4)
+    assert str(model.norm.activation) == "relu"
 
 
 def test_an_exchanged_layer_does_not_lose_its_activation_silently():

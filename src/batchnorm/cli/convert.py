@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 from torch import nn
 
-from batchnorm.cli.models import build_model, load_weights, require_format, save_weights
+from batchnorm.cli.models import build_model, kept_clean, load_weights, require_format, save_weights
 from batchnorm.errors import InputError
 from batchnorm.lab.result import check_writable, to_json
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import batch_norms, convert, fuse, is_frozen_norm, walk, why_left
 from batchnorm.surgery.rewritten import Rewritten
+from batchnorm.surgery.tracing import copied
 
 
 @click.command("convert", epilog="Example: batchnorm convert mynet:resnet --weights old.pt --out new.safetensors")
@@ -27,7 +28,11 @@ from batchnorm.surgery.rewritten import Rewritten
     type=click.Path(path_type=Path),
     help="state_dict to read, from torch.save or .safetensors; gamma and beta are taken for weight and bias.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="File of weights to write; .safetensors by its suffix.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File of weights to write; .safetensors by its suffix.",
+)
 @click.option("--fuse", "fused", is_flag=True, help="Look for additions and activations in the model's own code, too.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before an existing file is written over.")
@@ -42,13 +47,16 @@ def convert_command(
     """
     start = time.perf_counter()
     if out is not None:
+        if out.is_dir():  # so is the empty name
+            raise InputError(f"--out must be a file, but {out} is a folder")
         require_format(out)
         check_writable(out.parent)
-    original = build_model(spec)
-    model = copy.deepcopy(original)
-    model = fuse(model) if fused else convert(model)
-    if weights is not None:
-        load_weights(model, weights)
+    with kept_clean(as_json=as_json):
+        original = build_model(spec)
+        model = copied(original)
+        model = fuse(model) if fused else convert(model)
+        if weights is not None:
+            load_weights(model, weights)
     plan = _plan(original, model)
     if not as_json:
         _show(spec, original, plan)
@@ -90,12 +98,15 @@ def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
     classes = {slot.path: type(slot.module).__name__ for slot in walk(original)}
     branches: dict[str, Tree] = {}
     for name in shown or [""]:
-        label = f"{name.rpartition('.')[2] or spec}  [dim]{classes[name]}[/dim]"
+        label = f"{escape(name.rpartition('.')[2] or spec)}  [dim]{escape(classes[name])}[/dim]"
         if name in rows:
             row = rows[name]
-            label += f" → {row['becomes']}" if row["becomes"] else f"  [yellow]left[/yellow]: {row['left']}"
+            what = escape(row["becomes"] or row["left"])
+            label += f" → {what}" if row["becomes"] else f"  [yellow]left[/yellow]: {what}"
         branches[name] = branches[name.rpartition(".")[0]].add(label) if name else Tree(label)
     console = Console(highlight=False)
     console.print(branches[""])
-    changed = sum(row["left"] is None for row in plan)
-    console.print(f"\n{changed} of {len(plan)} change." if plan else "\nIt has no batch norm.")
+    modules = {slot.path: id(slot.module) for slot in walk(original)}  # one may hang in several places
+    changed = {modules[row["module"]] for row in plan if row["left"] is None}
+    total = {modules[row["module"]] for row in plan}
+    console.print(f"\n{len(changed)} of {len(total)} change." if plan else "\nIt has no batch norm.")

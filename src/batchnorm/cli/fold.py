@@ -11,10 +11,12 @@ import click
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from batchnorm.cli.export import PROGRAMS, export, require_exporter
-from batchnorm.cli.models import SAFETENSORS, build, build_model, load_weights, require_format, save_weights
+from batchnorm.cli.models import SAFETENSORS, build, build_model, kept_clean, load_weights, require_format, save_weights
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.folding import FoldReport, fold
 from batchnorm.folding.record import example
@@ -64,24 +66,18 @@ def fold_command(
     require_format(out)
     require_exporter(out)
     check_writable(out.parent)
-    model = build_model(spec)
-    if weights is not None:
-        load_weights(model, weights)
-    inputs = _example(given)
-    args, kwargs = example(inputs)
-    try:
-        folded, report = fold(model, inputs, tolerance=tolerance)
-    except BatchNormError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the model must take the example, but {type(error).__name__}: {error}; check --input"
-        ) from error
-    written = None
-    if out.suffix in PROGRAMS:
-        written = export(folded, args, kwargs, out, fixed_batch=fixed_batch)
-    else:
-        save_weights(folded, out)
+    with kept_clean(as_json=as_json):
+        model = build_model(spec)
+        if weights is not None:
+            load_weights(model, weights)
+        inputs = _example(given)
+        args, kwargs = example(inputs)
+        folded, report = _fold(model, inputs, tolerance)
+        written = None
+        if out.suffix in PROGRAMS:
+            written = export(folded, args, kwargs, out, fixed_batch=fixed_batch)
+        else:
+            save_weights(folded, out)
     if as_json:
         click.echo(to_json({"out": str(out), "program_error": written, **report.to_dict()}), nl=False)
         return
@@ -90,26 +86,45 @@ def fold_command(
     click.echo(f"\nWrote {out}{checked}. It took {time.perf_counter() - start:.0f} s.")
 
 
+def _fold(model: nn.Module, inputs: Any, tolerance: float) -> tuple[nn.Module, FoldReport]:
+    try:
+        return fold(model, inputs, tolerance=tolerance)
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model must take the example, but {type(error).__name__}: {error}; check --input"
+        ) from error
+
+
 def _example(given: str) -> Any:
-    if _SHAPE.fullmatch(given):
-        shape = [int(size) for size in given.split("x")]
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return build(given)
+    if not _SHAPE.fullmatch(given):
+        return build(given)
+    try:
+        return torch.randn([int(size) for size in given.split("x")], generator=torch.Generator().manual_seed(0))
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # of what torch or Python cannot count, or the machine not hold
+        raise InputError(
+            f"--input must be a shape whose tensor fits in memory, but is {given[:80]}; give a smaller one"
+        ) from error
 
 
 def _show(report: FoldReport) -> None:
     table = Table("batch norm", "what became of it", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for pair in report.folded:
-        table.add_row(pair.batch_norm, f"folded into {', '.join(pair.into)} ({pair.kind})")
+        table.add_row(escape(pair.batch_norm), escape(f"folded into {', '.join(pair.into)} ({pair.kind})"))
     for name, reason in report.left.items():
-        table.add_row(name, f"left: {reason}")
+        table.add_row(escape(name), escape(f"left: {reason}"))
     console = Console(highlight=False)
     console.print(table)
     facts = Table.grid(padding=(0, 2))
     for merge in report.merged:
-        facts.add_row("merged", f"{', '.join(merge.branches)} into {merge.convolution}")
+        facts.add_row("merged", escape(f"{', '.join(merge.branches)} into {merge.convolution}"))
     for name, reason in report.untraced.items():
-        facts.add_row("not traced", f"{name}: {reason}")
+        facts.add_row("not traced", escape(f"{name}: {reason}"))
     facts.add_row("batch norms", f"{report.batch_norms_before} before, {report.batch_norms_after} after")
     facts.add_row("parameters", f"{report.parameters_before:,} before, {report.parameters_after:,} after")
     facts.add_row("time", f"{1e3 * report.seconds_before:.3g} ms before, {1e3 * report.seconds_after:.3g} ms after")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,11 @@ def build_model(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} must return a torch.nn.Module, but returned {type(model).__name__}")
     return model
+
+
+def kept_clean(*, as_json: bool) -> AbstractContextManager[Any]:
+    """Within it, what others print goes to stderr, if stdout is for JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

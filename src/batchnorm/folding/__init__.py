@@ -7,9 +7,9 @@ stay what they are, so that a folded model is still of its class.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +22,14 @@ from batchnorm.errors import ArgumentError, FoldingError, InputError, StateError
 from batchnorm.folding.branches import Merging
 from batchnorm.folding.fold import Folding
 from batchnorm.folding.norms import is_norm
-from batchnorm.folding.record import Record, call, difference, example, largest
+from batchnorm.folding.record import Record, call, difference, example, largest, tensors
 from batchnorm.folding.report import Folded, FoldReport, Merged
 from batchnorm.folding.weights import kind_of
 from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
 from batchnorm.surgery.rewritten import restore_forwards
-from batchnorm.surgery.tracing import Rules, Traced, Tracer, computed_weights, trace_parts
+from batchnorm.surgery.tracing import Rules, Traced, Tracer, copied, trace_parts
 
 _ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
 
@@ -49,8 +49,8 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
 
     Raises:
         ArgumentError: if model is not a module, or example_input no input.
-        InputError: if tolerance is negative.
-        StateError: if layers are lazy still.
+        InputError: if tolerance is negative, or the example empty.
+        StateError: if layers are lazy still, or the model cannot be copied.
         FoldingError: if the outputs differ by more than the tolerance.
     """
     if not isinstance(model, nn.Module):
@@ -62,18 +62,19 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
             "the layers of a model must know their sizes before it is folded, but some are lazy; call it once first"
         )
     args, kwargs = example(example_input)
-    original = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_weights(model)}).eval()
-    folded = copy.deepcopy(original)
+    given = list(tensors((args, kwargs)))
+    if given and not any(value.numel() for value in given):
+        raise InputError("the example must have at least one sample, but all its tensors are empty")
+    original = copied(model).eval()
+    folded = copied(original)
     _separate(folded)
-    traced, folding = _fold(folded, args, kwargs)
+    restore = _restoring(folded)
+    traced, folding, counts = _fold(folded, args, kwargs)
     folded = folding.replacements.get(id(folded), folded)
     merging = _merge(folded, args, kwargs)
-    for pair in merging.folded:
-        folding.left.pop(pair.batch_norm)
-    for slot in walk(folded):
-        if is_norm(slot.module):
-            folding.left.setdefault(slot.path or "the model", "it is in a part that could not be traced")
+    _note_left(folded, folding, counts)
     wanted = call(original, args, kwargs)
+    restore()
     error, scale = difference(call(folded, args, kwargs), wanted), largest(wanted)
     if not error <= tolerance * max(1.0, scale):
         raise FoldingError(
@@ -87,6 +88,7 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     for name, reason in folding.left.items():
         logger.info("fold: left %s: %s", name, reason)
     before, after = _medians(model, lambda: call(original, args, kwargs), lambda: call(folded, args, kwargs))
+    restore()
     report = FoldReport(
         folded=(*folding.folded, *merging.folded),
         merged=tuple(merging.merged),
@@ -105,13 +107,38 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     return folded, report
 
 
-def _fold(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Traced, Folding]:
+def _fold(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Traced, Folding, Counter[int]]:
     record, folding = Record(model, args, kwargs), Folding(model)
     traced = trace_parts(model, Rules(record.concrete, _is_leaf, record.accept, (Tracer, record.tracer)))
     for part in traced.parts:
         folding.fold(part, record)
     folding.carry_out()
-    return traced, folding
+    return traced, folding, record.counts
+
+
+def _note_left(model: nn.Module, folding: Folding, counts: Counter[int]) -> None:
+    """Name each batch norm that is left, and no other, once."""
+    norms = {slot.path or "the model": slot.module for slot in walk(model) if is_norm(slot.module)}
+    folding.left = {name: reason for name, reason in folding.left.items() if name in norms}
+    named = {id(norms[name]) for name in folding.left}
+    for name, norm in norms.items():
+        if id(norm) not in named:
+            named.add(id(norm))
+            folding.left[name] = "it is in a part that could not be traced" if counts[id(norm)] else "it is not called"
+
+
+def _restoring(model: nn.Module) -> Callable[[], None]:
+    """What gives the modules of a model their buffers of now: each call may count in one."""
+    kept = {id(value): value.clone() for value in model.buffers()}
+    owners = [(module, name, value) for module in model.modules() for name, value in module._buffers.items()]
+
+    def restore() -> None:
+        values = {key: value.clone() for key, value in kept.items()}
+        for module, name, value in owners:
+            if value is not None:
+                module._buffers[name] = values[id(value)]
+
+    return restore
 
 
 def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Merging:

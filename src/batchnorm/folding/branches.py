@@ -60,7 +60,8 @@ class Merging:
             scene = scene_of(model, part, record)
             owners |= {part.full(_owner(node)).rstrip("."): None for node in part.graph.nodes if _group(scene, node)}
         for path in owners:
-            part, _ = trace_module(model, path, rules)
+            with torch.enable_grad():  # so that code that switches gradients off is noticed
+                part, _ = trace_module(model, path, rules._replace(whole=True))
             owner = model.get_submodule(path)
             if (
                 part is None

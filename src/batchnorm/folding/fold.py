@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.folding.flow import CONSTANT_PADS, Refused, shape_of
 from batchnorm.folding.modules import ChannelPad, Rest
 from batchnorm.folding.norms import Affine, is_norm, not_foldable, rest_of
 from batchnorm.folding.record import Record
 from batchnorm.folding.report import Folded
-from batchnorm.folding.rules import End, Scene, ahead, back, check_stays, padding_of
+from batchnorm.folding.rules import End, Scene, ahead, back, check_replaceable, check_stays, padding_of
 from batchnorm.folding.weights import Weights
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import walk
@@ -61,6 +62,7 @@ class Folding:
     def _fold(self, scene: Scene, node: fx.Node, name: str, norm: nn.Module) -> None:
         if id(norm) in scene.shared:
             raise Refused(f"it {scene.shared[id(norm)]}")
+        check_replaceable(scene, name, norm)
         if len(node.args) != 1 or set(node.kwargs) - {"residual"}:
             raise Refused("it is given more than its input")
         value = node.args[0]
@@ -76,6 +78,8 @@ class Folding:
         ends, kind = self._ends(scene, node, axis, affine, rest)
         for end in ends:
             if type(end.module) in CONSTANT_PADS:
+                assert end.pad is not None
+                scene.pads[id(end.module)] = end.pad
                 self.replacements[id(end.module)] = _channel_pad(end.pad, end.module.padding, norm)  # pyright: ignore
                 continue
             weights = self.weights.setdefault(id(end.module), Weights(end.module))
@@ -103,6 +107,7 @@ class Folding:
             check_stays(scene, node.args[0])
             ends = list(ahead(scene, node, axis, affine))
             _check_pads(scene, node, ends)
+            _check_values(ends, scene.modules[node][1])
         except Refused as refused:
             raise Refused(f"{before}; {refused}") from None
         padded = any(end.pad is not None and type(end.module) not in CONSTANT_PADS for end in ends)
@@ -121,13 +126,22 @@ def scene_of(model: nn.Module, part: Part, record: Record) -> Scene:
     read = {part.full(node.target) for node in part.graph.nodes if node.op == "get_attr"}
     shared = dict[int, str]()
     for name, module in modules.values():
-        if in_graph[id(module)] > 1 or record.counts[id(module)] != once:
+        if not record.counts[id(module)]:
+            shared[id(module)] = "is not called"
+        elif in_graph[id(module)] > 1 or record.counts[id(module)] != once:
             shared[id(module)] = "is called several times"
         elif any(owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
             shared[id(module)] = "shares its weights with another module"
         elif any(target.startswith(f"{name}.") for target in read):
             shared[id(module)] = "has weights that others read"
-    return Scene(part.graph, modules, shared)
+    return Scene(part.graph, modules, shared, _kept(model))
+
+
+def _kept(model: nn.Module) -> set[int]:
+    """The modules that plain attributes refer to, lists and the like included, by their ids."""
+    hung = ("_parameters", "_buffers", "_modules")
+    values = [value for module in model.modules() for name, value in vars(module).items() if name not in hung]
+    return {id(leaf) for leaf in tree_leaves(values) if isinstance(leaf, nn.Module)}
 
 
 def hang(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -145,6 +159,19 @@ def _rest(norm: nn.Module, *, residual: bool) -> nn.Module:
 def _channel_pad(pad: Tensor | None, padding: tuple[int, ...], norm: Any) -> ChannelPad:
     assert pad is not None
     return ChannelPad(pad.to(norm.running_mean.dtype), tuple(padding))
+
+
+def _check_values(ends: list[End], norm: Any) -> None:
+    """Paddings must be numbers of the dtypes they are in.
+
+    Raises:
+        Refused: if one is not.
+    """
+    for end in ends:
+        weight = getattr(end.module, "weight", None)
+        for dtype in {norm.running_mean.dtype, norm.running_mean.dtype if weight is None else weight.dtype}:
+            if end.pad is not None and not end.pad.to(dtype).isfinite().all():
+                raise Refused(f"the padding of {end.name} would not be finite in {dtype}")
 
 
 def _check_pads(scene: Scene, node: fx.Node, ends: list[End]) -> None:

@@ -64,6 +64,8 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
             return f"its statistics are {part!r}, which may change in inference"
     if axis >= len(shape) or shape[axis] != norm.running_mean.numel():
         return "its input has another number of channels"
+    if 0 in shape:
+        return "its input is empty in the example"
     if type(norm).forward in (BatchNorm.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward):
         return None
     probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(norm.running_mean)
@@ -77,7 +79,8 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
 
 def rest_of(norm: nn.Module) -> nn.Module:
     """What a batch norm does after its affine function: nothing, or what its children do one after the other."""
-    children = [child for child in norm.children() if type(child) is not nn.Identity]
+    named = [(name, child) for name, child in norm.named_children() if type(child) is not nn.Identity]
+    children = [child for name, child in named if name != "parametrizations"]  # which compute its weights
     return children[0] if len(children) == 1 else nn.Sequential(*children) if children else nn.Identity()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -106,8 +108,11 @@ class Record:
         return self._calls[id(module)]
 
     def _run(self, handles: list[Any]) -> Any:
+        # compiled code does not heed hooks that came later
+        compiled = "torch._dynamo" in sys.modules
         try:
-            return call(self._model, self._args, self._kwargs)
+            with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+                return call(self._model, self._args, self._kwargs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -53,13 +53,17 @@ class Scene:
         module_of: the module of a call; None for other nodes.
         name_of: for messages.
         shared: why a module must not be changed because of who else uses it, or None.
+        kept: the modules that plain attributes refer to, by their ids: others in their place would be passed by.
         gone: calls of batch norms that were folded, and only put out their first argument now.
+        pads: what paddings pad with by now, (C,), by their ids.
     """
 
     graph: fx.Graph
     modules: dict[fx.Node, tuple[str, nn.Module]]
     shared: dict[int, str]
+    kept: set[int] = field(default_factory=set)
     gone: set[fx.Node] = field(default_factory=set)
+    pads: dict[int, Tensor] = field(default_factory=dict)
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         return self.modules[node][1] if node in self.modules else None
@@ -162,7 +166,10 @@ def _through_pad(scene: Scene, node: fx.Node, module: Any, axis: int, affine: Af
         raise Refused(f"{name} pads its channels")
     if id(module) in scene.shared:
         raise Refused(f"{name} {scene.shared[id(module)]}")
-    value = getattr(module, "value", 0.0)
+    check_replaceable(scene, name, module)
+    if min(padding) < 0:
+        raise Refused(f"{name} cuts off what it does not pad")
+    value = scene.pads.get(id(module), getattr(module, "value", 0.0))
     yield End(name, module, affine, _preimage(affine, value, name))
     yield from ahead(scene, node, axis, affine)
 
@@ -192,16 +199,27 @@ def _end(scene: Scene, node: fx.Node, axis: int, affine: Affine, *, before: bool
     return End(name, module, affine, pad)
 
 
-def _preimage(affine: Affine, value: float, name: str) -> Tensor:
+def _preimage(affine: Affine, value: float | Tensor, name: str) -> Tensor:
     """What the affine function makes `value` of."""
     if not affine.scale.all():
-        raise Refused(f"a channel with scale 0 has no padding for {name} that becomes {value:g}")
+        wanted = "what it was" if isinstance(value, Tensor) else f"{value:g}"
+        raise Refused(f"a channel with scale 0 has no padding for {name} that becomes {wanted}")
     return (value - affine.shift) / affine.scale
 
 
 def padding_of(convolution: Any) -> tuple[int, ...]:
     """How a convolution pads, as `torch.nn.functional.pad` takes it."""
     return tuple(convolution._reversed_padding_repeated_twice)
+
+
+def check_replaceable(scene: Scene, name: str, module: nn.Module) -> None:
+    """Refuse a module that would still be called when another hangs in its place.
+
+    Raises:
+        Refused: naming it.
+    """
+    if id(module) in scene.kept:
+        raise Refused(f"a plain attribute refers to {name}, too, and would go on calling it")
 
 
 def check_stays(scene: Scene, value: Any) -> None:

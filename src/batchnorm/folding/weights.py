@@ -37,6 +37,8 @@ def not_writable(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is parametrized"
+    if "bias" not in module._parameters:
+        return "its bias is parametrized"
     return None if weight.is_floating_point() else "its weight is not of a floating dtype"
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.graphs import ADDITIONS, CONSTANT, in_place, uses
-from batchnorm.surgery.rewritten import Rewritten
+from batchnorm.surgery.rewritten import Rewritten, normalize_and_add
 from batchnorm.surgery.tracing import Rules, trace_module
 from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
 
@@ -62,10 +63,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     A module with such a pattern gets a forward of its own, which calls the modules that take part itself: hooks and code that come
     later to a module between it and them are passed by. A module is left as it is where its forward cannot be traced, takes
-    optional arguments, draws random numbers or goes other ways in training than in inference; so are patterns with modules that
-    have hooks, or are used several times. What was changed, what was left and why goes to the logger `batchnorm`.
+    optional arguments, draws random numbers, goes other ways in training than in inference, writes attributes or buffers, switches
+    gradients or autocast on or off, checkpoints, calls an `autograd.Function`, or where the module cannot be copied; so are
+    patterns with modules that have hooks, or are used several times, and additions with something in between that writes in place.
+    What was changed, what was left and why goes to the logger `batchnorm`.
 
-    What is added must have the shape of the batch norm's output; to find that it does not is an error when the model is called.
+    Where what is added turns out to have another shape or dtype than the batch norm's input, it is added afterwards, as before.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -88,38 +91,46 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
     reason = _not_rewritable(owner)
     if reason:
         return reason
-    graph, reason = _graph(owner, lambda _: False)
+    graph, reason = _graph(owner, lambda _: False, whole=False)
     if graph is None:
         return reason
-    patterns = _patterns(owner, graph, places)
+    patterns = [pattern for pattern in _patterns(owner, graph, places) if _stays(owner, pattern)]
     if not patterns:
         return ""
     # once more, now with everything that takes no part as one call each, which stays a call
     entered = _ways(pattern.norm.target for pattern in patterns)
-    graph, reason = _graph(owner, lambda name: name not in entered)
+    graph, reason = _graph(owner, lambda name: name not in entered, whole=True)
     if graph is None:
         return reason
-    _rewrite(owner, name, graph, _patterns(owner, graph, places))
+    # only what was found before: what is one call now does not show who writes into what
+    found = {(pattern.norm.target, pattern.add is None) for pattern in patterns}
+    again = _patterns(owner, graph, places)
+    patterns = [pattern for pattern in again if (pattern.norm.target, pattern.add is None) in found]
+    if not patterns:
+        return ""
+    _rewrite(owner, name, graph, patterns)
     return ""
 
 
 def _rewrite(owner: nn.Module, name: str, graph: fx.Graph, patterns: list[Pattern]) -> None:
     activated = list[str]()
     for pattern in patterns:
-        norm = pattern.norm
+        norm = last = pattern.norm
         layer = owner.get_submodule(str(norm.target))
         assert isinstance(layer, BatchNorm)
         if pattern.add is not None:
             (residual,) = (value for value in pattern.add.args if value is not norm)
-            norm.kwargs = {"residual": residual}
-            pattern.add.replace_all_uses_with(norm)
-            # what is added may be computed after the batch norm was
-            pattern.add.append(norm)
+            with graph.inserting_after(pattern.add):  # what is added may be computed after the batch norm was
+                called = graph.create_node("get_attr", str(norm.target))
+            with graph.inserting_after(called):
+                last = graph.call_function(normalize_and_add, (called, *norm.args), {"residual": residual})
+            pattern.add.replace_all_uses_with(last)
             graph.erase_node(pattern.add)
+            graph.erase_node(norm)
         if pattern.act is not None:
             layer.activation = pattern.activation
             activated.append(str(norm.target))
-            pattern.act.replace_all_uses_with(norm)
+            pattern.act.replace_all_uses_with(last)
             graph.erase_node(pattern.act)
         what = " and ".join(filter(None, [pattern.add and "an addition", str(pattern.activation or "")]))
         logger.info("fuse: in %s, %s now applies %s", name, norm.target, what)
@@ -128,6 +139,7 @@ def _rewrite(owner: nn.Module, name: str, graph: fx.Graph, patterns: list[Patter
 
 
 def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int]) -> list[Pattern]:
+    """The patterns of a graph, whether or not somebody writes in between."""
     calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     found, taken = list[Pattern](), set[fx.Node]()
@@ -147,7 +159,7 @@ def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int
 
 def _pattern(owner: nn.Module, norm: fx.Node, taken: set[fx.Node]) -> Pattern | None:
     user = _only_user(norm)
-    add = user if user is not None and user not in taken and _adds(owner, user, norm) else None
+    add = user if user is not None and user not in taken and _adds(user, norm) else None
     user = _only_user(add or norm)
     activation = None if user is None or user in taken else _activation(owner, user)
     act = None if activation is None else user
@@ -159,18 +171,34 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return user if user is not None and len(node.users) == 1 and uses(user, node) == 1 else None
 
 
-def _adds(owner: nn.Module, node: fx.Node, norm: fx.Node) -> bool:
-    """Whether a node adds another value to the batch norm's output, and nobody could tell that it is added earlier."""
+def _adds(node: fx.Node, norm: fx.Node) -> bool:
+    """Whether a node adds another value to the batch norm's output, and does not write into that."""
     is_addition = node.target in ADDITIONS if node.op == "call_function" else node.target in ("add", "add_")
     if node.op not in ("call_function", "call_method") or not is_addition or node.kwargs or len(node.args) != 2:
         return False
     other = node.args[1] if node.args[0] is norm else node.args[0]
-    if not isinstance(other, fx.Node):
-        return False
-    if in_place(node, None) and node.args[0] is other and len(other.users) > 1:
-        return False  # the other value changes, and is read elsewhere
-    written = (value for value in norm.args if isinstance(value, fx.Node))
-    return not any(in_place(user, _module(owner, user)) for value in written for user in value.users)
+    # a value that changes may be seen by others
+    return isinstance(other, fx.Node) and not (in_place(node, None) and node.args[0] is other)
+
+
+def _stays(owner: nn.Module, pattern: Pattern) -> bool:
+    """Whether nobody may write into what the batch norm reads before the addition, where it would be read now."""
+    between = itertools.takewhile(lambda each: each is not (pattern.add or pattern.norm.next), _after(pattern.norm))
+    return not any(_may_write(each, _module(owner, each)) for each in between)
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    while node.next.op != "root":
+        node = node.next
+        yield node
+
+
+def _may_write(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node may write into what the batch norm before it reads; views of that have other names."""
+    known = module is None or all(
+        type(each).__module__.startswith(("torch.nn.", "batchnorm.")) for each in module.modules()
+    )
+    return not known or in_place(node, module)
 
 
 def _activation(owner: nn.Module, node: fx.Node) -> Activation | None:
@@ -197,8 +225,11 @@ def _not_rewritable(owner: nn.Module) -> str:
     return "its forward takes optional arguments" if optional else ""
 
 
-def _graph(owner: nn.Module, is_whole: Callable[[str], bool]) -> tuple[fx.Graph | None, str]:
-    """The graph of a module's forward, the same in training and in inference; None, and why, where there is none."""
+def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) -> tuple[fx.Graph | None, str]:
+    """The graph of a module's forward, the same in training and in inference; None, and why, where there is none.
+
+    With `whole`, it must hold all that the forward does.
+    """
 
     def is_leaf(module: nn.Module, name: str) -> bool:
         return next(module.children(), None) is None or is_whole(name)
@@ -209,7 +240,8 @@ def _graph(owner: nn.Module, is_whole: Callable[[str], bool]) -> tuple[fx.Graph 
         for training in (True, False):
             for module, _ in flags:
                 module.training = training
-            part, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None))
+            with torch.set_grad_enabled(training):  # once on, once off: then each switch in the forward is noticed
+                part, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None, whole=whole))
             if part is None:
                 return None, reason
             graphs.append(part.graph)

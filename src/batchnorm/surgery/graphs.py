@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,10 +31,22 @@ CONSTANT = "constant"  # in a node's meta: a tensor that the traced code made, w
 def in_place(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node may write into its first argument."""
     if module is not None:
-        return bool(getattr(module, "inplace", False))
+        return any(bool(getattr(each, "inplace", False)) for each in module.modules())
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     augmented = node.op == "call_function" and name.startswith("i") and hasattr(operator, f"__{name}__")
-    return bool(node.kwargs.get("inplace")) or augmented or (name.endswith("_") and not name.endswith("__"))
+    named = _named(node)
+    asked = bool(named.get("inplace")) or named.get("out") is not None
+    return asked or augmented or (name.endswith("_") and not name.endswith("__"))
+
+
+def _named(node: fx.Node) -> Mapping[str, Any]:
+    """The arguments of a function by their names, as far as these are known."""
+    if node.op != "call_function":
+        return node.kwargs
+    try:
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):  # those of builtins are not
+        return node.kwargs
 
 
 def uses(user: fx.Node, value: fx.Node) -> int:

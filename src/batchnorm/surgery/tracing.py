@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import StateError
 from batchnorm.surgery.absorb import Absorbed
 from batchnorm.surgery.graphs import CONSTANT
+from batchnorm.surgery.guards import Attributes, modes, without_functions
 from batchnorm.surgery.walker import is_watched
 
 Concrete = Callable[[str, inspect.Signature], Mapping[str, Any] | None]
@@ -56,6 +59,21 @@ class Tracer(fx.Tracer):
     def __init__(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> None:
         super().__init__()
         self._path, self._leaves, self._is_leaf = path, leaves, is_leaf
+        self._modes: tuple[Any, ...] | None = None
+
+    def keep_modes(self) -> None:
+        """Refuse, from now on, what runs in other modes (gradients, autocast, hooks of saved tensors) than there are now."""
+        self._modes = modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node.
+
+        Raises:
+            StateError: if a context manager stands around it that the graph would not hold.
+        """
+        if self._modes is not None and modes() != self._modes:
+            raise StateError("its forward switches gradients, autocast or checkpoints on or off")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of m is one node."""
@@ -73,18 +91,36 @@ class Rules(NamedTuple):
         is_leaf: whether to stop at a module of this name, beside those of torch.
         accept: raises if the graph of the module of this name is not what the module does.
         tracers: the kinds to try, one after the other.
+        whole: whether the graph becomes a forward: then nothing that a graph does not hold may happen in the one it is made of.
     """
 
     concrete: Concrete
     is_leaf: IsLeaf
     accept: Accept
     tracers: tuple[MakeTracer, ...] = (Tracer,)
+    whole: bool = False
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """A copy with the same tensors: tracing runs forwards, which may leave their marks on the modules."""
-    tensors = itertools.chain(model.parameters(), model.buffers(), computed_weights(model))
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy with the same parameters: tracing runs forwards, which may leave their marks on modules and buffers."""
+    written = itertools.chain(model.buffers(), computed_weights(model))
+    copies = {id(tensor): tensor if is_lazy(tensor) else tensor.detach().clone() for tensor in written}
+    return copy.deepcopy(model, {**copies, **{id(tensor): tensor for tensor in model.parameters()}})
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, with weights that are computed as they are now.
+
+    Raises:
+        StateError: if there is none.
+    """
+    try:
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_weights(model)})
+    except Exception as error:  # a copy may raise anything, as of a lock
+        raise StateError(
+            f"a model must be one that copy.deepcopy can copy, but {type(error).__name__}: {first_line(error)}; keep locks, files and "
+            "outputs out of its attributes, or give its class a __deepcopy__"
+        ) from error
 
 
 def computed_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -103,7 +139,15 @@ def trace_parts(model: nn.Module, rules: Rules) -> Traced:
 
 def trace_module(model: nn.Module, path: str, rules: Rules) -> tuple[Part | None, str]:
     """Trace one module of the model; None, and why, where that fails."""
-    traced = _trace(without_weights(model).get_submodule(path), path, rules)[0]
+    try:
+        module = without_weights(model).get_submodule(path)
+    except Exception as error:  # a copy may raise anything, as of a lock
+        return None, f"it cannot be copied: {first_line(error)}"
+    attributes = Attributes(module)
+    with without_functions() if rules.whole else contextlib.nullcontext():
+        traced = _trace(module, path, rules)[0]
+    if rules.whole and attributes.changed():
+        return None, "its forward writes attributes"
     part = next((part for part in traced.parts if part.path == path), None)
     return part, traced.failures.get(path or "the model", "")
 
@@ -145,18 +189,26 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
                 return None, "it is not called"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a forward warns of is not of this call
-                graph = make(path, leaves, rules.is_leaf).trace(module, dict(constants))
+                tracer = make(path, leaves, rules.is_leaf)
+                if rules.whole:
+                    tracer.keep_modes()
+                graph = tracer.trace(module, dict(constants))
             if random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1]):
                 raise StateError("its forward draws random numbers")
             _note_constants(module, graph)
             rules.accept(path, graph)
             return graph, ""
         except Exception as error:  # forwards may raise anything when they meet a stand-in for a tensor
-            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+            reasons.append(first_line(error))
         finally:
             random.setstate(states[0])
             torch.set_rng_state(states[1])
     return None, reasons[-1]
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _note_constants(module: nn.Module, graph: fx.Graph) -> None:
