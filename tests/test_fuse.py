@@ -404,6 +404,15 @@ def test_what_has_another_shape_is_added_afterwards(function):
     assert str(bn.revert(model)) == str(expected)
 
 
+def test_an_exchanged_layer_without_an_activation_still_adds():
+    model = settle(bn.fuse(Scripted(lambda m, x: m.norm(x) + x))).eval()
+    expected = model(sample().float())
+    exchanged = nn.BatchNorm2d(4).eval()
+    exchanged.load_state_dict(model.norm.state_dict())
+    model.norm = exchanged
+    torch.testing.assert_close(model(sample().float()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_has_another_shape_is_added_afterwards_in_a_compiled_model():
     model = Scripted(lambda m, x: torch.relu(m.norm(x) + x.mean((2, 3), keepdim=True)))
     expected = copy.deepcopy(model)
