@@ -349,6 +349,19 @@ def test_what_is_written_in_place_keeps_its_order(function):
         torch.testing.assert_close(model(sample().float()), expected(sample().float()), rtol=1e-5, atol=1e-5)
 
 
+def test_a_container_that_writes_in_place_keeps_its_order_beside_another_pattern():
+    act = nn.Sequential(nn.ReLU(inplace=True))
+    model = Scripted(lambda m, x: (m.norm(a := x * 2) + m.act(a)) * torch.relu(m.other(x)), act=act)
+    model.other = nn.BatchNorm2d(4)
+    settle(model).eval()
+    expected = copy.deepcopy(model)
+    bn.fuse(model)
+    assert activations(model) == {"norm": "None", "other": "relu"}
+    assert "residual" not in model.forward.source
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample().float()), expected(sample().float()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_cannot_be_copied_is_left_and_what_is_below_is_fused(caplog):
     class Locked(nn.Module):
         def __init__(self):
