@@ -349,6 +349,19 @@ def test_what_is_written_in_place_keeps_its_order(function):
         torch.testing.assert_close(model(sample().float()), expected(sample().float()), rtol=1e-5, atol=1e-5)
 
 
+def test_a_container_that_writes_in_place_keeps_its_order_beside_another_pattern():
+    act = nn.Sequential(nn.ReLU(inplace=True))
+    model = Scripted(lambda m, x: (m.norm(a := x * 2) + m.act(a)) * torch.relu(m.other(x)), act=act)
+    model.other = nn.BatchNorm2d(4)
+    settle(model).eval()
+    expected = copy.deepcopy(model)
+    bn.fuse(model)
+    assert activations(model) == {"norm": "None", "other": "relu"}
+    assert "residual" not in model.forward.source
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample().float()), expected(sample().float()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_cannot_be_copied_is_left_and_what_is_below_is_fused(caplog):
     class Locked(nn.Module):
         def __init__(self):
@@ -402,6 +415,15 @@ def test_what_has_another_shape_is_added_afterwards(function):
             results.append((y, x.grad, each.norm.weight.grad, dict(each.state_dict())))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
     assert str(bn.revert(model)) == str(expected)
+
+
+def test_an_exchanged_layer_without_an_activation_still_adds():
+    model = settle(bn.fuse(Scripted(lambda m, x: m.norm(x) + x))).eval()
+    expected = model(sample().float())
+    exchanged = nn.BatchNorm2d(4).eval()
+    exchanged.load_state_dict(model.norm.state_dict())
+    model.norm = exchanged
+    torch.testing.assert_close(model(sample().float()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_another_shape_is_added_afterwards_in_a_compiled_model():

@@ -68,7 +68,8 @@ def fuse(model: nn.Module) -> nn.Module:
     patterns with modules that have hooks, or are used several times, and additions with something in between that writes in place.
     What was changed, what was left and why goes to the logger `batchnorm`.
 
-    Where what is added turns out to have another shape or dtype than the batch norm's input, it is added afterwards, as before.
+    What is added is expanded to the shape of the batch norm's input; where the sum has another shape or dtype, it is added
+    afterwards, as before.
 
     Raises:
         ArgumentError: if model is not a module.

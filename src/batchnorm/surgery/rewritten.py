@@ -6,6 +6,7 @@ import inspect
 import types
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
@@ -64,11 +65,17 @@ class Rewritten:
 def normalize_and_add(layer: nn.Module, input: Tensor, residual: Any) -> Any:
     """What `layer(input) + residual` and the layer's activation put out, in one pass where shapes and dtypes allow it.
 
-    Rewritten forwards call it; their source names it.
+    Rewritten forwards call it; their source names it. Where the sum is of another shape or dtype than the input, the layer has no
+    activation for the time of the call.
     """
-    alike = isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
-    if alike or not isinstance(layer, BatchNorm):
-        return layer(input, residual=residual)
+    if not isinstance(layer, BatchNorm):  # exchanged since; `Rewritten` saw that no activation is lost
+        return layer(input) + residual
+    if isinstance(residual, Tensor) and residual.dtype == input.dtype:
+        if residual.shape == input.shape:
+            return layer(input, residual=residual)
+        dense = not (residual.is_nested or input.is_nested)
+        if dense and torch.broadcast_shapes(residual.shape, input.shape) == input.shape:
+            return layer(input, residual=residual.expand_as(input))
     activation, layer.activation = layer.activation, None
     try:
         z = layer(input) + residual
