@@ -514,6 +514,7 @@ def start(*arguments):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "tiny_lab.py"), "lab", *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
     )  # fmt: skip
 
 
