@@ -63,9 +63,9 @@ void fuzz_one() {
     const int64_t shift = numbers() % 2 ? 64 : size * (numbers() % 32);
     Block x(values * size, shift), dy(values * size, shift), residual(values * size, shift), mask(task.N * task.S, 0);
     x.fill(3.0, task.dtype, values), dy.fill(0.0, task.dtype, values), residual.fill(1.0, task.dtype, values);
-    const int64_t run = one_of({1, 1, 5, 300});
+    const int64_t together = one_of({1, 1, 5, 300});
     for (int64_t i = 0, counts = 0; i < task.N * task.S; ++i) {
-        if (i % run == 0) counts = numbers() % 4 != 0;
+        if (i % together == 0) counts = numbers() % 4 != 0;
         ((uint8_t*)mask.data())[i] = (uint8_t)counts;
     }
     task.x = x.data();
