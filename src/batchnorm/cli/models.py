@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, InputError, MissingExtraError
+from batchnorm.lab.result import whole
 
 SAFETENSORS = ".safetensors"
 
@@ -128,14 +129,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         InputError: if the place cannot be written.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # of the same suffix
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole(path) as temporary:
             write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another place"

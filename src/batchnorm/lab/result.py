@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,19 +167,26 @@ def check_writable(directory: Path) -> None:
         raise InputError(f"cannot write into {directory}: {error.strerror or error}; choose another folder") from error
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary neighbor of a place, of the same suffix, to be filled in here; then it takes the place, unless something raised."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary neighbor, then rename.
+    """Write a file whole or not at all.
 
     Raises:
         InputError: the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
