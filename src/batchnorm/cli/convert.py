@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.cli.models import build_model, kept_clean, load_weights, require_format, save_weights
 from batchnorm.errors import InputError
 from batchnorm.lab.result import check_writable, to_json
 from batchnorm.layers import BatchNorm
-from batchnorm.surgery import batch_norms, convert, fuse, is_frozen_norm, walk, why_left
+from batchnorm.surgery import convert, fuse, is_frozen_norm, walk, why_left
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import copied
 
@@ -85,7 +86,7 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
             activation = after.module.activation
             applies = "" if activation is None else f", applies {activation}"
             rows.append({**row, "becomes": f"batchnorm.{type(after.module).__name__}{applies}", "left": None})
-        elif before.module in batch_norms(before.module).values() or is_frozen_norm(before.module):
+        elif isinstance(before.module, _BatchNorm) or is_frozen_norm(before.module):
             rows.append({**row, "becomes": None, "left": why_left(before.module)})
     return rows
 
@@ -93,12 +94,11 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
 def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
     """The modules that hold a batch norm, as a tree."""
     rows = {row["module"]: row for row in plan}
-    named = [slot.path for slot in walk(original)]
-    shown = [name for name in named if any(row == name or row.startswith(f"{name}.") or not name for row in rows)]
-    classes = {slot.path: type(slot.module).__name__ for slot in walk(original)}
+    modules = {slot.path: slot.module for slot in walk(original)}
+    shown = [name for name in modules if any(row == name or row.startswith(f"{name}.") or not name for row in rows)]
     branches: dict[str, Tree] = {}
     for name in shown or [""]:
-        label = f"{escape(name.rpartition('.')[2] or spec)}  [dim]{escape(classes[name])}[/dim]"
+        label = f"{escape(name.rpartition('.')[2] or spec)}  [dim]{escape(type(modules[name]).__name__)}[/dim]"
         if name in rows:
             row = rows[name]
             what = escape(row["becomes"] or row["left"])
@@ -106,7 +106,6 @@ def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
         branches[name] = branches[name.rpartition(".")[0]].add(label) if name else Tree(label)
     console = Console(highlight=False)
     console.print(branches[""])
-    modules = {slot.path: id(slot.module) for slot in walk(original)}  # one may hang in several places
-    changed = {modules[row["module"]] for row in plan if row["left"] is None}
-    total = {modules[row["module"]] for row in plan}
+    changed = {id(modules[row["module"]]) for row in plan if row["left"] is None}  # one may hang in several places
+    total = {id(modules[row["module"]]) for row in plan}
     console.print(f"\n{len(changed)} of {len(total)} change." if plan else "\nIt has no batch norm.")
