@@ -90,10 +90,19 @@ class Results:
         """Their mean."""
         return fmean(self.values(arm, metric))
 
+    def means(self, metric: str) -> dict[str, float]:
+        """The means of all arms."""
+        return {arm: self.mean(arm, metric) for arm in self.by_arm}
+
     def deviation(self, arm: str, metric: str) -> float:
         """Their sample standard deviation; 0 of a single seed."""
         values = self.values(arm, metric)
         return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+
+
+def listed(labels: Mapping[str, str], values: Mapping[str, float], form: str) -> str:
+    """What each arm gave, as part of a sentence; `form` is a format specification."""
+    return ", ".join(f"{labels[arm]} {value:{form}}" for arm, value in values.items())
 
 
 @dataclass(frozen=True)

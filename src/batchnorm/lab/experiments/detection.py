@@ -13,7 +13,7 @@ import torch
 from batchnorm.lab.boxes import ENOUGH, mean_average_precision, overlaps
 from batchnorm.lab.data import canvases
 from batchnorm.lab.detector import Detector, detect, loss
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.lab.train import batches
 
 ARMS = {
@@ -74,10 +74,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether BN in both stages brings at least .1 of mean average precision."""
-    precision = {arm: results.mean(arm, "precision") for arm in results.by_arm}
-    evidence = (
-        "Mean average precision: " + ", ".join(f"{ARMS[arm]} {value:.2f}" for arm, value in precision.items()) + "."
-    )
+    precision = results.means("precision")
+    evidence = "Mean average precision: " + listed(ARMS, precision, ".2f") + "."
     return Verdict("holds" if precision["both"] - precision["none"] >= GAP else "does not hold", evidence)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.layers import BatchNorm1d
 
 ARMS = {
@@ -125,8 +125,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether the joint forward returns five times as much; what else does without a target network stands beside it."""
-    returns = {arm: results.mean(arm, "mean_return") for arm in results.by_arm}
-    evidence = "Mean return over the run: " + ", ".join(f"{ARMS[arm]} {value:.0f}" for arm, value in returns.items())
+    returns = results.means("mean_return")
+    evidence = "Mean return over the run: " + listed(ARMS, returns, ".0f")
     learned = {arm: sum(value >= LEARNED for value in results.values(arm, "mean_return")) for arm in ("none", "joint")}
     seeds = len(results.by_arm["joint"])
     evidence += f"; seeds with at least {LEARNED}: {learned['none']} of {seeds} and {learned['joint']} of {seeds}."

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import roads
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.lab.train import batches
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
@@ -90,8 +90,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether BN after every layer makes the error smaller, and more so than standard images alone."""
-    error = {arm: results.mean(arm, "error") for arm in results.by_arm}
-    evidence = "Degrees of error: " + ", ".join(f"{ARMS[arm]} {value:.2f}" for arm, value in error.items()) + "."
+    error = results.means("error")
+    evidence = "Degrees of error: " + listed(ARMS, error, ".2f") + "."
     if error["none"] < RATIO * error["both"]:
         return Verdict("does not hold", evidence)
     if error["input"] < RATIO * error["both"]:

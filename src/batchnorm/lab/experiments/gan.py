@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from batchnorm.lab.adversaries import NOISE, in_range, judged_by, networks
 from batchnorm.lab.data import Examples
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.lab.frechet import frechet_distance
 from batchnorm.lab.train import batches
 from batchnorm.statistics import Domains, domain
@@ -116,8 +116,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether images are three times closer with BN in both, also than those of plain networks with a rate of their own."""
-    distance = {arm: results.mean(arm, "distance") for arm in results.by_arm}
-    evidence = "Fréchet distance: " + ", ".join(f"{ARMS[arm]} {value:.1f}" for arm, value in distance.items()) + "."
+    distance = results.means("distance")
+    evidence = "Fréchet distance: " + listed(ARMS, distance, ".1f") + "."
     if distance["none"] < RATIO * distance["both"]:
         return Verdict("does not hold", evidence)
     conditions = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import clicks
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.lab.train import batches
 from batchnorm.layers import BatchNorm1d
 
@@ -97,8 +97,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether BN everywhere brings .02 of area under the curve, also over logarithms."""
-    area = {arm: results.mean(arm, "area") for arm in results.by_arm}
-    evidence = "Area under the curve: " + ", ".join(f"{ARMS[arm]} {value:.3f}" for arm, value in area.items())
+    area = results.means("area")
+    evidence = "Area under the curve: " + listed(ARMS, area, ".3f")
     evidence += f"; possible {results.mean('none', 'possible'):.3f}."
     everywhere = area["both"]
     if everywhere < area["none"] + GAP:

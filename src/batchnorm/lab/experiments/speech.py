@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batchnorm.errors import InputError
 from batchnorm.lab.data import speech
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.lab.letters import best_path, error_rate
 from batchnorm.lab.recognizer import Recognizer
 from batchnorm.lab.train import batches
@@ -87,8 +87,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether with BN three times fewer letters are wrong."""
-    wrong = {arm: results.mean(arm, "letters") for arm in results.by_arm}
-    evidence = "Letters wrong: " + ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in wrong.items()) + "."
+    wrong = results.means("letters")
+    evidence = "Letters wrong: " + listed(ARMS, wrong, ".1%") + "."
     return Verdict(
         "holds" if wrong["none"] >= RATIO * wrong["both"] and wrong["none"] > 0 else "does not hold", evidence
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import sentences
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
 from batchnorm.lab.train import batches
 from batchnorm.lab.translator import Translator
 
@@ -77,8 +77,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 def judge(results: Results) -> Verdict:
     """Whether BN comes near layer norm."""
-    right = {arm: results.mean(arm, "right") for arm in results.by_arm}
-    evidence = "Sentences right: " + ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in right.items()) + "."
+    right = results.means("right")
+    evidence = "Sentences right: " + listed(ARMS, right, ".1%") + "."
     return Verdict("holds" if right["batch_norm"] >= right["layer_norm"] - NEAR else "does not hold", evidence)
 
 
