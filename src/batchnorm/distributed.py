@@ -28,7 +28,7 @@ from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
-from batchnorm.surgery import become_ours, convert, not_convertible, walk
+from batchnorm.surgery import batch_norms, become_ours, convert, not_convertible, walk
 
 GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
 _FORWARD, _BACKWARD = 0, 1
@@ -220,8 +220,6 @@ def unsynchronize(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: if model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     for layer in _layers(model).values():
         layer.__dict__.pop("reducer", None)
     return model
@@ -322,11 +320,7 @@ def _row_length(layer: BatchNorm) -> int:
 
 def _layers(model: nn.Module) -> dict[str, BatchNorm]:
     """Each layer of ours once, by the first of its names."""
-    found: dict[int, tuple[str, BatchNorm]] = {}
-    for slot in walk(model):
-        if isinstance(slot.module, BatchNorm):
-            found.setdefault(id(slot.module), (slot.path or "the model", slot.module))
-    return dict(found.values())
+    return {name: layer for name, layer in batch_norms(model).items() if isinstance(layer, BatchNorm)}
 
 
 def _tag(layer: str) -> float:
