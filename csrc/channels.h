@@ -12,23 +12,21 @@
 // x · scale + offset, one operation shorter, loses 5e-4 of the deviation there. d · rstd is a product of its own because
 // rstd · slope underflows float32 for |x| = 1e25.
 //
-// Moments are sums about a shift K, a typical value of the channel, the same for all its blocks:
+// Moments are sums about a shift K, which is 0 or a typical value of the channel (sums.h), the same for all its blocks:
 //
 //     mean = K + Σ(x-K) / n                M2 = Σ(x-K)² - (Σ(x-K))² / n
 //
-// If K turns out to lie so far away that the difference cancels more than four bits, the sums are taken once more with K = mean; for
-// float64 tensors as soon as the mean, K + a rounded number, would feel it. No division comes before the last step: sums of
-// integers stay exact.
-//
-// All sums are float64, as torch's are, whose results nothing coarser can match: a float32 sum of eight terms is off by a fifth of the
-// last digit of dbias, where torch has all of it right. Nothing overflows or underflows on the way either.
+// If K turns out to lie so far away that the difference cancels more digits than there are to spare, the sums are taken once more with
+// K = mean. No division comes before the last step: sums of integers stay exact. Sums end in float64, as torch's do, whose results
+// nothing coarser can match: a float32 sum of eight terms is off by a fifth of the last digit of dbias, where torch has all of it
+// right. Nothing overflows or underflows on the way either.
 #pragma once
 
 #include <math.h>
 #include <stdlib.h>
 
 #include "api.h"
-#include "lanes.h"
+#include "sums.h"
 
 namespace {
 
@@ -147,8 +145,6 @@ class Channels {
 
   private:
     typedef Table<T> Numbers;
-    static constexpr double worst_cancellation = sizeof(Real) == sizeof(double) ? 1.0001 : 16.0;
-
     void set(int number, int64_t c, double value) {
         for (int64_t copy = 0; copy < copies; ++copy) table.at(number, copy * task.C + c) = (Real)value;
     }
@@ -178,7 +174,7 @@ class Channels {
         const double distance = sum / count, mean = shift + distance;
         double m2 = squares - sum * distance;
         m2 = m2 < 0.0 ? 0.0 : m2;
-        if (!last && squares > worst_cancellation * m2) {
+        if (!last && squares > Sums<T>::worst_cancellation * m2) {
             set_shift(c, mean);
             return false;
         }
@@ -192,10 +188,9 @@ class Channels {
         return true;
     }
 
-    // Products of float32 values are exact in float64, and there is room for the mean: 1e6 deviations of it cost float32 no digit.
-    // Float64 has none to spare; there the terms are g · (x - m).
+    // About zero there is room for the mean: 1e6 deviations of it cost float32 no digit. Otherwise the terms are g · (x - m).
     void finish_grads(int64_t c, double sum, double product) {
-        const double center = sizeof(Real) < sizeof(double) ? task.mean[c] : rest_of_mean(c);
+        const double center = Sums<T>::about_zero ? task.mean[c] : rest_of_mean(c);
         task.sum_grad[c] = sum;
         task.sum_grad_xhat[c] = (product - center * sum) * task.rstd[c];
     }

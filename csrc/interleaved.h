@@ -47,19 +47,18 @@ class Interleaved {
         for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c));
         bool* open = (bool*)malloc(C);
         memset(open, true, C);
-        bool more = true;
-        for (bool last = false; more; last = true) {
-            parallel(task.threads, chunks, [&](int64_t chunk) {
-                sum_chunk(chunk, term, sums + 2 * C * chunk);
-            });
-            more = false;
+        const auto sum = [&](const auto& term, bool last) {
+            parallel(task.threads, chunks, [&](int64_t chunk) { sum_chunk(chunk, term, sums + 2 * C * chunk); });
             for (int64_t chunk = 1; chunk < chunks; ++chunk)
                 for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
+            bool more = false;
             for (int64_t c = 0; c < C; ++c) {
                 if (open[c]) open[c] = !channels.finish(c, sums[c], sums[C + c], last);
                 more |= open[c];
             }
-        }
+            return more;
+        };
+        if (sum(term, false)) sum(term.again(), true);
         free(open);
         free(sums);
     }
@@ -91,6 +90,7 @@ class Interleaved {
 
     // A typical value of the channel, from four rows.
     double typical(int64_t c) const {
+        if (Sums<T>::about_zero) return 0.0;
         if (task.mask) return task.counted ? value(runs.begin(0)->first, c) : 0.0;
         return Channels<T>::middle(value(0, c), value(M / 4, c), value(M / 2, c), value(M / 4 * 3, c));
     }
@@ -191,7 +191,9 @@ class Interleaved {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
             for_rows(m0, m1, [&](const Rows& some) {
-                stream ? map_columns<true>(channels.table, some, map, out) : map_columns<false>(channels.table, some, map, out);
+                const int64_t ahead = rows_of_map * some.stride;
+                stream ? map_columns<true>(channels.table, some, ahead, map, out)
+                       : map_columns<false>(channels.table, some, ahead, map, out);
             });
         });
     }

@@ -269,6 +269,8 @@ class Call {
         }
         return tensor.data<void>();
     }
+    // To be called before smaller tensors are allocated: they would be cut from what the last call's output left, and this one would
+    // lie elsewhere, out of the cache.
     Tensor output() {
         Tensor tensor = x.empty_like();
         const int64_t bytes = tensor.values() * element_size();
@@ -419,11 +421,11 @@ void infer(Word* stack, uint64_t, uint64_t) {
     const double eps = arguments.number();
     const int64_t C = x.sizes[1];
     Call call(Verb::normalize, x);
+    Tensor y = call.output();
     Tensor mean = Tensor::vector(C, dtypes[(int)Dtype::float64]), rstd = Tensor::vector(C, dtypes[(int)Dtype::float64]);
     call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
     set_constant(call.task, running_mean, running_var, eps, C);
     const Epilogue epilogue(arguments, C, call);
-    Tensor y = call.output();
     call.task.output = y.data<void>();
     call.run();
     stack[0] = y.release(), stack[1] = mean.release(), stack[2] = rstd.release();
@@ -491,10 +493,10 @@ void backward(Word* stack, uint64_t, uint64_t) {
     const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
     const double count = count_of(x, masked_count);
     task.count = constant_statistics ? 0.0 : count > 1.0 ? count : 1.0;
-    Tensor sum_grad = channel_vector(x), sum_grad_xhat = channel_vector(x);
-    task.sum_grad = sum_grad.data<double>(), task.sum_grad_xhat = sum_grad_xhat.data<double>();
     Tensor dx = wants_dx ? backward.call.output() : nothing(x);
     Tensor dresidual = wants_dresidual ? backward.call.output() : nothing(x);
+    Tensor sum_grad = channel_vector(x), sum_grad_xhat = channel_vector(x);
+    task.sum_grad = sum_grad.data<double>(), task.sum_grad_xhat = sum_grad_xhat.data<double>();
     task.output = wants_dx ? dx.data<void>() : nullptr;
     task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
     if (!wants_dx && !wants_dresidual) task.verb = Verb::reduce_grad;
@@ -518,9 +520,9 @@ void backward_groups(Word* stack, uint64_t, uint64_t) {
     const Epilogue epilogue(arguments, x.sizes[1], call);
     call.task.residual_is_output = arguments.flag();
     const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
+    Tensor dx = wants_dx ? call.output() : nothing(x), dresidual = wants_dresidual ? call.output() : nothing(x);
     Tensor sum_grad = group_vectors(x, groups), sum_grad_xhat = group_vectors(x, groups);
     call.task.sum_grad = sum_grad.data<double>(), call.task.sum_grad_xhat = sum_grad_xhat.data<double>();
-    Tensor dx = wants_dx ? call.output() : nothing(x), dresidual = wants_dresidual ? call.output() : nothing(x);
     call.task.output = wants_dx ? dx.data<void>() : nullptr;
     call.task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
     if (!wants_dx && !wants_dresidual) call.task.verb = Verb::reduce_grad;
