@@ -44,22 +44,18 @@ class Interleaved {
     void reduce(const Term& term, int) {
         const int64_t chunks = task.mask ? runs.chunks : this->chunks;
         double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
-        for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c));
-        bool* open = (bool*)malloc(C);
-        memset(open, true, C);
-        const auto sum = [&](const auto& term, bool last) {
+        channels.begin(0, C, [&](int64_t c) { return typical(c); });
+        const auto sum = [&](const auto& term) {
             parallel(task.threads, chunks, [&](int64_t chunk) { sum_chunk(chunk, term, sums + 2 * C * chunk); });
             for (int64_t chunk = 1; chunk < chunks; ++chunk)
                 for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
-            bool more = false;
-            for (int64_t c = 0; c < C; ++c) {
-                if (open[c]) open[c] = !channels.finish(c, sums[c], sums[C + c], last);
-                more |= open[c];
-            }
-            return more;
         };
-        if (sum(term, false)) sum(term.again(), true);
-        free(open);
+        sum(term);
+        if (channels.finish(0, C, sums, sums + C, false)) {
+            sum(term.again());
+            for (int64_t c = 0; c < C; ++c)
+                if (channels.is_open(c)) channels.finish(c, c + 1, sums + c, sums + C + c, true);
+        }
         free(sums);
     }
 
@@ -90,7 +86,6 @@ class Interleaved {
 
     // A typical value of the channel, from four rows.
     double typical(int64_t c) const {
-        if (Sums<T>::about_zero) return 0.0;
         if (task.mask) return task.counted ? value(runs.begin(0)->first, c) : 0.0;
         return Channels<T>::middle(value(0, c), value(M / 4, c), value(M / 2, c), value(M / 4 * 3, c));
     }
@@ -141,6 +136,11 @@ class Interleaved {
         double* products = columns + vectors * T::width;
         for (int64_t vector = 0; vector < vectors; ++vector)
             sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
+        if (length == C) {
+            memcpy(totals, columns, C * sizeof(double)), memcpy(totals + C, products, C * sizeof(double));
+            free(columns);
+            return free(sums);
+        }
         for (int64_t c = 0; c < C; ++c) {
             ExactSum<double> value, product;
             for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);

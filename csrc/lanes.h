@@ -139,6 +139,17 @@ INLINE Doubles plus(Doubles a, Doubles b) {
 #endif
 }
 
+INLINE Doubles square_root(Doubles values) {
+#if defined(__AVX512F__)
+    return bits_as<Doubles>(_mm512_sqrt_pd(bits_as<__m512d>(values)));
+#elif defined(__AVX__)
+    return bits_as<Doubles>(_mm256_sqrt_pd(bits_as<__m256d>(values)));
+#else
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) values[lane] = sqrt(values[lane]);
+    return values;
+#endif
+}
+
 template <class Vector>
 INLINE Vector load_vector(const void* from) {
     Vector vector;
@@ -224,10 +235,20 @@ struct Float64 {
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
     static INLINE void store(Element* to, Vector values, Whole) { memcpy(to, &values, sizeof values); }
     static INLINE void stream(Element* to, Vector values) { stream_vector(to, values); }
+#if defined(__AVX512F__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return bits_as<Vector>(_mm512_maskz_loadu_pd((__mmask8)((1u << some.count) - 1), from));
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        _mm512_mask_storeu_pd(to, (__mmask8)((1u << some.count) - 1), bits_as<__m512d>(values));
+    }
+#else
     static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float64>(from, some.count); }
     static INLINE void store(Element* to, Vector values, Some some) {
         store_through_stack<Float64>(to, values, some.count);
     }
+#endif
+    static INLINE Vector rounded(Vector values) { return values; }
 };
 
 // float32 elements computed in float64: for calls so small that their arithmetic costs nothing, and for processors that cannot
@@ -250,12 +271,34 @@ struct ExactFloat32 {
     static INLINE void stream(Element* to, Vector values) {
         stream_vector(to, narrow(values));
     }
+#if defined(__AVX512VL__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return widen(bits_as<HalfOfFloats>(_mm256_maskz_loadu_ps((__mmask8)((1u << some.count) - 1), from)));
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        _mm256_mask_storeu_ps(to, (__mmask8)((1u << some.count) - 1), bits_as<__m256>(narrow(values)));
+    }
+#else
     static INLINE Vector load(const Element* from, Some some) {
         return load_through_stack<ExactFloat32>(from, some.count);
     }
     static INLINE void store(Element* to, Vector values, Some some) {
         store_through_stack<ExactFloat32>(to, values, some.count);
     }
+#endif
+    static INLINE Vector rounded(Vector values) { return widen(narrow(values)); }
+};
+
+// How numbers that are kept as Real are loaded and stored as float64.
+template <class Real>
+struct InFloat64;
+template <>
+struct InFloat64<float> {
+    typedef ExactFloat32 Storage;
+};
+template <>
+struct InFloat64<double> {
+    typedef Float64 Storage;
 };
 
 // What the 16-bit types share: loads and stores of bits; Format says what the bits mean.
@@ -362,6 +405,16 @@ struct Float16Format {
 
 typedef Half<BFloat16Format> BFloat16;
 typedef Half<Float16Format> Float16;
+
+// How many lanes are meant.
+template <class Storage>
+INLINE int lanes_of_part(Whole) {
+    return Storage::width;
+}
+template <class Storage>
+INLINE int lanes_of_part(Some some) {
+    return some.count;
+}
 
 // The first lanes of `values`; of `others` the rest.
 template <class Vector>

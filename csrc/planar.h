@@ -102,7 +102,6 @@ class Planar {
 
     // A typical value of the channel, from its first row: the quarters of it.
     double typical(int64_t c) const {
-        if (Sums<T>::about_zero) return 0.0;
         if (task.mask) {
             if (!task.counted) return 0.0;
             const int64_t m = runs.begin(0)->first;
@@ -137,13 +136,13 @@ class Planar {
     template <class Term>
     void reduce_block(int64_t c0, int64_t c1, const Term& term) {
         double values[block_channels], products[block_channels];
-        for (int64_t c = c0; c < c1; ++c) channels.begin(c, typical(c));
+        channels.begin(c0, c1, [&](int64_t c) { return typical(c); });
         sum_chunks(c0, c1, term, values, products);
+        if (!channels.finish(c0, c1, values, products, false)) return;
         for (int64_t c = c0; c < c1; ++c) {
-            if (channels.finish(c, values[c - c0], products[c - c0], false)) continue;
-            double value, product;
-            sum_chunks(c, c + 1, term.again(), &value, &product);
-            channels.finish(c, value, product, true);
+            if (!channels.is_open(c)) continue;
+            sum_chunks(c, c + 1, term.again(), values, products);
+            channels.finish(c, c + 1, values, products, true);
         }
     }
 
@@ -160,27 +159,27 @@ class Planar {
     // Chunk by chunk on all threads, then the same additions in the same order as in `sum_chunks`.
     template <class Term>
     void reduce_split(const Term& term) {
-        double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
-        bool* open = (bool*)malloc(C);
-        for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c)), open[c] = true;
-        const auto sum = [&](const auto& term, bool last) {
+        double* sums = (double*)malloc(2 * C * (chunks + 1) * sizeof(double));
+        double *values = sums + 2 * C * chunks, *products = values + C;
+        channels.begin(0, C, [&](int64_t c) { return typical(c); });
+        const auto sum = [&](const auto& term, bool again) {
             parallel(task.threads, C * chunks, [&](int64_t number) {
                 const int64_t c = number / chunks;
-                if (open[c]) sum_chunk(c, c + 1, number % chunks, term, sums + 2 * number, sums + 2 * number + 1);
+                if (again && !channels.is_open(c)) return;
+                sum_chunk(c, c + 1, number % chunks, term, sums + 2 * number, sums + 2 * number + 1);
             });
-            bool more = false;
             for (int64_t c = 0; c < C; ++c) {
-                if (!open[c]) continue;
-                double value = 0.0, product = 0.0;
+                values[c] = products[c] = 0.0;
                 for (int64_t number = c * chunks; number < (c + 1) * chunks; ++number)
-                    value += sums[2 * number], product += sums[2 * number + 1];
-                open[c] = !channels.finish(c, value, product, last);
-                more |= open[c];
+                    values[c] += sums[2 * number], products[c] += sums[2 * number + 1];
             }
-            return more;
         };
-        if (sum(term, false)) sum(term.again(), true);
-        free(open);
+        sum(term, false);
+        if (channels.finish(0, C, values, products, false)) {
+            sum(term.again(), true);
+            for (int64_t c = 0; c < C; ++c)
+                if (channels.is_open(c)) channels.finish(c, c + 1, values + c, products + c, true);
+        }
         free(sums);
     }
 

@@ -65,10 +65,10 @@ void training_step(Word* stack, uint64_t, uint64_t) {
         !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches))
         return decline(stack, x);
     LayerCall layer(Verb::forward, x, weight, bias, eps, arguments);
-    std::vector<double> m2(layer.C);
+    const Scratch m2 = scratch(layer.C);
     Task& task = layer.call.task;
     task.count = count_of(x, {});
-    task.m2 = m2.data();
+    task.m2 = m2.get();
     layer.call.run();
     running.follow(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
     layer.leave_in(stack);
@@ -87,10 +87,11 @@ void inference_step(Word* stack, uint64_t, uint64_t) {
 }
 
 // Float64 values in the dtype of `like`, float32 or float64.
-Tensor rounded(const std::vector<double>& values, const Tensor& like) {
-    Tensor tensor = Tensor::vector((int64_t)values.size(), like.dtype);
+Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
+    Tensor tensor = Tensor::vector(C, like.dtype);
     const auto round = [&](auto* narrow) {
-        for (size_t c = 0; c < values.size(); ++c) narrow[c] = values[c];
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) narrow[c] = values[c];
     };
     like.dtype == dtypes[(int)Dtype::float32] ? round(tensor.data<float>()) : round(tensor.data<double>());
     return tensor;
@@ -111,18 +112,18 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     task.slope = arguments.number();
     const bool wants_dx = arguments.flag();
     Tensor dx = wants_dx ? call.output() : nothing(x);
-    std::vector<double> sum_grad(C), sum_grad_xhat(C);
+    const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
     task.dy = call.beside(dy);
     task.mean = statistics.data<double>(), task.rstd = task.mean + C;
     task.count = constant_statistics ? 0.0 : count_of(x, {});
     task.weight = weights, task.bias = biases;
-    task.sum_grad = sum_grad.data(), task.sum_grad_xhat = sum_grad_xhat.data();
+    task.sum_grad = sum_grad.get(), task.sum_grad_xhat = sum_grad_xhat.get();
     task.output = wants_dx ? dx.data<void>() : nullptr;
     if (!wants_dx) task.verb = Verb::reduce_grad;
     call.run();
     stack[0] = dx.release();
-    stack[1] = (weight ? rounded(sum_grad_xhat, weight) : nothing(x)).release();
-    stack[2] = (weight ? rounded(sum_grad, weight) : nothing(x)).release();
+    stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
+    stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <memory>
 
 #include "api.h"
 
@@ -157,6 +157,11 @@ class Arguments {
     Word* at;
 };
 
+// Memory that is written before it is read; never null.
+typedef std::unique_ptr<double[]> Scratch;
+Scratch scratch(int64_t values) { return Scratch(new double[values + 1]); }
+
+
 // Channel values in float64: their own memory where they are that already.
 class ChannelValues {
   public:
@@ -167,8 +172,8 @@ class ChannelValues {
             values = tensor.data<double>();
             return;
         }
-        own.resize(C + 1);  // never empty: null means something else
-        values = own.data();
+        own = scratch(C);
+        values = own.get();
         if (tensor.dtype == dtypes[(int)Dtype::float32]) {
             const float* narrow = tensor.data<float>();
             for (int64_t c = 0; c < C; ++c) values[c] = narrow[c * stride];
@@ -203,7 +208,7 @@ class ChannelValues {
 
   private:
     double* values = nullptr;
-    std::vector<double> own;
+    Scratch own;
 };
 
 // Fresh memory of several megabytes comes without pages, and a fault for every 4 KB costs more than the kernel: 103 MB took 40 to
@@ -535,23 +540,28 @@ void backward_groups(Word* stack, uint64_t, uint64_t) {
 template <class Real>
 bool move(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
           double divisor, double momentum, bool moves, bool skip_nonfinite) {
-    Real *means = running_mean.data<Real>(), *variances = running_var.data<Real>();
-    const int64_t mean_stride = running_mean.strides[0], variance_stride = running_var.strides[0];
-    const auto step = [&](Real running, double value) {
-        return (Real)((1.0 - momentum) * (double)running + momentum * value);
-    };
-    std::vector<double> variance(C);
-    bool finite = true;
+    const Scratch variances = scratch(C);
+    double* variance = variances.get();
+    int bad = 0;
+#pragma omp simd reduction(| : bad)
     for (int64_t c = 0; c < C; ++c) {
         variance[c] = m2[c] / divisor;
-        finite &= __builtin_isfinite((Real)mean[c]) && __builtin_isfinite((Real)variance[c]);
+        const Real narrow_mean = (Real)mean[c], narrow_variance = (Real)variance[c];
+        bad |= !(narrow_mean - narrow_mean == 0) | !(narrow_variance - narrow_variance == 0);
     }
-    if (!moves || (skip_nonfinite && !finite)) return finite;
-    for (int64_t c = 0; c < C; ++c) {
-        means[c * mean_stride] = step(means[c * mean_stride], mean[c]);
-        variances[c * variance_stride] = step(variances[c * variance_stride], variance[c]);
-    }
-    return finite;
+    if (!moves || (skip_nonfinite && bad)) return !bad;
+    const auto follow = [&](const Tensor& running, const double* batch) {
+        Real* values = running.data<Real>();
+        const auto step = [&](Real value, double next) { return (Real)((1.0 - momentum) * (double)value + momentum * next); };
+        if (const int64_t stride = running.strides[0]; stride != 1) {
+            for (int64_t c = 0; c < C; ++c) values[c * stride] = step(values[c * stride], batch[c]);
+            return;
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) values[c] = step(values[c], batch[c]);
+    };
+    follow(running_mean, mean), follow(running_var, variance);
+    return !bad;
 }
 
 // A layer's buffers, and how they follow the batches.
