@@ -54,19 +54,28 @@ lint: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/mkdocs build --quiet
 
-# The builds of setup.py, each one that this processor can run.
+# The builds of setup.py; `make -j sanitize` compiles them side by side.
 SANITIZE := -std=c++17 -O1 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
-build/fuzz: $(wildcard csrc/*)
-	@mkdir -p build
-	$(CXX) $(SANITIZE) -DBATCHNORM_ISA=run_baseline -c csrc/kernels.cpp -o build/fuzz_baseline.o
-	@if [ "$$(uname -m)" = x86_64 ]; then \
-		$(CXX) $(SANITIZE) -march=x86-64-v3 -DBATCHNORM_ISA=run_x86_64_v3 -c csrc/kernels.cpp -o build/fuzz_v3.o && \
-		$(CXX) $(SANITIZE) -march=x86-64-v4 -DBATCHNORM_ISA=run_x86_64_v4 -c csrc/kernels.cpp -o build/fuzz_v4.o; fi
-	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp build/fuzz_*.o -o $@
+FUZZED := baseline
+ifeq ($(shell uname -m),x86_64)
+FUZZED += x86_64_v3 x86_64_v4 x86_64_v4_bf16
+endif
+FLAGS_x86_64_v3 := -march=x86-64-v3
+FLAGS_x86_64_v4 := -march=x86-64-v4
+FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16
 
+build/fuzz_%.o: $(wildcard csrc/*)
+	@mkdir -p build
+	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=run_$* -c csrc/kernels.cpp -o $@
+
+build/fuzz: $(FUZZED:%=build/fuzz_%.o)
+	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp $^ -o $@
+
+# Each build that this processor can run.
 sanitize: build/fuzz
 	build/fuzz 3000
+	BATCHNORM_INSTRUCTION_SET=AVX-512 build/fuzz 1000
 	BATCHNORM_INSTRUCTION_SET=AVX2 build/fuzz 1000
 	BATCHNORM_INSTRUCTION_SET=baseline build/fuzz 1000
 

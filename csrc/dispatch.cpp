@@ -13,6 +13,7 @@ void run_baseline(Task& task);
 #if defined(__x86_64__)
 void run_x86_64_v3(Task& task);
 void run_x86_64_v4(Task& task);
+void run_x86_64_v4_bf16(Task& task);
 #endif
 
 namespace {
@@ -32,9 +33,10 @@ Build fastest_build() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && wanted("AVX-512"))
-        return {"AVX-512", run_x86_64_v4};
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (v4 && __builtin_cpu_supports("avx512bf16") && wanted("AVX-512 BF16")) return {"AVX-512 BF16", run_x86_64_v4_bf16};
+    if (v4 && wanted("AVX-512")) return {"AVX-512", run_x86_64_v4};
     if (v3 && wanted("AVX2")) return {"AVX2", run_x86_64_v3};
 #endif
     return {"baseline", run_baseline};

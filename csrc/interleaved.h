@@ -138,13 +138,12 @@ class Interleaved {
             sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
         if (length == C) {
             memcpy(totals, columns, C * sizeof(double)), memcpy(totals + C, products, C * sizeof(double));
-            free(columns);
-            return free(sums);
-        }
-        for (int64_t c = 0; c < C; ++c) {
-            ExactSum<double> value, product;
-            for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
-            totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
+        } else {
+            for (int64_t c = 0; c < C; ++c) {
+                ExactSum<double> value, product;
+                for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
+                totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
+            }
         }
         free(columns);
         free(sums);

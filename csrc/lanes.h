@@ -339,6 +339,9 @@ struct BFloat16Format {
         return bits_as<Floats>(_mm512_maskz_permutexvar_epi16(upper_words, bits_as<__m512i>(spread), words));
     }
     static INLINE Halves narrow(Floats values) {
+#if defined(__AVX512BF16__)
+        return bits_as<Halves>(_mm512_cvtneps_pbh(bits_as<__m512>(values)));  // what is subnormal becomes 0
+#else
         const __m512 floats = bits_as<__m512>(values);
         const __m512i bits = bits_as<__m512i>(values), one = _mm512_set1_epi32(1);
         __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
@@ -346,6 +349,7 @@ struct BFloat16Format {
         const __mmask16 nan = _mm512_cmp_ps_mask(floats, floats, _CMP_UNORD_Q);
         rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
         return bits_as<Halves>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(bits_as<__m512i>(odd), rounded)));
+#endif
     }
 
   private:

@@ -42,9 +42,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function by `clock`, one entry per round; each round calls all of them in a random order.
 
-    Each sample begins with a call before the clock starts: otherwise a call that is repeated within its sample would find its own
-    tensors in the cache, and a longer one those of the function before.
-    `watch` is what the effort's seconds are measured with.
+    What is repeated within its samples is called once before the clock starts, so that it finds in the cache what it leaves there
+    itself, and not the tensors of the function before. `watch` is what the effort's seconds are measured with.
     """
     order, shuffle = list(functions), random.Random(0).shuffle
     repeats = {name: _repeats(function, clock) for name, function in functions.items()}
@@ -56,7 +55,8 @@ def interleaved(
         while rounds < effort.least or (rounds < effort.most and watch() - start < effort.seconds):
             shuffle(order)
             for name in order:
-                functions[name]()
+                if repeats[name] > 1:
+                    functions[name]()
                 samples[name].append(_sample(functions[name], repeats[name], clock))
             rounds += 1
     finally:

@@ -207,7 +207,7 @@ def unavailable() -> str | None:
 
 
 def instruction_set() -> str | None:
-    """Which of the library's builds runs here: "AVX-512", "AVX2" or "baseline"; None without the library."""
+    """Which of the library's builds runs here: "AVX-512 BF16", "AVX-512", "AVX2" or "baseline"; None without the library."""
     return _instruction_set
 
 
