@@ -20,6 +20,9 @@
 // float64 tensors as soon as the mean, K + a rounded number, would feel it. No division comes before the last step: sums of
 // integers stay exact.
 //
+// Batch renormalization (kernels/correction.py) puts r · weight in the weight's place and d · weight + bias in the bias's, as soon as
+// mean and M2 are known: x is read once.
+//
 // All sums are float64, as torch's are, whose results nothing coarser can match: a float32 sum of eight terms is off by a fifth of the
 // last digit of dbias, where torch has all of it right. Nothing overflows or underflows on the way either.
 #pragma once
@@ -153,7 +156,8 @@ class Channels {
         for (int64_t copy = 0; copy < copies; ++copy) table.at(number, copy * task.C + c) = (Real)value;
     }
 
-    double scale_of(int64_t c) const { return task.weight ? task.rstd[c] * task.weight[c] : task.rstd[c]; }
+    double weight_of(int64_t c) const { return task.weight ? task.weight[c] : 1.0; }
+    double scale_of(int64_t c) const { return task.rstd[c] * (task.r ? task.r[c] * weight_of(c) : weight_of(c)); }
     double rest_of_mean(int64_t c) const { return task.mean[c] - (Real)task.mean[c]; }
 
     // K takes the place of the mean; 0 stands in for what no sum could be taken about.
@@ -161,7 +165,8 @@ class Channels {
 
     // `rest` of the mean is what rounding it to float64 lost; only float64 tensors can see it.
     void set_normalize(int64_t c, double rest) {
-        const double scale = scale_of(c), bias = task.bias ? task.bias[c] : 0.0;
+        const double scale = scale_of(c), given = task.bias ? task.bias[c] : 0.0;
+        const double bias = task.d ? task.d[c] * weight_of(c) + given : given;
         set(Numbers::mean, c, task.mean[c]);
         set(Numbers::scale, c, scale);
         set(Numbers::offset, c, bias - (rest_of_mean(c) + rest) * scale);
@@ -186,10 +191,19 @@ class Channels {
         task.m2[c] = m2;
         if (task.verb == Verb::forward) {
             task.rstd[c] = 1.0 / sqrt(m2 / count + task.eps);
+            if (task.r) set_correction(c, mean, sqrt(m2 / count + task.eps));
             const double part = mean - shift;
             set_normalize(c, (shift - (mean - part)) + (distance - part));
         }
         return true;
+    }
+
+    void set_correction(int64_t c, double mean, double sigma) {
+        // NaN stays NaN.
+        const auto clip = [](double value, double low, double high) { return value < low ? low : value > high ? high : value; };
+        const double running_rstd = 1.0 / sqrt(task.running_var[c] + task.eps);
+        task.r[c] = clip(sigma * running_rstd, 1.0 / task.r_max, task.r_max);
+        task.d[c] = clip((mean - task.running_mean[c]) * running_rstd, -task.d_max, task.d_max);
     }
 
     // Products of float32 values are exact in float64, and there is room for the mean: 1e6 deviations of it cost float32 no digit.

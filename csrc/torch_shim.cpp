@@ -355,18 +355,44 @@ void moments(Word* stack, uint64_t, uint64_t) {
     stack[0] = mean.release(), stack[1] = m2.release();
 }
 
+struct ForwardCall {
+    const Tensor x, count;
+    Call call;
+
+    explicit ForwardCall(Arguments& arguments)
+        : x(arguments.tensor()), count(arguments.optional_tensor()), call(Verb::forward, x) {
+        call.task.count = count_of(x, count);
+        call.task.eps = arguments.number();
+    }
+    // y, mean, M2 and rstd.
+    void run(Arguments& arguments, Word* stack) {
+        const Epilogue epilogue(arguments, x.sizes[1], call);
+        Tensor y = call.output(), mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
+        call.task.output = y.data<void>();
+        call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
+        call.run();
+        stack[0] = y.release(), stack[1] = mean.release(), stack[2] = m2.release(), stack[3] = rstd.release();
+    }
+};
+
 void forward(Word* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    const Tensor x = arguments.tensor(), count = arguments.optional_tensor();
-    Call call(Verb::forward, x);
-    call.task.count = count_of(x, count);
-    call.task.eps = arguments.number();
-    const Epilogue epilogue(arguments, x.sizes[1], call);
-    Tensor y = call.output(), mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
-    call.task.output = y.data<void>();
-    call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
-    call.run();
-    stack[0] = y.release(), stack[1] = mean.release(), stack[2] = m2.release(), stack[3] = rstd.release();
+    ForwardCall(arguments).run(arguments, stack);
+}
+
+void forward_renormalized(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    ForwardCall forward(arguments);
+    const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
+    const Tensor r_max = arguments.tensor(), d_max = arguments.tensor();
+    const ChannelValues means(running_mean, forward.x.sizes[1]), variances(running_var, forward.x.sizes[1]);
+    Tensor r = channel_vector(forward.x), d = channel_vector(forward.x);
+    Task& task = forward.call.task;
+    task.running_mean = means, task.running_var = variances;
+    task.r_max = ChannelValues::read(r_max, 0), task.d_max = ChannelValues::read(d_max, 0);
+    task.r = r.data<double>(), task.d = d.data<double>();
+    forward.run(arguments, stack);
+    stack[4] = r.release(), stack[5] = d.release();
 }
 
 // (G, C)
@@ -604,6 +630,7 @@ const struct {
     {"input_grad", input_grad},   {"forward", forward},     {"backward", backward},
     {"update_running", update_running},
     {"training_step", training_step},
+    {"forward_renormalized", forward_renormalized},
     {"forward_groups", forward_groups}, {"backward_groups", backward_groups},
     {"training_step_backward", step_backward<false>},
     {"inference_step", inference_step},

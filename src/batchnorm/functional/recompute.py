@@ -14,8 +14,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from batchnorm.functional.autograd import exporting
-
 
 class _Said(threading.local):
     active: bool | None = None
@@ -61,15 +59,3 @@ def _(like: Tensor) -> Tensor:
 def recomputing_now(like: Tensor) -> Tensor:
     """`recomputing` as a 0-d bool on the device of `like`, asked at each call of compiled code too."""
     return torch.ops.batchnorm.recomputing.default(like)
-
-
-# Compiled code computes again in its backward what was cheap to compute, from the buffers as they are by then: moved. What an
-# operator of its own gives it keeps.
-torch.library.define("batchnorm::kept", "(Tensor value) -> Tensor")
-torch.library.impl("batchnorm::kept", "CompositeExplicitAutograd")(Tensor.clone)
-torch.library.register_fake("batchnorm::kept")(torch.empty_like)
-
-
-def kept(value: Tensor) -> Tensor:
-    """A constant computed from buffers that move in the same forward, as the backward has to see it."""
-    return torch.ops.batchnorm.kept.default(value) if torch.compiler.is_compiling() and not exporting() else value

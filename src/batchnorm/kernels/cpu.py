@@ -18,6 +18,7 @@ from torch import Tensor
 from batchnorm.errors import StateError
 from batchnorm.kernels.activation import Activation
 from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
+from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
 
 name = "cpu"
@@ -37,6 +38,8 @@ _EPILOGUE = f"Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, {_AC
 _SCHEMAS = (
     "moments(Tensor x, Tensor? mask, Tensor? count) -> (Tensor, Tensor)",
     f"forward(Tensor x, Tensor? count, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "forward_renormalized(Tensor x, Tensor? count, float eps, Tensor running_mean, Tensor running_var, Tensor r_max, Tensor d_max, "
+    f"{_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"infer(Tensor x, Tensor running_mean, Tensor running_var, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
     f"normalize(Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}) -> Tensor",
     f"reduce_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}, bool residual_is_output)"
@@ -130,6 +133,19 @@ def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = N
     count = None if mask is None else _counted_by(mask)
     y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, count, eps, *arguments)
     return y, Moments(values_per_channel(x) if count is None else count, mean, m2), rstd
+
+
+def forward_renormalized(
+    x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
+) -> tuple[Tensor, Moments, Tensor, Correction]:
+    arguments = _arguments(x, epilogue)
+    mask = arguments[3]
+    count = None if mask is None else _counted_by(mask)
+    y, mean, m2, rstd, *correction = torch.ops.batchnorm.forward_renormalized.default(
+        x, count, eps, *renormalization, *arguments
+    )
+    moments = Moments(values_per_channel(x) if count is None else count, mean, m2)
+    return y, moments, rstd, Correction(*correction)
 
 
 def backward(
@@ -282,6 +298,7 @@ def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> t
 _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
     "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
+    "forward_renormalized": lambda x, *_: (_like(x), *(_channels(x) for _ in range(5))),
     "forward_groups": lambda x, groups, *_: (
         _like(x),
         x.new_empty(groups, dtype=torch.float64),

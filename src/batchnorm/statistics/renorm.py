@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import moments, normalize
-from batchnorm.functional.recompute import kept
+from batchnorm.errors import InputError, StateError
+from batchnorm.functional import normalize
+from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer
@@ -71,33 +71,15 @@ class Renorm:
                 "renormalization compares the batch with running statistics, but this layer has none; build it with "
                 "track_running_stats=True"
             )
-        if x.is_complex():
-            raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
-        batch = moments(x, mask)
-        reducer = reducer_of(layer)
-        if reducer is not None:
-            batch = reducer.merge(batch).detach()
-        with torch.no_grad():
-            r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
-            running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
-            r = kept(((batch.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max))
-            d = kept(((batch.mean - mean) * running_rstd).clamp(-d_max, d_max))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        gamma, beta = layer.gamma, layer.beta
-        for parameter in (gamma, beta):
-            dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-        weight = (r if gamma is None else r * gamma).to(dtype)
-        bias = d if gamma is None else d * gamma
-        bias = (bias if beta is None else bias + beta).to(dtype)
-        y, _ = normalize(
+        r_max, d_max = self.bounds(batches)
+        return normalize(
             x,
-            weight,
-            bias,
+            layer.gamma,
+            layer.beta,
             layer.eps,
             activation=layer.activation,
             residual=residual,
             mask=mask,
-            reducer=reducer,
-            moments=batch,
+            reducer=reducer_of(layer),
+            renormalization=Renormalization(mean, variance, r_max, d_max),
         )
-        return y, batch
