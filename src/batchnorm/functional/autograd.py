@@ -235,10 +235,11 @@ def _differentiable_backward(
         dy = dy * activation.derivative(output.detach())
         activation = None
     epilogue = Epilogue(weight, bias, residual, mask, activation).corrected(correction)
-    if given is None:
-        y = reduction.forward(eager, x, eps, epilogue, reducer, groups)[0]
-    else:
-        y = eager.normalize(x, *given, epilogue)
+    y = (
+        reduction.forward(eager, x, eps, epilogue, reducer, groups)[0]
+        if given is None
+        else eager.normalize(x, *given, epilogue)
+    )
     wanted = [value for value in inputs if value is not None and value.requires_grad]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)) if wanted else iter(())
     dx, dweight, dbias, dresidual = (

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import differentiated_by_torch, gradients
 from batchnorm.functional.recompute import recomputing
-from batchnorm.kernels import Activation, Epilogue, cpu
+from batchnorm.kernels import Activation, Correction, Epilogue, cpu
 from batchnorm.kernels.contract import values_per_channel
 
 
@@ -28,6 +28,7 @@ class Step(NamedTuple):
 
 # `normalize` and `move_running_statistics` at once; `normalize_with`.
 TRAINING = Step(cpu.training_step, cpu.training_step_backward, False)
+RENORMALIZATION = Step(cpu.renormalization_step, cpu.training_step_backward, False)
 INFERENCE = Step(cpu.inference_step, cpu.inference_step_backward, True)
 
 
@@ -98,10 +99,11 @@ class NormalizeShort(torch.autograd.Function):
         x, statistics, weight, bias = ctx.saved_tensors
         wants_dx, wants_dweight, wants_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling():
-            mean, rstd = statistics.unbind()
+            mean, rstd, *r_and_d = statistics.unbind()
+            correction = Correction(*r_and_d) if r_and_d else None
             epilogue = Epilogue(weight, bias, activation=ctx.activation)
             count = None if ctx.step.constant_statistics else values_per_channel(x)
-            dx, dweight, dbias, _ = gradients(ctx, dy, x, mean, rstd, epilogue, count, wants_dbias)
+            dx, dweight, dbias, _ = gradients(ctx, dy, x, mean, rstd, epilogue, count, wants_dbias, correction)
         else:
             code = cpu.code(ctx.activation)
             dx, dweight, dbias = ctx.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)

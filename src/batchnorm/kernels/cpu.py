@@ -57,6 +57,9 @@ _SCHEMAS = (
     "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
     f"float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
+    "renormalization_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
+    f"float r_max, float d_max, float warmup, float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
     f"inference_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, {_ACTIVATION})"
     " -> (Tensor, Tensor)",
     *(
@@ -283,8 +286,8 @@ def _channels(x: Tensor, *groups: int) -> Tensor:
     return x.new_empty((*groups, x.shape[1]), dtype=torch.float64)
 
 
-def _step(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+def _step(x: Tensor, rows: int = 2) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty((rows, x.shape[1]), dtype=torch.float64)
 
 
 def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,6 +325,7 @@ _FAKES = {
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
     "training_step": lambda x, *_: _step(x),
+    "renormalization_step": lambda x, *_: _step(x, 4),
     "inference_step": lambda x, *_: _step(x),
     "training_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
     "inference_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
@@ -343,9 +347,10 @@ def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return missing
 
 
-# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), both empty where they do not take it, which they find out faster than
-# Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
+# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), or mean, rstd, r and d (4, C); both empty where they do not take it, which
+# they find out faster than Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
 training_step, training_step_backward = _operator("training_step"), _operator("training_step_backward")
+renormalization_step = _operator("renormalization_step")
 inference_step, inference_step_backward = _operator("inference_step"), _operator("inference_step_backward")
 _warned = _unavailable is None
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import normalize
+from batchnorm.functional import normalize, short
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.contract import Layer
-from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer
+from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer, train_shortly
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,11 @@ class Renorm:
             raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        plain = self.r_max == 1 and self.d_max == 0
-        return train_or_infer(layer, x, residual, mask, by_replicas if plain else self._corrected)
+        if self.r_max == 1 and self.d_max == 0:
+            return train_or_infer(layer, x, residual, mask, by_replicas)
+        bounds = (self.r_max, self.d_max, self.warmup)
+        y = train_shortly(short.RENORMALIZATION, layer, x, residual, mask, *bounds)
+        return train_or_infer(layer, x, residual, mask, self._corrected) if y is None else y
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""
