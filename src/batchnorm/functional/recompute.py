@@ -13,6 +13,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._autograd import (  # pyright: ignore[reportMissingImports] (a C module)
+    _top_saved_tensors_default_hooks as _top_saved_tensors_hooks,
+)
 
 
 class _Said(threading.local):
@@ -25,6 +28,11 @@ _said = _Said()
 def recomputing() -> bool:
     """Whether the forward that runs now is a recomputation: it happens during a backward, or `recomputation` says so."""
     return torch._C._current_graph_task_id() != -1 if _said.active is None else _said.active
+
+
+def may_be_recomputed() -> bool:
+    """Whether the forward that runs now looks like a checkpoint's: nothing is recorded, or hooks take what is saved."""
+    return not torch.is_grad_enabled() or _top_saved_tensors_hooks(False) is not None
 
 
 @contextmanager

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import normalize, short
+from batchnorm.functional import normalize, recomputing, short
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
+from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer, train_shortly
 
@@ -53,8 +54,9 @@ class Renorm:
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:
             return train_or_infer(layer, x, residual, mask, by_replicas)
-        bounds = (self.r_max, self.d_max, self.warmup)
-        y = train_shortly(short.RENORMALIZATION, layer, x, residual, mask, *bounds)
+        y = None
+        if not recomputed.matters():
+            y = train_shortly(short.RENORMALIZATION, layer, x, residual, mask, self.r_max, self.d_max, self.warmup)
         return train_or_infer(layer, x, residual, mask, self._corrected) if y is None else y
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,15 +76,30 @@ class Renorm:
                 "renormalization compares the batch with running statistics, but this layer has none; build it with "
                 "track_running_stats=True"
             )
-        r_max, d_max = self.bounds(batches)
-        return normalize(
-            x,
-            layer.gamma,
-            layer.beta,
-            layer.eps,
-            activation=layer.activation,
-            residual=residual,
-            mask=mask,
-            reducer=reducer_of(layer),
-            renormalization=Renormalization(mean, variance, r_max, d_max),
-        )
+        renormalization = Renormalization(mean, variance, *self.bounds(batches))
+
+        def normalized(renormalization: Renormalization) -> tuple[Tensor, Moments]:
+            return normalize(
+                x,
+                layer.gamma,
+                layer.beta,
+                layer.eps,
+                activation=layer.activation,
+                residual=residual,
+                mask=mask,
+                reducer=reducer_of(layer),
+                renormalization=renormalization,
+            )
+
+        if not recomputed.matters():
+            return normalized(renormalization)
+        if not recomputing():
+            before = renormalization.copy()
+            y, batch = normalized(before)
+            recomputed.remember(mean, batch, before)
+            return y, batch
+        if recomputed.known(mean):
+            with torch.no_grad():
+                _, batch = normalized(renormalization)
+                renormalization = recomputed.recalled(mean, batch, renormalization)
+        return normalized(renormalization)
