@@ -7,6 +7,7 @@ same mean and M2 to the last bit. (C,) numbers are kept, of the last few forward
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ class _Forward(NamedTuple):
     renormalization: Renormalization
 
 
-_seen = WeakTensorKeyDictionary()  # of each running mean the last forwards, the latest at the end
+# Of each running mean the last forwards, the latest at the end.
+_seen: MutableMapping[Tensor, deque[_Forward]] = WeakTensorKeyDictionary()
 
 
 def matters() -> bool:
