@@ -4,6 +4,8 @@
 // A part of torch_shim.cpp, whose classes it uses.
 #pragma once
 
+#include <math.h>
+
 #include <optional>
 
 namespace {
@@ -66,11 +68,11 @@ struct Bounds {
         : r_max(arguments.number()), d_max(arguments.number()), warmup(arguments.number()) {}
 
     void set(Task& task, int64_t batches) const {
-        const auto grown = [&](double span) {
-            const double share = ((double)batches - warmup) / (span * warmup);
-            return warmup == 0.0 || share > 1.0 ? 1.0 : share < 0.0 ? 0.0 : share;
-        };
-        task.r_max = 1.0 + (r_max - 1.0) * grown(7.0), task.d_max = d_max * grown(4.0);
+        task.r_max = r_max, task.d_max = d_max;
+        if (warmup == 0.0) return;
+        const double after = (double)batches - warmup;
+        task.r_max = fmin(fmax(1.0 + after * ((r_max - 1.0) / (7.0 * warmup)), 1.0), r_max);
+        task.d_max = fmin(fmax(after * (d_max / (4.0 * warmup)), 0.0), d_max);
     }
 };
 

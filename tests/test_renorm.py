@@ -260,7 +260,12 @@ def test_memory_is_saved_to_the_same_bits():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
-def test_compiled(backend):
+@pytest.mark.parametrize("plainly", [False, True], ids=["as ever", "plain torch"])
+def test_compiled(monkeypatch, backend, plainly):
+    """Two micro-batches: what the first one's backward needs must not be computed again from buffers the second moved."""
+    torch._dynamo.reset()
+    if plainly:
+        monkeypatch.setattr(cpu, "refuses", lambda *_: "not wanted")
     one = network(activation="gelu").double()
     other = copy.deepcopy(one)
     compiled = torch.compile(other, backend=backend, fullgraph=True)
@@ -303,3 +308,12 @@ def test_what_a_function_refuses():
         functional.normalize(x, renormalization=given, group_size=2)
     with pytest.raises(DTypeError, match="real input"):
         functional.normalize(x.to(torch.complex64), renormalization=given)
+
+
+def test_bounds_that_grow_are_finite():
+    for bounds in ({"r_max": torch.inf}, {"d_max": torch.inf}):
+        with pytest.raises(InputError, match="finite"):
+            Renorm(**bounds)
+    layer = bn.BatchNorm1d(3, statistics=Renorm(torch.inf, torch.inf, warmup=0))
+    x = torch.randn(4, 3) + 9
+    torch.testing.assert_close(layer(x), x / (1 + 1e-5) ** 0.5)  # the running statistics are 0 and 1

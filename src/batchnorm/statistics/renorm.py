@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,6 +52,8 @@ class Renorm:
     def __post_init__(self) -> None:
         if not (self.r_max >= 1 and self.d_max >= 0 and self.warmup >= 0):
             raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
+        if self.warmup and not (math.isfinite(self.r_max) and math.isfinite(self.d_max)):
+            raise InputError(f"bounds that grow must be finite, but got {self}; take large numbers, or warmup=0")
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:
@@ -61,11 +65,12 @@ class Renorm:
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""
-        after = batches.to(torch.float64) - self.warmup
-        grown = [(after / max(span * self.warmup, 1)).clamp(0, 1) for span in (7, 4)]
         if self.warmup == 0:
-            grown = [torch.ones_like(after)] * 2
-        return 1 + (self.r_max - 1) * grown[0], self.d_max * grown[1]
+            full = partial(torch.full, (), dtype=torch.float64, device=batches.device)
+            return full(self.r_max), full(self.d_max)
+        after = batches.to(torch.float64) - self.warmup
+        r_step, d_step = (self.r_max - 1) / (7 * self.warmup), self.d_max / (4 * self.warmup)
+        return (1 + after * r_step).clamp(1, self.r_max), (after * d_step).clamp(0, self.d_max)
 
     def _corrected(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
