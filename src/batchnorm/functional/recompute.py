@@ -13,9 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._C._autograd import (  # pyright: ignore[reportMissingImports] (a C module)
-    _top_saved_tensors_default_hooks as _top_saved_tensors_hooks,
-)
+from torch._C import _autograd as autograd_in_c  # pyright: ignore[reportAttributeAccessIssue] (a C module)
 
 
 class _Said(threading.local):
@@ -32,7 +30,7 @@ def recomputing() -> bool:
 
 def may_be_recomputed() -> bool:
     """Whether the forward that runs now looks like a checkpoint's: nothing is recorded, or hooks take what is saved."""
-    return not torch.is_grad_enabled() or _top_saved_tensors_hooks(False) is not None
+    return not torch.is_grad_enabled() or autograd_in_c._top_saved_tensors_default_hooks(False) is not None
 
 
 @contextmanager
