@@ -40,10 +40,12 @@ def take(
     activation: Activation | None,
     eps: float,
     running: tuple[Any, ...],
+    seen: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """y, or None where this is not the way, and then nothing was touched.
 
     `running` is what the operator takes of the layer's buffers and of how they follow a batch, in the order of its schema.
+    `seen` is given the batch's statistics where no gradient is recorded.
     """
     if (
         type(x) is not Tensor
@@ -65,8 +67,12 @@ def take(
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         return _apply(x, weight, bias, (step, eps, activation, rest))
-    y, _ = step.forward(x, weight, bias, *rest)
-    return y if y.numel() else None
+    y, statistics = step.forward(x, weight, bias, *rest)
+    if not y.numel():
+        return None
+    if seen is not None:
+        seen(statistics)
+    return y
 
 
 class NormalizeShort(torch.autograd.Function):

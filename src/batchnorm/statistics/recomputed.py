@@ -1,7 +1,7 @@
-"""What a forward went by, for its recomputation: by then the running statistics have moved.
+"""What a forward went by, for its recomputation: by then the buffers have moved.
 
-A forward that may be recomputed is remembered with what it was corrected toward; the recomputation is told by its batch, which has the
-same mean and M2 to the last bit. (C,) numbers are kept, of the last few forwards, as long as the buffers live.
+A forward that may be recomputed is remembered with the buffers it found; the recomputation is told by its batch, which has the same mean
+to the last bit. A few (C,) numbers are kept, of the last few forwards, as long as the buffers live.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.recompute import may_be_recomputed, recomputing
-from batchnorm.kernels import Renormalization
-from batchnorm.moments import Moments
 
 FORWARDS = 16  # remembered of a layer: micro-batches whose backwards are still to come
 
 
+class Buffers(NamedTuple):
+    """What a forward finds in its layer, before it moves it."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def copy(self) -> Buffers:
+        return Buffers(*(value.clone() for value in self))
+
+
 class _Forward(NamedTuple):
-    batch: Moments
-    renormalization: Renormalization
+    batch_mean: Tensor
+    found: Buffers
 
 
 # Of each running mean the last forwards, the latest at the end.
@@ -38,9 +47,9 @@ def matters() -> bool:
     return recomputing() or may_be_recomputed()
 
 
-def remember(running_mean: Tensor, batch: Moments, renormalization: Renormalization) -> None:
-    """Keep what a forward of this batch went by; `renormalization` must not move."""
-    _seen.setdefault(running_mean, deque(maxlen=FORWARDS)).append(_Forward(batch, renormalization))
+def remember(running_mean: Tensor, batch_mean: Tensor, found: Buffers) -> None:
+    """Keep what a forward of this batch found, as a copy that does not move."""
+    _seen.setdefault(running_mean, deque(maxlen=FORWARDS)).append(_Forward(batch_mean, found))
 
 
 def known(running_mean: Tensor) -> bool:
@@ -48,12 +57,10 @@ def known(running_mean: Tensor) -> bool:
     return running_mean in _seen
 
 
-def recalled(running_mean: Tensor, batch: Moments, now: Renormalization) -> Renormalization:
-    """What the last forward of this batch went by, or `now` where none is remembered; no host synchronization."""
-    found = now
-    for forward in _seen.get(running_mean, ()):
-        same = (forward.batch.mean == batch.mean).all() & (forward.batch.m2 == batch.m2).all()
-        found = Renormalization(
-            *(torch.where(same, *values) for values in zip(forward.renormalization, found, strict=True))
-        )
-    return found
+def recalled(batch_mean: Tensor, now: Buffers) -> Buffers:
+    """What the last forward of this batch found, or `now` where none is remembered; no host synchronization."""
+    buffers = now
+    for forward in _seen.get(now.running_mean, ()):
+        same = (forward.batch_mean == batch_mean).all()
+        buffers = Buffers(*(torch.where(same, *values) for values in zip(forward.found, buffers, strict=True)))
+    return buffers

@@ -15,6 +15,7 @@ from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Layer
+from batchnorm.statistics.recomputed import Buffers
 from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer, train_shortly
 
 
@@ -58,10 +59,26 @@ class Renorm:
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:
             return train_or_infer(layer, x, residual, mask, by_replicas)
-        y = None
-        if not recomputed.matters():
-            y = train_shortly(short.RENORMALIZATION, layer, x, residual, mask, self.r_max, self.d_max, self.warmup)
+        y = self._shortly(layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, self._corrected) if y is None else y
+
+    def _shortly(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        take = partial(
+            train_shortly,
+            short.RENORMALIZATION,
+            layer,
+            x,
+            residual,
+            mask,
+            bounds=(self.r_max, self.d_max, self.warmup),
+        )
+        if not recomputed.matters():
+            return take()
+        mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        if torch.is_grad_enabled() or recomputing() or mean is None or variance is None or batches is None:
+            return None
+        before = Buffers(mean, variance, batches).copy()
+        return take(seen=lambda statistics: recomputed.remember(mean, statistics[0], before))
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""
@@ -81,9 +98,9 @@ class Renorm:
                 "renormalization compares the batch with running statistics, but this layer has none; build it with "
                 "track_running_stats=True"
             )
-        renormalization = Renormalization(mean, variance, *self.bounds(batches))
+        now = Buffers(mean, variance, batches)
 
-        def normalized(renormalization: Renormalization) -> tuple[Tensor, Moments]:
+        def normalized(buffers: Buffers) -> tuple[Tensor, Moments]:
             return normalize(
                 x,
                 layer.gamma,
@@ -93,18 +110,18 @@ class Renorm:
                 residual=residual,
                 mask=mask,
                 reducer=reducer_of(layer),
-                renormalization=renormalization,
+                renormalization=Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked)),
             )
 
         if not recomputed.matters():
-            return normalized(renormalization)
+            return normalized(now)
         if not recomputing():
-            before = renormalization.copy()
+            before = now.copy()
             y, batch = normalized(before)
-            recomputed.remember(mean, batch, before)
+            recomputed.remember(mean, batch.mean, before)
             return y, batch
         if recomputed.known(mean):
             with torch.no_grad():
-                _, batch = normalized(renormalization)
-                renormalization = recomputed.recalled(mean, batch, renormalization)
-        return normalized(renormalization)
+                _, batch = normalized(now)
+                now = recomputed.recalled(batch.mean, now)
+        return normalized(now)

@@ -66,11 +66,17 @@ def train_or_infer(
 
 
 def train_shortly(
-    step: short.Step, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, *bounds: float
+    step: short.Step,
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    bounds: tuple[float, ...] = (),
+    seen: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """What a part makes of x in training, the short way; None where that is not the way.
 
-    `bounds` are what the step takes beside the buffers and how they move.
+    `bounds` are what the step takes beside the buffers and how they move; `seen` is as in `short.take`.
     """
     if not (layer.training and layer.track_running_stats) or residual is not None or mask is not None:
         return None
@@ -90,7 +96,7 @@ def train_shortly(
         return None
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     running = (mean, variance, *counters, momentum, unbiased, skip_nonfinite, *bounds)
-    return short.take(step, x, weight, bias, layer.activation, layer.eps, running)
+    return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
 
 
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
