@@ -236,6 +236,25 @@ def test_a_recomputation_is_corrected_as_the_forward_was(monkeypatch, reentrant,
     assert not same(steps(forgetful, lambda x: checkpoint(forgetful, x, use_reentrant=reentrant), several), expected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("plainly", [False, True], ids=["as ever", "plain torch"])
+def test_a_recomputation_with_residual_and_mask(monkeypatch, reentrant, plainly):
+    if plainly:
+        monkeypatch.setattr(cpu, "refuses", lambda *_: "not wanted")
+    one = bn.BatchNorm1d(3, statistics=Renorm(1.5, 0.5, warmup=2), activation="gelu")
+    other, mask = copy.deepcopy(one), torch.arange(6) < torch.tensor([6, 2, 5, 4]).unsqueeze(1)
+    for step in range(6):
+        x, dy, residual = tensors((4, 3, 6), torch.float32, seed=step)
+        found = []
+        for layer, call in ((one, one), (other, partial(checkpoint, other, use_reentrant=reentrant))):
+            given = [(x * step).requires_grad_(), residual.clone().requires_grad_()]
+            call(*given, mask if step % 2 else None).backward(dy)
+            found.append([value.grad.clone() for value in (*given, *layer.parameters())])
+            layer.zero_grad()
+        assert same(*found)
+    assert same(one.buffers(), other.buffers())
+
+
 def test_so_many_forwards_are_remembered_and_no_longer_than_the_layer_lives():
     before = len(recomputed._seen)
     layer = bn.BatchNorm1d(3, statistics=Renorm(warmup=0))
