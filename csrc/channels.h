@@ -12,26 +12,24 @@
 // x · scale + offset, one operation shorter, loses 5e-4 of the deviation there. d · rstd is a product of its own because
 // rstd · slope underflows float32 for |x| = 1e25.
 //
-// Moments are sums about a shift K, a typical value of the channel, the same for all its blocks:
+// Moments are sums about a shift K, which is 0 or a typical value of the channel (sums.h), the same for all its blocks:
 //
 //     mean = K + Σ(x-K) / n                M2 = Σ(x-K)² - (Σ(x-K))² / n
 //
-// If K turns out to lie so far away that the difference cancels more than four bits, the sums are taken once more with K = mean; for
-// float64 tensors as soon as the mean, K + a rounded number, would feel it. No division comes before the last step: sums of
-// integers stay exact.
+// If K turns out to lie so far away that the difference cancels more digits than there are to spare, the sums are taken once more with
+// K = mean. No division comes before the last step: sums of integers stay exact. Sums end in float64, as torch's do, whose results
+// nothing coarser can match: a float32 sum of eight terms is off by a fifth of the last digit of dbias, where torch has all of it
+// right. Nothing overflows or underflows on the way either.
 //
 // Batch renormalization (kernels/correction.py) puts r · weight in the weight's place and d · weight + bias in the bias's, as soon as
 // mean and M2 are known: x is read once.
-//
-// All sums are float64, as torch's are, whose results nothing coarser can match: a float32 sum of eight terms is off by a fifth of the
-// last digit of dbias, where torch has all of it right. Nothing overflows or underflows on the way either.
 #pragma once
 
 #include <math.h>
 #include <stdlib.h>
 
 #include "api.h"
-#include "lanes.h"
+#include "sums.h"
 
 namespace {
 
@@ -96,46 +94,52 @@ class Table {
     Real* values;
 };
 
+// The channels of one call, eight at a time: with few values in each, theirs is most of the arithmetic.
 template <class T>
 class Channels {
   public:
     typedef typename T::Real Real;
 
     // `copies` of each channel lie `C` apart, for the interleaved loops, which take several rows as one.
-    Channels(const Task& task, int64_t copies) : task(task), copies(copies), table(task.C * copies) {}
+    Channels(const Task& task, int64_t copies) : task(task), copies(copies), table(task.C * copies) {
+        open = (bool*)malloc(task.C);
+    }
+    ~Channels() { free(open); }
+    Channels(const Channels&) = delete;
+    Channels& operator=(const Channels&) = delete;
 
-    // Before the sums of channel c: `typical` is a value near its mean.
-    void begin(int64_t c, double typical) {
-        if (task.verb == Verb::moments || task.verb == Verb::forward) {
-            set_shift(c, typical);
-        } else {
-            set_gate(c);
-        }
+    // Before the sums of channels c0 ... c1 - 1: typical(c) is a value near the mean of c.
+    template <class Typical>
+    void begin(int64_t c0, int64_t c1, const Typical& typical) {
+        if (!takes_moments()) return for_lanes(c0, c1, [&](int64_t c, auto part) { set_gate(c, part); });
+        if (Sums<T>::about_zero) return;
+        for (int64_t c = c0; c < c1; ++c) set_shift(c, Doubles{} + typical(c), Some{1});
     }
 
-    // What becomes of the sums. False: take them again, about a better K; only if not `last`.
-    bool finish(int64_t c, double value, double product, bool last) {
-        if (task.verb == Verb::moments || task.verb == Verb::forward) return finish_moments(c, value, product, last);
-        finish_grads(c, value, product);
-        if (task.verb == Verb::backward) {
-            const bool constant = task.count == 0.0;
-            set_input_grad(c, constant ? 0.0 : task.sum_grad[c] / task.count,
-                           constant ? 0.0 : task.sum_grad_xhat[c] / task.count);
-        }
-        return true;
+    // What becomes of the sums. Whether some channels, now `is_open`, are to be summed again, about a better K; none if these were
+    // `again`.
+    bool finish(int64_t c0, int64_t c1, const double* values, const double* products, bool again) {
+        bool more = false;
+        for_lanes(c0, c1, [&](int64_t c, auto part) {
+            const Doubles value = Float64::load(values + (c - c0), part), product = Float64::load(products + (c - c0), part);
+            if (takes_moments()) {
+                more |= finish_moments(c, value, product, again, part);
+            } else {
+                finish_grads(c, value, product, part);
+            }
+        });
+        return more;
     }
+    bool is_open(int64_t c) const { return open[c]; }
 
     // For a map without sums before it.
     void set_all() {
-        for (int64_t c = 0; c < task.C; ++c) {
-            if (task.verb == Verb::normalize) {
-                set_normalize(c, 0.0);
-            } else {
-                set_gate(c);
-                set_input_grad(c, task.mean_grad ? task.mean_grad[c] : 0.0,
-                               task.mean_grad_xhat ? task.mean_grad_xhat[c] : 0.0);
-            }
-        }
+        for_lanes(0, task.C, [&](int64_t c, auto part) {
+            if (task.verb == Verb::normalize) return set_normalize(c, Doubles{}, part);
+            set_gate(c, part);
+            const auto given = [&](const double* values) { return values ? Float64::load(values + c, part) : Doubles{}; };
+            set_input_grad(c, given(task.mean_grad), given(task.mean_grad_xhat), part);
+        });
     }
 
     // The middle of four values: a typical one, even where most of a channel is 0; exact where all four are the same.
@@ -150,76 +154,119 @@ class Channels {
 
   private:
     typedef Table<T> Numbers;
-    static constexpr double worst_cancellation = sizeof(Real) == sizeof(double) ? 1.0001 : 16.0;
+    typedef typename InFloat64<Real>::Storage Stored;
+    bool* open;
 
-    void set(int number, int64_t c, double value) {
-        for (int64_t copy = 0; copy < copies; ++copy) table.at(number, copy * task.C + c) = (Real)value;
+    bool takes_moments() const { return task.verb == Verb::moments || task.verb == Verb::forward; }
+
+    // body(c, Whole) for eight channels, body(c, Some) for what is left.
+    template <class Body>
+    static INLINE void for_lanes(int64_t c, int64_t c1, const Body& body) {
+        for (; c + Float64::width <= c1; c += Float64::width) body(c, Whole{});
+        if (c < c1) body(c, Some{(int)(c1 - c)});
     }
 
-    double weight_of(int64_t c) const { return task.weight ? task.weight[c] : 1.0; }
-    double scale_of(int64_t c) const { return task.rstd[c] * (task.r ? task.r[c] * weight_of(c) : weight_of(c)); }
-    double rest_of_mean(int64_t c) const { return task.mean[c] - (Real)task.mean[c]; }
+    template <class Part>
+    void set(int number, int64_t c, Doubles values, Part part) {
+        for (int64_t copy = 0; copy < copies; ++copy) Stored::store(&table.at(number, copy * task.C + c), values, part);
+    }
+    template <class Part>
+    Doubles scale_of(int64_t c, Part part) const {
+        const Doubles rstd = Float64::load(task.rstd + c, part);
+        if (task.r) return rstd * (Float64::load(task.r + c, part) * weight_of(c, part));
+        return task.weight ? rstd * Float64::load(task.weight + c, part) : rstd;
+    }
+    template <class Part>
+    Doubles weight_of(int64_t c, Part part) const {
+        return task.weight ? Float64::load(task.weight + c, part) : Doubles{} + 1.0;
+    }
+    // What rounding the mean to Real loses.
+    template <class Part>
+    Doubles rest_of_mean(int64_t c, Part part) const {
+        const Doubles mean = Float64::load(task.mean + c, part);
+        return mean - Stored::rounded(mean);
+    }
 
     // K takes the place of the mean; 0 stands in for what no sum could be taken about.
-    void set_shift(int64_t c, double shift) { set(Numbers::mean, c, isfinite(shift) ? shift : 0.0); }
+    template <class Part>
+    void set_shift(int64_t c, Doubles shift, Part part) {
+        set(Numbers::mean, c, shift - shift == 0.0 ? shift : Doubles{}, part);
+    }
 
     // `rest` of the mean is what rounding it to float64 lost; only float64 tensors can see it.
-    void set_normalize(int64_t c, double rest) {
-        const double scale = scale_of(c), given = task.bias ? task.bias[c] : 0.0;
-        const double bias = task.d ? task.d[c] * weight_of(c) + given : given;
-        set(Numbers::mean, c, task.mean[c]);
-        set(Numbers::scale, c, scale);
-        set(Numbers::offset, c, bias - (rest_of_mean(c) + rest) * scale);
+    template <class Part>
+    void set_normalize(int64_t c, Doubles rest, Part part) {
+        const Doubles scale = scale_of(c, part), given = task.bias ? Float64::load(task.bias + c, part) : Doubles{};
+        const Doubles bias = task.d ? Float64::load(task.d + c, part) * weight_of(c, part) + given : given;
+        set(Numbers::mean, c, Float64::load(task.mean + c, part), part);
+        set(Numbers::scale, c, scale, part);
+        set(Numbers::offset, c, bias - (rest_of_mean(c, part) + rest) * scale, part);
     }
 
     // For the derivative of the activation. Where that is read off y, z = y: no scale, no offset, and y is the residual.
-    void set_gate(int64_t c) {
-        set_normalize(c, 0.0);
-        if (task.residual_is_output) set(Numbers::scale, c, 0.0), set(Numbers::offset, c, 0.0);
+    template <class Part>
+    void set_gate(int64_t c, Part part) {
+        set_normalize(c, Doubles{}, part);
+        if (!task.residual_is_output) return;
+        set(Numbers::scale, c, Doubles{}, part), set(Numbers::offset, c, Doubles{}, part);
     }
 
-    bool finish_moments(int64_t c, double sum, double squares, bool last) {
-        const double shift = table.at(Numbers::mean, c), count = task.count > 1.0 ? task.count : 1.0;
-        const double distance = sum / count, mean = shift + distance;
-        double m2 = squares - sum * distance;
-        m2 = m2 < 0.0 ? 0.0 : m2;
-        if (!last && squares > worst_cancellation * m2) {
-            set_shift(c, mean);
-            return false;
-        }
-        task.mean[c] = mean;
-        task.m2[c] = m2;
+    template <class Part>
+    bool finish_moments(int64_t c, Doubles sum, Doubles squares, bool again, Part part) {
+        const Doubles shift = Sums<T>::about_zero && !again ? Doubles{} : Stored::load(&table.at(Numbers::mean, c), part);
+        const double count = task.count > 1.0 ? task.count : 1.0;
+        const Doubles distance = sum / count, mean = shift + distance;
+        Doubles m2 = squares - sum * distance;
+        m2 = m2 < 0.0 ? Doubles{} : m2;
+        const Longs cancels = squares > Sums<T>::worst_cancellation * m2;
+        Float64::store(task.mean + c, mean, part);
+        Float64::store(task.m2 + c, m2, part);
         if (task.verb == Verb::forward) {
-            task.rstd[c] = 1.0 / sqrt(m2 / count + task.eps);
-            if (task.r) set_correction(c, mean, sqrt(m2 / count + task.eps));
-            const double part = mean - shift;
-            set_normalize(c, (shift - (mean - part)) + (distance - part));
+            const Doubles sigma = square_root(m2 / count + task.eps);
+            Float64::store(task.rstd + c, 1.0 / sigma, part);
+            if (task.r) set_correction(c, mean, sigma, part);
+            const Doubles taken = mean - shift;
+            set_normalize(c, (shift - (mean - taken)) + (distance - taken), part);
         }
+        if (again) return false;
+        bool more = false;
+        for (int lane = 0; lane < lanes_of_part<Float64>(part); ++lane) more |= open[c + lane] = cancels[lane] != 0;
+        if (!more) return false;
+        for (int lane = 0; lane < lanes_of_part<Float64>(part); ++lane)
+            if (open[c + lane]) set_shift(c + lane, Doubles{} + mean[lane], Some{1});
         return true;
     }
 
-    void set_correction(int64_t c, double mean, double sigma) {
-        // NaN stays NaN.
-        const auto clip = [](double value, double low, double high) { return value < low ? low : value > high ? high : value; };
-        const double running_rstd = 1.0 / sqrt(task.running_var[c] + task.eps);
-        task.r[c] = clip(sigma * running_rstd, 1.0 / task.r_max, task.r_max);
-        task.d[c] = clip((mean - task.running_mean[c]) * running_rstd, -task.d_max, task.d_max);
+    template <class Part>
+    void set_correction(int64_t c, Doubles mean, Doubles sigma, Part part) {
+        const auto clip = [](Doubles value, double low, double high) {  // NaN stays NaN
+            return value < low ? Doubles{} + low : value > high ? Doubles{} + high : value;
+        };
+        const Doubles running_rstd = 1.0 / square_root(Float64::load(task.running_var + c, part) + task.eps);
+        const Doubles distance = mean - Float64::load(task.running_mean + c, part);
+        Float64::store(task.r + c, clip(sigma * running_rstd, 1.0 / task.r_max, task.r_max), part);
+        Float64::store(task.d + c, clip(distance * running_rstd, -task.d_max, task.d_max), part);
     }
 
-    // Products of float32 values are exact in float64, and there is room for the mean: 1e6 deviations of it cost float32 no digit.
-    // Float64 has none to spare; there the terms are g · (x - m).
-    void finish_grads(int64_t c, double sum, double product) {
-        const double center = sizeof(Real) < sizeof(double) ? task.mean[c] : rest_of_mean(c);
-        task.sum_grad[c] = sum;
-        task.sum_grad_xhat[c] = (product - center * sum) * task.rstd[c];
+    // About zero there is room for the mean: 1e6 deviations of it cost float32 no digit. Otherwise the terms are g · (x - m).
+    template <class Part>
+    void finish_grads(int64_t c, Doubles sum, Doubles product, Part part) {
+        const Doubles center = Sums<T>::about_zero ? Float64::load(task.mean + c, part) : rest_of_mean(c, part);
+        const Doubles xhat = (product - center * sum) * Float64::load(task.rstd + c, part);
+        Float64::store(task.sum_grad + c, sum, part);
+        Float64::store(task.sum_grad_xhat + c, xhat, part);
+        if (task.verb != Verb::backward) return;
+        const bool constant = task.count == 0.0;
+        set_input_grad(c, constant ? Doubles{} : sum / task.count, constant ? Doubles{} : xhat / task.count, part);
     }
 
-    void set_input_grad(int64_t c, double mean_grad, double mean_grad_xhat) {
-        const double scale = scale_of(c), slope = -scale * mean_grad_xhat;
-        set(Numbers::grad_scale, c, scale);
-        set(Numbers::rstd, c, task.rstd[c]);
-        set(Numbers::slope, c, slope);
-        set(Numbers::level, c, -scale * mean_grad - slope * (task.rstd[c] * rest_of_mean(c)));
+    template <class Part>
+    void set_input_grad(int64_t c, Doubles mean_grad, Doubles mean_grad_xhat, Part part) {
+        const Doubles rstd = Float64::load(task.rstd + c, part), scale = scale_of(c, part), slope = -scale * mean_grad_xhat;
+        set(Numbers::grad_scale, c, scale, part);
+        set(Numbers::rstd, c, rstd, part);
+        set(Numbers::slope, c, slope, part);
+        set(Numbers::level, c, -scale * mean_grad - slope * (rstd * rest_of_mean(c, part)), part);
     }
 };
 

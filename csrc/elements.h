@@ -9,109 +9,6 @@ namespace {
 
 constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, that are summed by one thread
 
-// What a reduction takes of a vector: Σ g and Σ g · x, or, where there is no g, Σ (x - mean) and Σ (x - mean)².
-template <class Vector>
-struct GradTermValues {
-    Vector g, x;
-};
-template <class Vector>
-struct MomentTermValues {
-    Vector x;
-};
-
-// Both sums, lane by lane, in float64.
-template <class T>
-struct Sums {
-    Doubles value[2] = {}, product[2] = {};
-
-    INLINE void add(MomentTermValues<Floats> term, Floats mean) {
-        const Wide<Floats> x(term.x), center(mean);
-        const Doubles low = x.low - center.low, high = x.high - center.high;
-        value[0] += low, value[1] += high;
-        product[0] += low * low, product[1] += high * high;
-    }
-    INLINE void add(GradTermValues<Floats> term, Floats) {
-        const Wide<Floats> g(term.g), x(term.x);
-        value[0] += g.low, value[1] += g.high;
-        product[0] += g.low * x.low, product[1] += g.high * x.high;
-    }
-    INLINE void add(const Sums& other) {
-        for (int half = 0; half < 2; ++half) value[half] += other.value[half], product[half] += other.product[half];
-    }
-    INLINE double total_value() const { return total(value[0] + value[1]); }
-    INLINE double total_product() const { return total(product[0] + product[1]); }
-    // Lane by lane.
-    INLINE void unpack(double* values, double* products) const {
-        memcpy(values, value, sizeof value);
-        memcpy(products, product, sizeof product);
-    }
-};
-
-// A sum that keeps what its rounding loses (Knuth's two-sum).
-template <class Real>
-struct ExactSum {
-    Real sum = {}, lost = {};
-
-    INLINE void add(Real term) {
-        const Real next = sum + term, added = next - sum;
-        lost += (sum - (next - added)) + (term - added);
-        sum = next;
-    }
-    INLINE void add(const ExactSum& other) {
-        add(other.sum);
-        lost += other.lost;
-    }
-    // Of the lanes of a vector.
-    INLINE double total() const {
-        ExactSum<double> all;
-        for (int lane = 0; lane < vector_bytes / 8; ++lane) all.add(sum[lane]);
-        for (int lane = 0; lane < vector_bytes / 8; ++lane) all.lost += lost[lane];
-        return all.sum + all.lost;
-    }
-};
-
-// float64 sums of float64 values have no digits to spare: with the rounding of x - mean and of the sums kept, they are as good as
-// torch's at any mean and scale.
-template <>
-struct Sums<Float64> {
-    ExactSum<Doubles> value, product;
-
-    INLINE void add(MomentTermValues<Doubles> term, Doubles mean) {
-        const Doubles d = term.x - mean, taken = term.x - d;
-        value.add(d);
-        value.lost += (term.x - (d + taken)) + (taken - mean);
-        product.add(d * d);
-    }
-    INLINE void add(GradTermValues<Doubles> term, Doubles mean) {
-        value.add(term.g);
-        product.add(term.g * (term.x - mean));
-    }
-    INLINE void add(const Sums& other) {
-        value.add(other.value);
-        product.add(other.product);
-    }
-    INLINE double total_value() const { return value.total(); }
-    INLINE double total_product() const { return product.total(); }
-    INLINE void unpack(double* values, double* products) const {
-        const Doubles all_of_value = value.sum + value.lost, all_of_product = product.sum + product.lost;
-        memcpy(values, &all_of_value, sizeof all_of_value);
-        memcpy(products, &all_of_product, sizeof all_of_product);
-    }
-};
-
-template <>
-struct Sums<ExactFloat32> : Sums<Float64> {};
-
-// Sums of neighbors, of which each vector has kept what it lost.
-INLINE double total_of(const double* values, int64_t count) {
-    ExactSum<Doubles> lanes;
-    int64_t i = 0;
-    for (; i + vector_bytes / 8 <= count; i += vector_bytes / 8) lanes.add(load_vector<Doubles>(values + i));
-    ExactSum<double> rest;
-    for (; i < count; ++i) rest.add(values[i]);
-    return total(lanes.sum) + (rest.sum + (total(lanes.lost) + rest.lost));
-}
-
 enum class Residual { none, some, asked };  // known to the compiler, or asked about for each vector
 
 // The tensors of one call, and the elementwise formulas over them. `i` is the place of an element in x, `m` in the mask.
@@ -194,12 +91,14 @@ struct Elements {
 };
 
 // Sums under a mask are given what counts alone, so their terms know no mask.
-template <class E>
+template <class E, bool about_zero = Sums<typename E::T>::about_zero>
 struct MomentTerm {
     static constexpr bool has_mask = E::has_mask;
     const typename E::Unmasked elements;
 
     MomentTerm over(const typename E::Element* copies, int64_t apart) const { return {elements.over(copies, apart)}; }
+    // The same about the mean that the first sums gave.
+    MomentTerm<E, false> again() const { return {elements}; }
     // body(tensor, number) for each tensor that is read.
     template <class Body>
     INLINE void each(const Body& body) const {
@@ -209,8 +108,14 @@ struct MomentTerm {
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
-    INLINE MomentTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
-        return {first(E::T::load(elements.x + i, part), channel.mean, part)};
+    INLINE auto operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
+        typedef typename E::Vector Vector;
+        const Vector x = E::T::load(elements.x + i, part);
+        if constexpr (about_zero) {
+            return SquareTermValues<Vector>{x};
+        } else {
+            return DeviationTermValues<Vector>{first(x, channel.mean, part)};
+        }
     }
 };
 
@@ -220,6 +125,7 @@ struct GradTerm {
     const typename E::Unmasked elements;
 
     GradTerm over(const typename E::Element* copies, int64_t apart) const { return {elements.over(copies, apart)}; }
+    GradTerm again() const { return *this; }
     template <class Body>
     INLINE void each(const Body& body) const {
         body(elements.x, 0), body(elements.dy, 1);
@@ -231,8 +137,9 @@ struct GradTerm {
     template <class Part>
     INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
         const auto x = E::T::load(elements.x + i, part);
-        const auto g = elements.grad(i, x - channel.mean, channel, part);
-        return {first(g, typename E::Vector{}, part), first(x, channel.mean, part)};
+        const auto d = x - channel.mean;
+        const auto g = first(elements.grad(i, d, channel, part), typename E::Vector{}, part);
+        return {g, Sums<typename E::T>::about_zero ? x : d};
     }
 };
 

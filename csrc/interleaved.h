@@ -44,23 +44,18 @@ class Interleaved {
     void reduce(const Term& term, int) {
         const int64_t chunks = task.mask ? runs.chunks : this->chunks;
         double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
-        for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c));
-        bool* open = (bool*)malloc(C);
-        memset(open, true, C);
-        bool more = true;
-        for (bool last = false; more; last = true) {
-            parallel(task.threads, chunks, [&](int64_t chunk) {
-                sum_chunk(chunk, term, sums + 2 * C * chunk);
-            });
-            more = false;
+        channels.begin(0, C, [&](int64_t c) { return typical(c); });
+        const auto sum = [&](const auto& term) {
+            parallel(task.threads, chunks, [&](int64_t chunk) { sum_chunk(chunk, term, sums + 2 * C * chunk); });
             for (int64_t chunk = 1; chunk < chunks; ++chunk)
                 for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
-            for (int64_t c = 0; c < C; ++c) {
-                if (open[c]) open[c] = !channels.finish(c, sums[c], sums[C + c], last);
-                more |= open[c];
-            }
+        };
+        sum(term);
+        if (channels.finish(0, C, sums, sums + C, false)) {
+            sum(term.again());
+            for (int64_t c = 0; c < C; ++c)
+                if (channels.is_open(c)) channels.finish(c, c + 1, sums + c, sums + C + c, true);
         }
-        free(open);
         free(sums);
     }
 
@@ -141,6 +136,11 @@ class Interleaved {
         double* products = columns + vectors * T::width;
         for (int64_t vector = 0; vector < vectors; ++vector)
             sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
+        if (length == C) {
+            memcpy(totals, columns, C * sizeof(double)), memcpy(totals + C, products, C * sizeof(double));
+            free(columns);
+            return free(sums);
+        }
         for (int64_t c = 0; c < C; ++c) {
             ExactSum<double> value, product;
             for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
@@ -191,7 +191,9 @@ class Interleaved {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
             for_rows(m0, m1, [&](const Rows& some) {
-                stream ? map_columns<true>(channels.table, some, map, out) : map_columns<false>(channels.table, some, map, out);
+                const int64_t ahead = rows_of_map * some.stride;
+                stream ? map_columns<true>(channels.table, some, ahead, map, out)
+                       : map_columns<false>(channels.table, some, ahead, map, out);
             });
         });
     }

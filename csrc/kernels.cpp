@@ -12,7 +12,8 @@ void run_verb(Task& task, typename E::Activation activation) {
     typedef Elements<typename E::T, Identity, Residual::none, E::has_mask> Plain;
     const E elements(task, activation);
     const Plain plain(task, {});
-    const int tensors = 1 + (task.dy != nullptr) + (task.residual != nullptr);
+    // What both passes read.
+    const int tensors = task.dy ? task.residual ? 3 : 2 : 1;
     Layout layout(task);
     switch (task.verb) {
         case Verb::moments: return layout.reduce(MomentTerm<Plain>{plain.unmasked()}, tensors);

@@ -128,6 +128,28 @@ INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// a + b, as a · 1 + b: the units that add are also those that convert, and wait while those that multiply are idle.
+INLINE Doubles plus(Doubles a, Doubles b) {
+#if defined(__AVX512F__)
+    Doubles one = Doubles{} + 1.0;
+    asm("" : "+v"(one));  // or the compiler would see through it
+    return multiply_add(a, one, b);
+#else
+    return a + b;
+#endif
+}
+
+INLINE Doubles square_root(Doubles values) {
+#if defined(__AVX512F__)
+    return bits_as<Doubles>(_mm512_sqrt_pd(bits_as<__m512d>(values)));
+#elif defined(__AVX__)
+    return bits_as<Doubles>(_mm256_sqrt_pd(bits_as<__m256d>(values)));
+#else
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) values[lane] = sqrt(values[lane]);
+    return values;
+#endif
+}
+
 template <class Vector>
 INLINE Vector load_vector(const void* from) {
     Vector vector;
@@ -213,10 +235,20 @@ struct Float64 {
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
     static INLINE void store(Element* to, Vector values, Whole) { memcpy(to, &values, sizeof values); }
     static INLINE void stream(Element* to, Vector values) { stream_vector(to, values); }
+#if defined(__AVX512F__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return bits_as<Vector>(_mm512_maskz_loadu_pd((__mmask8)((1u << some.count) - 1), from));
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        _mm512_mask_storeu_pd(to, (__mmask8)((1u << some.count) - 1), bits_as<__m512d>(values));
+    }
+#else
     static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float64>(from, some.count); }
     static INLINE void store(Element* to, Vector values, Some some) {
         store_through_stack<Float64>(to, values, some.count);
     }
+#endif
+    static INLINE Vector rounded(Vector values) { return values; }
 };
 
 // float32 elements computed in float64: for calls so small that their arithmetic costs nothing, and for processors that cannot
@@ -239,12 +271,34 @@ struct ExactFloat32 {
     static INLINE void stream(Element* to, Vector values) {
         stream_vector(to, narrow(values));
     }
+#if defined(__AVX512VL__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return widen(bits_as<HalfOfFloats>(_mm256_maskz_loadu_ps((__mmask8)((1u << some.count) - 1), from)));
+    }
+    static INLINE void store(Element* to, Vector values, Some some) {
+        _mm256_mask_storeu_ps(to, (__mmask8)((1u << some.count) - 1), bits_as<__m256>(narrow(values)));
+    }
+#else
     static INLINE Vector load(const Element* from, Some some) {
         return load_through_stack<ExactFloat32>(from, some.count);
     }
     static INLINE void store(Element* to, Vector values, Some some) {
         store_through_stack<ExactFloat32>(to, values, some.count);
     }
+#endif
+    static INLINE Vector rounded(Vector values) { return widen(narrow(values)); }
+};
+
+// How numbers that are kept as Real are loaded and stored as float64.
+template <class Real>
+struct InFloat64;
+template <>
+struct InFloat64<float> {
+    typedef ExactFloat32 Storage;
+};
+template <>
+struct InFloat64<double> {
+    typedef Float64 Storage;
 };
 
 // What the 16-bit types share: loads and stores of bits; Format says what the bits mean.
@@ -278,6 +332,31 @@ struct Half {
 
 // The upper half of a float32, rounded to nearest even.
 struct BFloat16Format {
+#if defined(__AVX512BW__)
+    // In 1 and in 6 instructions, for the 2 and 11 of the plain ones: they are most of what a map of half precision takes.
+    static INLINE Floats widen(Halves halves) {
+        const __m512i words = _mm512_castsi256_si512(bits_as<__m256i>(halves));
+        return bits_as<Floats>(_mm512_maskz_permutexvar_epi16(upper_words, bits_as<__m512i>(spread), words));
+    }
+    static INLINE Halves narrow(Floats values) {
+        const __m512 floats = bits_as<__m512>(values);
+        const __m512i bits = bits_as<__m512i>(values), one = _mm512_set1_epi32(1);
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+        rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), rounded, one);
+        const __mmask16 nan = _mm512_cmp_ps_mask(floats, floats, _CMP_UNORD_Q);
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        return bits_as<Halves>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(bits_as<__m512i>(odd), rounded)));
+    }
+
+  private:
+    static constexpr __mmask32 upper_words = 0xaaaaaaaa;
+
+    typedef uint16_t Places __attribute__((vector_size(64)));
+    // Of the words of a vector: word i / 2 at place i, and word 2i + 1.
+    static constexpr Places spread = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
+                                      8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    static constexpr Places odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+#else
     static INLINE Floats widen(Halves halves) { return bits_as<Floats>(::widen(halves) << 16); }
     static INLINE Halves narrow(Floats values) {
         const Words bits = bits_as<Words>(values);
@@ -285,6 +364,7 @@ struct BFloat16Format {
         const Words quiet_nan = (bits >> 16) | 0x40u;
         return ::narrow((Words)(values != values ? quiet_nan : rounded));
     }
+#endif
 };
 
 // IEEE binary16: instructions where there are some, otherwise bits (after F. Giesen, "Float->half variants", public domain).
@@ -325,6 +405,16 @@ struct Float16Format {
 
 typedef Half<BFloat16Format> BFloat16;
 typedef Half<Float16Format> Float16;
+
+// How many lanes are meant.
+template <class Storage>
+INLINE int lanes_of_part(Whole) {
+    return Storage::width;
+}
+template <class Storage>
+INLINE int lanes_of_part(Some some) {
+    return some.count;
+}
 
 // The first lanes of `values`; of `others` the rest.
 template <class Vector>

@@ -30,7 +30,7 @@ class Planar {
     typedef typename T::Real Real;
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
-    static constexpr int64_t ahead = bytes_ahead / sizeof(Element), vectors_together = rows_of_sums * T::width;
+    static constexpr int64_t ahead = bytes_ahead / sizeof(Element), vectors_together = vectors_of_block * T::width;
 
     explicit Planar(Task& task)
         : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S), runs(task.mask, N * S, S, task.counted, chunk_values) {
@@ -38,7 +38,7 @@ class Planar {
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
         chunks = task.mask ? runs.chunks : divide_up(N, rows) * chunks_of_row;
-        const bool many_rows = N >= rows_of_sums, short_rows = many_rows && S < short_plane;
+        const bool many_rows = N >= vectors_of_block, short_rows = many_rows && S < short_plane;
         sums_by_columns = short_rows && !task.mask;
         // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
         maps_by_columns = short_rows || S < T::width || (many_rows && task.stream && S < 4 * short_plane && S * sizeof(Element) % cache_line);
@@ -54,8 +54,9 @@ class Planar {
         }
         parallel(task.threads, tasks, [&](int64_t number) {
             const int64_t c0 = number * block, c1 = at_most(c0 + block, C);
+            const int64_t next = number + task.threads < tasks ? block * S * task.threads : 0;
             reduce_block(c0, c1, term);
-            map_span(c0, c1, {0, N, 0, S}, map);
+            map_span(c0, c1, {0, N, 0, S}, map, next);
             if (task.stream) end_streaming();
         });
     }
@@ -94,7 +95,7 @@ class Planar {
             const int64_t s = number % chunks_of_row, rest = number / chunks_of_row;
             const int64_t c0 = rest % blocks * block, n0 = rest / blocks * samples;
             map_span(c0, at_most(c0 + block, C),
-                     {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)}, map);
+                     {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)}, map, 0);
             if (task.stream) end_streaming();
         });
     }
@@ -135,13 +136,13 @@ class Planar {
     template <class Term>
     void reduce_block(int64_t c0, int64_t c1, const Term& term) {
         double values[block_channels], products[block_channels];
-        for (int64_t c = c0; c < c1; ++c) channels.begin(c, typical(c));
+        channels.begin(c0, c1, [&](int64_t c) { return typical(c); });
         sum_chunks(c0, c1, term, values, products);
+        if (!channels.finish(c0, c1, values, products, false)) return;
         for (int64_t c = c0; c < c1; ++c) {
-            if (channels.finish(c, values[c - c0], products[c - c0], false)) continue;
-            double value, product;
-            sum_chunks(c, c + 1, term, &value, &product);
-            channels.finish(c, value, product, true);
+            if (!channels.is_open(c)) continue;
+            sum_chunks(c, c + 1, term.again(), values, products);
+            channels.finish(c, c + 1, values, products, true);
         }
     }
 
@@ -158,26 +159,27 @@ class Planar {
     // Chunk by chunk on all threads, then the same additions in the same order as in `sum_chunks`.
     template <class Term>
     void reduce_split(const Term& term) {
-        double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
-        bool* open = (bool*)malloc(C);
-        for (int64_t c = 0; c < C; ++c) channels.begin(c, typical(c)), open[c] = true;
-        bool more = true;
-        for (bool last = false; more; last = true) {
-            more = false;
+        double* sums = (double*)malloc(2 * C * (chunks + 1) * sizeof(double));
+        double *values = sums + 2 * C * chunks, *products = values + C;
+        channels.begin(0, C, [&](int64_t c) { return typical(c); });
+        const auto sum = [&](const auto& term, bool again) {
             parallel(task.threads, C * chunks, [&](int64_t number) {
                 const int64_t c = number / chunks;
-                if (!open[c]) return;
+                if (again && !channels.is_open(c)) return;
                 sum_chunk(c, c + 1, number % chunks, term, sums + 2 * number, sums + 2 * number + 1);
             });
             for (int64_t c = 0; c < C; ++c) {
-                double value = 0.0, product = 0.0;
+                values[c] = products[c] = 0.0;
                 for (int64_t number = c * chunks; number < (c + 1) * chunks; ++number)
-                    value += sums[2 * number], product += sums[2 * number + 1];
-                if (open[c]) open[c] = !channels.finish(c, value, product, last);
-                more |= open[c];
+                    values[c] += sums[2 * number], products[c] += sums[2 * number + 1];
             }
+        };
+        sum(term, false);
+        if (channels.finish(0, C, values, products, false)) {
+            sum(term.again(), true);
+            for (int64_t c = 0; c < C; ++c)
+                if (channels.is_open(c)) channels.finish(c, c + 1, values + c, products + c, true);
         }
-        free(open);
         free(sums);
     }
 
@@ -263,19 +265,21 @@ class Planar {
         Sums<T> even = even_sums, odd = odd_sums;
         int64_t j = 0;
         for (; j + vectors_together <= count; j += vectors_together) {
-            term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), rows_of_sums);
+            term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
+            typename Sums<T>::Block block = {even, odd};
             UNROLLED
-            for (int64_t at = j; at < j + vectors_together; at += 2 * width) {
-                even.add(term(i + at, channel, Whole{}), channel.mean);
-                odd.add(term(i + at + width, channel, Whole{}), channel.mean);
-            }
+            for (int64_t vector = 0; vector < vectors_of_block; ++vector)
+                block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector);
+            block.end();
         }
         term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
-        for (; j + width <= count; j += width) even.add(term(i + j, channel, Whole{}), channel.mean);
+        typename Sums<T>::Block block = {even, odd};
+        for (; j + width <= count; j += width) block.add(term(i + j, channel, Whole{}), channel.mean, 0);
         if (j < count) {
             const Some rest = {(int)(count - j)};
-            odd.add(term(i + j, channel, rest), channel.mean);
+            block.add(term(i + j, channel, rest), channel.mean, 1);
         }
+        block.end();
         even_sums = even, odd_sums = odd;
     }
 
@@ -300,23 +304,26 @@ class Planar {
     }
 
     template <class Map>
-    __attribute__((noinline)) void map_span(int64_t c0, int64_t c1, Span span, const Map& map) {
+    __attribute__((noinline)) void map_span(int64_t c0, int64_t c1, Span span, const Map& map, int64_t next) {
         const Outputs<T, Map::writes_two> out(task);
         if (maps_by_columns) {
             const Table<T> table(channels.table, c0, c1, S, true);
             const Rows rows = rows_of(c0, c1, span);
             const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && out.to_alignment(rows.first) == 0;
-            if constexpr (Map::has_mask) return map_masked_columns(table, rows, span.n0, task.stream && aligned, map, out);
-            return task.stream && aligned ? map_columns<true>(table, rows, map, out) : map_columns<false>(table, rows, map, out);
+            const int64_t ahead = next ? next : rows_of_map * rows.stride;
+            if constexpr (Map::has_mask) return map_masked_columns(table, rows, span.n0, task.stream && aligned, ahead, map, out);
+            return task.stream && aligned ? map_columns<true>(table, rows, ahead, map, out)
+                                          : map_columns<false>(table, rows, ahead, map, out);
         }
         for (int64_t n = span.n0; n < span.n1; ++n)
             for (int64_t c = c0; c < c1; ++c)
-                map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, out);
+                map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, next, out);
     }
 
     // Each row by itself, with the mask of its sample once for each channel.
     template <class Map, class Out>
-    void map_masked_columns(const Table<T>& table, Rows rows, int64_t n, bool stream, const Map& map, const Out& out) const {
+    void map_masked_columns(
+        const Table<T>& table, Rows rows, int64_t n, bool stream, int64_t ahead, const Map& map, const Out& out) const {
         uint8_t* mask = (uint8_t*)malloc(rows.columns + T::width);  // a vector past the end may be loaded, never used
         const int64_t samples = rows.count;
         rows.count = 1;
@@ -324,21 +331,27 @@ class Planar {
             memcpy(mask, task.mask + (n + sample) * S, S);
             for (int64_t have = S; have < rows.columns; have *= 2) memcpy(mask + have, mask, at_most(have, rows.columns - have));
             const Map here = map.under(mask, mask + rows.columns + T::width);
-            stream ? map_columns<true>(table, rows, here, out) : map_columns<false>(table, rows, here, out);
+            stream ? map_columns<true>(table, rows, ahead, here, out) : map_columns<false>(table, rows, ahead, here, out);
         }
         free(mask);
     }
 
     template <class Map, class Out>
-    INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, const Out out) const {
+    INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, int64_t next, const Out out) const {
         constexpr int64_t width = T::width;
         const int64_t head = task.stream ? out.to_alignment(i) : -1;
         int64_t j = 0;
         if (head >= 0 && head < count) {
             if (head > 0) out.store(i, map(i, m, channel, Some{(int)head}), Some{(int)head});
-            for (j = head; j + width <= count; j += width) out.stream(i + j, map(i + j, m + j, channel, Whole{}));
+            for (j = head; j + width <= count; j += width) {
+                map.fetch(i + j + next, 1);
+                out.stream(i + j, map(i + j, m + j, channel, Whole{}));
+            }
         } else {
-            for (; j + width <= count; j += width) out.store(i + j, map(i + j, m + j, channel, Whole{}), Whole{});
+            for (; j + width <= count; j += width) {
+                map.fetch(i + j + next, 1);
+                out.store(i + j, map(i + j, m + j, channel, Whole{}), Whole{});
+            }
         }
         if (j < count) {
             const Some rest = {(int)(count - j)};

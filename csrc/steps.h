@@ -91,7 +91,7 @@ void training_step(Word* stack, uint64_t, uint64_t) {
         (renormalized && !running.moved_batches))
         return decline(stack, x);
     LayerCall layer(Verb::forward, x, weight, bias, eps, arguments, renormalized);
-    std::vector<double> m2(layer.C);
+    const Scratch m2 = scratch(layer.C);
     Task& task = layer.call.task;
     const Tensor none;
     const ChannelValues means(renormalized ? running.mean : none, layer.C);
@@ -101,7 +101,7 @@ void training_step(Word* stack, uint64_t, uint64_t) {
         bounds->set(task, *running.moved_batches.data<int64_t>());
     }
     task.count = count_of(x, {});
-    task.m2 = m2.data();
+    task.m2 = m2.get();
     layer.call.run();
     running.follow(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
     layer.leave_in(stack);
@@ -120,10 +120,11 @@ void inference_step(Word* stack, uint64_t, uint64_t) {
 }
 
 // Float64 values in the dtype of `like`, float32 or float64.
-Tensor rounded(const std::vector<double>& values, const Tensor& like) {
-    Tensor tensor = Tensor::vector((int64_t)values.size(), like.dtype);
+Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
+    Tensor tensor = Tensor::vector(C, like.dtype);
     const auto round = [&](auto* narrow) {
-        for (size_t c = 0; c < values.size(); ++c) narrow[c] = values[c];
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) narrow[c] = values[c];
     };
     like.dtype == dtypes[(int)Dtype::float32] ? round(tensor.data<float>()) : round(tensor.data<double>());
     return tensor;
@@ -144,7 +145,7 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     task.slope = arguments.number();
     const bool wants_dx = arguments.flag();
     Tensor dx = wants_dx ? call.output() : nothing(x);
-    std::vector<double> sum_grad(C), sum_grad_xhat(C);
+    const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
     task.dy = call.beside(dy);
     task.mean = statistics.data<double>(), task.rstd = task.mean + C;
     task.count = constant_statistics ? 0.0 : count_of(x, {});
@@ -152,21 +153,21 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     // Renormalized: x̂ · r + d takes the place of x̂, see kernels/correction.py.
     const double* const r = statistics.sizes[0] == 4 ? task.rstd + C : nullptr;
     const double* const d = r ? r + C : nullptr;
-    std::vector<double> corrected_weight(r ? C : 0), corrected_bias(r ? C : 0);
+    const Scratch corrected_weight = scratch(r ? C : 0), corrected_bias = scratch(r ? C : 0);
     for (int64_t c = 0; r && c < C; ++c) {
         const double gamma = weight ? task.weight[c] : 1.0;
         corrected_weight[c] = r[c] * gamma;
         corrected_bias[c] = d[c] * gamma + (bias ? task.bias[c] : 0.0);
     }
-    if (r) task.weight = corrected_weight.data(), task.bias = corrected_bias.data();
-    task.sum_grad = sum_grad.data(), task.sum_grad_xhat = sum_grad_xhat.data();
+    if (r) task.weight = corrected_weight.get(), task.bias = corrected_bias.get();
+    task.sum_grad = sum_grad.get(), task.sum_grad_xhat = sum_grad_xhat.get();
     task.output = wants_dx ? dx.data<void>() : nullptr;
     if (!wants_dx) task.verb = Verb::reduce_grad;
     call.run();
     for (int64_t c = 0; r && c < C; ++c) sum_grad_xhat[c] = r[c] * sum_grad_xhat[c] + d[c] * sum_grad[c];
     stack[0] = dx.release();
-    stack[1] = (weight ? rounded(sum_grad_xhat, weight) : nothing(x)).release();
-    stack[2] = (weight ? rounded(sum_grad, weight) : nothing(x)).release();
+    stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
+    stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();
 }
 
 }  // namespace

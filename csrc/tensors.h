@@ -3,9 +3,9 @@
 
 #include <string.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "api.h"
 
@@ -152,6 +152,10 @@ class Arguments {
     Word* at;
 };
 
+// Memory that is written before it is read; never null.
+typedef std::unique_ptr<double[]> Scratch;
+Scratch scratch(int64_t values) { return Scratch(new double[values + 1]); }
+
 // Channel values in float64: their own memory where they are that already.
 class ChannelValues {
   public:
@@ -162,8 +166,8 @@ class ChannelValues {
             values = tensor.data<double>();
             return;
         }
-        own.resize(C + 1);  // never empty: null means something else
-        values = own.data();
+        own = scratch(C);
+        values = own.get();
         if (tensor.dtype == dtypes[(int)Dtype::float32]) {
             const float* narrow = tensor.data<float>();
             for (int64_t c = 0; c < C; ++c) values[c] = narrow[c * stride];
@@ -198,7 +202,7 @@ class ChannelValues {
 
   private:
     double* values = nullptr;
-    std::vector<double> own;
+    Scratch own;
 };
 
 }  // namespace

@@ -74,6 +74,8 @@ class Call {
         }
         return tensor.data<void>();
     }
+    // To be called before smaller tensors are allocated: they would be cut from what the last call's output left, and this one would
+    // lie elsewhere, out of the cache.
     Tensor output() {
         Tensor tensor = x.empty_like();
         const int64_t bytes = tensor.values() * element_size();
@@ -163,16 +165,17 @@ void moments(Word* stack, uint64_t, uint64_t) {
 struct ForwardCall {
     const Tensor x, count;
     Call call;
+    Tensor y;
 
     explicit ForwardCall(Arguments& arguments)
-        : x(arguments.tensor()), count(arguments.optional_tensor()), call(Verb::forward, x) {
+        : x(arguments.tensor()), count(arguments.optional_tensor()), call(Verb::forward, x), y(call.output()) {
         call.task.count = count_of(x, count);
         call.task.eps = arguments.number();
     }
     // y, mean, M2 and rstd.
     void run(Arguments& arguments, Word* stack) {
         const Epilogue epilogue(arguments, x.sizes[1], call);
-        Tensor y = call.output(), mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
+        Tensor mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
         call.task.output = y.data<void>();
         call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
         call.run();
@@ -250,11 +253,11 @@ void infer(Word* stack, uint64_t, uint64_t) {
     const double eps = arguments.number();
     const int64_t C = x.sizes[1];
     Call call(Verb::normalize, x);
+    Tensor y = call.output();
     Tensor mean = Tensor::vector(C, dtypes[(int)Dtype::float64]), rstd = Tensor::vector(C, dtypes[(int)Dtype::float64]);
     call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
     set_constant(call.task, running_mean, running_var, eps, C);
     const Epilogue epilogue(arguments, C, call);
-    Tensor y = call.output();
     call.task.output = y.data<void>();
     call.run();
     stack[0] = y.release(), stack[1] = mean.release(), stack[2] = rstd.release();
@@ -322,10 +325,10 @@ void backward(Word* stack, uint64_t, uint64_t) {
     const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
     const double count = count_of(x, masked_count);
     task.count = constant_statistics ? 0.0 : count > 1.0 ? count : 1.0;
-    Tensor sum_grad = channel_vector(x), sum_grad_xhat = channel_vector(x);
-    task.sum_grad = sum_grad.data<double>(), task.sum_grad_xhat = sum_grad_xhat.data<double>();
     Tensor dx = wants_dx ? backward.call.output() : nothing(x);
     Tensor dresidual = wants_dresidual ? backward.call.output() : nothing(x);
+    Tensor sum_grad = channel_vector(x), sum_grad_xhat = channel_vector(x);
+    task.sum_grad = sum_grad.data<double>(), task.sum_grad_xhat = sum_grad_xhat.data<double>();
     task.output = wants_dx ? dx.data<void>() : nullptr;
     task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
     if (!wants_dx && !wants_dresidual) task.verb = Verb::reduce_grad;
@@ -349,9 +352,9 @@ void backward_groups(Word* stack, uint64_t, uint64_t) {
     const Epilogue epilogue(arguments, x.sizes[1], call);
     call.task.residual_is_output = arguments.flag();
     const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
+    Tensor dx = wants_dx ? call.output() : nothing(x), dresidual = wants_dresidual ? call.output() : nothing(x);
     Tensor sum_grad = group_vectors(x, groups), sum_grad_xhat = group_vectors(x, groups);
     call.task.sum_grad = sum_grad.data<double>(), call.task.sum_grad_xhat = sum_grad_xhat.data<double>();
-    Tensor dx = wants_dx ? call.output() : nothing(x), dresidual = wants_dresidual ? call.output() : nothing(x);
     call.task.output = wants_dx ? dx.data<void>() : nullptr;
     call.task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
     if (!wants_dx && !wants_dresidual) call.task.verb = Verb::reduce_grad;
@@ -364,23 +367,28 @@ void backward_groups(Word* stack, uint64_t, uint64_t) {
 template <class Real>
 bool move(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
           double divisor, double momentum, bool moves, bool skip_nonfinite) {
-    Real *means = running_mean.data<Real>(), *variances = running_var.data<Real>();
-    const int64_t mean_stride = running_mean.strides[0], variance_stride = running_var.strides[0];
-    const auto step = [&](Real running, double value) {
-        return (Real)((1.0 - momentum) * (double)running + momentum * value);
-    };
-    std::vector<double> variance(C);
-    bool finite = true;
+    const Scratch variances = scratch(C);
+    double* variance = variances.get();
+    int bad = 0;
+#pragma omp simd reduction(| : bad)
     for (int64_t c = 0; c < C; ++c) {
         variance[c] = m2[c] / divisor;
-        finite &= __builtin_isfinite((Real)mean[c]) && __builtin_isfinite((Real)variance[c]);
+        const Real narrow_mean = (Real)mean[c], narrow_variance = (Real)variance[c];
+        bad |= !(narrow_mean - narrow_mean == 0) | !(narrow_variance - narrow_variance == 0);
     }
-    if (!moves || (skip_nonfinite && !finite)) return finite;
-    for (int64_t c = 0; c < C; ++c) {
-        means[c * mean_stride] = step(means[c * mean_stride], mean[c]);
-        variances[c * variance_stride] = step(variances[c * variance_stride], variance[c]);
-    }
-    return finite;
+    if (!moves || (skip_nonfinite && bad)) return !bad;
+    const auto follow = [&](const Tensor& running, const double* batch) {
+        Real* values = running.data<Real>();
+        const auto step = [&](Real value, double next) { return (Real)((1.0 - momentum) * (double)value + momentum * next); };
+        if (const int64_t stride = running.strides[0]; stride != 1) {
+            for (int64_t c = 0; c < C; ++c) values[c * stride] = step(values[c * stride], batch[c]);
+            return;
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) values[c] = step(values[c], batch[c]);
+    };
+    follow(running_mean, mean), follow(running_var, variance);
+    return !bad;
 }
 
 // A layer's buffers, and how they follow the batches.

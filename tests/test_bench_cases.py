@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from torch import nn
 
 from batchnorm.bench import suite
-from batchnorm.bench.case import Case, cases, laid_out, quick
+from batchnorm.bench.case import Case, cases, laid_out, quick, tensors
+from batchnorm.bench.providers import find
 from batchnorm.bench.suite import Layer, Suite
 from batchnorm.cli import commands
 from batchnorm.lab.networks import Bottleneck, resnet50
@@ -120,6 +121,8 @@ class TestShapes:
 
 
 class TestCases:
+    DIRECTIONS = ("forward", "backward", "inference", "step")
+
     def test_every_combination_once(self):
         two = Suite("two", "-", (Layer((2, 3, 4, 4)), Layer((8, 3))))
         found = cases([two], ["planar", "channels_last"], ["float32"], None, ["fresh"], [1, 2])
@@ -141,8 +144,19 @@ class TestCases:
     )
     def test_bytes_that_must_move(self, layout, residual, activation, expected):
         one = case(layer=Layer((2, 3, 4, 4), activation=activation, residual=residual), layout=layout)
-        directions = ("forward", "backward", "inference", "step")
-        assert tuple(replace(one, direction=d).passes for d in directions) == expected
+        assert tuple(replace(one, direction=d).passes for d in self.DIRECTIONS) == expected
+
+    @pytest.mark.parametrize(
+        ("residual", "activation", "expected"),
+        [(False, "relu", (2, 3, 2, 4)), (True, "relu", (3, 5, 3, 6)), (True, None, (3, 4, 3, 6))],
+    )
+    def test_the_copy_moves_as_many_bytes_as_the_tensors_have(self, residual, activation, expected):
+        one = case(layer=Layer((2, 3, 4, 4), activation=activation, residual=residual))
+        for direction, count in zip(self.DIRECTIONS, expected, strict=True):
+            here = replace(one, direction=direction)
+            assert here.tensors == count
+            (copied,) = find(["copy"])[0].prepare(here, tensors(here))()
+            assert 2 * copied.numel() == count * tensors(here).x.numel()
 
     def test_quick_keeps_four_layers_with_the_largest_and_the_smallest(self):
         sizes = [math.prod(layer.shape) for layer in quick(suite.load("resnet50")).layers]

@@ -82,11 +82,12 @@ def compare(x: Tensor, dy: Tensor, e: Epilogue) -> None:
     # In float64 both kernels round: what is left of x - mean is off by an ulp of x, whatever it is multiplied by.
     terms = (x.abs().max() * exact_rstd.max()).item() if x.dtype == torch.float64 else 0.0
     close("y", y, exact_y, slack, terms)
-    close("mean", batch.mean, exact_batch.mean, 16)
-    close("m2", batch.m2, exact_batch.m2, 4096)
-    close("rstd", rstd, exact_rstd, 4096)
+    single = 2.0**31  # sums of half precision are float32 over eight values
+    close("mean", batch.mean, exact_batch.mean, single if half else 16)
+    close("m2", batch.m2, exact_batch.m2, single if half else 4096)
+    close("rstd", rstd, exact_rstd, single if half else 4096)
     assert torch.as_tensor(batch.count).equal(torch.as_tensor(exact_batch.count))
-    close("moments", cpu.moments(x, e.mask).m2, exact_batch.m2, 4096)
+    close("moments", cpu.moments(x, e.mask).m2, exact_batch.m2, single if half else 4096)
     close("normalize", cpu.normalize(x, exact_batch.mean, exact_rstd, e), exact_y, slack, terms)
     z = eager.normalize(x.double(), exact_batch.mean, exact_rstd, e._replace(activation=None, mask=None))
     if e.activation is not None and not away_from_kinks(z):
@@ -94,12 +95,12 @@ def compare(x: Tensor, dy: Tensor, e: Epilogue) -> None:
     statistics = (exact_batch.mean, exact_rstd)
     sums = cpu.reduce_grad(dy, x, *statistics, e)
     exact_sums = eager.reduce_grad(dy, x, *statistics, e)
-    single = 1e3 if x.dtype == torch.float64 else 2.0**31  # the activation's derivative is float32
+    slack_of_sums = 1e3 if x.dtype == torch.float64 else single  # the activation's derivative is float32
     for name, found, expected in zip(("sum", "sum xhat"), sums, exact_sums, strict=True):
         scale = (
             exact_sums[0].abs().max() + exact_sums[1].abs().max() + dy.double().abs().sum((0, *range(2, x.dim()))).max()
         )
-        assert (found - expected).abs().max() <= single * 2.0**-52 * scale, name
+        assert (found - expected).abs().max() <= slack_of_sums * 2.0**-52 * scale, name
     largest = (dy.double().abs().max() * exact_rstd.max()).item() * (1 + terms)
     mean_grads = tuple(value / x.numel() * x.shape[1] for value in exact_sums)
     for grads in (None, mean_grads):
@@ -267,13 +268,15 @@ def test_constant_channels_give_exactly_the_bias(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_shift_far_from_the_mean(layout):
-    """The first values of a channel are no guide to the rest."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("misled", [False, True], ids=["far from zero", "first values are no guide to the rest"])
+def test_a_shift_far_from_the_mean(misled, dtype, layout):
     x = 1e6 + torch.randn(2, 3, 4001, dtype=torch.float64)
-    x[0, :, :1] = x[0, :, 1000:1001] = x[0, :, 2000:2001] = x[0, :, 3000:3001] = -1e6
-    x = arranged(x.float(), layout)
+    if misled:
+        x[0, :, :1] = x[0, :, 1000:1001] = x[0, :, 2000:2001] = x[0, :, 3000:3001] = -1e6
+    x = arranged(x.to(dtype), layout)
     found, exact = cpu.moments(x, None), eager.moments(x.double(), None)
-    torch.testing.assert_close(found.m2, exact.m2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.m2, exact.m2, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -49,7 +49,8 @@ def by_formula(x, weight, bias, eps, renormalization, activation=None, residual=
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_agree(dtype, shape, layout):
     x, _, residual = tensors(shape, dtype, layout)
-    slack = 2.0 if dtype in (torch.float16, torch.bfloat16) else 8.0
+    half = dtype in (torch.float16, torch.bfloat16)
+    slack, wide = (2.0, 1e-6) if half else (8.0, 1e-11)  # sums of half precision are float32 over eight values
     renormalization = renormalization_of(shape[1])
     for activation, with_residual, masked in product(ACTIVATIONS, (False, True), (False, True)):
         e = epilogue(shape, residual if with_residual else None, masked, activation)
@@ -59,9 +60,9 @@ def test_kernels_agree(dtype, shape, layout):
         close("y", y, exact_y, slack, terms)
         assert y.stride() == x.stride()
         torch.testing.assert_close(
-            (batch.mean, batch.m2, rstd), (exact_batch.mean, exact_batch.m2, exact_rstd), rtol=1e-11, atol=1e-11
+            (batch.mean, batch.m2, rstd), (exact_batch.mean, exact_batch.m2, exact_rstd), rtol=wide, atol=wide
         )
-        torch.testing.assert_close(tuple(correction), tuple(exact), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(tuple(correction), tuple(exact), rtol=wide, atol=wide)
         assert torch.as_tensor(batch.count).equal(torch.as_tensor(exact_batch.count))
 
 

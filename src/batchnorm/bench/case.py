@@ -72,12 +72,18 @@ class Case:
                     and the residual is read wherever x is if there is an activation, whose derivative depends on it
         inference   as forward, planar
         """
-        again, residual = self.layout == "channels_last", self.layer.residual
-        derivative = residual and self.layer.activation is not None
-        forward = 2 + again + residual
-        backward = 3 + residual + derivative + again * (2 + derivative)
-        steps = {"inference": 2 + residual, "backward": backward, "step": forward + backward}
-        return steps.get(self.direction, forward)
+        again = self.layout == "channels_last" and self.direction != "inference"
+        derivative = self.layer.residual and self.layer.activation is not None
+        forward, backward = again, again * (2 + derivative)
+        repeated = {"backward": backward, "step": forward + backward + 1 + derivative}
+        return self.tensors + repeated.get(self.direction, forward)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors of the input's size are read or written, each counted once."""
+        residual = self.layer.residual
+        backward = 3 + residual + (residual and self.layer.activation is not None)
+        return {"backward": backward, "step": 4 + 2 * residual}.get(self.direction, 2 + residual)
 
 
 def cases(

@@ -38,16 +38,21 @@ class Provider(Protocol):
 
 
 class Copy:
-    """A copy of x into memory that was written before: the bandwidth from which the byte limit follows."""
+    """A copy that reads and writes the case's tensors, half of them each, in memory that was written before: what its bytes take.
+
+    Of another number of bytes it would find another part of them in the cache.
+    """
 
     name = "copy"
 
     def refuses(self, case: Case) -> str | None:  # noqa: ARG002 (the protocol's signature)
         return None
 
-    def prepare(self, case: Case, given: Tensors) -> Timed:  # noqa: ARG002 (the protocol's signature)
-        target = given.x.clone()
-        return lambda: (target.copy_(given.x),)
+    def prepare(self, case: Case, given: Tensors) -> Timed:
+        values = given.x.numel() * case.tensors // 2
+        source = torch.ones(values, dtype=given.x.dtype)
+        target = source.clone()
+        return lambda: (target.copy_(source),)
 
 
 class Eager:

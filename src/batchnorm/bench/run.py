@@ -90,7 +90,7 @@ def rows(
     """The rows of a case from the seconds of each round; the byte limit follows from those of "copy"."""
     unit = "us" if case.tensor_bytes <= MICROSECONDS_BELOW else "ms"
     median = {name: percentile(values, 50) for name, values in samples.items()}
-    limit = median["copy"] * case.passes / 2  # the copy reads once and writes once
+    limit = median["copy"] * case.passes / case.tensors
 
     def row(name: str, values: list[float]) -> Row:
         p20, p50, p80 = (percentile(values, percent) * UNITS[unit] for percent in (20, 50, 80))
