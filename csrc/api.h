@@ -44,6 +44,13 @@ struct Task {
     int64_t groups, group_size;
     double* counts;  // (groups,), written where there are groups: what takes the place of `count`
 
+    // In forward x̂ · r + d takes the place of x̂ where r is not null: batch renormalization, see channels.h.
+    const double* running_mean;  // (C,), likewise the next
+    const double* running_var;
+    double r_max, d_max;
+    double* r;  // (C,), written, likewise the next
+    double* d;
+
     double count;  // values per channel that the mask lets through; 0 in backward: the statistics are constants
     double eps;
     Activation activation;

@@ -20,6 +20,9 @@
 // K = mean. No division comes before the last step: sums of integers stay exact. Sums end in float64, as torch's do, whose results
 // nothing coarser can match: a float32 sum of eight terms is off by a fifth of the last digit of dbias, where torch has all of it
 // right. Nothing overflows or underflows on the way either.
+//
+// Batch renormalization (kernels/correction.py) puts r · weight in the weight's place and d · weight + bias in the bias's, as soon as
+// mean and M2 are known: x is read once.
 #pragma once
 
 #include <math.h>
@@ -170,7 +173,12 @@ class Channels {
     template <class Part>
     Doubles scale_of(int64_t c, Part part) const {
         const Doubles rstd = Float64::load(task.rstd + c, part);
+        if (task.r) return rstd * (Float64::load(task.r + c, part) * weight_of(c, part));
         return task.weight ? rstd * Float64::load(task.weight + c, part) : rstd;
+    }
+    template <class Part>
+    Doubles weight_of(int64_t c, Part part) const {
+        return task.weight ? Float64::load(task.weight + c, part) : Doubles{} + 1.0;
     }
     // What rounding the mean to Real loses.
     template <class Part>
@@ -188,7 +196,8 @@ class Channels {
     // `rest` of the mean is what rounding it to float64 lost; only float64 tensors can see it.
     template <class Part>
     void set_normalize(int64_t c, Doubles rest, Part part) {
-        const Doubles scale = scale_of(c, part), bias = task.bias ? Float64::load(task.bias + c, part) : Doubles{};
+        const Doubles scale = scale_of(c, part), given = task.bias ? Float64::load(task.bias + c, part) : Doubles{};
+        const Doubles bias = task.d ? Float64::load(task.d + c, part) * weight_of(c, part) + given : given;
         set(Numbers::mean, c, Float64::load(task.mean + c, part), part);
         set(Numbers::scale, c, scale, part);
         set(Numbers::offset, c, bias - (rest_of_mean(c, part) + rest) * scale, part);
@@ -213,7 +222,9 @@ class Channels {
         Float64::store(task.mean + c, mean, part);
         Float64::store(task.m2 + c, m2, part);
         if (task.verb == Verb::forward) {
-            Float64::store(task.rstd + c, 1.0 / square_root(m2 / count + task.eps), part);
+            const Doubles sigma = square_root(m2 / count + task.eps);
+            Float64::store(task.rstd + c, 1.0 / sigma, part);
+            if (task.r) set_correction(c, mean, sigma, part);
             const Doubles taken = mean - shift;
             set_normalize(c, (shift - (mean - taken)) + (distance - taken), part);
         }
@@ -224,6 +235,17 @@ class Channels {
         for (int lane = 0; lane < lanes_of_part<Float64>(part); ++lane)
             if (open[c + lane]) set_shift(c + lane, Doubles{} + mean[lane], Some{1});
         return true;
+    }
+
+    template <class Part>
+    void set_correction(int64_t c, Doubles mean, Doubles sigma, Part part) {
+        const auto clip = [](Doubles value, double low, double high) {  // NaN stays NaN
+            return value < low ? Doubles{} + low : value > high ? Doubles{} + high : value;
+        };
+        const Doubles running_rstd = 1.0 / square_root(Float64::load(task.running_var + c, part) + task.eps);
+        const Doubles distance = mean - Float64::load(task.running_mean + c, part);
+        Float64::store(task.r + c, clip(sigma * running_rstd, 1.0 / task.r_max, task.r_max), part);
+        Float64::store(task.d + c, clip(distance * running_rstd, -task.d_max, task.d_max), part);
     }
 
     // About zero there is room for the mean: 1e6 deviations of it cost float32 no digit. Otherwise the terms are g · (x - m).

@@ -79,17 +79,21 @@ void fuzz_one() {
     task.group_size = one_of({1, 2, 5});
     task.groups = numbers() % 3 ? 0 : task.N / task.group_size;
     const int64_t vectors = task.C * (task.groups > 1 ? task.groups : 1);
+    const bool renormalized = task.verb == Verb::forward && task.groups <= 1 && numbers() % 2;
 
     uint64_t first = 0;
     std::vector<double> weight(task.C, 1.25), bias(task.C, 0.5), zeros(vectors, 0.0);
     for (int threads = 1; threads <= 3; ++threads) {
         std::vector<double> mean(vectors, 3.0), m2(vectors), rstd(vectors, 0.5), sum(vectors), product(vectors), counts(task.N);
+        std::vector<double> r(task.C), d(task.C);
         task.counts = counts.data();
         Block output(values * size, shift), dresidual(values * size, shift);
         task.weight = weight.data(), task.bias = bias.data();
         task.mean = mean.data(), task.m2 = m2.data(), task.rstd = task.verb == Verb::moments ? nullptr : rstd.data();
         task.sum_grad = sum.data(), task.sum_grad_xhat = product.data();
         task.mean_grad = task.mean_grad_xhat = zeros.data();
+        task.running_mean = bias.data(), task.running_var = weight.data(), task.r_max = 1.5, task.d_max = 0.5;
+        task.r = renormalized ? r.data() : nullptr, task.d = renormalized ? d.data() : nullptr;
         const bool maps = task.verb != Verb::moments && task.verb != Verb::reduce_grad;
         task.output = maps ? output.data() : nullptr;
         task.dresidual = backward && maps && task.residual ? dresidual.data() : nullptr;
@@ -98,7 +102,7 @@ void fuzz_one() {
         run(call);
         uint64_t bits = maps ? output.hash() : 0;
         if (task.dresidual) bits = bits * 31 + dresidual.hash();
-        for (const auto* values : {&mean, &m2, &rstd, &sum, &product})
+        for (const auto* values : {&mean, &m2, &rstd, &sum, &product, &r, &d})
             for (double value : *values) {
                 uint64_t word;
                 memcpy(&word, &value, sizeof word);

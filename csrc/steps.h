@@ -4,6 +4,10 @@
 // A part of torch_shim.cpp, whose classes it uses.
 #pragma once
 
+#include <math.h>
+
+#include <optional>
+
 namespace {
 
 bool is_float32_or_float64(const Tensor& tensor) {
@@ -30,16 +34,17 @@ bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
 
 bool is_counter(const Tensor& tensor) { return !tensor || (tensor.rank == 0 && tensor.dtype == int64); }
 
-// One call of a layer: y, and mean and rstd, (2, C), for the backward.
+// One call of a layer: y, and for the backward mean and rstd, (2, C); renormalized r and d too, (4, C).
 struct LayerCall {
     const int64_t C;
     const ChannelValues weights, biases;
     Call call;
     Tensor y, statistics;
 
-    LayerCall(Verb verb, const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, Arguments& arguments)
+    LayerCall(Verb verb, const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, Arguments& arguments,
+              bool renormalized = false)
         : C(x.sizes[1]), weights(weight, C), biases(bias, C), call(verb, x), y(call.output()) {
-        const int64_t sizes[] = {2, C}, strides[] = {C, 1};
+        const int64_t sizes[] = {renormalized ? 4 : 2, C}, strides[] = {C, 1};
         statistics = Tensor::empty(2, sizes, strides, dtypes[(int)Dtype::float64]);
         Task& task = call.task;
         task.eps = eps;
@@ -47,6 +52,7 @@ struct LayerCall {
         task.activation = (Activation)arguments.integer(), task.slope = arguments.number();
         task.output = y.data<void>();
         task.mean = statistics.data<double>(), task.rstd = task.mean + C;
+        if (renormalized) task.r = task.rstd + C, task.d = task.r + C;
     }
     void leave_in(Word* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
 };
@@ -54,19 +60,46 @@ struct LayerCall {
 // Where they do not take a call, both operators leave two empty tensors, and nothing was touched.
 void decline(Word* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
 
+// The bounds of batch renormalization after so many batches: `Renorm.bounds`.
+struct Bounds {
+    const double r_max, d_max, warmup;
+
+    explicit Bounds(Arguments& arguments)
+        : r_max(arguments.number()), d_max(arguments.number()), warmup(arguments.number()) {}
+
+    void set(Task& task, int64_t batches) const {
+        task.r_max = r_max, task.d_max = d_max;
+        if (warmup == 0.0) return;
+        const double after = (double)batches - warmup;
+        task.r_max = fmin(fmax(1.0 + after * ((r_max - 1.0) / (7.0 * warmup)), 1.0), r_max);
+        task.d_max = fmin(fmax(after * (d_max / (4.0 * warmup)), 0.0), d_max);
+    }
+};
+
+template <bool renormalized>
 void training_step(Word* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     Running running(arguments);
     const double momentum = arguments.number();
     const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
+    std::optional<Bounds> bounds;
+    if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
     if (!is_usual(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
-        !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches))
+        !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches) ||
+        (renormalized && !running.moved_batches))
         return decline(stack, x);
-    LayerCall layer(Verb::forward, x, weight, bias, eps, arguments);
+    LayerCall layer(Verb::forward, x, weight, bias, eps, arguments, renormalized);
     const Scratch m2 = scratch(layer.C);
     Task& task = layer.call.task;
+    const Tensor none;
+    const ChannelValues means(renormalized ? running.mean : none, layer.C);
+    const ChannelValues variances(renormalized ? running.variance : none, layer.C);
+    if (renormalized) {
+        task.running_mean = means, task.running_var = variances;
+        bounds->set(task, *running.moved_batches.data<int64_t>());
+    }
     task.count = count_of(x, {});
     task.m2 = m2.get();
     layer.call.run();
@@ -117,10 +150,21 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     task.mean = statistics.data<double>(), task.rstd = task.mean + C;
     task.count = constant_statistics ? 0.0 : count_of(x, {});
     task.weight = weights, task.bias = biases;
+    // Renormalized: x̂ · r + d takes the place of x̂, see kernels/correction.py.
+    const double* const r = statistics.sizes[0] == 4 ? task.rstd + C : nullptr;
+    const double* const d = r ? r + C : nullptr;
+    const Scratch corrected_weight = scratch(r ? C : 0), corrected_bias = scratch(r ? C : 0);
+    for (int64_t c = 0; r && c < C; ++c) {
+        const double gamma = weight ? task.weight[c] : 1.0;
+        corrected_weight[c] = r[c] * gamma;
+        corrected_bias[c] = d[c] * gamma + (bias ? task.bias[c] : 0.0);
+    }
+    if (r) task.weight = corrected_weight.get(), task.bias = corrected_bias.get();
     task.sum_grad = sum_grad.get(), task.sum_grad_xhat = sum_grad_xhat.get();
     task.output = wants_dx ? dx.data<void>() : nullptr;
     if (!wants_dx) task.verb = Verb::reduce_grad;
     call.run();
+    for (int64_t c = 0; r && c < C; ++c) sum_grad_xhat[c] = r[c] * sum_grad_xhat[c] + d[c] * sum_grad[c];
     stack[0] = dx.release();
     stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
     stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();

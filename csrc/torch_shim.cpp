@@ -5,211 +5,11 @@
 // An operator receives its arguments as 64-bit words: a tensor is an owned handle, an optional one a pointer to such a word or null,
 // numbers lie in their low bytes. It leaves its results in the same place.
 #include <dlfcn.h>
-#include <string.h>
 #include <sys/mman.h>
 
-#include <stdexcept>
-#include <string>
-#include <memory>
-
-#include "api.h"
+#include "tensors.h"
 
 namespace {
-
-using namespace batchnorm;
-
-typedef uint64_t Word;
-typedef void* Handle;
-
-// Each is looked up by its own name; an error code other than 0 is a failure.
-#define TORCH_FUNCTIONS(_)                                                                                            \
-    _(aoti_torch_library_init_impl, int32_t, const char*, const char*, const char*, uint32_t, Handle*)                \
-    _(aoti_torch_library_impl, int32_t, Handle, const char*, void (*)(Word*, uint64_t, uint64_t))                     \
-    _(aoti_torch_get_data_ptr, int32_t, Handle, void**)                                                               \
-    _(aoti_torch_get_sizes, int32_t, Handle, int64_t**)                                                               \
-    _(aoti_torch_get_strides, int32_t, Handle, int64_t**)                                                             \
-    _(aoti_torch_get_dim, int32_t, Handle, int64_t*)                                                                  \
-    _(aoti_torch_get_dtype, int32_t, Handle, int32_t*)                                                                \
-    _(aoti_torch_empty_strided, int32_t, int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*) \
-    _(aoti_torch_copy_, int32_t, Handle, Handle, int32_t)                                                             \
-    _(aoti_torch_delete_tensor_object, int32_t, Handle)                                                               \
-    _(aoti_torch_device_type_cpu, int32_t, void)                                                                      \
-    _(aoti_torch_dtype_float32, int32_t, void)                                                                        \
-    _(aoti_torch_dtype_float64, int32_t, void)                                                                        \
-    _(aoti_torch_dtype_bfloat16, int32_t, void)                                                                       \
-    _(aoti_torch_dtype_float16, int32_t, void)                                                                        \
-    _(aoti_torch_dtype_bool, int32_t, void)                                                                           \
-    _(aoti_torch_dtype_int64, int32_t, void)                                                                          \
-    _(torch_get_num_threads, int32_t, uint32_t*)
-
-#define DECLARE(name, result, ...) result (*name)(__VA_ARGS__);
-TORCH_FUNCTIONS(DECLARE)
-#undef DECLARE
-
-int32_t (*torch_delete_stable_ivalue)(Word*);  // since 2.13; before, `delete`
-
-int32_t cpu, dtypes[4], boolean, int64;
-
-void check(int32_t error, const char* what) {
-    if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
-}
-
-// An owned tensor, or none.
-class Tensor {
-  public:
-    Tensor() = default;
-    explicit Tensor(Handle handle) : handle(handle) {
-        int64_t dimensions;
-        aoti_torch_get_sizes(handle, &sizes);
-        aoti_torch_get_strides(handle, &strides);
-        aoti_torch_get_dim(handle, &dimensions);
-        aoti_torch_get_dtype(handle, &dtype);
-        rank = (int)dimensions;
-    }
-    Tensor(Tensor&& other) noexcept { swap(other); }
-    Tensor& operator=(Tensor&& other) noexcept {
-        swap(other);
-        return *this;
-    }
-    ~Tensor() {
-        if (handle) aoti_torch_delete_tensor_object(handle);
-    }
-
-    static Tensor empty(int rank, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
-        Handle handle;
-        check(aoti_torch_empty_strided(rank, sizes, strides, dtype, cpu, 0, &handle), "allocate a tensor");
-        return Tensor(handle);
-    }
-    static Tensor vector(int64_t size, int32_t dtype) {
-        const int64_t stride = 1;
-        return empty(1, &size, &stride, dtype);
-    }
-    Tensor empty_like() const { return empty(rank, sizes, strides, dtype); }
-
-    explicit operator bool() const { return handle; }
-    Word release() {
-        const Word word = (Word)handle;
-        handle = nullptr;
-        return word;
-    }
-    template <class T>
-    T* data() const {
-        void* pointer = nullptr;
-        if (handle) aoti_torch_get_data_ptr(handle, &pointer);
-        return (T*)pointer;
-    }
-    int64_t values() const {
-        int64_t product = 1;
-        for (int axis = 0; axis < rank; ++axis) product *= sizes[axis];
-        return product;
-    }
-    bool lies_as(const Tensor& other) const {
-        if (dtype != other.dtype || rank != other.rank) return false;
-        for (int axis = 0; axis < rank; ++axis)
-            if (sizes[axis] != other.sizes[axis] || (sizes[axis] > 1 && strides[axis] != other.strides[axis])) return false;
-        return true;
-    }
-
-    Handle handle = nullptr;
-    int64_t *sizes = nullptr, *strides = nullptr;
-    int rank = 0;
-    int32_t dtype = 0;
-
-  private:
-    void swap(Tensor& other) {
-        std::swap(handle, other.handle);
-        std::swap(sizes, other.sizes);
-        std::swap(strides, other.strides);
-        std::swap(rank, other.rank);
-        std::swap(dtype, other.dtype);
-    }
-};
-
-// Arguments one after the other.
-class Arguments {
-  public:
-    explicit Arguments(Word* stack) : at(stack) {}
-    Tensor tensor() { return Tensor((Handle)*at++); }
-    Tensor optional_tensor() {
-        Word* boxed = (Word*)*at++;
-        if (!boxed) return {};
-        Tensor tensor((Handle)*boxed);
-        if (torch_delete_stable_ivalue) {
-            torch_delete_stable_ivalue(boxed);
-        } else {
-            delete boxed;
-        }
-        return tensor;
-    }
-    double number() {
-        double value;
-        memcpy(&value, at++, sizeof value);
-        return value;
-    }
-    int64_t integer() { return (int64_t)*at++; }
-    bool flag() {
-        bool value;
-        memcpy(&value, at++, sizeof value);
-        return value;
-    }
-
-  private:
-    Word* at;
-};
-
-// Memory that is written before it is read; never null.
-typedef std::unique_ptr<double[]> Scratch;
-Scratch scratch(int64_t values) { return Scratch(new double[values + 1]); }
-
-
-// Channel values in float64: their own memory where they are that already.
-class ChannelValues {
-  public:
-    ChannelValues(const Tensor& tensor, int64_t C) {
-        if (!tensor) return;
-        const int64_t stride = tensor.rank ? tensor.strides[0] : 1;
-        if (tensor.dtype == dtypes[(int)Dtype::float64] && (stride == 1 || C == 1)) {
-            values = tensor.data<double>();
-            return;
-        }
-        own = scratch(C);
-        values = own.get();
-        if (tensor.dtype == dtypes[(int)Dtype::float32]) {
-            const float* narrow = tensor.data<float>();
-            for (int64_t c = 0; c < C; ++c) values[c] = narrow[c * stride];
-        } else {
-            for (int64_t c = 0; c < C; ++c) values[c] = read(tensor, c * stride);
-        }
-    }
-    operator double*() const { return values; }
-
-    static double read(const Tensor& tensor, int64_t i) {
-        if (tensor.dtype == dtypes[(int)Dtype::float32]) return tensor.data<float>()[i];
-        if (tensor.dtype == dtypes[(int)Dtype::float64]) return tensor.data<double>()[i];
-        if (tensor.dtype == dtypes[(int)Dtype::bfloat16]) {
-            const uint32_t bits = (uint32_t)tensor.data<uint16_t>()[i] << 16;
-            float value;
-            memcpy(&value, &bits, sizeof value);
-            return value;
-        }
-        if (tensor.dtype != dtypes[(int)Dtype::float16])
-            throw std::runtime_error("batchnorm: weight, bias and statistics must be floating");
-        const uint32_t half = tensor.data<uint16_t>()[i], magnitude = (half & 0x7fff) << 13;
-        uint32_t bits = magnitude;
-        float value;
-        memcpy(&value, &bits, sizeof value);
-        value *= 0x1p112f;  // exact, subnormal numbers too
-        memcpy(&bits, &value, sizeof bits);
-        if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;
-        bits |= (half & 0x8000) << 16;
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
-
-  private:
-    double* values = nullptr;
-    Scratch own;
-};
 
 // Fresh memory of several megabytes comes without pages, and a fault for every 4 KB costs more than the kernel: 103 MB took 40 to
 // 80 ms of faults, 9 ms with huge pages. Memory that the allocator reuses has its pages, and the call then costs a microsecond.
@@ -362,18 +162,45 @@ void moments(Word* stack, uint64_t, uint64_t) {
     stack[0] = mean.release(), stack[1] = m2.release();
 }
 
+struct ForwardCall {
+    const Tensor x, count;
+    Call call;
+    Tensor y;
+
+    explicit ForwardCall(Arguments& arguments)
+        : x(arguments.tensor()), count(arguments.optional_tensor()), call(Verb::forward, x), y(call.output()) {
+        call.task.count = count_of(x, count);
+        call.task.eps = arguments.number();
+    }
+    // y, mean, M2 and rstd.
+    void run(Arguments& arguments, Word* stack) {
+        const Epilogue epilogue(arguments, x.sizes[1], call);
+        Tensor mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
+        call.task.output = y.data<void>();
+        call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
+        call.run();
+        stack[0] = y.release(), stack[1] = mean.release(), stack[2] = m2.release(), stack[3] = rstd.release();
+    }
+};
+
 void forward(Word* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    const Tensor x = arguments.tensor(), count = arguments.optional_tensor();
-    Call call(Verb::forward, x);
-    call.task.count = count_of(x, count);
-    call.task.eps = arguments.number();
-    const Epilogue epilogue(arguments, x.sizes[1], call);
-    Tensor y = call.output(), mean = channel_vector(x), m2 = channel_vector(x), rstd = channel_vector(x);
-    call.task.output = y.data<void>();
-    call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>(), call.task.rstd = rstd.data<double>();
-    call.run();
-    stack[0] = y.release(), stack[1] = mean.release(), stack[2] = m2.release(), stack[3] = rstd.release();
+    ForwardCall(arguments).run(arguments, stack);
+}
+
+void forward_renormalized(Word* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    ForwardCall forward(arguments);
+    const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
+    const Tensor r_max = arguments.tensor(), d_max = arguments.tensor();
+    const ChannelValues means(running_mean, forward.x.sizes[1]), variances(running_var, forward.x.sizes[1]);
+    Tensor r = channel_vector(forward.x), d = channel_vector(forward.x);
+    Task& task = forward.call.task;
+    task.running_mean = means, task.running_var = variances;
+    task.r_max = ChannelValues::read(r_max, 0), task.d_max = ChannelValues::read(d_max, 0);
+    task.r = r.data<double>(), task.d = d.data<double>();
+    forward.run(arguments, stack);
+    stack[4] = r.release(), stack[5] = d.release();
 }
 
 // (G, C)
@@ -615,7 +442,9 @@ const struct {
     {"moments", moments},         {"normalize", normalize}, {"infer", infer}, {"reduce_grad", reduce_grad},
     {"input_grad", input_grad},   {"forward", forward},     {"backward", backward},
     {"update_running", update_running},
-    {"training_step", training_step},
+    {"training_step", training_step<false>},
+    {"renormalization_step", training_step<true>},
+    {"forward_renormalized", forward_renormalized},
     {"forward_groups", forward_groups}, {"backward_groups", backward_groups},
     {"training_step_backward", step_backward<false>},
     {"inference_step", inference_step},

@@ -436,11 +436,18 @@ def operator_calls():
     buffers = (torch.zeros(3), torch.ones(3), torch.tensor(1), torch.tensor(0))
     yield ops.training_step.default, (x, torch.rand(3), None, *buffers, 0.1, True, True, 1e-5, 1, 0.0)
     yield ops.training_step_backward.default, (dy, x, torch.ones(2, 3).double(), torch.rand(3), None, 1, 0.0, True)
+    bounds = torch.tensor(1.5), torch.tensor(0.5)
+    yield ops.forward_renormalized.default, (x, None, 1e-5, torch.zeros(3), torch.ones(3), *bounds, *e)
+    yield (
+        ops.renormalization_step.default,
+        (x, torch.rand(3), None, *buffers, 0.1, True, True, 1.5, 0.5, 0.0, 1e-5, 1, 0.0),
+    )
+    yield ops.training_step_backward.default, (dy, x, torch.ones(4, 3).double(), torch.rand(3), None, 1, 0.0, True)
     yield ops.inference_step.default, (x, torch.rand(3), None, *buffers[:2], 1e-5, 1, 0.0)
     yield ops.inference_step_backward.default, (dy, x, torch.ones(2, 3).double(), None, None, 0, 0.0, False)
 
 
-@pytest.mark.parametrize("call", range(13))
+@pytest.mark.parametrize("call", range(16))
 def test_operators_keep_torchs_rules(call):
     operator, arguments = list(operator_calls())[call]
     torch.library.opcheck(operator, arguments)

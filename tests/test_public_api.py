@@ -14,7 +14,7 @@ SIGNATURES = {
     bn.functional.batch_norm: "(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
     "eps=1e-05, *, activation=None, residual=None, mask=None, lengths=None, reducer=None)",
     bn.functional.normalize: "(input, weight=None, bias=None, eps=1e-05, *, activation=None, residual=None, mask=None, "
-    "lengths=None, reducer=None, group_size=None, moments=None)",
+    "lengths=None, reducer=None, group_size=None, moments=None, renormalization=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None, lengths=None)",
     bn.convert: "(model, *, statistics=None, fuse=True, save_memory=False)",

@@ -180,6 +180,12 @@ def renormalized(rank, whole, mask):
         close("renorm dx", mine.grad, x.grad[part], 1e-11)
         whole = whole.detach()
         buffers_equal("renorm", ours, single)
+    for reentrant in (True, False):
+        x, mine = whole.clone().requires_grad_(), whole[part].clone().requires_grad_()
+        single(x).sin().sum().backward()
+        checkpoint(ours, mine, use_reentrant=reentrant).sin().sum().backward()
+        close("renorm dx, checkpointed", mine.grad, x.grad[part], 1e-11)
+        buffers_equal("renorm, checkpointed", ours, single)
 
 
 # torch.func

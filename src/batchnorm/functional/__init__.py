@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm import kernels, memory
-from batchnorm.errors import InputError, StateError
+from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import reduction
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
@@ -42,7 +42,7 @@ from batchnorm.functional.parts import (
 from batchnorm.functional.recompute import recomputation, recomputing
 from batchnorm.functional.reduction import Reducer
 from batchnorm.functional.running import move_running_statistics
-from batchnorm.kernels import Activation, Epilogue, Groups, eager
+from batchnorm.kernels import Activation, Epilogue, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 
@@ -141,13 +141,15 @@ def normalize(
     reducer: Reducer | None = None,
     group_size: int | None = None,
     moments: Moments | None = None,
+    renormalization: Renormalization | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize with the statistics of `input` itself, and return them; touches no buffer.
 
-    Takes the arguments of `batch_norm`, and two more. `group_size` samples share statistics; what is left over is a group too, unless
+    Takes the arguments of `batch_norm`, and three more. `group_size` samples share statistics; what is left over is a group too, unless
     it is one value per channel, which joins the group before. No replica's samples join them, and the moments returned are those of
     all groups together. `moments` are those of `input`, or of all replicas' inputs, where they are known: the input is then not read
-    once more for them. The gradient flows through them all the same.
+    once more for them. The gradient flows through them all the same. `renormalization` corrects the result toward running statistics, as
+    batch renormalization does (Ioffe 2017); not with groups.
 
     The moments returned are detached: the gradient of the output flows through the statistics, but
     a loss of the moments themselves needs `Moments` of its own.
@@ -158,6 +160,8 @@ def normalize(
     check_input(input, {"weight": weight, "bias": bias})
     if moments is not None and group_size is not None:
         raise InputError("moments are those of all samples, but got group_size as well; pass one of the two")
+    if renormalization is not None:
+        _check_renormalization(renormalization, input, group_size)
     mask = mask_of(lengths, mask, input)
     if eps <= 0.0:
         raise InputError(f"batch_norm eps must be positive during training, but got {eps}; the default is 1e-5")
@@ -182,17 +186,22 @@ def normalize(
     epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
     groups = groups_of(input, group_size)
     if differentiated_by_torch() or exporting():  # known moments would be constants to torch
-        output, found, _ = reduction.forward(eager, input, eps, epilogue, reducer, groups)
+        output, found, *_ = reduction.forward(
+            eager, input, eps, epilogue, reducer, groups, renormalization=renormalization
+        )
         found = found.detach()
     elif needs_grad(input, epilogue):
-        rest = (groups, *(moments or ())) if groups or moments else ()
+        running, rest = (None, None), (groups, *(moments or ())) if groups or moments else ()
+        if renormalization is not None:
+            *running, r_max, d_max = renormalization
+            rest = (None, *(moments or (None, None, None)), r_max, d_max)
         output, *values = memory.recorded(
-            Normalize.apply, input, None, None, eps, *distinct(input, epilogue), reducer, *rest
+            Normalize.apply, input, *running, eps, *distinct(input, epilogue), reducer, *rest
         )
         found = Moments(*values)
     else:
         kernel = kernels.select(input, epilogue)
-        output, found, _ = reduction.forward(kernel, input, eps, epilogue, reducer, groups, moments)
+        output, found, *_ = reduction.forward(kernel, input, eps, epilogue, reducer, groups, moments, renormalization)
     return output, found if groups is None else _pooled(found, mask, groups, input)
 
 
@@ -277,6 +286,17 @@ def _pooled(moments: Moments, mask: Tensor | None, groups: Groups, input: Tensor
     assert isinstance(moments.count, Tensor), f"the counts of {groups.number} groups are a tensor"
     pooled = Moments.pooled(moments.count, moments.mean, moments.m2)
     return pooled if mask is not None else pooled._replace(count=values_per_channel(input))
+
+
+def _check_renormalization(renormalization: Renormalization, input: Tensor, group_size: int | None) -> None:
+    mean, variance, *_ = renormalization
+    check_input(input, {"running_mean": mean, "running_var": variance})
+    if group_size is not None:
+        raise InputError(
+            "renormalization corrects what all samples share, but got group_size as well; pass one of the two"
+        )
+    if input.is_complex():
+        raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
 
 
 def _residual_parts(residual: Tensor, input: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from batchnorm import kernels, memory
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
-from batchnorm.kernels import Activation, Epilogue, Groups, eager
+from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Renormalization, eager
 from batchnorm.moments import Moments
 
 
@@ -49,7 +49,10 @@ def distinct(input: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
 
 
 class Normalize(torch.autograd.Function):
-    """The one autograd node: running statistics given are constants; None means the batch's own, which may be known already."""
+    """The one autograd node: running statistics given are constants; None means the batch's own, which may be known already.
+
+    Beside the bounds r_max and d_max it is the batch's own too, corrected toward the running statistics.
+    """
 
     @staticmethod
     def forward(  # the epilogue's fields come one by one: autograd only sees tensors that are arguments themselves
@@ -68,6 +71,8 @@ class Normalize(torch.autograd.Function):
         known_count: int | Tensor | None = None,
         known_mean: Tensor | None = None,
         known_m2: Tensor | None = None,
+        r_max: Tensor | None = None,
+        d_max: Tensor | None = None,
     ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         kernel = kernels.select(x, epilogue)
@@ -76,26 +81,41 @@ class Normalize(torch.autograd.Function):
         kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
         ctx.kernel, ctx.eps, ctx.activation = kernel, eps, activation
         ctx.reducer, ctx.groups = reducer, groups
-        if running_mean is not None and running_var is not None:
+        renormalization = None
+        if running_mean is not None and running_var is not None and r_max is not None and d_max is not None:
+            renormalization = Renormalization(running_mean, running_var, r_max, d_max)
+        elif running_mean is not None and running_var is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
             _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
-            ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, None)
+            ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, *[None] * 3)
             return y, None, None, None
         known = None
         if known_count is not None and known_mean is not None and known_m2 is not None:
             known = Moments(
                 known_count, known_mean.view_as(known_mean), known_m2.view_as(known_m2)
             )  # outputs: not the inputs
-        y, moments, rstd = reduction.forward(kernel, x, eps, epilogue, reducer, groups, known)
+        y, moments, rstd, correction = reduction.forward(
+            kernel, x, eps, epilogue, reducer, groups, known, renormalization
+        )
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
         kept = _kept_of_residual(epilogue, y)
         if reducer is None and known is None:
-            _remember(y, x, epilogue, lambda x, given: reduction.forward(kernel, x, eps, given, None, groups)[0])
+            if memory.recording() is not None and renormalization is not None:
+                renormalization = renormalization.copy()
+            _remember(
+                y,
+                x,
+                epilogue,
+                lambda x, given: reduction.forward(kernel, x, eps, given, None, groups, None, renormalization)[0],
+            )
         else:
-            _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, moments.mean, rstd, given))
-        ctx.save_for_backward(x, moments.mean, rstd, weight, kept_bias, *kept, mask, masked_count)
+            _remember(
+                y, x, epilogue, lambda x, given: kernel.normalize(x, moments.mean, rstd, given.corrected(correction))
+            )
+        r_and_d = correction or (None, None)
+        ctx.save_for_backward(x, moments.mean, rstd, weight, kept_bias, *kept, mask, masked_count, *r_and_d)
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 
@@ -103,14 +123,17 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
-            return (None,) * 14
-        x, mean, rstd, weight, bias, residual, output, mask, masked_count = ctx.saved_tensors
+            return (None,) * 16
+        x, mean, rstd, weight, bias, residual, output, mask, masked_count, r, d = ctx.saved_tensors
         epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
         count = ctx.count if masked_count is None else masked_count
-        dx, dweight, dbias, dresidual = gradients(ctx, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[5])
+        correction = None if r is None else Correction(r, d)
+        dx, dweight, dbias, dresidual = gradients(
+            ctx, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[5], correction
+        )
         if ctx.activation is None and ctx.needs_input_grad[6]:
             dresidual = _counted(dy, mask)
-        return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 7
+        return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 9
 
 
 def _remember(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:
@@ -141,6 +164,7 @@ def gradients(
     epilogue: Epilogue,
     count: int | Tensor | None,
     wants_dbias: bool,
+    correction: Correction | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and residual, from the node's kernel or such that can be differentiated again.
 
@@ -149,15 +173,26 @@ def gradients(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         given = (mean, rstd) if count is None else None
         dx, dweight, dbias, dresidual = _differentiable_backward(
-            dy, x, given, ctx.eps, epilogue, ctx.reducer, ctx.groups
+            dy, x, given, ctx.eps, epilogue, ctx.reducer, ctx.groups, correction
         )
         if epilogue.activation is None and wants_dbias:
             dbias = _counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
         return dx, dweight, dbias, dresidual
     kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
     dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
-        kernel, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[0], ctx.reducer, ctx.groups
+        kernel,
+        dy,
+        x,
+        mean,
+        rstd,
+        epilogue.corrected(correction),
+        count,
+        ctx.needs_input_grad[0],
+        ctx.reducer,
+        ctx.groups,
     )
+    if correction is not None:
+        sum_grad_xhat = correction.weight_grad(sum_grad, sum_grad_xhat)
     if ctx.groups is not None:  # each (G, C)
         sum_grad, sum_grad_xhat = sum_grad.sum(0), sum_grad_xhat.sum(0)
     dweight = None if epilogue.weight is None else sum_grad_xhat.to(epilogue.weight.dtype)
@@ -185,6 +220,7 @@ def _differentiable_backward(
     epilogue: Epilogue,
     reducer: Reducer | None,
     groups: Groups | None,
+    correction: Correction | None,
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
@@ -198,11 +234,12 @@ def _differentiable_backward(
     if activation is not None and output is not None:
         dy = dy * activation.derivative(output.detach())
         activation = None
-    epilogue = Epilogue(weight, bias, residual, mask, activation)
-    if given is None:
-        y, _, _ = reduction.forward(eager, x, eps, epilogue, reducer, groups)
-    else:
-        y = eager.normalize(x, *given, epilogue)
+    epilogue = Epilogue(weight, bias, residual, mask, activation).corrected(correction)
+    y = (
+        reduction.forward(eager, x, eps, epilogue, reducer, groups)[0]
+        if given is None
+        else eager.normalize(x, *given, epilogue)
+    )
     wanted = [value for value in inputs if value is not None and value.requires_grad]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)) if wanted else iter(())
     dx, dweight, dbias, dresidual = (

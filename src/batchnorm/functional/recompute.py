@@ -13,8 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-from batchnorm.functional.autograd import exporting
+from torch._C import _autograd as autograd_in_c  # pyright: ignore[reportAttributeAccessIssue] (a C module)
 
 
 class _Said(threading.local):
@@ -27,6 +26,11 @@ _said = _Said()
 def recomputing() -> bool:
     """Whether the forward that runs now is a recomputation: it happens during a backward, or `recomputation` says so."""
     return torch._C._current_graph_task_id() != -1 if _said.active is None else _said.active
+
+
+def may_be_recomputed() -> bool:
+    """Whether the forward that runs now looks like a checkpoint's: nothing is recorded, or hooks take what is saved."""
+    return not torch.is_grad_enabled() or autograd_in_c._top_saved_tensors_default_hooks(False) is not None
 
 
 @contextmanager
@@ -61,15 +65,3 @@ def _(like: Tensor) -> Tensor:
 def recomputing_now(like: Tensor) -> Tensor:
     """`recomputing` as a 0-d bool on the device of `like`, asked at each call of compiled code too."""
     return torch.ops.batchnorm.recomputing.default(like)
-
-
-# Compiled code computes again in its backward what was cheap to compute, from the buffers as they are by then: moved. What an
-# operator of its own gives it keeps.
-torch.library.define("batchnorm::kept", "(Tensor value) -> Tensor")
-torch.library.impl("batchnorm::kept", "CompositeExplicitAutograd")(Tensor.clone)
-torch.library.register_fake("batchnorm::kept")(torch.empty_like)
-
-
-def kept(value: Tensor) -> Tensor:
-    """A constant computed from buffers that move in the same forward, as the backward has to see it."""
-    return torch.ops.batchnorm.kept.default(value) if torch.compiler.is_compiling() and not exporting() else value

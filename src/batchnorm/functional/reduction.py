@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from batchnorm.kernels import Backward, Epilogue, Groups, Kernel
+from batchnorm.kernels import Backward, Correction, Epilogue, Groups, Kernel, Renormalization
 from batchnorm.moments import Moments, at_least_one
 
 
@@ -41,17 +41,21 @@ def forward(
     reducer: Reducer | None,
     groups: Groups | None = None,
     known: Moments | None = None,
-) -> tuple[Tensor, Moments, Tensor]:
-    """`Kernel.forward`, with the statistics of all replicas: y, the moments it was normalized with, and their rstd.
+    renormalization: Renormalization | None = None,
+) -> tuple[Tensor, Moments, Tensor, Correction | None]:
+    """`Kernel.forward`, with the statistics of all replicas: y, the moments it was normalized with, their rstd, and r and d if asked for.
 
     Groups have no replicas. `known` moments are those of all replicas already, and nothing is reduced.
     """
     if known is None and (groups is not None or reducer is None):
-        return kernel.forward(x, eps, epilogue, groups)
+        if renormalization is not None:
+            return kernel.forward_renormalized(x, eps, epilogue, renormalization)
+        return *kernel.forward(x, eps, epilogue, groups), None
     moments = known if known is not None or reducer is None else reducer.merge(kernel.moments(x, epilogue.mask))
     assert moments is not None
     rstd = moments.rstd(eps)
-    return kernel.normalize(x, moments.mean, rstd, epilogue), moments, rstd
+    correction = None if renormalization is None else renormalization.of(moments, eps)
+    return kernel.normalize(x, moments.mean, rstd, epilogue.corrected(correction)), moments, rstd, correction
 
 
 def backward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import differentiated_by_torch, gradients
 from batchnorm.functional.recompute import recomputing
-from batchnorm.kernels import Activation, Epilogue, cpu
+from batchnorm.kernels import Activation, Correction, Epilogue, cpu
 from batchnorm.kernels.contract import values_per_channel
 
 
@@ -28,6 +28,7 @@ class Step(NamedTuple):
 
 # `normalize` and `move_running_statistics` at once; `normalize_with`.
 TRAINING = Step(cpu.training_step, cpu.training_step_backward, False)
+RENORMALIZATION = Step(cpu.renormalization_step, cpu.training_step_backward, False)
 INFERENCE = Step(cpu.inference_step, cpu.inference_step_backward, True)
 
 
@@ -39,10 +40,12 @@ def take(
     activation: Activation | None,
     eps: float,
     running: tuple[Any, ...],
+    seen: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """y, or None where this is not the way, and then nothing was touched.
 
     `running` is what the operator takes of the layer's buffers and of how they follow a batch, in the order of its schema.
+    `seen` is given the batch's statistics where no gradient is recorded.
     """
     if (
         type(x) is not Tensor
@@ -64,8 +67,12 @@ def take(
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         return _apply(x, weight, bias, (step, eps, activation, rest))
-    y, _ = step.forward(x, weight, bias, *rest)
-    return y if y.numel() else None
+    y, statistics = step.forward(x, weight, bias, *rest)
+    if not y.numel():
+        return None
+    if seen is not None:
+        seen(statistics)
+    return y
 
 
 class NormalizeShort(torch.autograd.Function):
@@ -98,10 +105,11 @@ class NormalizeShort(torch.autograd.Function):
         x, statistics, weight, bias = ctx.saved_tensors
         wants_dx, wants_dweight, wants_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling():
-            mean, rstd = statistics.unbind()
+            mean, rstd, *r_and_d = statistics.unbind()
+            correction = Correction(*r_and_d) if r_and_d else None
             epilogue = Epilogue(weight, bias, activation=ctx.activation)
             count = None if ctx.step.constant_statistics else values_per_channel(x)
-            dx, dweight, dbias, _ = gradients(ctx, dy, x, mean, rstd, epilogue, count, wants_dbias)
+            dx, dweight, dbias, _ = gradients(ctx, dy, x, mean, rstd, epilogue, count, wants_dbias, correction)
         else:
             code = cpu.code(ctx.activation)
             dx, dweight, dbias = ctx.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)

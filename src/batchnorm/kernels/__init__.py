@@ -7,6 +7,7 @@ from torch import Tensor
 from batchnorm.kernels import cpu, eager
 from batchnorm.kernels.activation import Activation, from_module, parse
 from batchnorm.kernels.contract import Backward, Epilogue, Groups, Kernel
+from batchnorm.kernels.correction import Correction, Renormalization
 
 KERNELS: tuple[Kernel, ...] = (cpu, eager)
 
@@ -19,4 +20,16 @@ def select(x: Tensor, epilogue: Epilogue) -> Kernel:
     raise AssertionError("eager refuses nothing")
 
 
-__all__ = ["KERNELS", "Activation", "Backward", "Epilogue", "Groups", "Kernel", "from_module", "parse", "select"]
+__all__ = [
+    "KERNELS",
+    "Activation",
+    "Backward",
+    "Correction",
+    "Epilogue",
+    "Groups",
+    "Kernel",
+    "Renormalization",
+    "from_module",
+    "parse",
+    "select",
+]

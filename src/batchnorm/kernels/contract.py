@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from batchnorm.kernels.activation import Activation
+from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
 
 
@@ -53,6 +54,14 @@ class Epilogue(NamedTuple):
     def has_residual(self) -> bool:
         """Whether there is a dresidual to be computed."""
         return self.residual is not None or self.output is not None
+
+    def corrected(self, correction: Correction | None) -> Epilogue:
+        """The epilogue that makes of x̂ what this one makes of x̂ · r + d."""
+        if correction is None:
+            return self
+        r, d = correction
+        weight, bias = (r, d) if self.weight is None else (r * self.weight, d * self.weight)
+        return self._replace(weight=weight, bias=bias if self.bias is None else bias + self.bias)
 
 
 class Groups(NamedTuple):
@@ -138,6 +147,12 @@ class Kernel(Protocol):
         self, x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None
     ) -> tuple[Tensor, Moments, Tensor]:
         """`moments` and `normalize`, fused: y, the moments it was normalized with, and their rstd; of each group, if there are."""
+        ...
+
+    def forward_renormalized(
+        self, x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
+    ) -> tuple[Tensor, Moments, Tensor, Correction]:
+        """`forward` with x̂ · r + d in the place of x̂, and r and d."""
         ...
 
     def backward(

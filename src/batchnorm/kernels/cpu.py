@@ -18,6 +18,7 @@ from torch import Tensor
 from batchnorm.errors import StateError
 from batchnorm.kernels.activation import Activation
 from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
+from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
 
 name = "cpu"
@@ -37,6 +38,8 @@ _EPILOGUE = f"Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, {_AC
 _SCHEMAS = (
     "moments(Tensor x, Tensor? mask, Tensor? count) -> (Tensor, Tensor)",
     f"forward(Tensor x, Tensor? count, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "forward_renormalized(Tensor x, Tensor? count, float eps, Tensor running_mean, Tensor running_var, Tensor r_max, Tensor d_max, "
+    f"{_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"infer(Tensor x, Tensor running_mean, Tensor running_var, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
     f"normalize(Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}) -> Tensor",
     f"reduce_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}, bool residual_is_output)"
@@ -54,6 +57,9 @@ _SCHEMAS = (
     "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
     f"float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
+    "renormalization_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
+    f"float r_max, float d_max, float warmup, float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
     f"inference_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, {_ACTIVATION})"
     " -> (Tensor, Tensor)",
     *(
@@ -130,6 +136,19 @@ def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = N
     count = None if mask is None else _counted_by(mask)
     y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, count, eps, *arguments)
     return y, Moments(values_per_channel(x) if count is None else count, mean, m2), rstd
+
+
+def forward_renormalized(
+    x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
+) -> tuple[Tensor, Moments, Tensor, Correction]:
+    arguments = _arguments(x, epilogue)
+    mask = arguments[3]
+    count = None if mask is None else _counted_by(mask)
+    y, mean, m2, rstd, *correction = torch.ops.batchnorm.forward_renormalized.default(
+        x, count, eps, *renormalization, *arguments
+    )
+    moments = Moments(values_per_channel(x) if count is None else count, mean, m2)
+    return y, moments, rstd, Correction(*correction)
 
 
 def backward(
@@ -267,8 +286,8 @@ def _channels(x: Tensor, *groups: int) -> Tensor:
     return x.new_empty((*groups, x.shape[1]), dtype=torch.float64)
 
 
-def _step(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+def _step(x: Tensor, rows: int = 2) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty((rows, x.shape[1]), dtype=torch.float64)
 
 
 def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,6 +301,7 @@ def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> t
 _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
     "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
+    "forward_renormalized": lambda x, *_: (_like(x), *(_channels(x) for _ in range(5))),
     "forward_groups": lambda x, groups, *_: (
         _like(x),
         x.new_empty(groups, dtype=torch.float64),
@@ -305,6 +325,7 @@ _FAKES = {
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
     "training_step": lambda x, *_: _step(x),
+    "renormalization_step": lambda x, *_: _step(x, 4),
     "inference_step": lambda x, *_: _step(x),
     "training_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
     "inference_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
@@ -326,9 +347,10 @@ def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return missing
 
 
-# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), both empty where they do not take it, which they find out faster than
-# Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
+# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), or mean, rstd, r and d (4, C); both empty where they do not take it, which
+# they find out faster than Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
 training_step, training_step_backward = _operator("training_step"), _operator("training_step_backward")
+renormalization_step = _operator("renormalization_step")
 inference_step, inference_step_backward = _operator("inference_step"), _operator("inference_step_backward")
 _warned = _unavailable is None
 

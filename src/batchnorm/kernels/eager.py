@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
+from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments, at_least_one
 
 name = "eager"
@@ -75,6 +76,14 @@ def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = N
     batch = moments(x, epilogue.mask)
     rstd = batch.rstd(eps)
     return normalize(x, batch.mean, rstd, epilogue), batch, rstd
+
+
+def forward_renormalized(
+    x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
+) -> tuple[Tensor, Moments, Tensor, Correction]:
+    batch = moments(x, epilogue.mask)
+    correction, rstd = renormalization.of(batch, eps), batch.rstd(eps)
+    return normalize(x, batch.mean, rstd, epilogue.corrected(correction)), batch, rstd, correction
 
 
 def backward(

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with
 from batchnorm.functional.autograd import differentiated_by_torch
-from batchnorm.functional.recompute import kept, recomputing_now
+from batchnorm.functional.recompute import recomputing_now
+from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics.contract import Kept, Layer
 from batchnorm.statistics.shared import reducer_of, train_or_infer

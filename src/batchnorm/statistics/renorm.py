@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import moments, normalize
-from batchnorm.functional.recompute import kept
+from batchnorm.errors import InputError, StateError
+from batchnorm.functional import normalize, recomputing, short
+from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
+from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Layer
-from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer
+from batchnorm.statistics.recomputed import Buffers
+from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer, train_shortly
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,41 @@ class Renorm:
     def __post_init__(self) -> None:
         if not (self.r_max >= 1 and self.d_max >= 0 and self.warmup >= 0):
             raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
+        if self.warmup and not (math.isfinite(self.r_max) and math.isfinite(self.d_max)):
+            raise InputError(f"bounds that grow must be finite, but got {self}; take large numbers, or warmup=0")
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        plain = self.r_max == 1 and self.d_max == 0
-        return train_or_infer(layer, x, residual, mask, by_replicas if plain else self._corrected)
+        if self.r_max == 1 and self.d_max == 0:
+            return train_or_infer(layer, x, residual, mask, by_replicas)
+        y = self._shortly(layer, x, residual, mask)
+        return train_or_infer(layer, x, residual, mask, self._corrected) if y is None else y
+
+    def _shortly(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        take = partial(
+            train_shortly,
+            short.RENORMALIZATION,
+            layer,
+            x,
+            residual,
+            mask,
+            bounds=(self.r_max, self.d_max, self.warmup),
+        )
+        if not recomputed.matters():
+            return take()
+        mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        if torch.is_grad_enabled() or recomputing() or mean is None or variance is None or batches is None:
+            return None
+        before = Buffers(mean, variance, batches).copy()
+        return take(seen=lambda statistics: recomputed.remember(mean, statistics[0], before))
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""
-        after = batches.to(torch.float64) - self.warmup
-        grown = [(after / max(span * self.warmup, 1)).clamp(0, 1) for span in (7, 4)]
         if self.warmup == 0:
-            grown = [torch.ones_like(after)] * 2
-        return 1 + (self.r_max - 1) * grown[0], self.d_max * grown[1]
+            full = partial(torch.full, (), dtype=torch.float64, device=batches.device)
+            return full(self.r_max), full(self.d_max)
+        after = batches.to(torch.float64) - self.warmup
+        r_step, d_step = (self.r_max - 1) / (7 * self.warmup), self.d_max / (4 * self.warmup)
+        return (1 + after * r_step).clamp(1, self.r_max), (after * d_step).clamp(0, self.d_max)
 
     def _corrected(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
@@ -71,33 +98,30 @@ class Renorm:
                 "renormalization compares the batch with running statistics, but this layer has none; build it with "
                 "track_running_stats=True"
             )
-        if x.is_complex():
-            raise DTypeError("renormalization takes real input, but got complex; use Batch() for it")
-        batch = moments(x, mask)
-        reducer = reducer_of(layer)
-        if reducer is not None:
-            batch = reducer.merge(batch).detach()
-        with torch.no_grad():
-            r_max, d_max = (bound.to(batch.mean.dtype) for bound in self.bounds(batches))
-            running_rstd = (variance.to(batch.mean.dtype) + layer.eps).rsqrt()
-            r = kept(((batch.variance() + layer.eps).sqrt() * running_rstd).clamp(1 / r_max, r_max))
-            d = kept(((batch.mean - mean) * running_rstd).clamp(-d_max, d_max))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        gamma, beta = layer.gamma, layer.beta
-        for parameter in (gamma, beta):
-            dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-        weight = (r if gamma is None else r * gamma).to(dtype)
-        bias = d if gamma is None else d * gamma
-        bias = (bias if beta is None else bias + beta).to(dtype)
-        y, _ = normalize(
-            x,
-            weight,
-            bias,
-            layer.eps,
-            activation=layer.activation,
-            residual=residual,
-            mask=mask,
-            reducer=reducer,
-            moments=batch,
-        )
-        return y, batch
+        now = Buffers(mean, variance, batches)
+
+        def normalized(buffers: Buffers) -> tuple[Tensor, Moments]:
+            return normalize(
+                x,
+                layer.gamma,
+                layer.beta,
+                layer.eps,
+                activation=layer.activation,
+                residual=residual,
+                mask=mask,
+                reducer=reducer_of(layer),
+                renormalization=Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked)),
+            )
+
+        if not recomputed.matters():
+            return normalized(now)
+        if not recomputing():
+            before = now.copy()
+            y, batch = normalized(before)
+            recomputed.remember(mean, batch.mean, before)
+            return y, batch
+        if recomputed.known(mean):
+            with torch.no_grad():
+                _, batch = normalized(now)
+                now = recomputed.recalled(batch.mean, now)
+        return normalized(now)

@@ -65,6 +65,40 @@ def train_or_infer(
     return y
 
 
+def train_shortly(
+    step: short.Step,
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    bounds: tuple[float, ...] = (),
+    seen: Callable[[Tensor], None] | None = None,
+) -> Tensor | None:
+    """What a part makes of x in training, the short way; None where that is not the way.
+
+    `bounds` are what the step takes beside the buffers and how they move; `seen` is as in `short.take`.
+    """
+    if not (layer.training and layer.track_running_stats) or residual is not None or mask is not None:
+        return None
+    momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
+    if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
+        return None
+    if layer.reducer is not None or accumulating():
+        return None
+    parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+        counters = buffers["num_batches_tracked"], buffers["num_nonfinite_batches"]
+    except KeyError:  # pruned or parametrized: computed, and found by attribute alone
+        return None
+    if mean is None or variance is None:
+        return None
+    unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
+    running = (mean, variance, *counters, momentum, unbiased, skip_nonfinite, *bounds)
+    return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
+
+
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
     return by_batch(layer, x, residual, mask, reducer_of(layer))
 
