@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,13 @@ def run(
     name: str,
     variants: Sequence[str],
     layouts: Sequence[str],
+    outputs: Sequence[str],
     threads: Sequence[int],
     batch: int,
     rounds: int,
     size: int = 224,
 ) -> Iterator[list[Row]]:
-    """Steps of forward, backward and SGD at (batch, 3, size, size), the variants in turns; rows for each layout and threads.
+    """Steps of forward, backward and SGD at (batch, 3, size, size), the variants in turns; rows for each layout, outputs and threads.
 
     Raises:
         InputError: on a model or a variant that is none of ours.
@@ -48,14 +50,13 @@ def run(
     for variant in variants:
         if variant not in VARIANTS:
             raise InputError(f"of a model, provider must be one of {', '.join(VARIANTS)}, but got {variant!r}")
-    for layout in layouts:
-        for number in threads:
-            with settled(number), memory.outputs("fresh"):
-                yield _measure(name, ("eager", *variants), layout, number, batch, rounds, size)
+    for layout, kind, number in product(layouts, outputs, threads):
+        with settled(number), memory.outputs(kind):
+            yield _measure(name, ("eager", *variants), layout, kind, number, batch, rounds, size)
 
 
 def _measure(
-    name: str, variants: Sequence[str], layout: str, threads: int, batch: int, rounds: int, size: int
+    name: str, variants: Sequence[str], layout: str, outputs: str, threads: int, batch: int, rounds: int, size: int
 ) -> list[Row]:
     torch.manual_seed(0)
     original = MODELS[name]()
@@ -85,7 +86,7 @@ def _measure(
             layout=layout,
             dtype="float32",
             direction="step",
-            outputs="fresh",
+            outputs=outputs,
             threads=threads,
             provider=variant,
             metric=f"{clock_for(threads)[1]} per training step",

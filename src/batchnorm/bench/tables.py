@@ -81,7 +81,7 @@ def model_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         times = (f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80))
         held = (MISSING if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes))
-        where = f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}"
+        where = f"{row.suite} {row.shape} {row.layout}, {row.outputs} outputs, {threads(row.threads)}"
         table.add_row(where, row.provider, *times, _faster(row.ratio_to_eager), *held)
     return table
 

@@ -123,13 +123,13 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
 
 
 def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:
-    """The rows of a model's training steps, one list for each layout and number of threads."""
+    """The rows of a model's training steps, one list for each layout, outputs and number of threads."""
     threads = options["threads"] if _typed(ctx, "threads") else [max(options["threads"])]
     variants = options["provider"] if _typed(ctx, "provider") else ["ours"]
     batch = options["batch"] or (QUICK_BATCH if options["quick"] else BATCH)
     rounds = options["rounds"] or (QUICK_ROUNDS if options["quick"] else ROUNDS)
-    measured = models.run(options["model"], variants, options["layout"], threads, batch, rounds)
-    return measured, len(options["layout"]) * len(threads)
+    measured = models.run(options["model"], variants, options["layout"], options["outputs"], threads, batch, rounds)
+    return measured, len(options["layout"]) * len(options["outputs"]) * len(threads)
 
 
 def _typed(ctx: click.Context, name: str) -> bool:
