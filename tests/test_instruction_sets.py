@@ -29,7 +29,7 @@ def results():
                 epilogue = Epilogue(residual=c, activation=Activation("silu"))
                 y, batch, rstd = cpu.forward(a, 1e-5, epilogue)
                 grads = cpu.backward(b, a, batch.mean, rstd, epilogue, batch.count)
-                found += [(str(dtype), value.double()) for value in (y, batch.m2, *grads)]
+                found += [(str(dtype), value.double()) for value in (y, batch.m2, *grads) if value is not None]
     return found
 
 
