@@ -63,7 +63,7 @@ FUZZED += x86_64_v3 x86_64_v4 x86_64_v4_bf16
 endif
 FLAGS_x86_64_v3 := -march=x86-64-v3
 FLAGS_x86_64_v4 := -march=x86-64-v4
-FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16
+FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16 -DBATCHNORM_EXTENDS=run_x86_64_v4
 
 build/fuzz_%.o: $(wildcard csrc/*)
 	@mkdir -p build

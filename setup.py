@@ -33,7 +33,7 @@ BUILDS = {"run_baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     BUILDS["run_x86_64_v3"] = ["-march=x86-64-v3"]
     BUILDS["run_x86_64_v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
-    BUILDS["run_x86_64_v4_bf16"] = [*BUILDS["run_x86_64_v4"], "-mavx512bf16"]
+    BUILDS["run_x86_64_v4_bf16"] = [*BUILDS["run_x86_64_v4"], "-mavx512bf16", "-DBATCHNORM_EXTENDS=run_x86_64_v4"]
 
 
 class BuildLibrary(build_ext):

@@ -17,9 +17,9 @@
 //     mean = K + Σ(x-K) / n                M2 = Σ(x-K)² - (Σ(x-K))² / n
 //
 // If K turns out to lie so far away that the difference cancels more digits than there are to spare, the sums are taken once more with
-// K = mean. No division comes before the last step: sums of integers stay exact. Sums end in float64, as torch's do, whose results
-// nothing coarser can match: a float32 sum of eight terms is off by a fifth of the last digit of dbias, where torch has all of it
-// right. Nothing overflows or underflows on the way either.
+// K = mean. No division comes before the last step: sums of integers stay exact. Those of float32 and float64 are float64, as torch's
+// are, whose results nothing coarser can match: a float32 sum of eight terms is off by a fifth of the last digit of dbias, where torch
+// has all of it right. Nothing of theirs overflows or underflows on the way either.
 //
 // Batch renormalization (kernels/correction.py) puts r · weight in the weight's place and d · weight + bias in the bias's, as soon as
 // mean and M2 are known: x is read once.
@@ -240,7 +240,8 @@ class Channels {
     template <class Part>
     void set_correction(int64_t c, Doubles mean, Doubles sigma, Part part) {
         const auto clip = [](Doubles value, double low, double high) {  // NaN stays NaN
-            return value < low ? Doubles{} + low : value > high ? Doubles{} + high : value;
+            const Doubles raised = value < low ? Doubles{} + low : value;
+            return raised > high ? Doubles{} + high : raised;
         };
         const Doubles running_rstd = 1.0 / square_root(Float64::load(task.running_var + c, part) + task.eps);
         const Doubles distance = mean - Float64::load(task.running_mean + c, part);
@@ -251,7 +252,7 @@ class Channels {
     // About zero there is room for the mean: 1e6 deviations of it cost float32 no digit. Otherwise the terms are g · (x - m).
     template <class Part>
     void finish_grads(int64_t c, Doubles sum, Doubles product, Part part) {
-        const Doubles center = Sums<T>::about_zero ? Float64::load(task.mean + c, part) : rest_of_mean(c, part);
+        const Doubles center = Sums<T>::grads_about_zero ? Float64::load(task.mean + c, part) : rest_of_mean(c, part);
         const Doubles xhat = (product - center * sum) * Float64::load(task.rstd + c, part);
         Float64::store(task.sum_grad + c, sum, part);
         Float64::store(task.sum_grad_xhat + c, xhat, part);

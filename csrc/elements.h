@@ -139,7 +139,7 @@ struct GradTerm {
         const auto x = E::T::load(elements.x + i, part);
         const auto d = x - channel.mean;
         const auto g = first(elements.grad(i, d, channel, part), typename E::Vector{}, part);
-        return {g, Sums<typename E::T>::about_zero ? x : d};
+        return {g, Sums<typename E::T>::grads_about_zero ? x : d};
     }
 };
 

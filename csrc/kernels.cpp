@@ -50,11 +50,11 @@ void run_storage(Task& task) {
 
 namespace batchnorm {
 
-#if defined(__AVX512BF16__)  // converts to bfloat16 in one instruction; all else is as in the build it extends
+#if defined(BATCHNORM_EXTENDS)  // converts to bfloat16 in one instruction; all else is as in the build it extends
 
-void run_x86_64_v4(Task& task);
+void BATCHNORM_EXTENDS(Task& task);
 void BATCHNORM_ISA(Task& task) {
-    task.dtype == Dtype::bfloat16 ? run_storage<BFloat16>(task) : run_x86_64_v4(task);
+    task.dtype == Dtype::bfloat16 ? run_storage<BFloat16>(task) : BATCHNORM_EXTENDS(task);
 }
 
 #else

@@ -3,7 +3,7 @@
 // float32: in float64, of which 29 digits are to spare. Products are exact there, and so the squares may be taken about zero, up to a
 //     mean of 64 deviations, which costs 12 digits.
 // half: in float32 about a typical value of the channel, eight vectors at a time, whose sums are added in float64. Torch's own sums
-//     are float32 to the end.
+//     are float32 to the end, and as its, these overflow where deviations are beyond 1e19.
 // float64: about a typical value, and every sum keeps what its rounding loses: there is no digit to spare.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t vectors_of_block = 8;
 
 // What a reduction takes of a vector: Σ g and Σ g · x; Σ x and Σ x²; or Σ (x - center) and Σ (x - center)². In the first, x is
-// x - mean where sums are not `about_zero`.
+// x - mean unless `grads_about_zero`, which saves the sums of large tensors a subtraction in float64.
 template <class Vector>
 struct GradTermValues {
     Vector g, x;
@@ -31,7 +31,7 @@ struct DeviationTermValues {
 // Both sums, lane by lane. A `Block` is given up to eight vectors in a row, which belong to the even or to the odd sums by their number.
 template <class T>
 struct Sums {
-    static constexpr bool about_zero = true;
+    static constexpr bool about_zero = true, grads_about_zero = true;
     static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, from where the sums are taken again about the mean
 
     Doubles value[2] = {}, product[2] = {};
@@ -76,7 +76,7 @@ struct Sums {
 
 template <class Format>
 struct Sums<Half<Format>> : Sums<Float32> {
-    static constexpr bool about_zero = false;
+    static constexpr bool about_zero = false, grads_about_zero = false;
     static constexpr double worst_cancellation = 16.0;
 
     using Sums<Float32>::add;
@@ -138,7 +138,7 @@ struct SumsOfDoubles {
 // With the rounding of x - mean and of the sums kept, they are as good as torch's at any mean and scale.
 template <>
 struct Sums<Float64> : SumsOfDoubles<Sums<Float64>> {
-    static constexpr bool about_zero = false;
+    static constexpr bool about_zero = false, grads_about_zero = false;
     static constexpr double worst_cancellation = 1.0001;  // the mean, K + a rounded number, would feel more
 
     ExactSum<Doubles> value, product;
@@ -168,7 +168,7 @@ struct Sums<Float64> : SumsOfDoubles<Sums<Float64>> {
 
 template <>
 struct Sums<ExactFloat32> : SumsOfDoubles<Sums<ExactFloat32>> {
-    static constexpr bool about_zero = true;
+    static constexpr bool about_zero = true, grads_about_zero = false;
     static constexpr double worst_cancellation = Sums<Float32>::worst_cancellation;
 
     Doubles value = {}, product = {};

@@ -1,6 +1,7 @@
 """Batch renormalization on its ways: one read of x, the same numbers on all of them, and in a recomputation too."""
 
 import copy
+import threading
 from functools import partial
 from itertools import product
 
@@ -264,7 +265,7 @@ def test_so_many_forwards_are_remembered_and_no_longer_than_the_layer_lives():
     with torch.no_grad():
         for _ in range(2 * recomputed.FORWARDS):
             layer(torch.randn(4, 3))
-    assert len(recomputed._seen[layer.running_mean]) == recomputed.FORWARDS
+    assert len(recomputed._seen[layer][None]) == recomputed.FORWARDS
     del layer
     assert len(recomputed._seen) == before
 
@@ -337,3 +338,67 @@ def test_bounds_that_grow_are_finite():
     layer = bn.BatchNorm1d(3, statistics=Renorm(torch.inf, torch.inf, warmup=0))
     x = torch.randn(4, 3) + 9
     torch.testing.assert_close(layer(x), x / (1 + 1e-5) ** 0.5)  # the running statistics are 0 and 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["same mean, other spread", "a NaN channel"])
+def test_a_recomputation_is_told_by_all_of_its_batch(kind, reentrant):
+    half = torch.randn(8, 3, 5)
+    x = torch.cat([half, -half])
+    batches = [x, 3 * x] if kind == "same mean, other spread" else [x + 1, x - 1]
+    if kind == "a NaN channel":
+        for batch in batches:
+            batch[0, 1, 0] = torch.nan
+    found = []
+    for wrap in (lambda layer: layer, lambda layer: partial(checkpoint, layer, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        layer = bn.BatchNorm1d(3, statistics=Renorm(warmup=0), on_nonfinite="propagate")
+        given = [batch.clone().requires_grad_() for batch in batches]
+        sum(wrap(layer)(batch).pow(3).sum() for batch in given).backward()
+        found.append([*(batch.grad for batch in given), layer.weight.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_may_share_a_checkpointed_layer():
+    layer, errors = bn.BatchNorm1d(3, statistics=Renorm(warmup=0)), []
+
+    def work():
+        try:
+            for _ in range(20):
+                checkpoint(layer, torch.randn(16, 3, requires_grad=True), use_reentrant=False).pow(3).sum().backward()
+        except Exception as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors
+
+
+def test_a_checkpoint_loads_where_torch_swaps_tensors():
+    layer = bn.BatchNorm1d(3, statistics=Renorm(warmup=0))
+    with torch.no_grad():
+        layer(torch.randn(4, 3))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("bound", [3.0, torch.tensor([3.0]), torch.tensor(3), torch.empty(0)], ids=str)
+def test_bounds_are_floating_tensors_without_axes(bound):
+    x, zeros = torch.randn(4, 3), torch.zeros(3)
+    with pytest.raises(InputError, match="r_max must be a floating tensor without axes"):
+        functional.normalize(x, renormalization=Renormalization(zeros, zeros + 1, bound, torch.tensor(5.0)))
+
+
+def test_a_constant_channel_has_no_gradient_of_its_weight():
+    for value in (1e9, 1e12, 1e20):
+        layer = bn.BatchNorm2d(3)
+        layer(torch.full((16, 3, 4, 4), value)).backward(torch.randn(16, 3, 4, 4))
+        assert layer.weight.grad.tolist() == [0.0] * 3

@@ -289,8 +289,13 @@ def _pooled(moments: Moments, mask: Tensor | None, groups: Groups, input: Tensor
 
 
 def _check_renormalization(renormalization: Renormalization, input: Tensor, group_size: int | None) -> None:
-    mean, variance, *_ = renormalization
+    mean, variance, *bounds = renormalization
     check_input(input, {"running_mean": mean, "running_var": variance})
+    for name, bound in zip(("r_max", "d_max"), bounds, strict=True):
+        if not isinstance(bound, Tensor) or bound.dim() or not bound.is_floating_point():
+            raise InputError(
+                f"{name} must be a floating tensor without axes, such as torch.tensor(3.0), but got {bound!r}"
+            )
     if group_size is not None:
         raise InputError(
             "renormalization corrects what all samples share, but got group_size as well; pass one of the two"

@@ -108,6 +108,8 @@ class Domains:
         return _InDomain(
             **{attribute: getattr(layer, attribute) for attribute in _AS_THE_LAYER},
             **{buffer: getattr(layer, f"{buffer}_{name}") for buffer in _BUFFERS},
+            owner=layer,
+            domain=name,
         )
 
 
@@ -130,6 +132,8 @@ class _InDomain:
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    owner: Layer
+    domain: str
 
 
-_AS_THE_LAYER = tuple(name for name in _InDomain.__dataclass_fields__ if name not in _BUFFERS)
+_AS_THE_LAYER = tuple(name for name in _InDomain.__dataclass_fields__ if name not in (*_BUFFERS, "owner", "domain"))

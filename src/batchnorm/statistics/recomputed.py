@@ -1,21 +1,22 @@
 """What a forward went by, for its recomputation: by then the buffers have moved.
 
 A forward that may be recomputed is remembered with the buffers it found; the recomputation is told by its batch, which has the same mean
-to the last bit. A few (C,) numbers are kept, of the last few forwards, as long as the buffers live.
+to the last bit, and the same deviation. A few (C,) numbers are kept, of the last few forwards, as long as the layer lives. Batches that
+are alike in every channel are told apart by nothing: the last one's buffers are taken.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import MutableMapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.recompute import may_be_recomputed, recomputing
+from batchnorm.statistics.contract import Layer
 
 FORWARDS = 16  # remembered of a layer: micro-batches whose backwards are still to come
 
@@ -32,12 +33,24 @@ class Buffers(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    batch_mean: Tensor
+    mean: Tensor
+    rstd: Tensor
     found: Buffers
 
+    def was_of(self, mean: Tensor, rstd: Tensor) -> Tensor:
+        """Whether the batch is the same, 0-d; the way the forward went may have rounded its rstd otherwise."""
+        same_mean = torch.isclose(self.mean, mean, rtol=0.0, atol=0.0, equal_nan=True)
+        return (same_mean & torch.isclose(self.rstd, rstd, rtol=1e-6, atol=0.0, equal_nan=True)).all()
 
-# Of each running mean the last forwards, the latest at the end.
-_seen: MutableMapping[Tensor, deque[_Forward]] = WeakTensorKeyDictionary()
+
+# Of each layer, and of each of its domains, the last forwards, the latest at the end.
+_seen: WeakKeyDictionary[Any, dict[str | None, deque[_Forward]]] = WeakKeyDictionary()
+
+
+def _forwards(layer: Layer) -> deque[_Forward]:
+    domain = getattr(layer, "domain", None)  # a layer as a part within `Domains` sees it lives for one call
+    owner = layer if domain is None else getattr(layer, "owner")  # noqa: B009 (a Layer need not have one)
+    return _seen.setdefault(owner, {}).setdefault(domain, deque(maxlen=FORWARDS))
 
 
 def matters() -> bool:
@@ -47,20 +60,15 @@ def matters() -> bool:
     return recomputing() or may_be_recomputed()
 
 
-def remember(running_mean: Tensor, batch_mean: Tensor, found: Buffers) -> None:
+def remember(layer: Layer, mean: Tensor, rstd: Tensor, found: Buffers) -> None:
     """Keep what a forward of this batch found, as a copy that does not move."""
-    _seen.setdefault(running_mean, deque(maxlen=FORWARDS)).append(_Forward(batch_mean, found))
+    _forwards(layer).append(_Forward(mean, rstd, found))
 
 
-def known(running_mean: Tensor) -> bool:
-    """Whether any forward is remembered."""
-    return running_mean in _seen
-
-
-def recalled(batch_mean: Tensor, now: Buffers) -> Buffers:
+def recalled(layer: Layer, mean: Tensor, rstd: Tensor, now: Buffers) -> Buffers:
     """What the last forward of this batch found, or `now` where none is remembered; no host synchronization."""
     buffers = now
-    for forward in _seen.get(now.running_mean, ()):
-        same = (forward.batch_mean == batch_mean).all()
+    for forward in tuple(_forwards(layer)):  # other threads may add some meanwhile
+        same = forward.was_of(mean, rstd)
         buffers = Buffers(*(torch.where(same, *values) for values in zip(forward.found, buffers, strict=True)))
     return buffers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import normalize, recomputing, short
+from batchnorm.functional import moments, normalize, recomputing, short
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics import recomputed
@@ -72,13 +72,13 @@ class Renorm:
             mask,
             bounds=(self.r_max, self.d_max, self.warmup),
         )
-        if not recomputed.matters():
+        if not (layer.training and recomputed.matters()):
             return take()
         mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
         if torch.is_grad_enabled() or recomputing() or mean is None or variance is None or batches is None:
             return None
         before = Buffers(mean, variance, batches).copy()
-        return take(seen=lambda statistics: recomputed.remember(mean, statistics[0], before))
+        return take(seen=lambda statistics: recomputed.remember(layer, statistics[0], statistics[1], before))
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""
@@ -113,15 +113,19 @@ class Renorm:
                 renormalization=Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked)),
             )
 
+        def told_by(batch: Moments) -> tuple[Tensor, Tensor]:
+            return batch.mean, (batch.variance() + layer.eps).rsqrt()
+
         if not recomputed.matters():
             return normalized(now)
         if not recomputing():
             before = now.copy()
             y, batch = normalized(before)
-            recomputed.remember(mean, batch.mean, before)
-            return y, batch
-        if recomputed.known(mean):
             with torch.no_grad():
-                _, batch = normalized(now)
-                now = recomputed.recalled(batch.mean, now)
+                recomputed.remember(layer, *told_by(batch), before)
+            return y, batch
+        with torch.no_grad():
+            batch, reducer = moments(x, mask), reducer_of(layer)
+            batch = batch if reducer is None else reducer.merge(batch)
+            now = recomputed.recalled(layer, *told_by(batch), now)
         return normalized(now)
