@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from batchnorm import __main__, cli
 from batchnorm.cli import commands
 from batchnorm.explain import explain
+from batchnorm.kernels import cpu
 from batchnorm.lab import extras
 from batchnorm.lab.experiments.learning_rates import Plan
 from batchnorm.version import __version__
@@ -151,7 +152,8 @@ class TestDemo:
 
         process = start(*arguments, "--json")
         output, errors = process.communicate(timeout=300)
-        assert (process.returncode, errors) == (0, "")
+        assert process.returncode == 0
+        assert not errors or cpu.unavailable() is not None  # which is warned of
         after = parts(tmp_path)
         assert len(after) == 6
         assert {name: after[name] for name in kept} == kept

@@ -285,10 +285,9 @@ def test_ghost_of_all_samples_is_plain():
 
 @pytest.mark.parametrize("layout", ["planar", "channels_last"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
-def test_each_ghost_group_is_plain_bit_for_bit(kernel, masked, layout, monkeypatch):
+@pytest.mark.usefixtures("one_kernel")
+def test_each_ghost_group_is_plain_bit_for_bit(masked, layout):
     """Residual, activation and mask with it; channels and planes around the widths of vectors; a mask that is the same for all samples."""
-    monkeypatch.setattr(kernels, "KERNELS", (kernel,))
     for shape, broadcast in (((7, 5, 17), False), ((9, 64, 4, 3), False), ((8, 1, 9), True), ((6, 3, 1), False)):
         x, residual, dy = (torch.randn(shape) for _ in range(3))
         if layout == "channels_last":
