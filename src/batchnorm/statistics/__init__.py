@@ -1,7 +1,7 @@
 """Where the normalizing statistics come from, as parts a layer is given: `BatchNorm2d(64, statistics=Running())`.
 
-A part is stateless: what it remembers lives in the layer's buffers, but for what a recomputation needs (`recomputed`). Most need torch's only;
-those that keep more of them say so (`Kept`), and a checkpoint of any part loads into any other.
+A part is stateless: what it remembers lives in the layer's buffers, but for what a recomputation needs (`recomputed`). Most need torch's
+only; those that keep more of them say so (`Kept`), and a checkpoint of any part loads into any other.
 """
 
 from batchnorm.statistics.accumulate import accumulate
