@@ -33,7 +33,13 @@ class Planar {
     static constexpr int64_t ahead = bytes_ahead / sizeof(Element), vectors_together = vectors_of_block * T::width;
 
     explicit Planar(Task& task)
-        : task(task), channels(task, 1), N(task.N), C(task.C), S(task.S), runs(task.mask, N * S, S, task.counted, chunk_values) {
+        : task(task),
+          channels(task, 1),
+          N(task.N),
+          C(task.C),
+          S(task.S),
+          runs(task.mask, N * S, S, task.counted, chunk_values),
+          from_memory(task.stream) {
         row_values = at_most(S, chunk_values);
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
@@ -54,7 +60,7 @@ class Planar {
         }
         parallel(task.threads, tasks, [&](int64_t number) {
             const int64_t c0 = number * block, c1 = at_most(c0 + block, C);
-            const int64_t next = number + task.threads < tasks ? block * S * task.threads : 0;
+            const int64_t next = from_memory && number + task.threads < tasks ? block * S * task.threads : 0;
             reduce_block(c0, c1, term);
             map_span(c0, c1, {0, N, 0, S}, map, next);
             if (task.stream) end_streaming();
@@ -83,6 +89,8 @@ class Planar {
     const batchnorm::CountedRuns runs;
     int64_t rows, row_values, chunks_of_row, chunks;
     bool sums_by_columns, maps_by_columns;
+    // Then the next block is asked for while one is mapped. The last cache is near enough without, and allows larger blocks: longer runs.
+    const bool from_memory;
 
     // A map alone runs through memory as it lies.
     template <class Map>
@@ -116,7 +124,8 @@ class Planar {
 
     int64_t channels_per_task(int tensors) const {
         const int64_t channel_bytes = at_least(N * S * (int64_t)sizeof(Element) * tensors, 1);
-        const int64_t cached = at_least(block_bytes / channel_bytes, 1), shared = divide_up(C, 4 * (int64_t)task.threads);
+        const int64_t bytes = from_memory ? block_bytes : 2 * block_bytes;
+        const int64_t cached = at_least(bytes / channel_bytes, 1), shared = divide_up(C, 4 * (int64_t)task.threads);
         const int64_t block = at_most(at_most(cached, shared), block_channels);
         if (!maps_by_columns) return block;
         const int64_t plane = S * sizeof(Element), odd = plane & -plane, lines = at_least(cache_line / odd, 1);

@@ -42,7 +42,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function by `clock`, one entry per round; each round calls all of them in a random order.
 
-    What is repeated within its samples is called once before the clock starts, so that it finds in the cache what it leaves there
+    What is repeated within its samples has one more before the clock starts, so that it finds in the cache what it leaves there
     itself, and not the tensors of the function before. `watch` is what the effort's seconds are measured with.
     """
     order, shuffle = list(functions), random.Random(0).shuffle
@@ -56,7 +56,7 @@ def interleaved(
             shuffle(order)
             for name in order:
                 if repeats[name] > 1:
-                    functions[name]()
+                    _sample(functions[name], repeats[name], clock)
                 samples[name].append(_sample(functions[name], repeats[name], clock))
             rounds += 1
     finally:
