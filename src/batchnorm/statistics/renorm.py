@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import moments, normalize, recomputing, short
+from batchnorm.functional import moments, recomputing, short
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.recomputed import Buffers
-from batchnorm.statistics.shared import by_replicas, reducer_of, train_or_infer, train_shortly
+from batchnorm.statistics.shared import by_batch, by_replicas, reducer_of, train_or_infer, train_shortly
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,8 @@ class Renorm:
         now = Buffers(mean, variance, batches)
 
         def normalized(buffers: Buffers) -> tuple[Tensor, Moments]:
-            return normalize(
-                x,
-                layer.gamma,
-                layer.beta,
-                layer.eps,
-                activation=layer.activation,
-                residual=residual,
-                mask=mask,
-                reducer=reducer_of(layer),
-                renormalization=Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked)),
-            )
+            toward = Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked))
+            return by_batch(layer, x, residual, mask, reducer_of(layer), renormalization=toward)
 
         def told_by(batch: Moments) -> tuple[Tensor, Tensor]:
             return batch.mean, (batch.variance() + layer.eps).rsqrt()

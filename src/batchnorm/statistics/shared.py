@@ -19,6 +19,7 @@ from batchnorm.functional import (
     short,
 )
 from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Layer
@@ -110,6 +111,7 @@ def by_batch(
     mask: Tensor | None,
     reducer: Reducer | None = None,
     group_size: int | None = None,
+    renormalization: Renormalization | None = None,
 ) -> tuple[Tensor, Moments]:
     return normalize(
         x,
@@ -121,6 +123,7 @@ def by_batch(
         mask=mask,
         reducer=reducer,
         group_size=group_size,
+        renormalization=renormalization,
     )
 
 
