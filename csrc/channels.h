@@ -46,6 +46,15 @@ struct Channel {
     Vector mean, scale, offset, grad_scale, rstd, slope, level;
 };
 
+// The numbers of one in some lanes, of the other in the rest.
+template <class Vector>
+INLINE Channel<Vector> joined(const Channel<Vector>& one, const Channel<Vector>& other, Some lanes) {
+    const auto both = [&](Vector Channel<Vector>::*number) { return within(one.*number, other.*number, lanes); };
+    typedef Channel<Vector> Numbers;
+    return {both(&Numbers::mean), both(&Numbers::scale), both(&Numbers::offset), both(&Numbers::grad_scale),
+            both(&Numbers::rstd), both(&Numbers::slope), both(&Numbers::level)};
+}
+
 // The numbers of `Channel` side by side, one place for each channel, or for each column of a matrix whose columns belong to channels.
 template <class T>
 class Table {

@@ -41,58 +41,71 @@ inline int64_t next(const uint8_t* mask, int64_t m, int64_t end, bool counts) {
     return m;
 }
 
-// Positions that count, all of one row.
+// Positions of one row that count: `first` is a place in the row.
 struct Run {
-    int64_t first, count;
+    int64_t row, first, count;
 };
 
-// All that count, cut into chunks of `chunk_values` of them: chunk k is runs first[k] ... first[k + 1] - 1. A mask of nothing makes one
-// chunk without runs, no mask makes no chunk.
-class CountedRuns {
-  public:
-    CountedRuns(const uint8_t* mask, int64_t positions, int64_t row, int64_t counted, int64_t chunk_values)
-        : chunks(mask ? 1 + (counted > 0 ? (counted - 1) / chunk_values : 0) : 0) {
-        if (!mask) return;
-        first = (int64_t*)malloc((chunks + 1) * sizeof(int64_t));
-        const int64_t count = cut(mask, positions, row, chunk_values, [](int64_t, int64_t, Run) {});
-        runs = (Run*)malloc((count + 1) * sizeof(Run));
-        first[0] = 0;
-        cut(mask, positions, row, chunk_values, [&](int64_t chunk, int64_t number, Run run) {
-            runs[number] = run;
-            first[chunk + 1] = number + 1;
-        });
-        if (!count) first[1] = 0;
+// body(chunk, run) for all runs in order, cut into chunks of `chunk_values` counted positions.
+template <class Body>
+inline void for_runs(const uint8_t* mask, int64_t positions, int64_t row, int64_t chunk_values, const Body& body) {
+    int64_t chunk = 0, room = chunk_values;
+    for (int64_t m = next(mask, 0, positions, true); m < positions; m = next(mask, m, positions, true)) {
+        const int64_t begin = m / row * row, row_end = begin + row, reach = row_end < m + room ? row_end : m + room;
+        const int64_t end = next(mask, m, reach, false);
+        body(chunk, Run{m / row, m - begin, end - m});
+        room -= end - m;
+        m = end;
+        if (room == 0) ++chunk, room = chunk_values;
     }
-    ~CountedRuns() {
-        free(first);
-        free(runs);
-    }
-    CountedRuns(const CountedRuns&) = delete;
-    CountedRuns& operator=(const CountedRuns&) = delete;
+}
 
-    const Run* begin(int64_t chunk) const { return runs + first[chunk]; }
-    const Run* end(int64_t chunk) const { return runs + first[chunk + 1]; }
+template <class Item>
+class List {
+  public:
+    List() = default;
+    ~List() { free(items); }
+    List(const List&) = delete;
+    List& operator=(const List&) = delete;
+
+    void add(Item item) {
+        if (count == room) items = (Item*)realloc(items, (room = 2 * room + 64) * sizeof(Item));
+        items[count++] = item;
+    }
+
+    Item* items = nullptr;
+    int64_t count = 0;
+
+  private:
+    int64_t room = 0;
+};
+
+// Items chunk by chunk. A mask of nothing makes one chunk without any, no mask makes no chunk.
+template <class Item>
+class Chunked {
+  public:
+    Chunked(const uint8_t* mask, int64_t counted, int64_t chunk_values)
+        : chunks(mask ? 1 + (counted > 0 ? (counted - 1) / chunk_values : 0) : 0) {
+        ends = (int64_t*)calloc(chunks + 1, sizeof(int64_t));
+    }
+    ~Chunked() { free(ends); }
+    Chunked(const Chunked&) = delete;
+    Chunked& operator=(const Chunked&) = delete;
+
+    // To the last chunk so far, or to the one after it.
+    void add(int64_t chunk, Item item) {
+        list.add(item);
+        ends[chunk + 1] = list.count;
+    }
+    Item& last() { return list.items[list.count - 1]; }
+    const Item* begin(int64_t chunk) const { return list.items + ends[chunk]; }
+    const Item* end(int64_t chunk) const { return list.items + ends[chunk + 1]; }
 
     const int64_t chunks;
 
   private:
-    int64_t* first = nullptr;
-    Run* runs = nullptr;
-
-    // body(chunk, number, run) for each run; how many there are.
-    template <class Body>
-    static int64_t cut(const uint8_t* mask, int64_t positions, int64_t row, int64_t chunk_values, const Body& body) {
-        int64_t number = 0, chunk = 0, room = chunk_values;
-        for (int64_t m = next(mask, 0, positions, true); m < positions; m = next(mask, m, positions, true)) {
-            const int64_t row_end = (m / row + 1) * row, reach = row_end < m + room ? row_end : m + room;
-            const int64_t end = next(mask, m, reach, false);
-            body(chunk, number++, Run{m, end - m});
-            room -= end - m;
-            m = end;
-            if (room == 0) ++chunk, room = chunk_values;
-        }
-        return number;
-    }
+    List<Item> list;
+    int64_t* ends;  // one place on
 };
 
 }  // namespace

@@ -114,7 +114,7 @@ struct MomentTerm {
         if constexpr (about_zero) {
             return SquareTermValues<Vector>{x};
         } else {
-            return DeviationTermValues<Vector>{first(x, channel.mean, part)};
+            return DeviationTermValues<Vector>{within(x, channel.mean, part)};
         }
     }
 };
@@ -138,7 +138,7 @@ struct GradTerm {
     INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
         const auto x = E::T::load(elements.x + i, part);
         const auto d = x - channel.mean;
-        const auto g = first(elements.grad(i, d, channel, part), typename E::Vector{}, part);
+        const auto g = within(elements.grad(i, d, channel, part), typename E::Vector{}, part);
         return {g, Sums<typename E::T>::grads_about_zero ? x : d};
     }
 };

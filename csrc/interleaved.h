@@ -14,6 +14,8 @@
 
 namespace {
 
+using batchnorm::Run;
+
 constexpr int64_t most_chunks = 64;
 constexpr int64_t shortest_row = 64;
 constexpr int64_t longest_joint_row = 4096;
@@ -32,7 +34,10 @@ class Interleaved {
           M(task.N * task.S),
           rows(rows_of_chunk(M)),
           chunks(divide_up(M, rows)),
-          runs(task.mask, M, M, task.counted, rows_of_chunk(task.counted)) {}
+          runs(task.mask, task.counted, rows_of_chunk(task.counted)) {
+        if (!task.mask) return;
+        batchnorm::for_runs(task.mask, M, M, rows_of_chunk(task.counted), [&](int64_t chunk, Run run) { runs.add(chunk, run); });
+    }
 
     template <class Term, class Map>
     void fused(const Term& term, const Map& map, int tensors) {
@@ -69,7 +74,7 @@ class Interleaved {
     Task& task;
     Channels<T> channels;
     const int64_t C, M, rows, chunks;
-    const batchnorm::CountedRuns runs;
+    batchnorm::Chunked<Run> runs;
 
     int64_t rows_of_chunk(int64_t all_rows) const {
         const int64_t joint = channels.copies, values = at_least(chunk_values, divide_up(all_rows * C, most_chunks));
@@ -162,7 +167,7 @@ class Interleaved {
             });
             waiting += count;
         };
-        for (const batchnorm::Run* run = runs.begin(chunk); run < runs.end(chunk); ++run) {
+        for (const Run* run = runs.begin(chunk); run < runs.end(chunk); ++run) {
             int64_t m = run->first;
             const int64_t end = m + run->count;
             if (waiting) {

@@ -38,14 +38,24 @@ typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
 typedef uint8_t BytePerFloat __attribute__((vector_size(vector_bytes / 4)));
 typedef uint8_t BytePerDouble __attribute__((vector_size(vector_bytes / 8)));
 
-// How much of a vector is meant: all of it, or the first `count` lanes (the others load as 0 and are not stored).
+// How much of a vector is meant: all of it, or lanes begin ... end - 1 (the others load as 0 and are not stored).
 struct Whole {
     static constexpr bool is_whole = true;
 };
 struct Some {
     static constexpr bool is_whole = false;
-    int count;
+    int end, begin = 0;
+
+    INLINE uint32_t bits() const { return (1u << end) - (1u << begin); }
 };
+
+template <class Mask>
+INLINE Mask lanes_within(Some some) {
+    typedef __typeof__(Mask{}[0] + 0) Lane;
+    Mask lanes;
+    for (int lane = 0; lane < (int)(sizeof(Mask) / sizeof(Lane)); ++lane) lanes[lane] = lane;
+    return (lanes >= (Lane)some.begin) & (lanes < (Lane)some.end);
+}
 
 template <class To, class From>
 INLINE To bits_as(From from) {
@@ -183,19 +193,20 @@ INLINE void end_streaming() {
 #endif
 }
 
-// Partial loads and stores go through the stack, but for AVX-512, which has masked ones (7x7 planes end in one odd element).
+// Partial loads and stores go through the stack, but for AVX-512, which has masked ones (7x7 planes end in one odd element), and for
+// the loads of AVX2; its masked stores take as long.
 template <class Storage>
-INLINE typename Storage::Vector load_through_stack(const typename Storage::Element* from, int count) {
+INLINE typename Storage::Vector load_through_stack(const typename Storage::Element* from, Some some) {
     typename Storage::Element buffer[Storage::width] = {};
-    for (int lane = 0; lane < count; ++lane) buffer[lane] = from[lane];
+    for (int lane = some.begin; lane < some.end; ++lane) buffer[lane] = from[lane];
     return Storage::load(buffer, Whole{});
 }
 
 template <class Storage>
-INLINE void store_through_stack(typename Storage::Element* to, typename Storage::Vector values, int count) {
+INLINE void store_through_stack(typename Storage::Element* to, typename Storage::Vector values, Some some) {
     typename Storage::Element buffer[Storage::width];
     Storage::store(buffer, values, Whole{});
-    for (int lane = 0; lane < count; ++lane) to[lane] = buffer[lane];
+    for (int lane = some.begin; lane < some.end; ++lane) to[lane] = buffer[lane];
 }
 
 struct Float32 {
@@ -211,15 +222,21 @@ struct Float32 {
     static INLINE void stream(Element* to, Vector values) { stream_vector(to, values); }
 #if defined(__AVX512F__)
     static INLINE Vector load(const Element* from, Some some) {
-        return bits_as<Vector>(_mm512_maskz_loadu_ps((__mmask16)((1u << some.count) - 1), from));
+        return bits_as<Vector>(_mm512_maskz_loadu_ps((__mmask16)some.bits(), from));
     }
     static INLINE void store(Element* to, Vector values, Some some) {
-        _mm512_mask_storeu_ps(to, (__mmask16)((1u << some.count) - 1), bits_as<__m512>(values));
+        _mm512_mask_storeu_ps(to, (__mmask16)some.bits(), bits_as<__m512>(values));
     }
 #else
-    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float32>(from, some.count); }
+#if defined(__AVX2__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return bits_as<Vector>(_mm256_maskload_ps(from, bits_as<__m256i>(lanes_within<Ints>(some))));
+    }
+#else
+    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float32>(from, some); }
+#endif
     static INLINE void store(Element* to, Vector values, Some some) {
-        store_through_stack<Float32>(to, values, some.count);
+        store_through_stack<Float32>(to, values, some);
     }
 #endif
 };
@@ -237,15 +254,21 @@ struct Float64 {
     static INLINE void stream(Element* to, Vector values) { stream_vector(to, values); }
 #if defined(__AVX512F__)
     static INLINE Vector load(const Element* from, Some some) {
-        return bits_as<Vector>(_mm512_maskz_loadu_pd((__mmask8)((1u << some.count) - 1), from));
+        return bits_as<Vector>(_mm512_maskz_loadu_pd((__mmask8)some.bits(), from));
     }
     static INLINE void store(Element* to, Vector values, Some some) {
-        _mm512_mask_storeu_pd(to, (__mmask8)((1u << some.count) - 1), bits_as<__m512d>(values));
+        _mm512_mask_storeu_pd(to, (__mmask8)some.bits(), bits_as<__m512d>(values));
     }
 #else
-    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float64>(from, some.count); }
+#if defined(__AVX2__)
+    static INLINE Vector load(const Element* from, Some some) {
+        return bits_as<Vector>(_mm256_maskload_pd(from, bits_as<__m256i>(lanes_within<Longs>(some))));
+    }
+#else
+    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Float64>(from, some); }
+#endif
     static INLINE void store(Element* to, Vector values, Some some) {
-        store_through_stack<Float64>(to, values, some.count);
+        store_through_stack<Float64>(to, values, some);
     }
 #endif
     static INLINE Vector rounded(Vector values) { return values; }
@@ -273,17 +296,17 @@ struct ExactFloat32 {
     }
 #if defined(__AVX512VL__)
     static INLINE Vector load(const Element* from, Some some) {
-        return widen(bits_as<HalfOfFloats>(_mm256_maskz_loadu_ps((__mmask8)((1u << some.count) - 1), from)));
+        return widen(bits_as<HalfOfFloats>(_mm256_maskz_loadu_ps((__mmask8)some.bits(), from)));
     }
     static INLINE void store(Element* to, Vector values, Some some) {
-        _mm256_mask_storeu_ps(to, (__mmask8)((1u << some.count) - 1), bits_as<__m256>(narrow(values)));
+        _mm256_mask_storeu_ps(to, (__mmask8)some.bits(), bits_as<__m256>(narrow(values)));
     }
 #else
     static INLINE Vector load(const Element* from, Some some) {
-        return load_through_stack<ExactFloat32>(from, some.count);
+        return load_through_stack<ExactFloat32>(from, some);
     }
     static INLINE void store(Element* to, Vector values, Some some) {
-        store_through_stack<ExactFloat32>(to, values, some.count);
+        store_through_stack<ExactFloat32>(to, values, some);
     }
 #endif
     static INLINE Vector rounded(Vector values) { return widen(narrow(values)); }
@@ -319,14 +342,14 @@ struct Half {
     static INLINE void stream(Element* to, Vector values) { stream_vector(to, Format::narrow(values)); }
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     static INLINE Vector load(const Element* from, Some some) {
-        return Format::widen(bits_as<Halves>(_mm256_maskz_loadu_epi16((__mmask16)((1u << some.count) - 1), from)));
+        return Format::widen(bits_as<Halves>(_mm256_maskz_loadu_epi16((__mmask16)some.bits(), from)));
     }
     static INLINE void store(Element* to, Vector values, Some some) {
-        _mm256_mask_storeu_epi16(to, (__mmask16)((1u << some.count) - 1), bits_as<__m256i>(Format::narrow(values)));
+        _mm256_mask_storeu_epi16(to, (__mmask16)some.bits(), bits_as<__m256i>(Format::narrow(values)));
     }
 #else
-    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Half>(from, some.count); }
-    static INLINE void store(Element* to, Vector values, Some some) { store_through_stack<Half>(to, values, some.count); }
+    static INLINE Vector load(const Element* from, Some some) { return load_through_stack<Half>(from, some); }
+    static INLINE void store(Element* to, Vector values, Some some) { store_through_stack<Half>(to, values, some); }
 #endif
 };
 
@@ -417,24 +440,16 @@ INLINE int lanes_of_part(Whole) {
 }
 template <class Storage>
 INLINE int lanes_of_part(Some some) {
-    return some.count;
+    return some.end;
 }
 
-// The first lanes of `values`; of `others` the rest.
+// The lanes meant of `values`; of `others` the rest.
 template <class Vector>
-INLINE Vector first(Vector values, Vector, Whole) {
+INLINE Vector within(Vector values, Vector, Whole) {
     return values;
 }
-INLINE Floats first(Floats values, Floats others, Some some) {
-    Ints lanes;
-    for (int lane = 0; lane < vector_bytes / 4; ++lane) lanes[lane] = lane;
-    return lanes < some.count ? values : others;
-}
-INLINE Doubles first(Doubles values, Doubles others, Some some) {
-    Longs lanes;
-    for (int lane = 0; lane < vector_bytes / 8; ++lane) lanes[lane] = lane;
-    return lanes < (int64_t)some.count ? values : others;
-}
+INLINE Floats within(Floats values, Floats others, Some some) { return lanes_within<Ints>(some) ? values : others; }
+INLINE Doubles within(Doubles values, Doubles others, Some some) { return lanes_within<Longs>(some) ? values : others; }
 
 // Which lanes count, from one byte each.
 template <class Storage>
@@ -444,7 +459,7 @@ INLINE typename Storage::Mask lanes_of(const uint8_t* counted, Whole) {
 template <class Storage>
 INLINE typename Storage::Mask lanes_of(const uint8_t* counted, Some some) {
     uint8_t buffer[Storage::width] = {};
-    for (int lane = 0; lane < some.count; ++lane) buffer[lane] = counted[lane];
+    for (int lane = some.begin; lane < some.end; ++lane) buffer[lane] = counted[lane];
     return lanes_of<Storage>(buffer, Whole{});
 }
 
