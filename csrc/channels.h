@@ -181,9 +181,8 @@ class Channels {
     }
     template <class Part>
     Doubles scale_of(int64_t c, Part part) const {
-        const Doubles rstd = Float64::load(task.rstd + c, part);
-        if (task.r) return rstd * (Float64::load(task.r + c, part) * weight_of(c, part));
-        return task.weight ? rstd * Float64::load(task.weight + c, part) : rstd;
+        const Doubles weight = weight_of(c, part), rstd = Float64::load(task.rstd + c, part);
+        return rstd * (task.r ? Float64::load(task.r + c, part) * weight : weight);
     }
     template <class Part>
     Doubles weight_of(int64_t c, Part part) const {

@@ -28,9 +28,22 @@ struct DeviationTermValues {
     Vector x;
 };
 
-// Both sums, lane by lane. A `Block` is given up to eight vectors in a row, which belong to the even or to the odd sums by their number.
+// Takes up to eight vectors in a row, which belong to the even or to the odd sums by their number.
+template <class S>
+struct EvenAndOdd {
+    S &even, &odd;
+
+    template <class Term, class Center>
+    INLINE void add(const Term& term, Center center, int64_t number) {
+        (number % 2 ? odd : even).add(term, center);
+    }
+    INLINE void end() {}
+};
+
+// Both sums, lane by lane, and what adds a `Block` of vectors to them.
 template <class T>
 struct Sums {
+    typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = true, grads_about_zero = true;
     static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, from where the sums are taken again about the mean
 
@@ -62,16 +75,6 @@ struct Sums {
         memcpy(values, value, sizeof value);
         memcpy(products, product, sizeof product);
     }
-
-    struct Block {
-        Sums &even, &odd;
-
-        template <class Term>
-        INLINE void add(const Term& term, Floats center, int64_t number) {
-            (number % 2 ? odd : even).add(term, center);
-        }
-        INLINE void end() {}
-    };
 };
 
 template <class Format>
@@ -121,23 +124,10 @@ struct ExactSum {
     }
 };
 
-// What the two types of one Vector of Doubles share.
-template <class Derived>
-struct SumsOfDoubles {
-    struct Block {
-        Derived &even, &odd;
-
-        template <class Term>
-        INLINE void add(const Term& term, Doubles center, int64_t number) {
-            (number % 2 ? odd : even).add(term, center);
-        }
-        INLINE void end() {}
-    };
-};
-
 // With the rounding of x - mean and of the sums kept, they are as good as torch's at any mean and scale.
 template <>
-struct Sums<Float64> : SumsOfDoubles<Sums<Float64>> {
+struct Sums<Float64> {
+    typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = false, grads_about_zero = false;
     static constexpr double worst_cancellation = 1.0001;  // the mean, K + a rounded number, would feel more
 
@@ -167,7 +157,8 @@ struct Sums<Float64> : SumsOfDoubles<Sums<Float64>> {
 };
 
 template <>
-struct Sums<ExactFloat32> : SumsOfDoubles<Sums<ExactFloat32>> {
+struct Sums<ExactFloat32> {
+    typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = true, grads_about_zero = false;
     static constexpr double worst_cancellation = Sums<Float32>::worst_cancellation;
 
