@@ -12,7 +12,7 @@ from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.memory import save_memory
 from batchnorm.moments import Moments
 from batchnorm.population import recalibrate
-from batchnorm.statistics import accumulate, domain
+from batchnorm.statistics import accumulate, as_one_batch, domain
 from batchnorm.surgery import convert, copy_statistics, freeze, fuse, revert, unfreeze
 from batchnorm.version import __version__
 
@@ -31,6 +31,7 @@ __all__ = [
     "Moments",
     "__version__",
     "accumulate",
+    "as_one_batch",
     "average_buffers",
     "convert",
     "copy_statistics",

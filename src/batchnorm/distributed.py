@@ -72,12 +72,7 @@ class Replicas:
         Raises:
             ReplicaError: if a replica did not answer within the group's timeout, or was at another layer.
         """
-        count = moments.count
-        if not isinstance(count, Tensor):
-            count = moments.mean.new_full((), count)  # on the device; a copy from the host could wait for it
-        rows = _exchanged(torch.cat([count.to(moments.mean).reshape(1), moments.mean, moments.m2]), self, _FORWARD)
-        C = moments.mean.shape[0]
-        return Moments.pooled(rows[:, 0], rows[:, 1 : C + 1], rows[:, C + 1 :])
+        return Moments.pooled_rows(_exchanged(moments.row(), self, _FORWARD))
 
     def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
         """Σg and Σg·x̂ of all replicas together, added in the order of the ranks.

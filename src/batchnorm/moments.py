@@ -51,6 +51,25 @@ class Moments(NamedTuple):
         count = self.count.detach() if isinstance(self.count, Tensor) else self.count
         return Moments(count, self.mean.detach(), self.m2.detach())
 
+    def row(self) -> Tensor:
+        """(1 + 2C,): count, mean and M2 in one tensor, on their device."""
+        count = self.count
+        if not isinstance(count, Tensor):
+            count = self.mean.new_full((), count)  # on the device; a copy from the host could wait for it
+        return torch.cat([count.to(self.mean).reshape(1), self.mean, self.m2])
+
+    @staticmethod
+    def of_row(row: Tensor) -> Moments:
+        """What `row` made one tensor, (1 + 2C,)."""
+        C = row.shape[0] // 2
+        return Moments(row[0], row[1 : C + 1], row[C + 1 :])
+
+    @staticmethod
+    def pooled_rows(rows: Tensor) -> Moments:
+        """`pooled` of moments as rows, (W, 1 + 2C)."""
+        C = rows.shape[1] // 2
+        return Moments.pooled(rows[:, 0], rows[:, 1 : C + 1], rows[:, C + 1 :])
+
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of values together; exact but for rounding, in any order.
 

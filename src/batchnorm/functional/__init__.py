@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import reduction
+from batchnorm.functional import joint, reduction
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
     check_input,
@@ -32,6 +32,7 @@ from batchnorm.functional.checks import (
     is_single_value,
     mask_of,
 )
+from batchnorm.functional.joint import Joint
 from batchnorm.functional.parts import (
     channels_as_parts,
     parts_as_channels,
@@ -185,6 +186,16 @@ def normalize(
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
     groups = groups_of(input, group_size)
+    if isinstance(reducer, Joint) and groups is None:
+        if differentiated_by_torch() or exporting():
+            raise StateError(
+                "the parts of one batch meet in the graph of autograd, which torch.func and exporters do without; call the model as it is"
+            )
+        if needs_grad(input, epilogue):
+            found = joint.normalize(input, eps, epilogue, reducer, renormalization)
+            if found is not None:
+                return found
+            reducer = reducer.replicas
     if differentiated_by_torch() or exporting():  # known moments would be constants to torch
         output, found, *_ = reduction.forward(
             eager, input, eps, epilogue, reducer, groups, renormalization=renormalization

@@ -88,7 +88,7 @@ class Normalize(torch.autograd.Function):
             ctx.count = None
             y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
             _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
-            ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *_kept_of_residual(epilogue, y), mask, *[None] * 3)
+            ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *kept_of_residual(epilogue, y), mask, *[None] * 3)
             return y, None, None, None
         known = None
         if known_count is not None and known_mean is not None and known_m2 is not None:
@@ -100,7 +100,7 @@ class Normalize(torch.autograd.Function):
         )
         masked_count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if masked_count is not None else moments.count
-        kept = _kept_of_residual(epilogue, y)
+        kept = kept_of_residual(epilogue, y)
         if reducer is None and known is None:
             if memory.recording() is not None and renormalization is not None:
                 renormalization = renormalization.copy()
@@ -204,7 +204,7 @@ def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:
     return dy if mask is None else torch.where(mask, dy, 0)
 
 
-def _kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
     if epilogue.residual is None or epilogue.activation is None:
         return None, None

@@ -39,4 +39,4 @@ def parts_of_buffer(values: Tensor) -> Tensor:
 
 
 def vector_as_complex(values: Tensor) -> Tensor:
-    return torch.view_as_complex(values.view(-1, 2))
+    return torch.complex(*values.view(-1, 2).unbind(1))

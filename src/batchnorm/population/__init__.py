@@ -31,11 +31,12 @@ from torch.nn.parameter import UninitializedBuffer
 from batchnorm.distributed import Replicas
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import is_single_value, moments
+from batchnorm.functional.compiled import eager
 from batchnorm.functional.parts import parts_as_channels, parts_of_buffer
 from batchnorm.layers import STATISTICS, BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
-from batchnorm.population.items import Forward, call, check_loader, eager
+from batchnorm.population.items import Forward, call, check_loader
 from batchnorm.population.lineage import Lineage
 from batchnorm.statistics import Domains, Running
 from batchnorm.surgery import batch_norms

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -61,10 +58,3 @@ def check_loader(loader: Any, *, several_passes: bool) -> None:
             'method="layerwise" reads the loader once for each depth, but an iterator '
             f'({type(loader).__name__}) can be read only once; pass a DataLoader or a list, or method="joint"'
         )
-
-
-def eager() -> Any:
-    """A context in which compiled code runs as written: compiled code does not see hooks that came after it."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading the compiler takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")

@@ -10,6 +10,7 @@ from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
 from batchnorm.statistics.domains import Domains, domain
 from batchnorm.statistics.ghost import Ghost
 from batchnorm.statistics.moving_average import MovingAverage
+from batchnorm.statistics.one_batch import as_one_batch
 from batchnorm.statistics.renorm import Renorm
 from batchnorm.statistics.running import Running
 
@@ -24,6 +25,7 @@ __all__ = [
     "Running",
     "Statistics",
     "accumulate",
+    "as_one_batch",
     "domain",
     "kept_by",
 ]

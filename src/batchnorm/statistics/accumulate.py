@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
 from batchnorm.moments import Moments
+from batchnorm.statistics.thread import thread
 
 
 class _Window:
@@ -34,14 +34,6 @@ class _Window:
             move(moments)
 
 
-class _Current(threading.local):
-    def __init__(self) -> None:
-        self.window: _Window | None = None
-
-
-_current = _Current()
-
-
 @contextmanager
 def accumulate(steps: int) -> Iterator[None]:
     """Running statistics move once for every `steps` batches in here, as of one batch that holds them all.
@@ -58,17 +50,17 @@ def accumulate(steps: int) -> Iterator[None]:
     """
     if steps < 1:
         raise InputError(f"steps must be at least 1, the batches that count as one, but got {steps}")
-    before, _current.window = _current.window, _Window(steps)
+    before, thread.window = thread.window, _Window(steps)
     try:
         yield
-        _current.window.finish()
+        thread.window.finish()
     finally:
-        _current.window = before
+        thread.window = before
 
 
 def accumulating() -> bool:
     """Whether an `accumulate` context is active."""
-    if _current.window is None:
+    if thread.window is None:
         return False
     if torch.compiler.is_compiling():
         raise StateError(
@@ -79,5 +71,5 @@ def accumulating() -> bool:
 
 def add(buffer: Tensor, moments: Moments, move: Callable[[Moments], None]) -> None:
     """Keep the moments until the window is full, then move the buffer by all of them."""
-    assert _current.window is not None
-    _current.window.add(buffer, moments, move)
+    assert thread.window is not None
+    thread.window.add(buffer, moments, move)

@@ -66,3 +66,8 @@ class Keeping(Protocol):
 def kept_by(part: Statistics) -> dict[str, Kept]:
     """The buffers that a layer has beside its own because of this part."""
     return part.kept() if isinstance(part, Keeping) else {}
+
+
+def owner_of(layer: Layer) -> Layer:
+    """The layer itself: what a part within `Domains` sees of it lives for one call."""
+    return getattr(layer, "owner", layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +14,9 @@ from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.contract import Kept, Layer, Statistics
+from batchnorm.statistics.thread import thread
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-class _Current(threading.local):
-    def __init__(self) -> None:  # for each thread; a default of the class would be no guard to compiled code
-        self.name: str | None = None
-
-
-_current = _Current()
 
 
 @contextmanager
@@ -39,11 +31,11 @@ def domain(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str):
         raise ArgumentError(f"a domain is named by a string, but got {name!r}")
-    before, _current.name = _current.name, name
+    before, thread.domain = thread.domain, name
     try:
         yield
     finally:
-        _current.name = before
+        thread.domain = before
 
 
 @dataclass(frozen=True, init=False)
@@ -97,7 +89,7 @@ class Domains:
             raise StateError(
                 "domains keep running statistics apart, but this layer has none; build it with track_running_stats=True"
             )
-        name = _current.name
+        name = thread.domain
         if name is None or name == self.names[0]:
             return layer
         if name not in self.names:

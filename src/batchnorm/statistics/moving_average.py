@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with
 from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional.joint import Joint
 from batchnorm.functional.recompute import recomputing_now
 from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
@@ -87,6 +88,10 @@ class MovingAverage:
             )
         means, variances, mean_g, mean_gz = (getattr(layer, name) for name in (*_FORWARD, *_BACKWARD))
         reducer = reducer_of(layer)
+        if isinstance(reducer, Joint):
+            raise StateError(
+                "moving averages take batches one after another, but as_one_batch forwards parts of one; use Batch() or Renorm() there"
+            )
         batch = moments(x, mask)
         batch = batch if reducer is None else reducer.merge(batch).detach()
         with torch.no_grad():

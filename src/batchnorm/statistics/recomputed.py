@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.recompute import may_be_recomputed, recomputing
-from batchnorm.statistics.contract import Layer
+from batchnorm.statistics.contract import Layer, owner_of
 
 FORWARDS = 16  # remembered of a layer: micro-batches whose backwards are still to come
 
@@ -48,9 +48,8 @@ _seen: WeakKeyDictionary[Any, dict[str | None, deque[_Forward]]] = WeakKeyDictio
 
 
 def _forwards(layer: Layer) -> deque[_Forward]:
-    domain = getattr(layer, "domain", None)  # a layer as a part within `Domains` sees it lives for one call
-    owner = layer if domain is None else getattr(layer, "owner")  # noqa: B009 (a Layer need not have one)
-    return _seen.setdefault(owner, {}).setdefault(domain, deque(maxlen=FORWARDS))
+    domain = getattr(layer, "domain", None)  # a Layer need not have one
+    return _seen.setdefault(owner_of(layer), {}).setdefault(domain, deque(maxlen=FORWARDS))
 
 
 def matters() -> bool:

@@ -23,6 +23,7 @@ from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Layer
+from batchnorm.statistics.one_batch import in_one_batch, joined, moves_here
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
 
@@ -58,7 +59,7 @@ def train_or_infer(
     y, moments = normalized(layer, x, residual, mask)
     y = y if inferred is None else inferred
     running_mean, running_var = layer.running_mean, layer.running_var
-    if moves and running_mean is not None and running_var is not None:
+    if moves and running_mean is not None and running_var is not None and moves_here():
         if accumulating() and not recomputing():
             add(running_mean, moments, lambda merged: _move(layer, running_mean, running_var, merged))
         else:
@@ -84,7 +85,7 @@ def train_shortly(
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
     if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
         return None
-    if layer.reducer is not None or accumulating():
+    if layer.reducer is not None or accumulating() or in_one_batch():
         return None
     parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
     try:
@@ -128,9 +129,11 @@ def by_batch(
 
 
 def reducer_of(layer: Layer) -> Reducer | None:
-    """What merges this layer's statistics with those of other replicas: in training, where there are others."""
-    reducer = layer.reducer if layer.training else None
-    return None if reducer is None or reducer.size == 1 else reducer
+    """What merges this layer's statistics with those of other replicas or parts of the batch: in training, where there are others."""
+    if not layer.training:
+        return None
+    reducer = layer.reducer
+    return joined(layer, None if reducer is None or reducer.size == 1 else reducer)
 
 
 def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,203 @@
+"""Parts of one batch in one process: their statistics meet between the reductions and the maps, in the forward and in the backward.
+
+Over processes the backward of a layer can wait for the others. In one process it cannot: autograd runs one node after another. So the
+graph itself says what has to come before what, by two nodes for each part and one for all:
+
+    x ──enter──▶ x, (count, mean, M2) ──pool──▶ those of all ──leave──▶ y
+    dx ◀──enter── dy, (Σg, Σg·x̂) of all ◀──pool── (Σg, Σg·x̂) ◀──leave── dy
+
+What comes back along an edge is not the gradient of what went forward, but what the node there needs for `input_grad`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from batchnorm import kernels
+from batchnorm.errors import StateError
+from batchnorm.functional.autograd import kept_of_residual
+from batchnorm.functional.reduction import Reducer
+from batchnorm.kernels import Correction, Epilogue, Kernel, Renormalization
+from batchnorm.moments import Moments, at_least_one
+
+
+class Joint(ABC):
+    """The reducer of a layer that is called for several parts of one batch."""
+
+    size = 2  # or more
+    replicas: Reducer | None  # of the layer
+
+    @abstractmethod
+    def takes(self, own: Tensor) -> bool:
+        """Whether the call with these moments is one of a part, which only a call that runs again need not be."""
+
+    @abstractmethod
+    def join(self, own: Tensor) -> Tensor:
+        """The moments of all parts, for those of one; rows of `Moments.row`, and differentiable in the sense of this module."""
+
+    @abstractmethod
+    def seen(self, call: Call) -> None:
+        """Told of each call that has a graph, for its recomputation."""
+
+    def merge(self, moments: Moments) -> Moments:
+        return Moments.of_row(self.join(moments.row()))
+
+    def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002 (the protocol)
+        raise StateError(
+            "the parts of one batch meet in autograd's graph, and not within a backward; use Batch() or Renorm() under as_one_batch"
+        )
+
+
+class Call:
+    """What the two nodes of one part share.
+
+    Attributes:
+        own: the moments of the part, and
+        all: of all of them, as rows.
+        rstd: of all, (C,).
+        correction: r and d of batch renormalization, or None.
+        epilogue: from the one node's backward for the other's.
+    """
+
+    def __init__(self, kernel: Kernel, own: Tensor) -> None:
+        self.kernel, self.own = kernel, own
+        self.all: Tensor = own
+        self.rstd: Tensor | None = None
+        self.correction: Correction | None = None
+        self.epilogue: Epilogue | None = None
+
+
+def normalize(
+    x: Tensor, eps: float, epilogue: Epilogue, joint: Joint, renormalization: Renormalization | None
+) -> tuple[Tensor, Moments] | None:
+    """`functional.normalize` with the moments of all parts, where a gradient is needed; None where the call is of no part."""
+    weight, bias, residual, mask, activation, _ = epilogue
+    kernel = kernels.select(x, epilogue)
+    with torch.no_grad():
+        call = Call(kernel, kernel.moments(x, mask).row())
+        if not joint.takes(call.own):
+            return None
+    constant = None if weight is None else weight.detach()  # its gradient is the other node's
+    x, residual, own = _Enter.apply(x, residual, constant, mask, activation is None, call)
+    pooled = joint.join(own)
+    batch = Moments.of_row(pooled.detach())
+    call.all, call.rstd = pooled.detach(), batch.rstd(eps)
+    call.correction = None if renormalization is None else renormalization.of(batch, eps)
+    joint.seen(call)
+    return _Leave.apply(x, residual, pooled, weight, bias, mask, activation, call), batch
+
+
+def pool(rows: list[Tensor], replicas: Reducer | None) -> Tensor:
+    """The moments of all parts, and of the other replicas' parts, of the rows of each."""
+    return _Pool.apply(replicas, *rows)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        linear: bool,
+        call: Call,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.linear = call, linear
+        ctx.save_for_backward(x, weight, mask)
+        return x.view_as(x), None if residual is None else residual.view_as(residual), call.own.view_as(call.own)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the name of ctx)
+        ctx: Any, dy: Tensor | None, _: Tensor | None, total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        x, weight, mask = ctx.saved_tensors
+        epilogue, call.epilogue = call.epilogue, None
+        if total is None:  # of no part's output there is a gradient
+            return (None,) * 6
+        if dy is None or epilogue is None:  # there is one of other parts' outputs, through the statistics
+            dy, epilogue = torch.zeros_like(x), Epilogue(weight, None, None, mask).corrected(call.correction)
+        count, mean, _m2 = Moments.of_row(call.all)
+        sums = Moments.of_row(total)
+        means = sums.mean / at_least_one(count), sums.m2 / at_least_one(count)
+        assert call.rstd is not None
+        dx, dresidual = call.kernel.input_grad(dy, x, mean, call.rstd, epilogue, means)
+        if ctx.linear and ctx.needs_input_grad[1]:
+            dresidual = dy if mask is None else torch.where(mask, dy, 0)
+        return dx, dresidual if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, replicas: Reducer | None, *rows: Tensor) -> Tensor:
+        ctx.replicas, ctx.parts = replicas, len(rows)
+        pooled = Moments.pooled_rows(torch.stack(rows))
+        return (pooled if replicas is None else replicas.merge(pooled)).row()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the name of ctx)
+        ctx: Any, total: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.replicas is not None:
+            count, *sums = Moments.of_row(total)
+            total = Moments(count, *ctx.replicas.sum(*sums)).row()
+        return None, *[total] * ctx.parts
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        pooled: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        activation: Any,
+        call: Call,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.activation = call, activation
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        assert call.rstd is not None
+        epilogue = Epilogue(weight, bias, residual, mask, activation)
+        y = call.kernel.normalize(x, Moments.of_row(pooled).mean, call.rstd, epilogue.corrected(call.correction))
+        ctx.save_for_backward(x, weight, None if activation is None else bias, *kept_of_residual(epilogue, y), mask)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the name of ctx)
+        ctx: Any, dy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        call: Call = ctx.call
+        x, weight, bias, residual, output, mask = ctx.saved_tensors
+        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output).corrected(call.correction)
+        mean = Moments.of_row(call.all).mean
+        assert call.rstd is not None
+        sums = call.kernel.reduce_grad(dy, x, mean, call.rstd, epilogue)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            call.epilogue = epilogue
+        dweight = sums[1] if call.correction is None else call.correction.weight_grad(*sums)
+        return (
+            dy,
+            None,
+            Moments(0, *sums).row(),
+            None if weight is None else dweight.to(weight.dtype),
+            None if ctx.bias_dtype is None else sums[0].to(ctx.bias_dtype),
+            None,
+            None,
+            None,
+        )
