@@ -73,17 +73,20 @@ class Case:
         inference   as forward, planar
         """
         again = self.layout == "channels_last" and self.direction != "inference"
-        derivative = self.layer.residual and self.layer.activation is not None
-        forward, backward = again, again * (2 + derivative)
-        repeated = {"backward": backward, "step": forward + backward + 1 + derivative}
+        forward, backward = again, again * (2 + self._derivative_reads_residual)
+        repeated = {"backward": backward, "step": forward + backward + 1 + self._derivative_reads_residual}
         return self.tensors + repeated.get(self.direction, forward)
 
     @property
     def tensors(self) -> int:
         """How many tensors of the input's size are read or written, each counted once."""
         residual = self.layer.residual
-        backward = 3 + residual + (residual and self.layer.activation is not None)
+        backward = 3 + residual + self._derivative_reads_residual
         return {"backward": backward, "step": 4 + 2 * residual}.get(self.direction, 2 + residual)
+
+    @property
+    def _derivative_reads_residual(self) -> bool:
+        return self.layer.residual and self.layer.activation is not None
 
 
 def cases(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
@@ -70,4 +70,4 @@ def kept_by(part: Statistics) -> dict[str, Kept]:
 
 def owner_of(layer: Layer) -> Layer:
     """The layer itself: what a part within `Domains` sees of it lives for one call."""
-    return getattr(layer, "owner", layer)
+    return layer if isinstance(layer, nn.Module) else getattr(layer, "owner", layer)

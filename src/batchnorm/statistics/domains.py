@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError, InputError, StateError
-from batchnorm.functional import Reducer
-from batchnorm.kernels import Activation
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.contract import Kept, Layer, Statistics
 from batchnorm.statistics.thread import thread
@@ -97,35 +95,16 @@ class Domains:
                 f"the domain must be one of the layer's, {', '.join(map(repr, self.names))}, but the context says {name!r}; "
                 "name it in Domains(...)"
             )
-        return _InDomain(
-            **{attribute: getattr(layer, attribute) for attribute in _AS_THE_LAYER},
-            **{buffer: getattr(layer, f"{buffer}_{name}") for buffer in _BUFFERS},
-            owner=layer,
-            domain=name,
-        )
+        return cast(Layer, _InDomain(layer, name))
 
 
-@dataclass
 class _InDomain:
-    """A layer as the part within sees it."""
+    """A layer as the part within sees it: all its own but the buffers, which are the domain's."""
 
-    training: bool
-    eps: float
-    momentum: float | None
-    track_running_stats: bool
-    activation: Activation | None
-    running_variance: str
-    on_single: str
-    on_nonfinite: str
-    reducer: Reducer | None
-    gamma: Any
-    beta: Any
-    num_nonfinite_batches: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    owner: Layer
-    domain: str
+    def __init__(self, owner: Layer, domain: str) -> None:
+        self.owner, self.domain = owner, domain
+        for buffer in _BUFFERS:
+            setattr(self, buffer, getattr(owner, f"{buffer}_{domain}"))
 
-
-_AS_THE_LAYER = tuple(name for name in _InDomain.__dataclass_fields__ if name not in (*_BUFFERS, "owner", "domain"))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.owner, name)

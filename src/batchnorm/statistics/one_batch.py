@@ -65,10 +65,13 @@ def as_one_batch(forward: Callable[[Part], Output], parts: Iterable[Part]) -> li
         raise StateError(
             "the parts of one batch wait for each other, which compiled code cannot; call as_one_batch uncompiled"
         )
+    parts = list(parts)
+    if not parts:
+        raise InputError("as_one_batch needs at least one part, but got none")
+    if len(parts) == 1:
+        return [forward(parts[0])]
     inherited = _Inherited()
     running = [_Forward(number, forward, part, inherited) for number, part in enumerate(parts)]
-    if not running:
-        raise InputError("as_one_batch needs at least one part, but got none")
     running[-1].is_last = True
     answer: Tensor | None = None
     watch = register_module_forward_pre_hook(_refuse_torchs)

@@ -48,8 +48,9 @@ _seen: WeakKeyDictionary[Any, dict[str | None, deque[_Forward]]] = WeakKeyDictio
 
 
 def _forwards(layer: Layer) -> deque[_Forward]:
-    domain = getattr(layer, "domain", None)  # a Layer need not have one
-    return _seen.setdefault(owner_of(layer), {}).setdefault(domain, deque(maxlen=FORWARDS))
+    owner = owner_of(layer)
+    domain = None if owner is layer else getattr(layer, "domain", None)
+    return _seen.setdefault(owner, {}).setdefault(domain, deque(maxlen=FORWARDS))
 
 
 def matters() -> bool:
