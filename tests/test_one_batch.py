@@ -174,6 +174,16 @@ def test_a_part_without_a_loss_counts_all_the_same():
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
 
+def test_a_constant_part_hands_on_gradients_of_the_others():
+    layer = bn.BatchNorm1d(3, affine=False, dtype=torch.float64)
+    x, constant = torch.randn(2, 3, 3, dtype=torch.float64)
+    x.requires_grad_()
+    first, _ = bn.as_one_batch(layer, [constant, x])
+    wanted = layer(torch.cat([constant, x]))[:3]
+    grads = [torch.autograd.grad((y**3).sum(), x)[0] for y in (first, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
 def test_without_gradients_and_in_inference():
     layer, one = bn.BatchNorm1d(3), bn.BatchNorm1d(3)
     x = torch.randn(6, 3)

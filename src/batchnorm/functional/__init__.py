@@ -191,7 +191,7 @@ def normalize(
             raise StateError(
                 "the parts of one batch meet in the graph of autograd, which torch.func and exporters do without; call the model as it is"
             )
-        if needs_grad(input, epilogue):
+        if torch.is_grad_enabled():  # where this part needs no gradient, another may
             found = joint.normalize(input, eps, epilogue, reducer, renormalization)
             if found is not None:
                 return found
