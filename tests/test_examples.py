@@ -16,6 +16,7 @@ SHOWN = {
     "accelerate_recipe.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",
+    "several_sizes.py": r"as one batch:   accuracy 0\.[89]",
     "switch.py": r"batchnorm\.layers: accuracy 1\.0",
     "train_ddp.py": r"2 processes: accuracy 0\.9\d\d; all replicas agree",
 }
