@@ -40,6 +40,12 @@ INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? va
 INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
 INLINE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+// The mask of what is summed; null where nothing is, and what counts need not be listed: of a mask of 1.3 million scattered positions that
+// takes 20 ms, and the map of one channel 0.6.
+INLINE const uint8_t* mask_of_sums(const Task& task) {
+    return task.verb == Verb::normalize || task.verb == Verb::input_grad ? nullptr : task.mask;
+}
+
 // What a loop knows about its channel, in every lane (planar) or of one channel a lane (interleaved).
 template <class Vector>
 struct Channel {

@@ -34,8 +34,8 @@ class Interleaved {
           M(task.N * task.S),
           rows(rows_of_chunk(M)),
           chunks(divide_up(M, rows)),
-          runs(task.mask, task.counted, rows_of_chunk(task.counted)) {
-        if (!task.mask) return;
+          runs(mask_of_sums(task), task.counted, rows_of_chunk(task.counted)) {
+        if (!mask_of_sums(task)) return;
         batchnorm::for_runs(task.mask, M, M, rows_of_chunk(task.counted), [&](int64_t chunk, Run run) { runs.add(chunk, run); });
     }
 

@@ -39,7 +39,7 @@ class Planar {
           N(task.N),
           C(task.C),
           S(task.S),
-          counted(task.mask, N, S, C * S, task.counted),
+          counted(mask_of_sums(task), N, S, C * S, task.counted),
           from_memory(task.stream) {
         row_values = at_most(S, chunk_values);
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
