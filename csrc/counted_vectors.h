@@ -48,7 +48,7 @@ class CountedVectors {
         for (int64_t place = run.first, end = run.first + run.count; place < end;) {
             Portion& portion = portion_for(chunk, run.row, place);
             const int count = (int)at_most(T::width - lane, end - place);
-            Vectors here = {(run.row - portion.row) * stride + place - lane, {lane + count, lane}, 0};
+            Vectors here = {(run.row - portion.row) * stride + place - lane, Some::between(lane, lane + count), 0};
             lane = (lane + count) % T::width, place += count, --room;
             if (!lane) here.whole = (int32_t)at_most((end - place) / T::width, room);
             place += here.whole * T::width, room -= here.whole;
@@ -58,10 +58,9 @@ class CountedVectors {
     }
 
     Portion& portion_for(int64_t chunk, int64_t row, int64_t place) {
-        const bool first = last_chunk < 0;
         if (chunk == last_chunk && room > 0 && row < portions.last().row + rows_together) return portions.last();
         if (chunk != last_chunk) lane = 0;
-        const bool goes_on = !first && rows_together == 1 && portions.last().row == row;
+        const bool goes_on = last_chunk >= 0 && rows_together == 1 && portions.last().row == row;
         if (goes_on) portions.last().end = place;
         portions.add(chunk, {row, 1, goes_on ? place : 0, S, vectors.count, vectors.count});
         last_chunk = chunk, room = most_vectors;

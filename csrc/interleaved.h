@@ -115,7 +115,7 @@ class Interleaved {
 
     // body(m0, m1, counted) for each run of rows that count or do not.
     template <class Body>
-    void for_runs(int64_t m, int64_t end, const Body& body) {
+    void for_counted_and_not(int64_t m, int64_t end, const Body& body) {
         if (!task.mask) return body(m, end, true);
         while (m < end) {
             const bool counts = task.mask[m] != 0;
@@ -191,7 +191,7 @@ class Interleaved {
     __attribute__((noinline)) void map_chunk(int64_t chunk, const Map& map) {
         const Outputs<T, Map::writes_two> out(task);
         const bool aligned = C * channels.copies * sizeof(Element) % cache_line == 0;
-        for_runs(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
+        for_counted_and_not(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
             for_rows(m0, m1, [&](const Rows& some) {

@@ -46,6 +46,7 @@ struct Some {
     static constexpr bool is_whole = false;
     int end, begin = 0;
 
+    static INLINE Some between(int begin, int end) { return {end, begin}; }
     INLINE uint32_t bits() const { return (1u << end) - (1u << begin); }
 };
 

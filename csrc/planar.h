@@ -5,8 +5,7 @@
 // are too few channels for the threads, the channel itself is cut instead, and the passes are apart.
 //
 // Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone, which are added in order.
-// Under a mask the chunks are of counted values, and these are summed as if they lay side by side: each run of them goes on in the lane
-// in which the one before it ended.
+// Under a mask the chunks are of counted values, see counted_vectors.h.
 #pragma once
 
 #include "counted_vectors.h"
