@@ -236,7 +236,7 @@ class BatchNorm(_BatchNorm):
         for name, kept in kept_by(self.statistics).items():
             buffer = self._buffers.get(name)
             if buffer is not None:
-                buffer.copy_(self._buffers[kept.like])  # pyright: ignore[reportArgumentType] (where one is, so is the other)
+                buffer.copy_(kept.start(self._buffers[kept.like]))  # pyright: ignore[reportArgumentType] (where one is, so is the other)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as new."""
@@ -297,15 +297,14 @@ class BatchNorm(_BatchNorm):
         wanted = kept_by(self.statistics)
         for name in [name for name in self._buffers if name.startswith(_KEPT) and name not in wanted]:
             del self._buffers[name]
-        for name, (like, rows) in wanted.items():
-            source = self._buffers.get(like)
+        for name, kept in wanted.items():
+            source = self._buffers.get(kept.like)
             if name in self._buffers or source is None:
                 continue
             if isinstance(source, UninitializedBuffer):
                 self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
             else:
-                copies = source.detach().clone() if rows is None else source.detach().expand(rows, -1).clone()
-                self.register_buffer(name, copies)
+                self.register_buffer(name, kept.start(source).clone())
 
     def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
         """Running statistics that became narrower than 32 bits per part are set back, from their originals where there are some.
@@ -371,10 +370,11 @@ class BatchNorm(_BatchNorm):
     def _match_kept_buffers(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Checkpoints of other parts: what they lack of this one's begins anew from what they have, and what they have more goes."""
         wanted = kept_by(self.statistics)
-        for name, (like, rows) in wanted.items():
-            source = state_dict.get(prefix + like)
-            if source is not None and prefix + name not in state_dict:
-                state_dict[prefix + name] = source if rows is None else source.expand(rows, -1)
+        for name, kept in wanted.items():
+            source, given = state_dict.get(prefix + kept.like), state_dict.get(prefix + name)
+            other_window = given is not None and kept.rows is not None and given.shape[:1] != (kept.rows,)
+            if source is not None and (given is None or other_window):
+                state_dict[prefix + name] = kept.start(source)
         more = [key for key in state_dict if key.startswith(tuple(prefix + kept for kept in _KEPT))]
         for key in more:
             if key.removeprefix(prefix) not in wanted:
