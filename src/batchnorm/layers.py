@@ -82,7 +82,7 @@ class BatchNorm(_BatchNorm):
         input (N, C, *S) with the channels on `channel_axis`; output the same. residual: input's shape. mask: bool, (N, *S) or
         broadcastable to it, True counts; where False, output and gradient are 0 (see `padded`). lengths: (N,), integers: so many
         positions of the last axis that is not the channels' count. A nested tensor of torch.jagged layout, its axes the input's, has
-        no padding at all; its residual is one with the same offsets.
+        no padding, and what lies between its samples (`torch.nested.narrow`) counts as little; its residual is one with the same offsets.
 
     Raises:
         InputError: on a rank or an option out of range; on one value per channel in training.
@@ -224,8 +224,10 @@ class BatchNorm(_BatchNorm):
                     "the residual of a nested input must be nested, with the same offsets, but it is not; build it from the input's offsets"
                 )
             residual = as_batch(residual)
-        y = self.statistics(self, as_batch(input), residual, None).movedim((0, 1), (ragged, axis))
-        return torch.nested.nested_tensor_from_jagged(y, jagged.offsets(), jagged_dim=ragged + 1)
+        x, offsets, held = as_batch(input), jagged.offsets(), jagged.lengths()  # (M, C, *rest)
+        between = None if held is None else _within(offsets, held, x.shape[0]).view(-1, *[1] * (x.dim() - 2))
+        y = self._normalize_dense(x, residual, between, None).movedim((0, 1), (ragged, axis))
+        return torch.nested.nested_tensor_from_jagged(y, offsets, held, jagged_dim=ragged + 1)
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, counters 0."""
@@ -413,6 +415,14 @@ def check_statistics(statistics: Any) -> None:
         raise InputError(
             f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got {statistics!r}"
         )
+
+
+def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:
+    """Which positions belong to a sample, (M,) bool, where the samples of a nested tensor have gaps between them."""
+    steps = torch.zeros(positions + 1, dtype=offsets.dtype, device=offsets.device)
+    ones = torch.ones_like(lengths, dtype=offsets.dtype)
+    starts = offsets[:-1]  # (N,)
+    return steps.index_add(0, starts, ones).index_add(0, starts + lengths, -ones)[:-1].cumsum(0) > 0
 
 
 def _expect_rank(input: Tensor, *ranks: int) -> None:
