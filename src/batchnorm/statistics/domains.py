@@ -14,7 +14,7 @@ from batchnorm.errors import ArgumentError, InputError, StateError
 from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.contract import Kept, Layer, Statistics
+from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -57,8 +57,8 @@ class Domains:
 
     `with batchnorm.domain("fake"):` chooses; outside of it the first domain counts. The first domain's statistics are the layer's
     `running_mean`, `running_var` and `num_batches_tracked`; those of a domain `fake` are `running_mean_fake` and so on, buffers of
-    the layer. They begin as copies of the first's, also where a checkpoint without them is loaded; checkpoints with them load into
-    any layer of this library. `revert` drops them, and torch's layers take what is left.
+    the layer, and so is what `within` keeps. They begin as copies of the first's, also where a checkpoint without them is loaded;
+    checkpoints with them load into any layer of this library. `revert` drops them, and torch's layers take what is left.
 
     Args:
         names: of the domains, at least one, the first the default; different, neither empty nor with a dot.
@@ -84,12 +84,26 @@ class Domains:
             raise ArgumentError(f"within must be a part such as Batch() or Renorm(), but got {within!r}")
         object.__setattr__(self, "names", tuple(names))
         object.__setattr__(self, "within", Batch() if within is None else within)
+        taken = [
+            name for name in self.names[1:] if kept_by(self.within).keys() & {_of(buffer, name) for buffer in _BUFFERS}
+        ]
+        if taken:
+            raise InputError(
+                f"names must not be those of buffers of {self.within}, but got {taken[0]!r}; choose another name"
+            )
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         return self.within(self.seen_by(layer), x, residual, mask)
 
     def kept(self) -> dict[str, Kept]:
-        return {f"{buffer}_{name}": Kept(buffer) for name in self.names[1:] for buffer in _BUFFERS}
+        within = kept_by(self.within)
+        apart = {buffer: Kept(buffer) for buffer in _BUFFERS} | within
+        others = {
+            _of(buffer, name): kept._replace(like=kept.like if buffer in _BUFFERS else _of(kept.like, name))
+            for name in self.names[1:]
+            for buffer, kept in apart.items()
+        }
+        return within | others
 
     def seen_by(self, layer: Layer) -> Layer:
         """The layer with the statistics of the current domain for its own."""
@@ -105,12 +119,20 @@ class Domains:
                 f"the domain must be one of the layer's, {', '.join(map(repr, self.names))}, but the context says {name!r}; "
                 "name it in Domains(...)"
             )
-        return _InDomain(
+        seen = _InDomain(
             **{attribute: getattr(layer, attribute) for attribute in _AS_THE_LAYER},
-            **{buffer: getattr(layer, f"{buffer}_{name}") for buffer in _BUFFERS},
+            **{buffer: getattr(layer, _of(buffer, name)) for buffer in _BUFFERS},
             owner=layer,
             domain=name,
         )
+        for buffer in kept_by(self.within):
+            setattr(seen, buffer, getattr(layer, _of(buffer, name)))
+        return seen
+
+
+def _of(buffer: str, domain: str) -> str:
+    """The name of a domain's own buffer."""
+    return f"{buffer}_{domain}"
 
 
 @dataclass
