@@ -51,8 +51,9 @@ def groups_of(input: Tensor, size: int | None) -> Groups | None:
         return None
     if size < 1:
         raise InputError(f"group_size must be at least 1, the samples in a group, but got {size}")
-    number, left = divmod(input.shape[0], size)
-    number += left > 0 and not is_single_value(input[input.shape[0] - left :])
+    samples = input.shape[0]
+    number, left = samples // size, samples % size  # divmod is refused by compiled code where the size is dynamic
+    number += left > 0 and not is_single_value(input[samples - left :])
     return Groups(number, size) if number > 1 else None
 
 
