@@ -63,7 +63,8 @@ class BatchNorm(_BatchNorm):
         channel_axis: the axis of the channels; -1 for (N, L, C) or (N, H, W, C).
         running_variance: "unbiased" (torch, and the paper's section 3.1) or "biased" (Keras, Flax, ONNX).
         on_single: what one value per channel does in training: "error" (torch), "running" normalizes it by the running statistics,
-            "skip" by its own (its output is the bias); neither moves the running statistics.
+            "skip" by its own (its output is the bias); neither moves the running statistics. Where it is a mask that leaves one value,
+            "error" does as "skip" does: to refuse it would wait for the device.
         on_nonfinite: what a batch with NaN or Inf does to the running statistics: "skip" leaves them and counts the batch in
             `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device; where nothing can be waited
             for, in compiled code, under `torch.func` and on the meta device, it is "skip").
