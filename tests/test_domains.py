@@ -224,3 +224,15 @@ def test_copies_from_a_plain_layer_are_where_every_domain_starts():
     bn.copy_statistics(source, target)
     assert_statistics(target, "", source)
     assert_statistics(target, "_fake", source)
+
+
+@pytest.mark.parametrize("within", [None, MovingAverage(2)], ids=repr)
+def test_an_assigned_checkpoint_gives_every_domain_memory_of_its_own(within):
+    layer = bn.BatchNorm1d(3, statistics=Domains(("real", "fake"), within))
+    layer.load_state_dict(nn.BatchNorm1d(3).state_dict(), assign=True)
+    with bn.domain("fake"):
+        layer(torch.randn(4, 3) + 5)
+    assert_statistics(layer, "", nn.BatchNorm1d(3))
+    assert layer.running_mean_fake.any()
+    places = [buffer.data_ptr() for buffer in layer.buffers()]
+    assert len(set(places)) == len(places)

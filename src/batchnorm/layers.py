@@ -377,7 +377,7 @@ class BatchNorm(_BatchNorm):
             source, given = state_dict.get(prefix + kept.like), state_dict.get(prefix + name)
             other_window = given is not None and kept.rows is not None and given.shape[:1] != (kept.rows,)
             if source is not None and (given is None or other_window):
-                state_dict[prefix + name] = kept.start(source)
+                state_dict[prefix + name] = kept.start(source).clone()  # with assign=True it becomes the buffer itself
         more = [key for key in state_dict if key.startswith(tuple(prefix + kept for kept in _KEPT))]
         for key in more:
             if key.removeprefix(prefix) not in wanted:
