@@ -108,6 +108,14 @@ def test_a_plain_checkpoint_is_where_every_domain_starts():
     assert_statistics(lazy, "_fake", plain)
 
 
+def test_a_checkpoint_older_than_the_counter_loads():
+    state = dict(nn.BatchNorm1d(3).state_dict())
+    del state["num_batches_tracked"]
+    layer = trained()
+    layer.load_state_dict(state)
+    assert not layer.running_mean_fake.any()
+
+
 def test_checkpoints_of_domains_load_into_any_part_of_ours_and_after_revert_into_torchs():
     layer = trained()
     plain = bn.BatchNorm1d(3)

@@ -375,6 +375,8 @@ class BatchNorm(_BatchNorm):
         wanted = kept_by(self.statistics)
         for name, kept in wanted.items():
             source, given = state_dict.get(prefix + kept.like), state_dict.get(prefix + name)
+            if kept.like == "num_batches_tracked" and source is None:  # older than the counter, which then stays
+                source = self.num_batches_tracked
             other_window = given is not None and kept.rows is not None and given.shape[:1] != (kept.rows,)
             if source is not None and (given is None or other_window):
                 state_dict[prefix + name] = kept.start(source).clone()  # with assign=True it becomes the buffer itself
