@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with, recomputing
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.functional.recompute import recomputing_now
+from batchnorm.kernels import Epilogue
 from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics import recomputed
@@ -193,14 +195,18 @@ class _Corrected(torch.autograd.Function):
         x, mask, mean, sigma = ctx.saved_tensors
         windows: _Windows = ctx.windows
         dtype = torch.promote_types(x.dtype, torch.float32)
-        axes, along = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
+        along = (1, -1, *[1] * (x.dim() - 2))
+        if mask is not None:
+            mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
+        epilogue = Epilogue(mask=mask)
+        kernel = kernels.select(x, epilogue)  # whose sums do not depend on how much padding there is
+        sums = kernel.reduce_grad(grads[0], x, mean, sigma.reciprocal(), epilogue)  # of g / sigma, (C,) each
+        sums = sums[0] * sigma, sums[1] * sigma
         mean, wide_sigma = mean.to(dtype).view(along), sigma.to(dtype).view(along)
         z = (x.to(dtype) - mean) / wide_sigma
         if mask is not None:
-            mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
             z = z.masked_fill(~mask, 0.0)
         g = grads[0].to(dtype) * wide_sigma
-        sums = g.sum(axes, dtype=torch.float64), (g * z).sum(axes, dtype=torch.float64)
         if ctx.reducer is not None:
             sums = ctx.reducer.sum(*sums)
         mean_g, mean_gz = (value / at_least_one(ctx.count) for value in sums)
