@@ -238,6 +238,12 @@ def test_convert_gives_every_layer_the_part_and_revert_takes_it_back():
     assert type(model[1]) is nn.BatchNorm1d
 
 
+def test_revert_takes_back_running_statistics_that_convert_gave():
+    model = bn.revert(bn.convert(network(), statistics=Running()))
+    assert type(model[1]) is nn.BatchNorm1d
+    assert model[3].statistics == Renorm()
+
+
 def test_convert_leaves_the_frozen_frozen():
     model = bn.freeze(network())
     bn.convert(model, statistics=Renorm(2.0))
