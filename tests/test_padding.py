@@ -85,6 +85,16 @@ def nested(x: torch.Tensor) -> torch.Tensor:
     return torch.nested.nested_tensor(pieces, layout=torch.jagged)
 
 
+def test_compiled_code_takes_a_mask_after_sizes_became_dynamic():
+    layer = bn.BatchNorm1d(3)
+    program = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (5, 7, 9):
+        program(torch.randn(4, 3, length))
+    x, mask = torch.randn(4, 3, 6), torch.arange(6) < 4
+    torch.testing.assert_close(program(x, mask=mask), layer(x, mask=mask))
+    torch.testing.assert_close(program(x, lengths=LENGTHS), layer(x, lengths=LENGTHS))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_nested_tensors_are_their_valid_positions(transposed):
     x, residual = torch.randn(4, 6, 3), torch.randn(4, 6, 3)

@@ -142,7 +142,8 @@ def _mask_along_channels(mask: Tensor, input: Tensor) -> Tensor:
         raise DTypeError(f"mask must be boolean, True where a value counts, but got {mask.dtype}; use mask.bool()")
     wanted = (input.shape[0], *input.shape[2:])
     padded = (1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)
-    if len(padded) != len(wanted) or any(m not in (1, w) for m, w in zip(padded, wanted, strict=True)):
+    # Not `m not in (1, w)`: compiled code says so of an m that equals a dynamic w.
+    if len(padded) != len(wanted) or any(m != 1 and m != w for m, w in zip(padded, wanted, strict=True)):
         raise ShapeError(
             f"mask must broadcast to the input without its channel axis, {tuple(wanted)}, but has shape {tuple(mask.shape)}"
         )
