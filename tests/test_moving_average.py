@@ -180,7 +180,7 @@ def test_compiled_in_one_graph(backend, centered):
 @pytest.mark.parametrize("way", ["convert", "load", "lazy", "copy"])
 def test_windows_of_a_trained_layer_begin_with_what_it_knows(way):
     plain = nn.BatchNorm1d(3)
-    for _ in range(20):
+    for _ in range(100):
         plain(torch.randn(8, 3) + 40)
     part = MovingAverage(window=4, warmup=0)
     match way:
@@ -254,3 +254,31 @@ def test_a_recomputation_goes_by_what_its_forward_went_by(reentrant, centered):
         assert torch.equal(*gradients)
         assert_same_state(checkpointed, plain.state_dict())
     assert torch.equal(checkpointed.weight.grad, plain.weight.grad)
+
+
+def test_forwards_without_a_backward_leave_no_zeros_in_the_averages_of_the_gradient():
+    every, half = (bn.BatchNorm1d(3, statistics=MovingAverage(window=size, warmup=0, r_max=1.0)) for size in (2, 4))
+    for _ in range(6):
+        x, dy = torch.randn(8, 3), torch.randn(8, 3)
+        with torch.no_grad():
+            half(x)  # which takes a row of each window, and gives none to the gradient's
+        found = []
+        for layer in (every, half):
+            leaf = x.clone().requires_grad_()
+            layer(leaf).backward(dy)
+            found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_the_first_gradient_of_a_trained_layer_is_averaged_over_itself():
+    plain = nn.BatchNorm1d(3)
+    x, dy = torch.randn(8, 3), torch.randn(8, 3)
+    for _ in range(200):
+        plain(x)
+    layer = bn.convert(copy.deepcopy(plain), statistics=MovingAverage(window=4, warmup=0))
+    found = []
+    for run in (layer, plain):
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward(dy)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=0.2, atol=0.1)

@@ -44,8 +44,8 @@ class MovingAverage:
     The running mean then moves to 0.
 
     The windows are buffers of the layer, (window, C) each. In a layer that was trained otherwise, those of the forward begin with its
-    running statistics, and those of the gradient at 0. The backward writes two of them, so the gradient is no derivative: it cannot be
-    differentiated again, and under `torch.func` it is an error.
+    running statistics, and those of the gradient are empty: averages are over the batches that had a backward. The backward writes two
+    of them, so the gradient is no derivative: it cannot be differentiated again, and under `torch.func` it is an error.
 
     Args:
         window: batches averaged; the paper's is 16.
@@ -214,8 +214,10 @@ class _Corrected(torch.autograd.Function):
         if not windows.centered:
             _put(windows.g, learns, mean_g)
         _put(windows.gz, learns, mean_gz)
+        # Rows of zeros were never written: the layer was trained otherwise before, or their forwards had no backward.
+        written = ((windows.g != 0) | (windows.gz != 0)).any(1).sum().clamp(min=1)
         mean_g, mean_gz = (
-            torch.where(windows.averaged, window.to(value.dtype).mean(0), value).to(dtype).view(along)
+            torch.where(windows.averaged, window.to(value.dtype).sum(0) / written, value).to(dtype).view(along)
             for window, value in ((windows.g, mean_g), (windows.gz, mean_gz))
         )
         through = z * mean_gz if windows.centered else mean_g + z * mean_gz
