@@ -154,36 +154,40 @@ class Interleaved {
         free(sums);
     }
 
-    // The counted rows of a chunk, as if they lay side by side: what a run leaves over waits for the next one.
+    // The counted rows of a chunk, as if they lay side by side: what a run leaves over waits for the next one, of rows that join and of
+    // rows that are added up together.
     template <class Term>
     void sum_counted(int64_t chunk, const Term& term, Sums<T>* sums) {
-        const int64_t joint = channels.copies, length = C * joint;
-        Element* copies = (Element*)malloc(tensors_of_a_sum * length * sizeof(Element));
-        const auto copied = term.over(copies, length);
+        const int64_t joint = channels.copies, length = C * joint, together = joint * Sums<T>::vectors_together;
+        Element* copies = (Element*)malloc(tensors_of_a_sum * C * together * sizeof(Element));
+        const auto copied = term.over(copies, C * together);
         int64_t waiting = 0;
         const auto wait = [&](int64_t m, int64_t count) {
             term.each([&](const Element* from, int tensor) {
-                memcpy(copies + tensor * length + waiting * C, from + m * C, count * C * sizeof(Element));
+                memcpy(copies + (tensor * together + waiting) * C, from + m * C, count * C * sizeof(Element));
             });
             waiting += count;
+        };
+        const auto sum_waiting = [&] {
+            for_rows(0, waiting, [&](const Rows& some) { sum_columns(channels.table, some, copied, sums); });
+            waiting = 0;
         };
         for (const Run* run = runs.begin(chunk); run < runs.end(chunk); ++run) {
             int64_t m = run->first;
             const int64_t end = m + run->count;
             if (waiting) {
-                const int64_t joining = at_most(joint - waiting, end - m);
+                const int64_t joining = at_most(together - waiting, end - m);
                 wait(m, joining);
                 m += joining;
-                if (waiting < joint) continue;
-                sum_columns(channels.table, Rows{0, 1, length, length}, copied, sums);
-                waiting = 0;
+                if (waiting < together) continue;
+                sum_waiting();
             }
-            const int64_t whole = (end - m) / joint;
-            if (whole) sum_columns(channels.table, Rows{m * C, whole, length, length}, term, sums);
-            m += whole * joint;
+            const int64_t whole = (end - m) / together * together;
+            if (whole) sum_columns(channels.table, Rows{m * C, whole / joint, length, length}, term, sums);
+            m += whole;
             if (m < end) wait(m, end - m);
         }
-        if (waiting) sum_columns(channels.table, Rows{0, 1, length, waiting * C}, copied, sums);
+        sum_waiting();
         free(copies);
     }
 

@@ -46,6 +46,7 @@ struct Sums {
     typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = true, grads_about_zero = true;
     static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, from where the sums are taken again about the mean
+    static constexpr int64_t vectors_together = 1;        // that are added up before they join the others
 
     Doubles value[2] = {}, product[2] = {};
 
@@ -81,6 +82,7 @@ template <class Format>
 struct Sums<Half<Format>> : Sums<Float32> {
     static constexpr bool about_zero = false, grads_about_zero = false;
     static constexpr double worst_cancellation = 16.0;
+    static constexpr int64_t vectors_together = vectors_of_block;
 
     using Sums<Float32>::add;
 
@@ -130,6 +132,7 @@ struct Sums<Float64> {
     typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = false, grads_about_zero = false;
     static constexpr double worst_cancellation = 1.0001;  // the mean, K + a rounded number, would feel more
+    static constexpr int64_t vectors_together = 1;
 
     ExactSum<Doubles> value, product;
 
@@ -161,6 +164,7 @@ struct Sums<ExactFloat32> {
     typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = true, grads_about_zero = false;
     static constexpr double worst_cancellation = Sums<Float32>::worst_cancellation;
+    static constexpr int64_t vectors_together = 1;
 
     Doubles value = {}, product = {};
 

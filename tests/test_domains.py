@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, InputError, StateError
-from batchnorm.statistics import Batch, Domains, Ghost, Renorm
+from batchnorm.statistics import Batch, Domains, Ghost, MovingAverage, Renorm
 from tests.budget import assert_same_bits
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -23,7 +23,7 @@ def assert_statistics(layer: nn.Module, suffix: str, plain: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("within", [None, Renorm(warmup=1), Ghost(2)], ids=repr)
+@pytest.mark.parametrize("within", [None, Renorm(warmup=1), Ghost(2), MovingAverage(2, warmup=1)], ids=repr)
 def test_each_domain_is_a_layer_of_its_own_with_shared_weights(within, momentum):
     layer = bn.BatchNorm2d(3, momentum=momentum, statistics=Domains(["real", "fake"], within))
     alone = {name: bn.BatchNorm2d(3, momentum=momentum, statistics=within) for name in ("real", "fake")}
@@ -108,6 +108,14 @@ def test_a_plain_checkpoint_is_where_every_domain_starts():
     assert_statistics(lazy, "_fake", plain)
 
 
+def test_a_checkpoint_older_than_the_counter_loads():
+    state = dict(nn.BatchNorm1d(3).state_dict())
+    del state["num_batches_tracked"]
+    layer = trained()
+    layer.load_state_dict(state)
+    assert not layer.running_mean_fake.any()
+
+
 def test_checkpoints_of_domains_load_into_any_part_of_ours_and_after_revert_into_torchs():
     layer = trained()
     plain = bn.BatchNorm1d(3)
@@ -189,3 +197,50 @@ def test_what_domains_refuse():
         bn.BatchNorm1d(3)(torch.randn(4, 3))  # has no domains, and does not mind
     with pytest.raises(StateError, match="track_running_stats=True"):
         bn.BatchNorm1d(3, track_running_stats=False, statistics=BOTH)(torch.randn(4, 3))
+
+
+def test_each_domain_has_windows_of_its_own():
+    part = Domains(("real", "fake"), within=MovingAverage(window=2, warmup=0))
+    plain = nn.BatchNorm1d(3)
+    for _ in range(9):
+        plain(torch.randn(8, 3) + 40)
+    layer = bn.BatchNorm1d(3, statistics=part)
+    layer.load_state_dict(plain.state_dict())
+    assert torch.equal(layer.running_mean_window_fake, plain.running_mean.expand(2, 3))
+    assert not layer.running_mean_gradient_fake.any()
+    with bn.domain("fake"):
+        layer(torch.randn(8, 3, requires_grad=True)).square().sum().backward()
+    assert torch.equal(layer.running_mean_window, plain.running_mean.expand(2, 3))
+    assert layer.running_var_gradient_fake.any()
+    assert not layer.running_var_gradient.any()
+    again = copy.deepcopy(layer)
+    again.load_state_dict(layer.state_dict())
+    assert_same_bits("window", again.running_mean_window_fake, layer.running_mean_window_fake)
+    lazy = bn.LazyBatchNorm1d(statistics=part)
+    lazy.load_state_dict(layer.state_dict())
+    assert_same_bits("lazy", lazy.running_mean_window_fake, layer.running_mean_window_fake)
+    bn.freeze(layer)
+    bn.unfreeze(layer)
+    assert_same_bits("unfrozen", layer.running_mean_window_fake, again.running_mean_window_fake)
+    with pytest.raises(InputError, match="'window'"):
+        Domains(("real", "window"), within=MovingAverage())
+
+
+def test_copies_from_a_plain_layer_are_where_every_domain_starts():
+    source, target = nn.BatchNorm1d(3), trained()
+    source(torch.randn(8, 3) + 40)
+    bn.copy_statistics(source, target)
+    assert_statistics(target, "", source)
+    assert_statistics(target, "_fake", source)
+
+
+@pytest.mark.parametrize("within", [None, MovingAverage(2)], ids=repr)
+def test_an_assigned_checkpoint_gives_every_domain_memory_of_its_own(within):
+    layer = bn.BatchNorm1d(3, statistics=Domains(("real", "fake"), within))
+    layer.load_state_dict(nn.BatchNorm1d(3).state_dict(), assign=True)
+    with bn.domain("fake"):
+        layer(torch.randn(4, 3) + 5)
+    assert_statistics(layer, "", nn.BatchNorm1d(3))
+    assert layer.running_mean_fake.any()
+    places = [buffer.data_ptr() for buffer in layer.buffers()]
+    assert len(set(places)) == len(places)

@@ -175,3 +175,110 @@ def test_compiled_in_one_graph(backend, centered):
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-12, atol=1e-12)
     for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["convert", "load", "lazy", "copy"])
+def test_windows_of_a_trained_layer_begin_with_what_it_knows(way):
+    plain = nn.BatchNorm1d(3)
+    for _ in range(100):
+        plain(torch.randn(8, 3) + 40)
+    part = MovingAverage(window=4, warmup=0)
+    match way:
+        case "convert":
+            layer = bn.convert(copy.deepcopy(plain), statistics=part)
+        case "load" | "copy":
+            layer = bn.BatchNorm1d(3, statistics=part)
+            layer.load_state_dict(plain.state_dict()) if way == "load" else bn.copy_statistics(plain, layer)
+        case _:
+            layer = bn.LazyBatchNorm1d(statistics=part)
+            layer.load_state_dict(plain.state_dict())
+    assert torch.equal(layer.running_mean_window, plain.running_mean.expand(4, 3))
+    assert torch.equal(layer.running_var_window, plain.running_var.expand(4, 3))
+    assert not layer.running_mean_gradient.any()  # a mean of 40 is no gradient
+    assert not layer.running_var_gradient.any()
+    x = (torch.randn(8, 3) + 40).requires_grad_()
+    layer(x).backward(torch.ones(8, 3))
+    assert x.grad.abs().max() < 2
+
+
+def test_windows_of_another_size_begin_anew():
+    source = bn.BatchNorm1d(3, statistics=MovingAverage(window=4))
+    for _ in range(5):
+        source(torch.randn(8, 3) + 40)
+    for part in (MovingAverage(window=2), MovingAverage(window=9)):
+        loaded, copied = bn.BatchNorm1d(3, statistics=part), bn.BatchNorm1d(3, statistics=part)
+        loaded.load_state_dict(source.state_dict())
+        bn.copy_statistics(source, copied)
+        assert torch.equal(loaded.running_mean_window, source.running_mean.expand(part.window, 3))
+        assert torch.equal(copied.running_mean_window, loaded.running_mean_window)
+        assert torch.equal(copied.running_mean, source.running_mean)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_batch_of_which_one_value_counts_moves_no_window(centered):
+    layer = bn.BatchNorm1d(3, statistics=MovingAverage(window=2, warmup=0, centered=centered))
+    for _ in range(3):
+        layer(torch.randn(4, 3, 5)).sum().backward()
+    before = copy.deepcopy(layer.state_dict())
+    for counting in (0, 1):
+        mask = torch.arange(20).view(4, 5) < counting
+        layer(torch.randn(4, 3, 5, requires_grad=True), mask=mask).square().sum().backward()
+    layer(torch.zeros(0, 3, 5, requires_grad=True)).sum().backward()
+    layer(torch.zeros(4, 3, 0, requires_grad=True)).sum().backward()
+    assert_same_state(layer, before)
+
+
+def assert_same_state(layer, state):
+    torch.testing.assert_close(dict(layer.state_dict()), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_goes_by_what_its_forward_went_by(reentrant, centered):
+    part = MovingAverage(window=3, r_max=2.0, warmup=0, centered=centered)
+    plain = bn.BatchNorm1d(3, statistics=part)
+    checkpointed = copy.deepcopy(plain)
+    for _ in range(
+        6
+    ):  # two forwards, then the backward of both: the second has moved windows, counter and running statistics
+        outputs, gradients = [], []
+        inputs = torch.randn(8, 3, 4) + 1, torch.randn(8, 3, 4) * 2
+        for run in (plain, lambda x: checkpoint(checkpointed, x, use_reentrant=reentrant)):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            results = [run(x) for x in leaves]
+            for y in results:
+                y.pow(3).sum().backward()
+            outputs.append(torch.stack(results))
+            gradients.append(torch.stack([x.grad for x in leaves]))
+        assert torch.equal(*outputs)
+        assert torch.equal(*gradients)
+        assert_same_state(checkpointed, plain.state_dict())
+    assert torch.equal(checkpointed.weight.grad, plain.weight.grad)
+
+
+def test_forwards_without_a_backward_leave_no_zeros_in_the_averages_of_the_gradient():
+    every, half = (bn.BatchNorm1d(3, statistics=MovingAverage(window=size, warmup=0, r_max=1.0)) for size in (2, 4))
+    for _ in range(6):
+        x, dy = torch.randn(8, 3), torch.randn(8, 3)
+        with torch.no_grad():
+            half(x)  # which takes a row of each window, and gives none to the gradient's
+        found = []
+        for layer in (every, half):
+            leaf = x.clone().requires_grad_()
+            layer(leaf).backward(dy)
+            found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_the_first_gradient_of_a_trained_layer_is_averaged_over_itself():
+    plain = nn.BatchNorm1d(3)
+    x, dy = torch.randn(8, 3), torch.randn(8, 3)
+    for _ in range(200):
+        plain(x)
+    layer = bn.convert(copy.deepcopy(plain), statistics=MovingAverage(window=4, warmup=0))
+    found = []
+    for run in (layer, plain):
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward(dy)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=0.2, atol=0.1)

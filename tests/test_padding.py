@@ -85,6 +85,16 @@ def nested(x: torch.Tensor) -> torch.Tensor:
     return torch.nested.nested_tensor(pieces, layout=torch.jagged)
 
 
+def test_compiled_code_takes_a_mask_after_sizes_became_dynamic():
+    layer = bn.BatchNorm1d(3)
+    program = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (5, 7, 9):
+        program(torch.randn(4, 3, length))
+    x, mask = torch.randn(4, 3, 6), torch.arange(6) < 4
+    torch.testing.assert_close(program(x, mask=mask), layer(x, mask=mask))
+    torch.testing.assert_close(program(x, lengths=LENGTHS), layer(x, lengths=LENGTHS))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_nested_tensors_are_their_valid_positions(transposed):
     x, residual = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
@@ -103,6 +113,33 @@ def test_nested_tensors_are_their_valid_positions(transposed):
     torch.testing.assert_close(layer.running_var, plain.running_var)
     y.values().square().sum().backward()
     assert jagged.grad.values().isfinite().all()
+
+
+@pytest.mark.parametrize("padded", ["zero", "input"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_lies_between_the_samples_of_a_nested_tensor_does_not_count(transposed, padded):
+    starts, lengths = torch.tensor([1, 0, 0, 2]), torch.tensor([5, 2, 0, 4])
+    counts = (torch.arange(6) >= starts.view(-1, 1)) & (torch.arange(6) < (starts + lengths).view(-1, 1))
+    x, residual = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
+    plain = bn.BatchNorm(3, channel_axis=-1, activation="relu")
+    clean = x.clone().requires_grad_()
+    expected = plain(clean, residual=residual, mask=counts)
+    expected.square().sum().backward()
+
+    whole = x.masked_fill(~counts.unsqueeze(2), float("nan")).requires_grad_()
+    gaps = torch.nested.narrow(whole, 1, starts, lengths, layout=torch.jagged)
+    beside = torch.nested.nested_tensor_from_jagged(
+        residual.flatten(0, 1), gaps.offsets(), gaps.lengths(), jagged_dim=1
+    )
+    layer = bn.BatchNorm(3, channel_axis=1 if transposed else -1, activation="relu", padded=padded)
+    turned = (lambda nested: nested.transpose(1, 2)) if transposed else (lambda nested: nested)
+    y = turned(layer(turned(gaps), residual=turned(beside)))
+    assert y.shape == gaps.shape
+    y = torch.cat(y.unbind())
+    assert_same_bits("y", y, expected[counts])
+    y.square().sum().backward()
+    assert_same_bits("dx", whole.grad[counts], clean.grad[counts])
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_what_lengths_and_nesting_refuse():

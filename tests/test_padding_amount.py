@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm import kernels
+from batchnorm import BatchNorm1d, kernels
 from batchnorm.functional import batch_norm
+from batchnorm.kernels import Epilogue
+from batchnorm.statistics import MovingAverage
 from tests.budget import assert_same_bits
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -63,3 +65,40 @@ def test_padding_changes_no_bit(one_kernel, tokens, layout, dtype, training):
             ("y", "dx", "dresidual", "dweight", "dbias", "mean", "variance"), others, found[0], strict=True
         ):
             assert_same_bits(name, value, expected)
+
+
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_sums_do_not_depend_on_where_runs_end(one_kernel, dtype, layout):
+    C, lengths = 32, [13, 29, 1, 8, 29, 5]
+    tokens, gradients = ([torch.randn(C, length).to(dtype) for length in lengths] for _ in range(2))
+    found = []
+    for extra in EXTRA:  # without any, samples of the greatest length are one run with the next
+        x, dy = (padded(values, extra, layout, torch.nan) for values in (tokens, gradients))
+        mask = torch.arange(x.shape[2]) < torch.tensor(lengths + [0] * extra[1]).unsqueeze(1)  # (N, L)
+        _, mean, m2 = one_kernel.moments(x, mask.unsqueeze(1))
+        sums = one_kernel.reduce_grad(dy, x, mean, m2.add(1).rsqrt(), Epilogue(mask=mask.unsqueeze(1)))
+        found.append((mean, m2, *sums))
+    for others in found[1:]:
+        for name, value, expected in zip(("mean", "m2", "sum", "sum of products"), others, found[0], strict=True):
+            assert_same_bits(name, value, expected)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_changes_no_bit_of_moving_averages(dtype, centered):
+    lengths, part = [13, 29, 1, 5], MovingAverage(window=2, warmup=0, centered=centered)
+    steps = [[[torch.randn(3, length).to(dtype) for length in lengths] for _ in range(2)] for _ in range(4)]
+    found = []
+    for extra in EXTRA:
+        layer = BatchNorm1d(3, statistics=part, dtype=torch.promote_types(dtype, torch.float32))
+        values = []
+        for tokens, gradients in steps:
+            x, dy = (padded(some, extra, "planar", torch.nan) for some in (tokens, gradients))
+            y = layer(x.requires_grad_(), lengths=torch.tensor(lengths + [0] * extra[1]))
+            y.backward(dy)
+            values += [valid(y, lengths), valid(x.grad, lengths)]
+        found.append((*values, *layer.buffers(), layer.weight.grad, layer.bias.grad))
+    for others in found[1:]:
+        for value, expected in zip(others, found[0], strict=True):
+            assert_same_bits("value", value, expected)

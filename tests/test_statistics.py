@@ -1,5 +1,7 @@
 """The parts: each against its paper's formula in float64, and what they share."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.statistics import Batch, Ghost, Renorm, Running
+from batchnorm.statistics import Batch, Domains, Ghost, MovingAverage, Renorm, Running
 from tests.budget import assert_same_bits
 
 PARTS = [Batch(), Running(), Renorm(), Renorm(warmup=0), Ghost(2), Ghost(3)]
@@ -236,6 +238,12 @@ def test_convert_gives_every_layer_the_part_and_revert_takes_it_back():
     assert type(model[1]) is nn.BatchNorm1d
 
 
+def test_revert_takes_back_running_statistics_that_convert_gave():
+    model = bn.revert(bn.convert(network(), statistics=Running()))
+    assert type(model[1]) is nn.BatchNorm1d
+    assert model[3].statistics == Renorm()
+
+
 def test_convert_leaves_the_frozen_frozen():
     model = bn.freeze(network())
     bn.convert(model, statistics=Renorm(2.0))
@@ -364,3 +372,59 @@ def test_copy_statistics_to_an_average():
     with pytest.raises(StateError, match="3 has none"):
         bn.copy_statistics(model, wider)
     torch.testing.assert_close(buffers_of(wider), before)
+
+
+@pytest.mark.parametrize("wrapped", ["compiled", "parallel", "both", "a part"])
+def test_wrappers_do_not_count(wrapped):
+    model, average = network(), torch.optim.swa_utils.AveragedModel(network())
+    model(torch.randn(8, 5))
+    match wrapped:
+        case "compiled":
+            outer = torch.compile(model, backend="eager")
+        case "parallel":
+            outer = nn.DataParallel(model)
+        case "both":
+            outer = torch.compile(nn.DataParallel(model), backend="eager")
+        case _:
+            outer = copy.deepcopy(model)
+            outer[1] = torch.compile(outer[1], backend="eager")
+    bn.copy_statistics(outer, average)
+    assert_same_bits("mean", average.module[1].running_mean, model[1].running_mean)
+    average.module[1].running_mean.fill_(3)
+    bn.copy_statistics(average, outer)
+    assert all((v == 3).all() for name, v in outer.named_buffers() if name.endswith("1.running_mean"))
+    assert any((value == 3).all() for value in outer.buffers())
+
+
+@pytest.mark.parametrize(
+    "part", [Batch(), Ghost(2), Renorm(warmup=0), MovingAverage(2, warmup=0), Domains(("a", "b"))], ids=repr
+)
+def test_one_value_that_a_mask_leaves_goes_by_the_running_statistics_on_request(part):
+    layer = bn.BatchNorm1d(3, statistics=part, on_single="running", activation="silu")
+    for _ in range(3):
+        layer(torch.randn(4, 3, 5) * 2 + 1)
+    before = buffers_of(layer)
+    x, residual = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 3, 5)
+    several = torch.ones(4, 5, dtype=torch.bool)
+    one = several & (torch.arange(20).view(4, 5) == 7)
+    for mask in (one, ~several):
+        y = layer(x, residual=residual, mask=mask)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        expected = layer.eval()(x, residual=residual, mask=mask)
+        assert_same_bits("y", y, expected)
+        assert_same_bits("dx", dx, torch.autograd.grad(expected.sum(), x)[0])
+        layer.train()
+    torch.testing.assert_close(buffers_of(layer), before, rtol=0, atol=0)
+    other = copy.deepcopy(layer)
+    other.on_single = "skip"
+    assert_same_bits("several", layer(x, mask=several), other(x, mask=several))
+
+
+def test_ghost_batches_compile_for_any_number_of_samples():
+    layer = bn.BatchNorm1d(3, statistics=Ghost(3))
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples in (9, 7, 5):
+        x = torch.randn(samples, 3)
+        torch.testing.assert_close(compiled(x), eager(x))
+    torch.testing.assert_close(buffers_of(layer), buffers_of(eager))

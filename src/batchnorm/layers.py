@@ -63,7 +63,8 @@ class BatchNorm(_BatchNorm):
         channel_axis: the axis of the channels; -1 for (N, L, C) or (N, H, W, C).
         running_variance: "unbiased" (torch, and the paper's section 3.1) or "biased" (Keras, Flax, ONNX).
         on_single: what one value per channel does in training: "error" (torch), "running" normalizes it by the running statistics,
-            "skip" by its own (its output is the bias); neither moves the running statistics.
+            "skip" by its own (its output is the bias); neither moves the running statistics. Where it is a mask that leaves one value,
+            "error" does as "skip" does: to refuse it would wait for the device.
         on_nonfinite: what a batch with NaN or Inf does to the running statistics: "skip" leaves them and counts the batch in
             `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device; where nothing can be waited
             for, in compiled code, under `torch.func` and on the meta device, it is "skip").
@@ -82,7 +83,7 @@ class BatchNorm(_BatchNorm):
         input (N, C, *S) with the channels on `channel_axis`; output the same. residual: input's shape. mask: bool, (N, *S) or
         broadcastable to it, True counts; where False, output and gradient are 0 (see `padded`). lengths: (N,), integers: so many
         positions of the last axis that is not the channels' count. A nested tensor of torch.jagged layout, its axes the input's, has
-        no padding at all; its residual is one with the same offsets.
+        no padding, and what lies between its samples (`torch.nested.narrow`) counts as little; its residual is one with the same offsets.
 
     Raises:
         InputError: on a rank or an option out of range; on one value per channel in training.
@@ -224,8 +225,10 @@ class BatchNorm(_BatchNorm):
                     "the residual of a nested input must be nested, with the same offsets, but it is not; build it from the input's offsets"
                 )
             residual = as_batch(residual)
-        y = self.statistics(self, as_batch(input), residual, None).movedim((0, 1), (ragged, axis))
-        return torch.nested.nested_tensor_from_jagged(y, jagged.offsets(), jagged_dim=ragged + 1)
+        x, offsets, held = as_batch(input), jagged.offsets(), jagged.lengths()  # (M, C, *rest)
+        between = None if held is None else _within(offsets, held, x.shape[0]).view(-1, *[1] * (x.dim() - 2))
+        y = self._normalize_dense(x, residual, between, None).movedim((0, 1), (ragged, axis))
+        return torch.nested.nested_tensor_from_jagged(y, offsets, held, jagged_dim=ragged + 1)
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, counters 0."""
@@ -236,7 +239,7 @@ class BatchNorm(_BatchNorm):
         for name, kept in kept_by(self.statistics).items():
             buffer = self._buffers.get(name)
             if buffer is not None:
-                buffer.copy_(self._buffers[kept.like])  # pyright: ignore[reportArgumentType] (where one is, so is the other)
+                buffer.copy_(kept.start(self._buffers[kept.like]))  # pyright: ignore[reportArgumentType] (where one is, so is the other)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as new."""
@@ -297,15 +300,14 @@ class BatchNorm(_BatchNorm):
         wanted = kept_by(self.statistics)
         for name in [name for name in self._buffers if name.startswith(_KEPT) and name not in wanted]:
             del self._buffers[name]
-        for name, (like, rows) in wanted.items():
-            source = self._buffers.get(like)
+        for name, kept in wanted.items():
+            source = self._buffers.get(kept.like)
             if name in self._buffers or source is None:
                 continue
             if isinstance(source, UninitializedBuffer):
                 self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
             else:
-                copies = source.detach().clone() if rows is None else source.detach().expand(rows, -1).clone()
-                self.register_buffer(name, copies)
+                self.register_buffer(name, kept.start(source).clone())
 
     def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
         """Running statistics that became narrower than 32 bits per part are set back, from their originals where there are some.
@@ -371,10 +373,13 @@ class BatchNorm(_BatchNorm):
     def _match_kept_buffers(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Checkpoints of other parts: what they lack of this one's begins anew from what they have, and what they have more goes."""
         wanted = kept_by(self.statistics)
-        for name, (like, rows) in wanted.items():
-            source = state_dict.get(prefix + like)
-            if source is not None and prefix + name not in state_dict:
-                state_dict[prefix + name] = source if rows is None else source.expand(rows, -1)
+        for name, kept in wanted.items():
+            source, given = state_dict.get(prefix + kept.like), state_dict.get(prefix + name)
+            if kept.like == "num_batches_tracked" and source is None:  # older than the counter, which then stays
+                source = self.num_batches_tracked
+            other_window = given is not None and kept.rows is not None and given.shape[:1] != (kept.rows,)
+            if source is not None and (given is None or other_window):
+                state_dict[prefix + name] = kept.start(source).clone()  # with assign=True it becomes the buffer itself
         more = [key for key in state_dict if key.startswith(tuple(prefix + kept for kept in _KEPT))]
         for key in more:
             if key.removeprefix(prefix) not in wanted:
@@ -413,6 +418,14 @@ def check_statistics(statistics: Any) -> None:
         raise InputError(
             f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got {statistics!r}"
         )
+
+
+def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:
+    """Which positions belong to a sample, (M,) bool, where the samples of a nested tensor have gaps between them."""
+    steps = torch.zeros(positions + 1, dtype=offsets.dtype, device=offsets.device)
+    ones = torch.ones_like(lengths, dtype=offsets.dtype)
+    starts = offsets[:-1]  # (N,)
+    return steps.index_add(0, starts, ones).index_add(0, starts + lengths, -ones)[:-1].cumsum(0) > 0
 
 
 def _expect_rank(input: Tensor, *ranks: int) -> None:

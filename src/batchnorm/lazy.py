@@ -74,7 +74,7 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
             if isinstance(buffer, UninitializedBuffer):
                 buffer.materialize((*(() if kept.rows is None else (kept.rows,)), *source.shape))
                 with torch.no_grad():
-                    buffer.copy_(source)
+                    buffer.copy_(kept.start(source))
         self._widen_statistics({})
 
 

@@ -51,8 +51,9 @@ def groups_of(input: Tensor, size: int | None) -> Groups | None:
         return None
     if size < 1:
         raise InputError(f"group_size must be at least 1, the samples in a group, but got {size}")
-    number, left = divmod(input.shape[0], size)
-    number += left > 0 and not is_single_value(input[input.shape[0] - left :])
+    samples = input.shape[0]
+    number, left = samples // size, samples % size  # divmod is refused by compiled code where the size is dynamic
+    number += left > 0 and not is_single_value(input[samples - left :])
     return Groups(number, size) if number > 1 else None
 
 
@@ -141,7 +142,8 @@ def _mask_along_channels(mask: Tensor, input: Tensor) -> Tensor:
         raise DTypeError(f"mask must be boolean, True where a value counts, but got {mask.dtype}; use mask.bool()")
     wanted = (input.shape[0], *input.shape[2:])
     padded = (1,) * (len(wanted) - mask.dim()) + tuple(mask.shape)
-    if len(padded) != len(wanted) or any(m not in (1, w) for m, w in zip(padded, wanted, strict=True)):
+    # Not `m not in (1, w)`: compiled code says so of an m that equals a dynamic w.
+    if len(padded) != len(wanted) or any(m != 1 and m != w for m, w in zip(padded, wanted, strict=True)):
         raise ShapeError(
             f"mask must broadcast to the input without its channel axis, {tuple(wanted)}, but has shape {tuple(mask.shape)}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm.functional import Reducer
@@ -14,12 +15,19 @@ class Kept(NamedTuple):
     """A buffer that a part keeps in its layer.
 
     Attributes:
-        like: the layer's own buffer that it begins as a copy of, and is reset to.
+        like: the buffer of the layer that it begins as a copy of, and is reset to.
         rows: that many copies of it, (rows, C); None for one, (C,) or the counter's ().
+        blank: it begins at 0 instead: what it keeps is of another kind, and only its shape and dtype are those of `like`.
     """
 
     like: str
     rows: int | None = None
+    blank: bool = False
+
+    def start(self, source: Tensor) -> Tensor:
+        """What the buffer begins as, where `source` is its `like`; perhaps a view of it."""
+        values = torch.zeros_like(source) if self.blank else source.detach()
+        return values if self.rows is None else values.expand(self.rows, *source.shape)
 
 
 class Layer(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentError, InputError, StateError
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.contract import Kept, Layer, Statistics
+from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
 from batchnorm.statistics.thread import thread
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -47,8 +47,8 @@ class Domains:
 
     `with batchnorm.domain("fake"):` chooses; outside of it the first domain counts. The first domain's statistics are the layer's
     `running_mean`, `running_var` and `num_batches_tracked`; those of a domain `fake` are `running_mean_fake` and so on, buffers of
-    the layer. They begin as copies of the first's, also where a checkpoint without them is loaded; checkpoints with them load into
-    any layer of this library. `revert` drops them, and torch's layers take what is left.
+    the layer, and so is what `within` keeps. They begin as copies of the first's, also where a checkpoint without them is loaded;
+    checkpoints with them load into any layer of this library. `revert` drops them, and torch's layers take what is left.
 
     Args:
         names: of the domains, at least one, the first the default; different, neither empty nor with a dot.
@@ -74,12 +74,26 @@ class Domains:
             raise ArgumentError(f"within must be a part such as Batch() or Renorm(), but got {within!r}")
         object.__setattr__(self, "names", tuple(names))
         object.__setattr__(self, "within", Batch() if within is None else within)
+        taken = [
+            name for name in self.names[1:] if kept_by(self.within).keys() & {_of(buffer, name) for buffer in _BUFFERS}
+        ]
+        if taken:
+            raise InputError(
+                f"names must not be those of buffers of {self.within}, but got {taken[0]!r}; choose another name"
+            )
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         return self.within(self.seen_by(layer), x, residual, mask)
 
     def kept(self) -> dict[str, Kept]:
-        return {f"{buffer}_{name}": Kept(buffer) for name in self.names[1:] for buffer in _BUFFERS}
+        within = kept_by(self.within)
+        apart = {buffer: Kept(buffer) for buffer in _BUFFERS} | within
+        others = {
+            _of(buffer, name): kept._replace(like=kept.like if buffer in _BUFFERS else _of(kept.like, name))
+            for name in self.names[1:]
+            for buffer, kept in apart.items()
+        }
+        return within | others
 
     def seen_by(self, layer: Layer) -> Layer:
         """The layer with the statistics of the current domain for its own."""
@@ -95,16 +109,21 @@ class Domains:
                 f"the domain must be one of the layer's, {', '.join(map(repr, self.names))}, but the context says {name!r}; "
                 "name it in Domains(...)"
             )
-        return cast(Layer, _InDomain(layer, name))
+        return cast(Layer, _InDomain(layer, name, (*_BUFFERS, *kept_by(self.within))))
+
+
+def _of(buffer: str, domain: str) -> str:
+    """The name of a domain's own buffer."""
+    return f"{buffer}_{domain}"
 
 
 class _InDomain:
     """A layer as the part within sees it: all its own but the buffers, which are the domain's."""
 
-    def __init__(self, owner: Layer, domain: str) -> None:
+    def __init__(self, owner: Layer, domain: str, buffers: tuple[str, ...]) -> None:
         self.owner, self.domain = owner, domain
-        for buffer in _BUFFERS:
-            setattr(self, buffer, getattr(owner, f"{buffer}_{domain}"))
+        for buffer in buffers:
+            setattr(self, buffer, getattr(owner, _of(buffer, domain)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.owner, name)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import Reducer, moments, normalize_with
+from batchnorm.functional import Reducer, moments, normalize_with, recomputing
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.recompute import recomputing_now
+from batchnorm.kernels import Epilogue
 from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
+from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Kept, Layer
 from batchnorm.statistics.shared import reducer_of, train_or_infer
 
@@ -41,8 +44,9 @@ class MovingAverage:
     section 4.2, its MABN). That wants a layer before whose weights of each output are shifted to sum up to 0, and no bias there.
     The running mean then moves to 0.
 
-    The windows are buffers of the layer, (window, C) each. The backward writes two of them, so the gradient is no derivative: it cannot
-    be differentiated again, and under `torch.func` it is an error.
+    The windows are buffers of the layer, (window, C) each. In a layer that was trained otherwise, those of the forward begin with its
+    running statistics, and those of the gradient are empty: averages are over the batches that had a backward. The backward writes two
+    of them, so the gradient is no derivative: it cannot be differentiated again, and under `torch.func` it is an error.
 
     Args:
         window: batches averaged; the paper's is 16.
@@ -69,8 +73,9 @@ class MovingAverage:
         return train_or_infer(layer, x, residual, mask, self._by_windows)
 
     def kept(self) -> dict[str, Kept]:
-        likes = ("running_mean", "running_var", "running_mean", "running_mean")
-        return {name: Kept(like, self.window) for name, like in zip((*_FORWARD, *_BACKWARD), likes, strict=True)}
+        # A trained layer says nothing of its gradients: copies of its running mean there would be taken for <g>.
+        forward = {name: Kept(name.removesuffix("_window"), self.window) for name in _FORWARD}
+        return forward | {name: Kept("running_mean", self.window, blank=True) for name in _BACKWARD}
 
     def _by_windows(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
@@ -86,7 +91,6 @@ class MovingAverage:
             raise StateError(
                 "the backward of moving averages writes buffers, which torch.func cannot follow; use Batch() or Running() there"
             )
-        means, variances, mean_g, mean_gz = (getattr(layer, name) for name in (*_FORWARD, *_BACKWARD))
         reducer = reducer_of(layer)
         if isinstance(reducer, Joint):
             raise StateError(
@@ -95,28 +99,19 @@ class MovingAverage:
         batch = moments(x, mask)
         batch = batch if reducer is None else reducer.merge(batch).detach()
         with torch.no_grad():
-            # In a recomputation the windows hold this batch already, and the counter has counted it.
-            again = recomputing_now(x)
-            before = kept(counter - again.to(counter.dtype))
-            place = (torch.arange(self.window, device=x.device) == before % self.window).unsqueeze(1)  # (window, 1)
-            variance = batch.variance()
-            finite = batch.mean.isfinite().all() & variance.isfinite().all()
-            learns = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
-            _put(means, place & learns & ~again, batch.mean)
-            _put(variances, place & learns & ~again, variance)
-            averaged = before >= max(self.window, self.warmup)
-            use = averaged & learns
-            mean = torch.where(use, means.to(batch.mean.dtype).mean(0), batch.mean)
-            if self.centered:
-                mean = torch.where(learns, torch.zeros_like(mean), batch.mean)
-            within = torch.where(use, variances.to(mean.dtype).mean(0), variance)
-            between = torch.where(use, means.to(mean.dtype) - mean, batch.mean - mean).square().mean(0)
-            variance = within + between
-            mean, variance = kept(mean), kept(variance)
+            used = self._used(layer, x, batch, running_var, counter)
+            if recomputed.matters():
+                told_by = batch.mean, batch.rstd(layer.eps)
+                if recomputing():
+                    used = recomputed.recalled(layer, *told_by, used)
+                else:
+                    recomputed.remember(layer, *told_by, used)
+            mean, variance, r, averaged, use, before = used
             sigma = (variance + layer.eps).sqrt()
-            r = (sigma / (running_var.to(sigma.dtype) + layer.eps).sqrt()).clamp(1 / self.r_max, self.r_max)
-            r = kept(torch.where(use, r, torch.ones_like(r)))
-        count = batch.count * torch.where(use, self.window, 1).double()
+        several = batch.count > 1  # where not, nothing is learned: the count stays what it is
+        count = batch.count * torch.where(use & several, self.window, 1).double()
+        place = self._place(before) & several
+        mean_g, mean_gz = (getattr(layer, name) for name in _BACKWARD)
         windows = _Windows(mean_g, mean_gz, place, averaged, self.centered)
         if torch.is_grad_enabled() and x.requires_grad:
             x = _Corrected.apply(x, mask, mean, sigma, batch.count, windows, reducer)
@@ -128,6 +123,45 @@ class MovingAverage:
             x, mean, variance, weight, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask
         )
         return y, Moments(count, mean, variance * at_least_one(count))
+
+    def _used(self, layer: Layer, x: Tensor, batch: Moments, running_var: Tensor, counter: Tensor) -> _Used:
+        """Put the batch into the windows, and what it is normalized by."""
+        means, variances = (getattr(layer, name) for name in _FORWARD)
+        # In a recomputation the windows hold this batch already, and the counter has counted it.
+        again = recomputing_now(x)
+        before = kept(counter - again.to(counter.dtype))
+        variance = batch.variance()
+        finite = batch.mean.isfinite().all() & variance.isfinite().all()
+        counts = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
+        learns = self._place(before) & counts & ~again & (batch.count > 1)
+        _put(means, learns, batch.mean)
+        _put(variances, learns, variance)
+        averaged = before >= max(self.window, self.warmup)
+        use = averaged & counts
+        mean = torch.where(use, means.to(batch.mean.dtype).mean(0), batch.mean)
+        if self.centered:
+            mean = torch.where(counts, torch.zeros_like(mean), batch.mean)
+        within = torch.where(use, variances.to(mean.dtype).mean(0), variance)
+        between = torch.where(use, means.to(mean.dtype) - mean, batch.mean - mean).square().mean(0)
+        mean, variance = kept(mean), kept(within + between)
+        sigma = (variance + layer.eps).sqrt()
+        r = (sigma / (running_var.to(sigma.dtype) + layer.eps).sqrt()).clamp(1 / self.r_max, self.r_max)
+        return _Used(mean, variance, kept(torch.where(use, r, torch.ones_like(r))), averaged, use, before)
+
+    def _place(self, before: Tensor) -> Tensor:
+        """The row of the windows, (window, 1), of the batch that comes after so many."""
+        return (torch.arange(self.window, device=before.device) == before % self.window).unsqueeze(1)
+
+
+class _Used(NamedTuple):
+    """What a batch is normalized by, (C,) each, whether the windows are full, whether they are used, and the batches before: 0-d."""
+
+    mean: Tensor
+    variance: Tensor
+    r: Tensor
+    averaged: Tensor
+    use: Tensor
+    before: Tensor
 
 
 class _Windows(NamedTuple):
@@ -166,14 +200,18 @@ class _Corrected(torch.autograd.Function):
         x, mask, mean, sigma = ctx.saved_tensors
         windows: _Windows = ctx.windows
         dtype = torch.promote_types(x.dtype, torch.float32)
-        axes, along = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
+        along = (1, -1, *[1] * (x.dim() - 2))
+        if mask is not None:
+            mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
+        epilogue = Epilogue(mask=mask)
+        kernel = kernels.select(x, epilogue)  # whose sums do not depend on how much padding there is
+        sums = kernel.reduce_grad(grads[0], x, mean, sigma.reciprocal(), epilogue)  # of g / sigma, (C,) each
+        sums = sums[0] * sigma, sums[1] * sigma
         mean, wide_sigma = mean.to(dtype).view(along), sigma.to(dtype).view(along)
         z = (x.to(dtype) - mean) / wide_sigma
         if mask is not None:
-            mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
             z = z.masked_fill(~mask, 0.0)
         g = grads[0].to(dtype) * wide_sigma
-        sums = g.sum(axes, dtype=torch.float64), (g * z).sum(axes, dtype=torch.float64)
         if ctx.reducer is not None:
             sums = ctx.reducer.sum(*sums)
         mean_g, mean_gz = (value / at_least_one(ctx.count) for value in sums)
@@ -181,8 +219,10 @@ class _Corrected(torch.autograd.Function):
         if not windows.centered:
             _put(windows.g, learns, mean_g)
         _put(windows.gz, learns, mean_gz)
+        # Rows of zeros were never written: the layer was trained otherwise before, or their forwards had no backward.
+        written = ((windows.g != 0) | (windows.gz != 0)).any(1).sum().clamp(min=1)
         mean_g, mean_gz = (
-            torch.where(windows.averaged, window.to(value.dtype).mean(0), value).to(dtype).view(along)
+            torch.where(windows.averaged, window.to(value.dtype).sum(0) / written, value).to(dtype).view(along)
             for window, value in ((windows.g, mean_g), (windows.gz, mean_gz))
         )
         through = z * mean_gz if windows.centered else mean_g + z * mean_gz

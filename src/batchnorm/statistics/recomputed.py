@@ -1,14 +1,14 @@
 """What a forward went by, for its recomputation: by then the buffers have moved.
 
-A forward that may be recomputed is remembered with the buffers it found; the recomputation is told by its batch, which has the same mean
-to the last bit, and the same deviation. A few (C,) numbers are kept, of the last few forwards, as long as the layer lives. Batches that
-are alike in every channel are told apart by nothing: the last one's buffers are taken.
+A forward that may be recomputed is remembered with what it went by, such as the buffers it found; the recomputation is told by its batch,
+which has the same mean to the last bit, and the same deviation. A few (C,) numbers are kept, of the last few forwards, as long as the
+layer lives. Batches that are alike in every channel are told apart by nothing: the last one's are taken.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.recompute import may_be_recomputed, recomputing
 from batchnorm.statistics.contract import Layer, owner_of
+
+_Found = TypeVar("_Found", bound=tuple[Tensor, ...])
 
 FORWARDS = 16  # remembered of a layer: micro-batches whose backwards are still to come
 
@@ -35,7 +37,7 @@ class Buffers(NamedTuple):
 class _Forward(NamedTuple):
     mean: Tensor
     rstd: Tensor
-    found: Buffers
+    found: tuple[Tensor, ...]
 
     def was_of(self, mean: Tensor, rstd: Tensor) -> Tensor:
         """Whether the batch is the same, 0-d; the way the forward went may have rounded its rstd otherwise."""
@@ -60,15 +62,16 @@ def matters() -> bool:
     return recomputing() or may_be_recomputed()
 
 
-def remember(layer: Layer, mean: Tensor, rstd: Tensor, found: Buffers) -> None:
-    """Keep what a forward of this batch found, as a copy that does not move."""
+def remember(layer: Layer, mean: Tensor, rstd: Tensor, found: tuple[Tensor, ...]) -> None:
+    """Keep what a forward of this batch went by, a named tuple of copies that do not move."""
     _forwards(layer).append(_Forward(mean, rstd, found))
 
 
-def recalled(layer: Layer, mean: Tensor, rstd: Tensor, now: Buffers) -> Buffers:
-    """What the last forward of this batch found, or `now` where none is remembered; no host synchronization."""
-    buffers = now
+def recalled(layer: Layer, mean: Tensor, rstd: Tensor, now: _Found) -> _Found:
+    """What the last forward of this batch went by, or `now` where none is remembered; no host synchronization."""
+    found = now
     for forward in tuple(_forwards(layer)):  # other threads may add some meanwhile
-        same = forward.was_of(mean, rstd)
-        buffers = Buffers(*(torch.where(same, *values) for values in zip(forward.found, buffers, strict=True)))
-    return buffers
+        if type(forward.found) is type(now):  # else the layer had another part then
+            same = forward.was_of(mean, rstd)
+            found = type(now)(*(torch.where(same, *values) for values in zip(forward.found, found, strict=True)))
+    return found

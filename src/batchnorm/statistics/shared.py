@@ -57,8 +57,12 @@ def train_or_infer(
         if size is None:
             normalized = by_batch
     y, moments = normalized(layer, x, residual, mask)
-    y = y if inferred is None else inferred
     running_mean, running_var = layer.running_mean, layer.running_var
+    if inferred is not None:
+        y = inferred
+    elif mask is not None and layer.on_single == "running" and running_mean is not None:
+        several = moments.count > 1  # of all replicas; known on the device only, so both are computed
+        y = torch.where(torch.as_tensor(several, device=y.device), y, by_running_statistics(layer, x, residual, mask))
     if moves and running_mean is not None and running_var is not None and moves_here():
         if accumulating() and not recomputing():
             add(running_mean, moments, lambda merged: _move(layer, running_mean, running_var, merged))

@@ -11,13 +11,16 @@ from batchnorm.layers import STATISTICS, BatchNorm
 from batchnorm.statistics import kept_by
 from batchnorm.surgery.walker import slots_of
 
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # reserved names of torch's wrappers
+
 
 def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give the batch norms of `target` the running statistics and the counter of those of `source`, and return `target`.
 
-    For averaged weights (EMA, SWA): the average learns no statistics of its own. Layers meet by name; a prefix `module.` (of
-    `torch.optim.swa_utils.AveragedModel`, of DDP) does not count. They may be torch's or ours, of any part. Copied statistics are
-    those of the weights that made them; weights far from these want statistics of their own.
+    For averaged weights (EMA, SWA): the average learns no statistics of its own. Layers meet by name; what wrappers add to it does not
+    count (`torch.optim.swa_utils.AveragedModel`, DDP, FSDP, `torch.compile`, checkpoint wrappers). They may be torch's or ours, of any
+    part; what the source's part does not keep begins anew, as where a plain checkpoint is loaded. Copied statistics are those of the
+    weights that made them; weights far from these want statistics of their own.
 
     Raises:
         ArgumentError: if one is not a module.
@@ -25,7 +28,7 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     """
     named = [
         {
-            slot.path.removeprefix("module."): slot.module
+            _without_wrappers(slot.path): slot.module
             for slot in slots_of(model)
             if isinstance(slot.module, _BatchNorm) and slot.module.running_mean is not None
         }
@@ -35,8 +38,14 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     for path, layer in named[1].items():
         other = named[0].get(path)
         kept = kept_by(layer.statistics) if isinstance(layer, BatchNorm) else {}
-        for name in (*STATISTICS, "num_batches_tracked", *(name for name in kept if hasattr(other, name))):
-            to, of = getattr(layer, name), getattr(other, name, None)
+        found = {name: getattr(other, name, None) for name in (*STATISTICS, "num_batches_tracked", *kept)}
+        for name, to in ((name, getattr(layer, name)) for name in found):
+            of = found[name]
+            if name in kept and (
+                of is None or of.shape != to.shape
+            ):  # of another part: begins as where a checkpoint is loaded
+                like = found[kept[name].like]
+                of = found[name] = None if like is None else kept[name].start(like)
             if of is None or of.shape != to.shape:
                 raise StateError(
                     f"every batch norm of the target must have a counterpart of its size in the source, but {path or 'the model'} "
@@ -47,3 +56,10 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
         for to, of in pairs:
             to.copy_(of)
     return target
+
+
+def _without_wrappers(path: str) -> str:
+    names = [name for name in path.split(".") if name not in _WRAPPED]
+    while names and names[0] == "module":  # of AveragedModel and DDP, perhaps one in the other
+        names.pop(0)
+    return ".".join(names)

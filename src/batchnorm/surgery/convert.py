@@ -118,7 +118,8 @@ def revert(model: nn.Module) -> nn.Module:
         if not isinstance(layer, BatchNorm):
             continue
         before = layer.__dict__.get(_STATISTICS)
-        if before is not None and not isinstance(layer.statistics, Running):
+        frozen_since = isinstance(layer.statistics, Running) and layer.statistics != Running()  # which `convert` gives
+        if before is not None and not frozen_since:
             layer.statistics = before
             del layer.__dict__[_STATISTICS]
         layer.__dict__.pop("save_memory", None)
