@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import InputError
-from batchnorm.statistics import Batch, Domains, Ghost
+from batchnorm.statistics import Batch, Domains, Ghost, MovingAverage
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -39,6 +39,18 @@ def test_outputs_stay_those_of_each_batch_and_nothing_moves_before_its_time():
     with pytest.raises(InputError, match="more than 1 value"), bn.accumulate(3):
         [layer(piece) for piece in (x, x[:1])]
     torch.testing.assert_close(layer.state_dict(), big.state_dict())
+
+
+def test_moving_averages_take_every_batch():
+    part = MovingAverage(4, warmup=2)
+    layer, alone = (bn.BatchNorm1d(3, statistics=part, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(6, 8, 3, dtype=torch.float64)
+    with bn.accumulate(2):
+        for micro in x:
+            layer(micro)
+    for micro in x:
+        alone(micro)
+    torch.testing.assert_close(layer.state_dict(), alone.state_dict(), rtol=0, atol=0)
 
 
 def test_masked_batches_weigh_what_counts():

@@ -14,6 +14,7 @@ import batchnorm as bn
 from batchnorm.errors import ArgumentError, InputError, StateError
 from batchnorm.population import Progress, recalibrating
 from batchnorm.population.lineage import Lineage
+from batchnorm.statistics import MovingAverage
 
 METHODS = ("joint", "layerwise")
 
@@ -458,3 +459,17 @@ class TestLineage:
                 assert lineage.of(value) == 0
                 lineage.mark(value, 1)
                 del value
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_windows_of_moving_averages_stay_those_of_the_training(method):
+    layer = bn.BatchNorm1d(3, statistics=MovingAverage(2, warmup=0), dtype=torch.float64)
+    for batch in clusters(4):
+        layer(batch)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers() if "window" in name or "gradient" in name}
+    data = clusters(7)
+    bn.recalibrate(layer, data, method=method)
+    assert len(before) == 4
+    for name, buffer in before.items():
+        assert torch.equal(layer.get_buffer(name), buffer), name
+    close(layer, torch.cat(data))

@@ -40,9 +40,10 @@ def accumulate(steps: int) -> Iterator[None]:
 
     For gradient accumulation. The moments of the batches merge exactly, so the running statistics, and the count of batches, are those
     of the big batch. What each batch is normalized by stays its own: statistics of the big batch are not known before its last part
-    was seen. So outputs and gradients are those of the small batches; training that has to be as with big batches needs `synchronize`,
-    or a part for small batches such as `Renorm`. One thread's own; each layer counts its own batches; what is left over at the end
-    moves the statistics too, and is dropped if an error ends the context. A batch that is not finite makes its whole window so.
+    was seen. So outputs and gradients are those of the small batches; those of the big batch are `as_one_batch`'s, and a part such as
+    `Renorm` makes the best of small ones. One thread's own; each layer counts its own batches; what is left over at the end
+    moves the statistics too, and is dropped if an error ends the context. A batch that is not finite makes its whole window so. Layers
+    with `MovingAverage`, which averages over batches anyway, do not mind it.
 
     Raises:
         InputError: if steps is less than 1.

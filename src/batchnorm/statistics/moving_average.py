@@ -46,7 +46,8 @@ class MovingAverage:
 
     The windows are buffers of the layer, (window, C) each. In a layer that was trained otherwise, those of the forward begin with its
     running statistics, and those of the gradient are empty: averages are over the batches that had a backward. The backward writes two
-    of them, so the gradient is no derivative: it cannot be differentiated again, and under `torch.func` it is an error.
+    of them, so the gradient is no derivative: it cannot be differentiated again, and under `torch.func` it is an error. The batches of
+    an `accumulate` count one by one: they are averaged as it is.
 
     Args:
         window: batches averaged; the paper's is 16.
@@ -70,7 +71,7 @@ class MovingAverage:
             raise InputError(f"window and r_max must be at least 1, warmup at least 0, but got {self}")
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        return train_or_infer(layer, x, residual, mask, self._by_windows)
+        return train_or_infer(layer, x, residual, mask, self._by_windows, accumulates=False)
 
     def kept(self) -> dict[str, Kept]:
         # A trained layer says nothing of its gradients: copies of its running mean there would be taken for <g>.
@@ -133,7 +134,7 @@ class MovingAverage:
         variance = batch.variance()
         finite = batch.mean.isfinite().all() & variance.isfinite().all()
         counts = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
-        learns = self._place(before) & counts & ~again & (batch.count > 1)
+        learns = self._place(before) & counts & ~again & (batch.count > 1) & layer.track_running_stats
         _put(means, learns, batch.mean)
         _put(variances, learns, variance)
         averaged = before >= max(self.window, self.warmup)

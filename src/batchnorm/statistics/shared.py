@@ -35,10 +35,11 @@ def train_or_infer(
     mask: Tensor | None,
     normalized: _Normalized,
     size: int | None = None,
+    accumulates: bool = True,
 ) -> Tensor:
     """What all parts that learn from the batch share: inference, single values, and moving the running statistics.
 
-    `size` is the samples that share statistics; None is all.
+    `size` is the samples that share statistics; None is all. `accumulates` is whether the batches of an `accumulate` move them together.
     """
     if not layer.training and layer.running_mean is not None:
         return by_running_statistics(layer, x, residual, mask)
@@ -64,7 +65,7 @@ def train_or_infer(
         several = moments.count > 1  # of all replicas; known on the device only, so both are computed
         y = torch.where(torch.as_tensor(several, device=y.device), y, by_running_statistics(layer, x, residual, mask))
     if moves and running_mean is not None and running_var is not None and moves_here():
-        if accumulating() and not recomputing():
+        if accumulates and accumulating() and not recomputing():
             add(running_mean, moments, lambda merged: _move(layer, running_mean, running_var, merged))
         else:
             _move(layer, running_mean, running_var, moments)
