@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer
 from batchnorm import memory
 from batchnorm.errors import ArgumentError, InputError, ShapeError
 from batchnorm.functional import Reducer, check_residual, mask_of
+from batchnorm.functional.checks import mask_along_channels
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics, kept_by
@@ -195,8 +196,7 @@ class BatchNorm(_BatchNorm):
         y = self.statistics(self, x, residual, mask)
         if mask is None or self.padded == "zero":
             return y
-        counts = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
-        return torch.where(counts, y, x)
+        return torch.where(mask_along_channels(mask, x), y, x)
 
     def _normalize_nested(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None

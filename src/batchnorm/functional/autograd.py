@@ -132,7 +132,7 @@ class Normalize(torch.autograd.Function):
             ctx, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[5], correction
         )
         if ctx.activation is None and ctx.needs_input_grad[6]:
-            dresidual = _counted(dy, mask)
+            dresidual = counted(dy, mask)
         return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 9
 
 
@@ -176,7 +176,7 @@ def gradients(
             dy, x, given, ctx.eps, epilogue, ctx.reducer, ctx.groups, correction
         )
         if epilogue.activation is None and wants_dbias:
-            dbias = _counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
+            dbias = counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
         return dx, dweight, dbias, dresidual
     kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
     dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
@@ -200,7 +200,7 @@ def gradients(
     return dx, dweight, dbias, dresidual
 
 
-def _counted(dy: Tensor, mask: Tensor | None) -> Tensor:
+def counted(dy: Tensor, mask: Tensor | None) -> Tensor:
     return dy if mask is None else torch.where(mask, dy, 0)
 
 
@@ -246,5 +246,5 @@ def _differentiable_backward(
         next(grads) if value is not None and value.requires_grad else None for value in inputs
     )
     if output is not None:
-        dresidual = _counted(dy, mask)
+        dresidual = counted(dy, mask)
     return [dx, dweight, dbias, dresidual]

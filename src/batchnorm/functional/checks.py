@@ -116,7 +116,7 @@ def mask_of(lengths: Tensor | None, mask: Tensor | None, input: Tensor) -> Tenso
     valid = torch.arange(input.shape[-1], device=lengths.device) < lengths.view(along)
     if mask is None:
         return valid
-    return _mask_along_channels(mask, input).squeeze(1) & valid
+    return mask_along_channels(mask, input).squeeze(1) & valid
 
 
 def epilogue_of(
@@ -130,11 +130,11 @@ def epilogue_of(
     if residual is not None:
         check_residual(residual, input)
     if mask is not None:
-        mask = _mask_along_channels(mask, input)
+        mask = mask_along_channels(mask, input)
     return Epilogue(weight, bias, residual, mask, kernels.parse(activation))
 
 
-def _mask_along_channels(mask: Tensor, input: Tensor) -> Tensor:
+def mask_along_channels(mask: Tensor, input: Tensor) -> Tensor:
     """(N, *S), or what broadcasts to it, as (N, 1, *S)."""
     if not isinstance(mask, Tensor):
         raise ArgumentError(f"mask must be a boolean tensor, but got {type(mask).__name__}")

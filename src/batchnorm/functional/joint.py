@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from batchnorm import kernels
 from batchnorm.errors import StateError
-from batchnorm.functional.autograd import kept_of_residual
+from batchnorm.functional.autograd import counted, kept_of_residual
 from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Correction, Epilogue, Kernel, Renormalization
 from batchnorm.moments import Moments, at_least_one
@@ -131,7 +131,7 @@ class _Enter(torch.autograd.Function):
         assert call.rstd is not None
         dx, dresidual = call.kernel.input_grad(dy, x, mean, call.rstd, epilogue, means)
         if ctx.linear and ctx.needs_input_grad[1]:
-            dresidual = dy if mask is None else torch.where(mask, dy, 0)
+            dresidual = counted(dy, mask)
         return dx, dresidual if ctx.needs_input_grad[1] else None, None, None, None, None
 
 

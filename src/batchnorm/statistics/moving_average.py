@@ -13,6 +13,7 @@ from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with, recomputing
 from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional.checks import mask_along_channels
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.recompute import recomputing_now
 from batchnorm.kernels import Epilogue
@@ -203,7 +204,7 @@ class _Corrected(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         along = (1, -1, *[1] * (x.dim() - 2))
         if mask is not None:
-            mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + tuple(mask.shape)).unsqueeze(1)  # (N, 1, *S)
+            mask = mask_along_channels(mask, x)
         epilogue = Epilogue(mask=mask)
         kernel = kernels.select(x, epilogue)  # whose sums do not depend on how much padding there is
         sums = kernel.reduce_grad(grads[0], x, mean, sigma.reciprocal(), epilogue)  # of g / sigma, (C,) each

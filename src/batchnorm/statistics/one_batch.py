@@ -123,7 +123,7 @@ class _Forward:
     """One part on its way, as a coroutine: `go_on` runs it to its next arrival, or to its end."""
 
     def __init__(self, number: int, forward: Callable[[Any], Any], part: Any, inherited: _Inherited) -> None:
-        self.number, self.is_last = number, False
+        self.is_last = False
         self.arrival: _Arrival | None = None
         self.output: Any = None
         self.wants_grad = torch.is_grad_enabled()

@@ -39,13 +39,12 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
         other = named[0].get(path)
         kept = kept_by(layer.statistics) if isinstance(layer, BatchNorm) else {}
         found = {name: getattr(other, name, None) for name in (*STATISTICS, "num_batches_tracked", *kept)}
-        for name, to in ((name, getattr(layer, name)) for name in found):
-            of = found[name]
-            if name in kept and (
-                of is None or of.shape != to.shape
-            ):  # of another part: begins as where a checkpoint is loaded
-                like = found[kept[name].like]
-                of = found[name] = None if like is None else kept[name].start(like)
+        for name, buffer in kept.items():  # of another part they begin as where a checkpoint is loaded
+            of, like = found[name], found[buffer.like]
+            if like is not None and (of is None or of.shape != getattr(layer, name).shape):
+                found[name] = buffer.start(like)
+        for name, of in found.items():
+            to = getattr(layer, name)
             if of is None or of.shape != to.shape:
                 raise StateError(
                     f"every batch norm of the target must have a counterpart of its size in the source, but {path or 'the model'} "
