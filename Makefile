@@ -71,12 +71,16 @@ build/fuzz_%_half.o: $(wildcard csrc/*)
 build/fuzz: $(FUZZED:%=build/fuzz_%.o)
 	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp $^ -o $@
 
-# Each build that this processor can run.
-sanitize: build/fuzz
+# Each build that this processor can run; then wrong arguments straight at the operators.
+sanitize: build/fuzz $(VENV)/dev
 	build/fuzz 3000
 	BATCHNORM_INSTRUCTION_SET=AVX-512 build/fuzz 1000
 	BATCHNORM_INSTRUCTION_SET=AVX2 build/fuzz 1000
 	BATCHNORM_INSTRUCTION_SET=baseline build/fuzz 1000
+	rm -rf build/asan && mkdir -p build/asan && cp -r src/batchnorm build/asan/
+	CXXFLAGS="-fsanitize=address -g" $(BIN)/python scripts/kernels.py build/asan/batchnorm/kernels/_cpu.so
+	for set in AVX-512 AVX2 baseline; do BATCHNORM_INSTRUCTION_SET=$$set PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) $(BIN)/python -m tests.hostile 3000 || exit 1; done
 
 clean:
 	rm -rf $(VENV) build site

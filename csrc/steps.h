@@ -16,10 +16,7 @@ bool is_float32_or_float64(const Tensor& tensor) {
 
 // The usual case, whose arguments nothing is wrong with: the rest goes the long way, which has words for it.
 bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
-    if (x.rank < 2 || x.values() == 0) return false;
-    bool known = false;
-    for (const int32_t dtype : dtypes) known |= x.dtype == dtype;
-    if (!known) return false;
+    if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
     const auto is_vector = [&](const Tensor& tensor, const Tensor& of_dtype) {
@@ -32,7 +29,7 @@ bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
     return is_vector(weight, weight) && (!bias || is_vector(bias, weight)) && (weight.dtype != wide || x.dtype == wide);
 }
 
-bool is_counter(const Tensor& tensor) { return !tensor || (tensor.rank == 0 && tensor.dtype == int64); }
+bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
 
 // One call of a layer: y, and for the backward mean and rstd, (2, C); renormalized r and d too, (4, C).
 struct LayerCall {
@@ -49,7 +46,7 @@ struct LayerCall {
         Task& task = call.task;
         task.eps = eps;
         task.weight = weights, task.bias = biases;
-        task.activation = (Activation)arguments.integer(), task.slope = arguments.number();
+        call.set_activation(arguments);
         task.output = y.data<void>();
         task.mean = statistics.data<double>(), task.rstd = task.mean + C;
         if (renormalized) task.r = task.rstd + C, task.d = task.r + C;
@@ -137,12 +134,15 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), statistics = arguments.tensor();
     const Tensor weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
-    const int64_t C = x.sizes[1];
-    const ChannelValues weights(weight, C), biases(bias, C);
     Call call(Verb::backward, x);
+    const int64_t C = x.sizes[1], rows = statistics.rank == 2 ? statistics.sizes[0] : 0;
+    const ChannelValues weights(weight, C), biases(bias, C);
+    expect(statistics.dtype == dtypes[(int)Dtype::float64] && statistics.is_contiguous() && (rows == 2 || rows == 4) &&
+               statistics.sizes[1] == C,
+           "the statistics of a step must be (2, C) or (4, C) in float64");
+    expect(!weight || is_float32_or_float64(weight), "the parameters of a step must be float32 or float64");
     Task& task = call.task;
-    task.activation = (Activation)arguments.integer();
-    task.slope = arguments.number();
+    call.set_activation(arguments);
     const bool wants_dx = arguments.flag();
     Tensor dx = wants_dx ? call.output() : nothing(x);
     const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
@@ -151,7 +151,7 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     task.count = constant_statistics ? 0.0 : count_of(x, {});
     task.weight = weights, task.bias = biases;
     // Renormalized: x̂ · r + d takes the place of x̂, see kernels/correction.py.
-    const double* const r = statistics.sizes[0] == 4 ? task.rstd + C : nullptr;
+    const double* const r = rows == 4 ? task.rstd + C : nullptr;
     const double* const d = r ? r + C : nullptr;
     const Scratch corrected_weight = scratch(r ? C : 0), corrected_bias = scratch(r ? C : 0);
     for (int64_t c = 0; r && c < C; ++c) {

@@ -25,6 +25,9 @@ typedef void* Handle;
     _(aoti_torch_get_strides, int32_t, Handle, int64_t**)                                                             \
     _(aoti_torch_get_dim, int32_t, Handle, int64_t*)                                                                  \
     _(aoti_torch_get_dtype, int32_t, Handle, int32_t*)                                                                \
+    _(aoti_torch_get_device_type, int32_t, Handle, int32_t*)                                                          \
+    _(aoti_torch_get_storage_offset, int32_t, Handle, int64_t*)                                                       \
+    _(aoti_torch_get_storage_size, int32_t, Handle, int64_t*)                                                         \
     _(aoti_torch_empty_strided, int32_t, int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*) \
     _(aoti_torch_copy_, int32_t, Handle, Handle, int32_t)                                                             \
     _(aoti_torch_delete_tensor_object, int32_t, Handle)                                                               \
@@ -49,17 +52,48 @@ void check(int32_t error, const char* what) {
     if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
 }
 
+// What a caller from Python could get wrong: its arguments are checked before anything is read or written.
+void expect(bool holds, const char* invariant) {
+    if (!holds) throw std::invalid_argument(std::string("batchnorm: ") + invariant);
+}
+
+bool is_floating(int32_t dtype) {
+    for (const int32_t known : dtypes)
+        if (dtype == known) return true;
+    return false;
+}
+
+// Of the dtypes that are read here; 0 of the others.
+int64_t element_size_of(int32_t dtype) {
+    if (dtype == dtypes[(int)Dtype::float64] || dtype == int64) return 8;
+    if (dtype == dtypes[(int)Dtype::float32]) return 4;
+    return is_floating(dtype) ? 2 : dtype == boolean;
+}
+
 // An owned tensor, or none.
 class Tensor {
   public:
     Tensor() = default;
     explicit Tensor(Handle handle) : handle(handle) {
         int64_t dimensions;
+        check(aoti_torch_get_dim(handle, &dimensions), "read a tensor");
         aoti_torch_get_sizes(handle, &sizes);
         aoti_torch_get_strides(handle, &strides);
-        aoti_torch_get_dim(handle, &dimensions);
         aoti_torch_get_dtype(handle, &dtype);
         rank = (int)dimensions;
+    }
+    // An argument: on the CPU, and within its storage, which others may have freed (FSDP does).
+    static Tensor argument(Handle handle) {
+        Tensor tensor(handle);
+        int32_t device = -1;
+        int64_t offset = 0, bytes = 0, last = 0;
+        check(aoti_torch_get_device_type(handle, &device), "tell a tensor's device");
+        expect(device == cpu, "every tensor must be on the CPU");
+        if (tensor.values() == 0) return tensor;
+        check(aoti_torch_get_storage_offset(handle, &offset) | aoti_torch_get_storage_size(handle, &bytes), "tell a tensor's storage");
+        for (int axis = 0; axis < tensor.rank; ++axis) last += (tensor.sizes[axis] - 1) * tensor.strides[axis];
+        expect((offset + last + 1) * element_size_of(tensor.dtype) <= bytes, "a tensor's storage holds less than the tensor");
+        return tensor;
     }
     Tensor(Tensor&& other) noexcept { swap(other); }
     Tensor& operator=(Tensor&& other) noexcept {
@@ -98,6 +132,15 @@ class Tensor {
         for (int axis = 0; axis < rank; ++axis) product *= sizes[axis];
         return product;
     }
+    bool has_sizes_of(const Tensor& other) const {
+        return rank == other.rank && !memcmp(sizes, other.sizes, rank * sizeof *sizes);
+    }
+    bool is_contiguous() const {
+        int64_t stride = 1;
+        for (int axis = rank - 1; axis >= 0; stride *= sizes[axis--])
+            if (sizes[axis] > 1 && strides[axis] != stride) return false;
+        return true;
+    }
     bool lies_as(const Tensor& other) const {
         if (dtype != other.dtype || rank != other.rank) return false;
         for (int axis = 0; axis < rank; ++axis)
@@ -124,11 +167,11 @@ class Tensor {
 class Arguments {
   public:
     explicit Arguments(Word* stack) : at(stack) {}
-    Tensor tensor() { return Tensor((Handle)*at++); }
+    Tensor tensor() { return Tensor::argument((Handle)*at++); }
     Tensor optional_tensor() {
         Word* boxed = (Word*)*at++;
         if (!boxed) return {};
-        Tensor tensor((Handle)*boxed);
+        Tensor tensor = Tensor::argument((Handle)*boxed);
         if (torch_delete_stable_ivalue) {
             torch_delete_stable_ivalue(boxed);
         } else {
@@ -161,7 +204,9 @@ class ChannelValues {
   public:
     ChannelValues(const Tensor& tensor, int64_t C) {
         if (!tensor) return;
-        const int64_t stride = tensor.rank ? tensor.strides[0] : 1;
+        expect(tensor.rank == 1 && tensor.sizes[0] == C, "parameters and statistics must be (C,)");
+        expect(is_floating(tensor.dtype), "parameters and statistics must be floating");
+        const int64_t stride = tensor.strides[0];
         if (tensor.dtype == dtypes[(int)Dtype::float64] && (stride == 1 || C == 1)) {
             values = tensor.data<double>();
             return;
@@ -177,6 +222,13 @@ class ChannelValues {
     }
     operator double*() const { return values; }
 
+    // A 0-d tensor.
+    static double number(const Tensor& tensor) {
+        expect(tensor.values() == 1 && is_floating(tensor.dtype), "a count or a bound must be one floating number");
+        return read(tensor, 0);
+    }
+
+  private:
     static double read(const Tensor& tensor, int64_t i) {
         if (tensor.dtype == dtypes[(int)Dtype::float32]) return tensor.data<float>()[i];
         if (tensor.dtype == dtypes[(int)Dtype::float64]) return tensor.data<double>()[i];
@@ -186,8 +238,6 @@ class ChannelValues {
             memcpy(&value, &bits, sizeof value);
             return value;
         }
-        if (tensor.dtype != dtypes[(int)Dtype::float16])
-            throw std::runtime_error("batchnorm: weight, bias and statistics must be floating");
         const uint32_t half = tensor.data<uint16_t>()[i], magnitude = (half & 0x7fff) << 13;
         uint32_t bits = magnitude;
         float value;
@@ -200,7 +250,6 @@ class ChannelValues {
         return value;
     }
 
-  private:
     double* values = nullptr;
     Scratch own;
 };

@@ -52,6 +52,7 @@ struct Layout {
 class Call {
   public:
     Call(Verb verb, const Tensor& x) : x(x) {
+        expect(x.rank >= 2, "x must be (N, C, *S)");
         task.verb = verb;
         task.dtype = dtype_of(x);
         task.x = x.data<void>();
@@ -67,6 +68,7 @@ class Call {
     const void* beside(Tensor& tensor) {
         if (!tensor) return nullptr;
         if (!tensor.lies_as(x)) {
+            expect(tensor.has_sizes_of(x) && is_floating(tensor.dtype), "dy and the residual must be as x");
             Tensor copy = x.empty_like();
             use_huge_pages(copy, copy.values() * element_size());
             check(aoti_torch_copy_(copy.handle, tensor.handle, 0), "copy a tensor to the layout of another");
@@ -83,8 +85,23 @@ class Call {
         task.stream = bytes >= bytes_worth_streaming;
         return tensor;
     }
+    void set_mask(const Tensor& mask) {
+        if (!mask) return;
+        const int64_t positions = x.sizes[1] ? x.values() / x.sizes[1] : 0;
+        expect(mask.dtype == boolean && mask.is_contiguous(), "the mask must be bool, without gaps");
+        expect(!positions || mask.values() == positions, "the mask must be (N, 1, *S)");
+        task.mask = mask.data<uint8_t>();
+    }
+    void set_activation(Arguments& arguments) {
+        const int64_t code = arguments.integer();
+        expect(code >= 0 && code <= (int64_t)Activation::gelu_tanh, "there is no such activation");
+        task.activation = (Activation)code;
+        task.slope = arguments.number();
+    }
     // Groups of `size` samples, the last one of what is left.
     void set_groups(int64_t groups, int64_t size) {
+        const int64_t N = x.sizes[0];
+        expect(groups >= 1 && size >= 1 && (!N || (groups <= N && size <= N && (groups - 1) * size < N)), "groups must divide the samples");
         task.groups = groups, task.group_size = size;
         if (task.C == 1 && x.values() > 0) task.N = x.sizes[0], task.S /= task.N;
     }
@@ -130,15 +147,14 @@ struct Epilogue {
         call.task.weight = weights;
         call.task.bias = biases;
         call.task.residual = call.beside(residual);
-        call.task.mask = mask.data<uint8_t>();
-        call.task.activation = (Activation)arguments.integer();
-        call.task.slope = arguments.number();
+        call.set_mask(mask);
+        call.set_activation(arguments);
     }
 };
 
 // Values per channel: those of x, or those the mask counts.
 double count_of(const Tensor& x, const Tensor& masked_count) {
-    if (masked_count) return ChannelValues::read(masked_count, 0);
+    if (masked_count) return ChannelValues::number(masked_count);
     return x.sizes[1] ? (double)(x.values() / x.sizes[1]) : 0.0;
 }
 
@@ -155,7 +171,7 @@ void moments(Word* stack, uint64_t, uint64_t) {
     const Tensor x = arguments.tensor(), mask = arguments.optional_tensor(), count = arguments.optional_tensor();
     Call call(Verb::moments, x);
     Tensor mean = channel_vector(x), m2 = channel_vector(x);
-    call.task.mask = mask.data<uint8_t>();
+    call.set_mask(mask);
     call.task.count = count_of(x, count);
     call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>();
     call.run();
@@ -197,7 +213,7 @@ void forward_renormalized(Word* stack, uint64_t, uint64_t) {
     Tensor r = channel_vector(forward.x), d = channel_vector(forward.x);
     Task& task = forward.call.task;
     task.running_mean = means, task.running_var = variances;
-    task.r_max = ChannelValues::read(r_max, 0), task.d_max = ChannelValues::read(d_max, 0);
+    task.r_max = ChannelValues::number(r_max), task.d_max = ChannelValues::number(d_max);
     task.r = r.data<double>(), task.d = d.data<double>();
     forward.run(arguments, stack);
     stack[4] = r.release(), stack[5] = d.release();
@@ -342,10 +358,11 @@ void backward_groups(Word* stack, uint64_t, uint64_t) {
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), mean = arguments.tensor(), rstd = arguments.tensor();
     const int64_t groups = arguments.integer(), size = arguments.integer();
-    for (const Tensor* given : {&mean, &rstd})
-        if (given->dtype != dtypes[(int)Dtype::float64] || given->values() != groups * x.sizes[1])
-            throw std::runtime_error("batchnorm: the statistics of groups must be (G, C) in float64");
     Call call(Verb::backward, x);
+    for (const Tensor* given : {&mean, &rstd}) {
+        const bool fits = given->dtype == dtypes[(int)Dtype::float64] && given->is_contiguous() && given->rank == 2;
+        expect(fits && given->sizes[0] == groups && given->sizes[1] == x.sizes[1], "the statistics of groups must be (G, C) in float64");
+    }
     call.set_groups(groups, size);
     call.task.dy = call.beside(dy);
     call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
@@ -401,10 +418,21 @@ struct Running {
           moved_batches(arguments.optional_tensor()),
           nonfinite_batches(arguments.optional_tensor()) {}
 
+    // They are written where they lie.
+    void check(int64_t C) const {
+        for (const Tensor* running : {&mean, &variance}) {
+            expect(running->rank == 1 && running->sizes[0] == C, "running statistics must be (C,)");
+            expect(running->dtype == mean.dtype, "running statistics must have one dtype");
+        }
+        const int32_t dtype = mean.dtype;
+        expect(dtype == dtypes[(int)Dtype::float32] || dtype == dtypes[(int)Dtype::float64], "running statistics must be float32 or float64");
+        for (const Tensor* counter : {&moved_batches, &nonfinite_batches})
+            expect(!*counter || (counter->dtype == int64 && counter->values() == 1), "a counter must be one int64");
+    }
+
     // Moves them by one batch and counts it; whether its statistics were finite.
     bool follow(const double* batch_mean, const double* m2, int64_t C, double count, bool moves, double momentum,
                 bool unbiased, bool skip_nonfinite) {
-        if (mean.dtype != variance.dtype) throw std::runtime_error("batchnorm: running statistics of two dtypes");
         const double divisor = unbiased ? count - 1.0 : count;
         const auto step = mean.dtype == dtypes[(int)Dtype::float32] ? move<float> : move<double>;
         const bool finite = step(mean, variance, batch_mean, m2, C, divisor > 1.0 ? divisor : 1.0, momentum, moves, skip_nonfinite);
@@ -420,9 +448,11 @@ void update_running(Word* stack, uint64_t, uint64_t) {
     const Tensor mean = arguments.tensor(), m2 = arguments.tensor(), masked_count = arguments.optional_tensor();
     const double whole_count = arguments.number(), momentum = arguments.number();
     const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
+    expect(mean.rank == 1, "parameters and statistics must be (C,)");
     const int64_t C = mean.sizes[0];
     const ChannelValues means(mean, C), m2s(m2, C);
-    const double count = masked_count ? ChannelValues::read(masked_count, 0) : whole_count;
+    running.check(C);
+    const double count = masked_count ? ChannelValues::number(masked_count) : whole_count;
     Tensor finite = Tensor::empty(0, nullptr, nullptr, boolean);
     *finite.data<bool>() =
         running.follow(means, m2s, C, count, !masked_count || count > 1.0, momentum, unbiased, skip_nonfinite);

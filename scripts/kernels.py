@@ -1,6 +1,7 @@
 """Compiles csrc/ into one plain shared library: no Python.h, no torch headers, so one wheel serves every Python and every torch.
 
-`setup.py` calls `build`; `python scripts/kernels.py` fills the object cache alone, which the Makefile does while pip installs torch.
+`setup.py` calls `build`. `python scripts/kernels.py` fills the object cache alone, which the Makefile does while pip installs torch;
+with a path it links the library too, for those who work on csrc/: `python scripts/kernels.py src/batchnorm/kernels/_cpu.so`.
 An object is compiled once: build/objects/ holds each under a key of its sources, flags and compiler.
 
     BATCHNORM_BUILDS   `all`: a build for each instruction set; `host`: the one that this processor runs. Default: `all`
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -86,9 +88,20 @@ class Unit:
 
     def _key(self, compiler: tuple[str, ...], version: str) -> str:
         digest = hashlib.sha256(repr((compiler, version, self.file, self.flags)).encode())
-        for path in sorted([*SOURCES.glob("*.h"), SOURCES / self.file]):
-            digest.update(path.name.encode() + path.read_bytes())
+        for name in sorted(_with_headers(self.file)):
+            digest.update(name.encode() + (SOURCES / name).read_bytes())
         return digest.hexdigest()[:24]
+
+
+def _with_headers(file: str) -> set[str]:
+    """A source and the headers it includes, directly or not."""
+    found, left = set[str](), [file]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += re.findall(r'^#include "([^"]+)"', (SOURCES / name).read_text(encoding="utf-8"), re.MULTILINE)
+    return found
 
 
 def compiler() -> tuple[str, ...]:
@@ -181,7 +194,10 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     try:
-        compile_all(chosen())
+        if len(sys.argv) > 1:
+            build(Path(sys.argv[1]), chosen())
+        else:
+            compile_all(chosen())
     except (OSError, RuntimeError) as error:
         _say(f"The C++ kernels are left out: {error}")
         sys.exit(bool(os.environ.get("BATCHNORM_REQUIRE_KERNELS")))

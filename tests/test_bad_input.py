@@ -16,6 +16,13 @@ def layer(**options):
     return bn.BatchNorm1d(3, **options)
 
 
+def with_buffers(mean, variance=None, **options):
+    """A layer of three channels, whose running statistics are as wide as pruning or loading left them."""
+    built = layer(**options)
+    built.running_mean, built.running_var = torch.full((mean,), 7.0), torch.full((variance or mean,), 2.0)
+    return built
+
+
 LAYER_CASES = {
     "rank-1d": (layer, (torch.randn(2, 3, 4, 4),), InputError, ValueError, r"expected 2D or 3D input \(got 4D input\)"),
     "rank-2d": (lambda: bn.BatchNorm2d(3), (X,), InputError, ValueError, r"expected 4D input \(got 3D input\)"),
@@ -23,6 +30,38 @@ LAYER_CASES = {
     "rank-any": (lambda: bn.BatchNorm(3), (torch.randn(3),), InputError, ValueError, r"at least 2D.*got 1D"),
     "axis": (lambda: bn.BatchNorm(3, channel_axis=4), (X,), InputError, ValueError, r"channel_axis=4 is out of range"),
     "channels": (layer, (torch.randn(4, 2, 5),), ShapeError, RuntimeError, r"should contain 2 elements.*\(3,\)"),
+    "channels-without-affine": (
+        lambda: layer(affine=False),
+        (torch.randn(4, 2),),
+        ShapeError,
+        RuntimeError,
+        "2 elements",
+    ),
+    "buffers-too-wide": (lambda: with_buffers(6), (X,), ShapeError, RuntimeError, r"contain 3 elements.*\(6,\)"),
+    "buffers-too-narrow": (lambda: with_buffers(1), (X,), ShapeError, RuntimeError, r"contain 3 elements.*\(1,\)"),
+    "buffers-under-mask": (
+        lambda: with_buffers(6),
+        (X, None, torch.ones(4, 5, dtype=torch.bool)),
+        ShapeError,
+        RuntimeError,
+        "contain 3 elements",
+    ),
+    "variance-too-wide": (lambda: with_buffers(3, 6), (X,), ShapeError, RuntimeError, "running_var should contain 3"),
+    **{
+        f"buffers-{name}": (
+            lambda source=source: with_buffers(6, statistics=source()),
+            (X,),
+            ShapeError,
+            RuntimeError,
+            "3 elements",
+        )
+        for name, source in {
+            "ghost": lambda: bn.statistics.Ghost(2),
+            "renorm": bn.statistics.Renorm,
+            "running": bn.statistics.Running,
+            "domains": lambda: bn.statistics.Domains(("a", "b")),
+        }.items()
+    },
     "channels-untracked": (
         lambda: layer(track_running_stats=False),
         (torch.randn(4, 2),),

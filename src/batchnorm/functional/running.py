@@ -11,7 +11,7 @@ from torch._C._functorch import TransformType  # pyright: ignore[reportMissingIm
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-from batchnorm.errors import ArgumentError, StateError
+from batchnorm.errors import ArgumentError, ShapeError, StateError
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
 from batchnorm.functional.parts import parts_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
@@ -48,6 +48,7 @@ def move_running_statistics(
         0-d bool, whether the statistics were finite; None if that was not asked for.
 
     Raises:
+        ShapeError: the buffers are of another number of channels than the batch.
         StateError: under `torch.vmap`, if the batch statistics differ from slice to slice and the buffers do not.
     """
     count = moments.count
@@ -55,6 +56,12 @@ def move_running_statistics(
         return None
     if not isinstance(momentum, (Real, Tensor)):
         raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running.shape != moments.mean.shape:
+            raise ShapeError(
+                f"{name} should contain {moments.mean.numel()} elements, one for each channel of the input, but it has "
+                f"shape {tuple(running.shape)}; give the layer the input's number of channels, or prune its buffers too"
+            )
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
         moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))

@@ -69,6 +69,9 @@ _SCHEMAS = (
     ),
 )
 
+# Their names in `torch.ops.batchnorm`.
+OPERATORS = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
+
 
 def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
     if x.device.type != "cpu":
