@@ -65,5 +65,7 @@ void run(Task& task);
 
 // The name of that build; null where the library has none for this processor.
 const char* instruction_set();
+// The name of build `number` of this library, the fastest first, whether this processor runs it or not; null after the last.
+const char* build_name(int number);
 
 }  // namespace batchnorm

@@ -36,7 +36,8 @@ struct Build {
     void (*run_half)(Task&);
     bool supported;  // by this processor
 
-    bool usable() const { return run_float && run_half && supported; }
+    bool exists() const { return run_float && run_half; }
+    bool usable() const { return exists() && supported; }
 };
 
 // BATCHNORM_INSTRUCTION_SET names a slower one than the processor has, for tests.
@@ -45,20 +46,36 @@ bool wanted(const char* name) {
     return !asked || !strcmp(asked, name);
 }
 
-Build fastest_build() {
+// The fastest first. The last one runs anywhere.
+struct Builds {
+    static constexpr int most = 4;
+    Build all[most];
+    int count;
+
+    const Build* begin() const { return all; }
+    const Build* end() const { return all + count; }
+};
+
+Builds known_builds() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
-    const Build builds[] = {{"AVX-512 BF16", x86_64_v4::run_float, x86_64_v4_bf16::run_half, bf16},
-                            {"AVX-512", x86_64_v4::run_float, x86_64_v4::run_half, v4},
-                            {"AVX2", x86_64_v3::run_float, x86_64_v3::run_half, v3},
-                            {"baseline", baseline::run_float, baseline::run_half, true}};
+    return {{{"AVX-512 BF16", x86_64_v4::run_float, x86_64_v4_bf16::run_half, bf16},
+             {"AVX-512", x86_64_v4::run_float, x86_64_v4::run_half, v4},
+             {"AVX2", x86_64_v3::run_float, x86_64_v3::run_half, v3},
+             {"baseline", baseline::run_float, baseline::run_half, true}},
+            4};
 #else
-    const Build builds[] = {{"baseline", baseline::run_float, baseline::run_half, true}};
+    return {{{"baseline", baseline::run_float, baseline::run_half, true}}, 1};
 #endif
+}
+
+const Builds builds = known_builds();
+
+Build fastest_build() {
     for (const Build& build : builds)
         if (build.usable() && wanted(build.name)) return build;
     for (const Build& build : builds)  // the one wanted is not to be had
@@ -124,5 +141,11 @@ void run(Task& task) {
 }
 
 const char* instruction_set() { return build.usable() ? build.name : nullptr; }
+
+const char* build_name(int number) {
+    for (const Build& build : builds)
+        if (build.exists() && number-- == 0) return build.name;
+    return nullptr;
+}
 
 }  // namespace batchnorm

@@ -511,3 +511,5 @@ EXPORT const char* batchnorm_register() {
 }
 
 EXPORT const char* batchnorm_instruction_set() { return instruction_set(); }
+
+EXPORT const char* batchnorm_build_name(int number) { return build_name(number); }

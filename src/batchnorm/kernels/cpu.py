@@ -7,6 +7,7 @@ picks a build for the processor when it is loaded. It needs no particular torch:
 from __future__ import annotations
 
 import ctypes
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,11 @@ def instruction_set() -> str | None:
     return _instruction_set
 
 
+def builds() -> tuple[str, ...]:
+    """The names of the library's builds, the fastest first, whether this processor runs them or not."""
+    return _builds
+
+
 def _arguments(
     x: Tensor, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
@@ -261,27 +267,31 @@ def _is_interleaved(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _load() -> tuple[str | None, str | None]:
-    """Load the library and register its operators: why that did not work, and the name of the build that runs here."""
+def _load() -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Load the library and register its operators: why that did not work, the build that runs here, and all builds there are."""
     path = Path(__file__).with_name("_cpu.so")
     if not path.exists():
-        return "the C++ kernels were not built (is there a C++ compiler?)", None
+        return "the C++ kernels were not built (is there a C++ compiler?)", None, ()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"the C++ kernels could not be loaded: {error}", None
-    library.batchnorm_register.restype = library.batchnorm_instruction_set.restype = ctypes.c_char_p
-    instruction_set = library.batchnorm_instruction_set()
-    if instruction_set is None:
-        return "the C++ kernels were built for another processor (BATCHNORM_BUILDS=all builds them for each)", None
+        return f"the C++ kernels could not be loaded: {error}", None, ()
+    for function in (library.batchnorm_register, library.batchnorm_instruction_set, library.batchnorm_build_name):
+        function.restype = ctypes.c_char_p
+    names = (library.batchnorm_build_name(number) for number in itertools.count())
+    found = tuple(name.decode() for name in itertools.takewhile(lambda name: name is not None, names))
+    running = library.batchnorm_instruction_set()
+    if running is None:
+        other = f"the C++ kernels were built for {' and '.join(found)}, which this processor does not run"
+        return f"{other}; install with BATCHNORM_BUILDS=all", None, found
     for schema in _SCHEMAS:
         torch.library.define(f"batchnorm::{schema.partition('(')[0]}", schema[schema.index("(") :])
     problem = library.batchnorm_register()
     if problem is not None:
-        return f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", None
+        return f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", None, found
     for verb, fake in _FAKES.items():
         torch.library.register_fake(f"batchnorm::{verb}", fake)
-    return None, instruction_set.decode()
+    return None, running.decode(), found
 
 
 def _like(x: Tensor) -> Tensor:
@@ -337,7 +347,7 @@ _FAKES = {
     "inference_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
 }
 
-_unavailable, _instruction_set = _load()
+_unavailable, _instruction_set, _builds = _load()
 
 
 def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
