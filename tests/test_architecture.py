@@ -15,6 +15,7 @@ ORDER = [
     "version",
     "errors",
     "logs",
+    "files",
     "moments",
     "reference",
     "kernels",

@@ -22,10 +22,11 @@ from batchnorm.cli.recalibrate import recalibrate_command
 from batchnorm.env import cores
 from batchnorm.errors import BatchNormError
 from batchnorm.explain import explain
+from batchnorm.files import to_json, write
 from batchnorm.lab import extras
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import learning_rates
-from batchnorm.lab.result import Result, Training, to_json, write
+from batchnorm.lab.result import Result, Training
 from batchnorm.lab.runner import run
 from batchnorm.report.rows import summary_rows
 from batchnorm.version import __version__
