@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from batchnorm import __main__, cli
-from batchnorm.cli import SUMMARIES, commands, demo, summaries
+from batchnorm.cli import SUMMARIES, commands, demo
 from batchnorm.explain import explain
 from batchnorm.kernels import cpu
 from batchnorm.lab import extras
@@ -134,7 +134,7 @@ class TestLoading:
     def test_names_are_completed(self):
         items = commands.shell_complete(click.Context(commands), "e")
         assert [(item.value, item.help) for item in items] == [
-            (name, summaries[name].get_short_help_str()) for name in ("env", "explain")
+            (name, commands.commands[name].get_short_help_str()) for name in ("env", "explain")
         ]
 
     def test_no_such_command(self):

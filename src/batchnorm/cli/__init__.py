@@ -58,10 +58,12 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-summaries = {name: click.Command(name, help=summary) for name, summary in SUMMARIES.items()}
-
-
-@click.group("batchnorm", cls=Commands, commands=summaries, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "batchnorm",
+    cls=Commands,
+    commands=[click.Command(name, help=summary) for name, summary in SUMMARIES.items()],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="batchnorm")
 def commands() -> None:
     """Batch normalization for PyTorch: see it work, and see how it works."""
