@@ -1,9 +1,9 @@
 # Each target does everything from nothing: it needs Python >= 3.11, make and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*)
+BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildcard csrc/*)
 
 .PHONY: demo lab bench test lint docs sanitize clean
 .DEFAULT_GOAL := help
@@ -18,18 +18,13 @@ help:
 	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean     remove the virtual environment and what was built"
 
-# torch goes first and by exact version: as somebody's dependency it would be the newest build instead.
-$(VENV)/torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
+# The demonstration and the laboratory need the kernels for this processor alone; the tests compare those for all.
+$(VENV)/lab: $(BUILT_FROM)
+	@BATCHNORM_BUILDS=host $(PYTHON) scripts/environment.py $(VENV) lab $(CONSTRAINTS)
 	@touch $@
 
-$(VENV)/lab: $(VENV)/torch $(BUILT_FROM)
-	$(PIP) --editable '.[lab]'
-	@touch $@
-
-$(VENV)/dev: $(VENV)/torch $(BUILT_FROM)
-	$(PIP) --editable '.[dev]'
+$(VENV)/dev: $(BUILT_FROM)
+	@BATCHNORM_BUILDS=all $(PYTHON) scripts/environment.py $(VENV) dev $(CONSTRAINTS)
 	@touch $@ $(VENV)/lab
 
 demo: $(VENV)/lab
@@ -54,20 +49,24 @@ lint: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/mkdocs build --quiet
 
-# The builds of setup.py; `make -j sanitize` compiles them side by side.
+# The builds of scripts/kernels.py; `make -j sanitize` compiles them side by side.
 SANITIZE := -std=c++17 -O1 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
-FUZZED := baseline
+FUZZED := baseline_float baseline_half
 ifeq ($(shell uname -m),x86_64)
-FUZZED += x86_64_v3 x86_64_v4 x86_64_v4_bf16
+FUZZED += x86_64_v3_float x86_64_v3_half x86_64_v4_float x86_64_v4_half x86_64_v4_bf16_half
 endif
 FLAGS_x86_64_v3 := -march=x86-64-v3
 FLAGS_x86_64_v4 := -march=x86-64-v4
-FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16 -DBATCHNORM_EXTENDS=run_x86_64_v4
+FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16
 
-build/fuzz_%.o: $(wildcard csrc/*)
+build/fuzz_%_float.o: $(wildcard csrc/*)
 	@mkdir -p build
-	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=run_$* -c csrc/kernels.cpp -o $@
+	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels_float.cpp -o $@
+
+build/fuzz_%_half.o: $(wildcard csrc/*)
+	@mkdir -p build
+	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels_half.cpp -o $@
 
 build/fuzz: $(FUZZED:%=build/fuzz_%.o)
 	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp $^ -o $@

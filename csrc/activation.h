@@ -10,9 +10,12 @@
 namespace {
 
 using batchnorm::Activation;
+using batchnorm::Task;
 
 struct Identity {
+    static constexpr int64_t unrolled = 8;  // vectors of a sum, an even number
     static constexpr bool needs_z = false;
+    explicit Identity(const Task&) {}
     template <class Vector>
     INLINE Vector value(Vector z) const {
         return z;
@@ -24,7 +27,9 @@ struct Identity {
 };
 
 struct Relu {
+    static constexpr int64_t unrolled = 8;
     static constexpr bool needs_z = true;
+    explicit Relu(const Task&) {}
     template <class Vector>
     INLINE Vector value(Vector z) const {
         return z <= 0 ? Vector{} : z;
@@ -89,13 +94,15 @@ INLINE Doubles error_function(Doubles x) {
 }
 
 // Not inlined: with e^x in every loop the library would take minutes to build.
-template <class T>
+template <class Vector>
 struct AnyActivation {
-    typedef typename T::Real Real;
-    typedef typename T::Vector Vector;
+    static constexpr int64_t unrolled = 2;
+    typedef __typeof__(Vector{}[0] + 0) Real;
     static constexpr bool needs_z = true;
     Activation kind;
     Real slope;
+
+    explicit AnyActivation(const Task& task) : kind(task.activation), slope((Real)task.slope) {}
 
     // sigmoid(z), and 1 - sigmoid(z) to its own last digit: z multiplies it in the derivatives.
     struct Sigmoid {
@@ -116,10 +123,20 @@ struct AnyActivation {
         return Real(0.5) + Real(0.5) * error_function(z * Real(0.70710678118654752));
     }
 
-    __attribute__((noinline)) Vector value(Vector z) const {
+    INLINE Vector value(Vector z) const {
+        if (kind == Activation::identity) return z;
+        if (kind == Activation::relu) return z <= 0 ? Vector{} : z;
+        return other_value(z);
+    }
+    INLINE Vector grad(Vector dy, Vector z) const {
+        if (kind == Activation::identity) return dy;
+        if (kind == Activation::relu) return z <= 0 ? Vector{} : dy;
+        return other_grad(dy, z);
+    }
+
+  private:
+    NOINLINE Vector other_value(Vector z) const {
         switch (kind) {
-            case Activation::identity: return z;
-            case Activation::relu: return z <= 0 ? Vector{} : z;
             case Activation::relu6: {
                 const Vector top = Vector{} + Real(6), below = z <= 0 ? Vector{} : z;
                 return below >= 6 ? top : below;
@@ -138,10 +155,8 @@ struct AnyActivation {
         }
     }
 
-    __attribute__((noinline)) Vector grad(Vector dy, Vector z) const {
+    NOINLINE Vector other_grad(Vector dy, Vector z) const {
         switch (kind) {
-            case Activation::identity: return dy;
-            case Activation::relu: return z <= 0 ? Vector{} : dy;
             case Activation::relu6: {
                 const Vector above = z <= 0 ? Vector{} : dy;
                 return z >= 6 ? Vector{} : above;

@@ -1,5 +1,5 @@
 // What the three parts of the library tell each other: torch_shim.cpp (torch's tensors) fills a Task, dispatch.cpp picks the
-// build for this processor, kernels.cpp (built once per instruction set) runs it.
+// build for this processor, kernels.h (built once per instruction set) runs it.
 #pragma once
 
 #include <stdint.h>
@@ -63,6 +63,7 @@ struct Task {
 // Runs on the fastest build this processor has, with at most `task.threads` threads.
 void run(Task& task);
 
+// The name of that build; null where the library has none for this processor.
 const char* instruction_set();
 
 }  // namespace batchnorm

@@ -16,82 +16,109 @@ struct Rows {
     int64_t first, count, stride, columns;
 };
 
-// body(j0, j1) for each tile of columns.
-template <class Body>
-INLINE void for_tiles(int64_t columns, const Body& body) {
-    for (int64_t j = 0; j < columns; j += tile_columns) body(j, at_most(j + tile_columns, columns));
+// Adds `count` rows, at most `vectors_of_block`, to the sums of the columns of one vector.
+template <class T, class Term, class Part>
+INLINE void sum_rows(const Table<T>& table, const Rows& rows, int64_t j, int64_t count, const Term& term, Part part, Sums<T>* sums) {
+    const Channel<typename T::Vector> channel = table.from(j);
+    Sums<T> here = sums[j / T::width];
+    typename Sums<T>::Block block = {here, here};
+    for (int64_t row = 0; row < count; ++row) block.add(term(rows.first + j + row * rows.stride, channel, part), channel.mean, 0);
+    block.end();
+    sums[j / T::width] = here;
 }
 
-// body(j, Whole) for each vector of a row, body(j, Some) for what is left.
-template <class T, class Body>
-INLINE void for_columns(int64_t j, int64_t columns, const Body& body) {
-    for (; j + T::width <= columns; j += T::width) body(j, Whole{});
-    if (j < columns) body(j, Some{(int)(columns - j)});
-}
-
-// Adds `count` rows, at most `vectors_of_block`, to the sums of their columns.
+// The same for `vectors_of_block` rows and whole vectors, while the rows after them are prefetched.
 template <class T, class Term>
-INLINE void sum_together(
-    const Table<T>& table, const Rows& rows, int64_t j0, int64_t j1, int64_t count, const Term& term, Sums<T>* sums) {
-    for_columns<T>(j0, j1, [&](int64_t j, auto part) INLINED {
-        const Channel<typename T::Vector> channel = table.from(j);
-        Sums<T> here = sums[j / T::width];
-        int64_t i = rows.first + j;
-        if (count == vectors_of_block) {
-            UNROLLED
-            for (int64_t row = 0; row < vectors_of_block; ++row) term.fetch(i + (vectors_of_block + row) * rows.stride, 1);
-        }
-        typename Sums<T>::Block block = {here, here};
-        UNROLLED
-        for (int64_t row = 0; row < count; ++row, i += rows.stride) block.add(term(i, channel, part), channel.mean, row);
-        block.end();
-        sums[j / T::width] = here;
+INLINE void sum_block_of_rows(const Table<T>& table, const Rows& rows, int64_t j, const Term& term, Sums<T>* sums) {
+    const Channel<typename T::Vector> channel = table.from(j);
+    Sums<T> here = sums[j / T::width];
+    typename Sums<T>::Block block = {here, here};
+    int64_t i = rows.first + j;
+    UNROLLED
+    for (int64_t row = 0; row < vectors_of_block; ++row) term.fetch(i + (vectors_of_block + row) * rows.stride, 1);
+    for_block<Term>([&](int64_t row) INLINED {
+        block.add(term(i, channel, Whole{}), channel.mean, row);
+        i += rows.stride;
     });
+    block.end();
+    sums[j / T::width] = here;
 }
 
-// Adds the rows to the sums of their columns, of which a vector of `sums` has one a lane.
+// Adds the rows to the sums of their columns, of which a vector of `sums` has one a lane. Where there are `copies`, the rows are theirs.
 template <class T, class Term>
-INLINE void sum_columns(const Table<T>& table, const Rows& all, const Term term, Sums<T>* sums) {
-    for_tiles(all.columns, [&](int64_t j0, int64_t j1) INLINED {
+void sum_columns(const Task& task, const Table<T>& table, const Rows& all, const Copies<T>& copies, Sums<T>* sums) {
+    const Term term = Term::of(task, copies);
+    for (int64_t j0 = 0; j0 < all.columns; j0 += tile_columns) {
+        const int64_t j1 = at_most(j0 + tile_columns, all.columns);
         Rows rows = all;
-        for (; rows.count >= vectors_of_block; rows.count -= vectors_of_block, rows.first += vectors_of_block * rows.stride)
-            sum_together(table, rows, j0, j1, vectors_of_block, term, sums);
-        if (rows.count > 0) sum_together(table, rows, j0, j1, rows.count, term, sums);
-    });
+        while (rows.count > 0) {
+            const int64_t count = at_most(rows.count, vectors_of_block);
+            int64_t j = j0;
+            if (count == vectors_of_block) {
+                for (; j + T::width <= j1; j += T::width) sum_block_of_rows(table, rows, j, term, sums);
+            } else {
+                for (; j + T::width <= j1; j += T::width) sum_rows(table, rows, j, count, term, Whole{}, sums);
+            }
+            if (j < j1) sum_rows(table, rows, j, count, term, Some{(int)(j1 - j)}, sums);
+            rows.count -= count, rows.first += count * rows.stride;
+        }
+    }
 }
 
-// Maps `count` rows, at most `rows_of_map`; what lies `ahead` of each element is asked for. A mask is one of the columns, the same for
-// all rows.
+// Maps columns `begin` ... `end` - 1; what lies `ahead` of each element is prefetched. Where they are not whole vectors, the last vector
+// overlaps the one before it: a map may write an element twice. An odd row counts as two at one place.
 template <bool stream, class T, class Map, class Out>
-INLINE void map_together(
-    const Table<T>& table, const Rows& rows, int64_t j0, int64_t j1, int64_t count, int64_t ahead, const Map& map, const Out& out) {
-    for_columns<T>(j0, j1, [&](int64_t j, auto part) INLINED {
-        const Channel<typename T::Vector> channel = table.from(j);
-        int64_t i = rows.first + j;
-        if (count == rows_of_map) {
-            UNROLLED
-            for (int64_t row = 0; row < rows_of_map; ++row) map.fetch(i + row * rows.stride + ahead, 1);
-        }
-        UNROLLED
-        for (int64_t row = 0; row < count; ++row, i += rows.stride) {
-            const auto values = map(i, j, channel, part);
-            if constexpr (stream && decltype(part)::is_whole) {
-                out.stream(i, values);
-            } else {
-                out.store(i, values, part);
+NOINLINE void map_whole_columns(
+    const Table<T>& table, const Rows& all, int64_t begin, int64_t end, int64_t ahead, const Map& given, const Out& given_out) {
+    const Map map = given;
+    const Out out = given_out;
+    for (int64_t j0 = begin; j0 < end; j0 += tile_columns) {
+        const int64_t last = at_most(j0 + tile_columns, end) - T::width;
+        for (int64_t row = 0; row < all.count; row += rows_of_map) {
+            const int64_t first = all.first + row * all.stride, stride = row + 1 < all.count ? all.stride : 0;
+            for (int64_t j = at_most(j0, last);; j = at_most(j + T::width, last)) {
+                const Channel<typename T::Vector> channel = table.from(j);
+                UNROLLED
+                for (int64_t second = 0; second < rows_of_map; ++second) map.fetch(first + j + second * stride + ahead, 1);
+                UNROLLED
+                for (int64_t second = 0; second < rows_of_map; ++second) {
+                    const int64_t i = first + j + second * stride;
+                    const auto values = map(i, j, channel, Whole{});
+                    if constexpr (stream) {
+                        out.stream(i, values);
+                    } else {
+                        out.store(i, values, Whole{});
+                    }
+                }
+                if (j >= last) break;
             }
         }
-    });
+    }
 }
 
-template <bool stream, class T, class Map, class Out>
-INLINE void map_columns(const Table<T>& table, const Rows& all, int64_t ahead, const Map map, const Out out) {
-    for_tiles(all.columns, [&](int64_t j0, int64_t j1) INLINED {
-        Rows rows = all;
-        for (; rows.count >= rows_of_map; rows.count -= rows_of_map, rows.first += rows_of_map * rows.stride)
-            map_together<stream>(table, rows, j0, j1, rows_of_map, ahead, map, out);
-        if (rows.count > 0) map_together<stream>(table, rows, j0, j1, rows.count, ahead, map, out);
-    });
+// Maps rows, around the cache where that is asked for: then they begin at a vector's alignment.
+template <class T, class Map>
+void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool stream, int64_t ahead) {
+    const Map map = Map::of(task);
+    const Outputs<T, Map::writes_two> out(task);
+    if (rows.columns < T::width) {
+        const Channel<typename T::Vector> channel = table.from(0);
+        for (int64_t row = 0; row < rows.count; ++row)
+            map_few(rows.first + row * rows.stride, 0, channel, Some{(int)rows.columns}, map, out);
+        return;
+    }
+    const int64_t whole = stream ? rows.columns / T::width * T::width : 0;
+    if (whole) map_whole_columns<true>(table, rows, 0, whole, ahead, map, out);
+    if (whole < rows.columns)
+        map_whole_columns<false>(table, rows, whole ? rows.columns - T::width : 0, rows.columns, ahead, map, out);
 }
+
+// What differs from call to call; the loops around them are compiled once for each storage type.
+template <class T>
+struct ColumnLoops {
+    void (*sum)(const Task&, const Table<T>&, const Rows&, const Copies<T>&, Sums<T>*);
+    void (*sum_again)(const Task&, const Table<T>&, const Rows&, const Copies<T>&, Sums<T>*);  // about the mean of the first sums
+    void (*map)(const Task&, const Table<T>&, const Rows&, bool stream, int64_t ahead);
+};
 
 }  // namespace

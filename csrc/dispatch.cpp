@@ -1,4 +1,4 @@
-// Picks, once, the build of kernels.cpp for this processor, and for each call how many threads it is worth and whether its output
+// Picks, once, the build of the kernels for this processor, and for each call how many threads it is worth and whether its output
 // should go around the cache.
 #include <pthread.h>
 #include <stdlib.h>
@@ -6,21 +6,37 @@
 
 #include "api.h"
 #include "counted.h"
+#include "threads.h"
 
 namespace batchnorm {
 
-void run_baseline(Task& task);
+// What one instruction set's build offers; null where the library was made without it.
 #if defined(__x86_64__)
-void run_x86_64_v3(Task& task);
-void run_x86_64_v4(Task& task);
-void run_x86_64_v4_bf16(Task& task);
+#define MAYBE __attribute__((weak))
+#else
+#define MAYBE
+#endif
+#define DECLARE_BUILD(isa)           \
+    namespace isa {                  \
+    MAYBE void run_float(Task& task); \
+    MAYBE void run_half(Task& task);  \
+    }
+DECLARE_BUILD(baseline)
+#if defined(__x86_64__)
+DECLARE_BUILD(x86_64_v3)
+DECLARE_BUILD(x86_64_v4)
+DECLARE_BUILD(x86_64_v4_bf16)
 #endif
 
 namespace {
 
 struct Build {
     const char* name;
-    void (*run)(Task&);
+    void (*run_float)(Task&);
+    void (*run_half)(Task&);
+    bool supported;  // by this processor
+
+    bool usable() const { return run_float && run_half && supported; }
 };
 
 // BATCHNORM_INSTRUCTION_SET names a slower one than the processor has, for tests.
@@ -35,11 +51,19 @@ Build fastest_build() {
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (v4 && __builtin_cpu_supports("avx512bf16") && wanted("AVX-512 BF16")) return {"AVX-512 BF16", run_x86_64_v4_bf16};
-    if (v4 && wanted("AVX-512")) return {"AVX-512", run_x86_64_v4};
-    if (v3 && wanted("AVX2")) return {"AVX2", run_x86_64_v3};
+    const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+    const Build builds[] = {{"AVX-512 BF16", x86_64_v4::run_float, x86_64_v4_bf16::run_half, bf16},
+                            {"AVX-512", x86_64_v4::run_float, x86_64_v4::run_half, v4},
+                            {"AVX2", x86_64_v3::run_float, x86_64_v3::run_half, v3},
+                            {"baseline", baseline::run_float, baseline::run_half, true}};
+#else
+    const Build builds[] = {{"baseline", baseline::run_float, baseline::run_half, true}};
 #endif
-    return {"baseline", run_baseline};
+    for (const Build& build : builds)
+        if (build.usable() && wanted(build.name)) return build;
+    for (const Build& build : builds)  // the one wanted is not to be had
+        if (build.usable()) return build;
+    return {};
 }
 
 const Build build = fastest_build();
@@ -56,7 +80,8 @@ void run_group(Task& task) {
     const int64_t worth = task.N * task.C * task.S / values_worth_a_thread;
     if (worth < 2) task.threads = 1;
     if (task.threads > worth) task.threads = worth < 1 ? 1 : (int)worth;
-    build.run(task);
+    const bool is_half = task.dtype == Dtype::bfloat16 || task.dtype == Dtype::float16;
+    (is_half ? build.run_half : build.run_float)(task);
 }
 
 template <class Pointer>
@@ -91,14 +116,13 @@ void run(Task& task) {
     // A thread for each group, unless they would wait for one another more than half as long as they work.
     const bool apart = task.threads > 1 && rounds * task.threads * 2 <= task.groups * 3 &&
                        task.N * task.C * task.S >= 2 * values_worth_a_thread;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(task.threads) if (apart)
-    for (int64_t number = 0; number < task.groups; ++number) {
+    parallel(apart ? task.threads : 1, task.groups, [&](int64_t number) {
         Task group = group_of(task, number);
         if (apart) group.threads = 1;
         run_group(group);
-    }
+    });
 }
 
-const char* instruction_set() { return build.name; }
+const char* instruction_set() { return build.usable() ? build.name : nullptr; }
 
 }  // namespace batchnorm

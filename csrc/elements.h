@@ -4,12 +4,22 @@
 #include "activation.h"
 #include "channels.h"
 #include "counted.h"
+#include "threads.h"
 
 namespace {
+
+using batchnorm::parallel;
 
 constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, that are summed by one thread
 
 enum class Residual { none, some, asked };  // known to the compiler, or asked about for each vector
+
+// Copies of x, dy and the residual, in this order, `apart` elements from one to the next.
+template <class T>
+struct Copies {
+    typename T::Element* first = nullptr;
+    int64_t apart = 0;
+};
 
 // The tensors of one call, and the elementwise formulas over them. `i` is the place of an element in x, `m` in the mask.
 template <class Storage, class Act, Residual with_residual, bool masked>
@@ -25,13 +35,13 @@ struct Elements {
     const uint8_t *mask, *mask_end;
     Act activation;
 
-    Elements(const Task& task, Act activation)
+    explicit Elements(const Task& task)
         : x((const Element*)task.x),
           dy((const Element*)task.dy),
           residual((const Element*)task.residual),
           mask(task.mask),
           mask_end(task.mask + task.N * task.S),
-          activation(activation) {}
+          activation(task) {}
     Elements(const Element* x, const Element* dy, const Element* residual, Act activation)
         : x(x), dy(dy), residual(residual), mask(nullptr), mask_end(nullptr), activation(activation) {}
 
@@ -43,9 +53,10 @@ struct Elements {
     }
     // The same where every element counts.
     Unmasked unmasked() const { return {x, dy, residual, activation}; }
-    // And over copies, `apart` elements from one tensor's to the next one's.
-    Unmasked over(const Element* copies, int64_t apart) const {
-        return {copies, copies + apart, residual ? copies + 2 * apart : nullptr, activation};
+    // And over copies, if there are any.
+    Unmasked over(const Copies<T>& copies) const {
+        if (!copies.first) return unmasked();
+        return {copies.first, copies.first + copies.apart, residual ? copies.first + 2 * copies.apart : nullptr, activation};
     }
 
     // Asks for what will be read of the `count` vectors from `i` on.
@@ -94,17 +105,10 @@ struct Elements {
 template <class E, bool about_zero = Sums<typename E::T>::about_zero>
 struct MomentTerm {
     static constexpr bool has_mask = E::has_mask;
+    static constexpr int64_t unrolled = vectors_of_block;
     const typename E::Unmasked elements;
 
-    MomentTerm over(const typename E::Element* copies, int64_t apart) const { return {elements.over(copies, apart)}; }
-    // The same about the mean that the first sums gave.
-    MomentTerm<E, false> again() const { return {elements}; }
-    // body(tensor, number) for each tensor that is read.
-    template <class Body>
-    INLINE void each(const Body& body) const {
-        body(elements.x, 0);
-    }
-
+    static MomentTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
     template <class Part>
@@ -122,16 +126,10 @@ struct MomentTerm {
 template <class E>
 struct GradTerm {
     static constexpr bool has_mask = E::has_mask;
+    static constexpr int64_t unrolled = E::Activation::unrolled;
     const typename E::Unmasked elements;
 
-    GradTerm over(const typename E::Element* copies, int64_t apart) const { return {elements.over(copies, apart)}; }
-    GradTerm again() const { return *this; }
-    template <class Body>
-    INLINE void each(const Body& body) const {
-        body(elements.x, 0), body(elements.dy, 1);
-        if (elements.residual) body(elements.residual, 2);
-    }
-
+    static GradTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
     template <class Part>
@@ -142,6 +140,15 @@ struct GradTerm {
         return {g, Sums<typename E::T>::grads_about_zero ? x : d};
     }
 };
+
+// body(number) for each vector of a block.
+template <class Term, class Body>
+INLINE void for_block(const Body& body) {
+    for (int64_t first = 0; first < vectors_of_block; first += Term::unrolled) {
+        UNROLLED
+        for (int64_t number = 0; number < Term::unrolled; ++number) body(first + number);
+    }
+}
 
 // A map writes one tensor, or two where it gives dresidual as well.
 template <class Vector>
@@ -154,6 +161,7 @@ struct NormalizeMap {
     static constexpr bool has_mask = E::has_mask, writes_two = false;
     const E elements;
 
+    static NormalizeMap of(const Task& task) { return {E(task)}; }
     NormalizeMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
 
@@ -171,6 +179,7 @@ struct InputGradMap {
     static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual;
     const E elements;
 
+    static InputGradMap of(const Task& task) { return {E(task)}; }
     InputGradMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
 
@@ -216,17 +225,15 @@ struct Outputs {
     }
 };
 
+// Less than a vector.
+template <class Vector, class Map, class Out>
+NOINLINE void map_few(int64_t i, int64_t m, const Channel<Vector>& channel, Some part, const Map& map, const Out& out) {
+    out.store(i, map(i, m, channel, part), part);
+}
+
 constexpr int tensors_of_a_sum = 3;  // x, dy and the residual
 
-// Runs body(0 ... tasks - 1) on up to `threads` threads; the caller alone where one will do, without waking OpenMP.
-template <class Body>
-void parallel(int threads, int64_t tasks, const Body& body) {
-    if (threads <= 1 || tasks <= 1) {
-        for (int64_t task = 0; task < tasks; ++task) body(task);
-        return;
-    }
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)(threads < tasks ? threads : tasks))
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-}
+// How many tensors both passes of a call read.
+inline int tensors_of_both(const Task& task) { return task.dy ? task.residual ? 3 : 2 : 1; }
 
 }  // namespace

@@ -62,7 +62,8 @@ class Block {
     int64_t size, mapped = 0;
 };
 
-void fuzz_one() {
+// What every thread count gave: a hash of all results.
+uint64_t fuzz_one() {
     Task task = {};
     task.verb = (Verb)(numbers() % 6);
     task.dtype = (Dtype)(numbers() % 4);
@@ -134,12 +135,18 @@ void fuzz_one() {
             exit(1);
         }
     }
+    return first;
 }
 
 }  // namespace
 
+// `fuzz CALLS` looks for faults; `fuzz CALLS hashes` prints a line for each call too, for comparing two commits.
 int main(int, char** arguments) {
     const int runs = arguments[1] ? atoi(arguments[1]) : 1000;
-    for (int i = 0; i < runs; ++i) fuzz_one();
+    const bool hashes = arguments[1] && arguments[2];
+    for (int i = 0; i < runs; ++i) {
+        const uint64_t hash = fuzz_one();
+        if (hashes) printf("%d %016llx\n", i, (unsigned long long)hash);
+    }
     printf("%d calls, %s: nothing found\n", runs, instruction_set());
 }

@@ -23,12 +23,10 @@ constexpr int64_t longest_joint_row = 4096;
 template <class T>
 class Interleaved {
   public:
-    typedef typename T::Real Real;
     typedef typename T::Element Element;
-    typedef typename T::Vector Vector;
-
-    explicit Interleaved(Task& task)
+    Interleaved(Task& task, ColumnLoops<T> loops)
         : task(task),
+          loops(loops),
           channels(task, joined_rows(task)),
           C(task.C),
           M(task.N * task.S),
@@ -39,39 +37,32 @@ class Interleaved {
         batchnorm::for_runs(task.mask, M, M, rows_of_chunk(task.counted), [&](int64_t chunk, Run run) { runs.add(chunk, run); });
     }
 
-    template <class Term, class Map>
-    void fused(const Term& term, const Map& map, int tensors) {
-        reduce(term, tensors);
-        map_backwards(map);
+    void fused() {
+        reduce();
+        map_backwards();
     }
 
-    template <class Term>
-    void reduce(const Term& term, int) {
+    void reduce() {
         const int64_t chunks = task.mask ? runs.chunks : this->chunks;
         double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
         channels.begin(0, C, [&](int64_t c) { return typical(c); });
-        const auto sum = [&](const auto& term) {
-            parallel(task.threads, chunks, [&](int64_t chunk) { sum_chunk(chunk, term, sums + 2 * C * chunk); });
-            for (int64_t chunk = 1; chunk < chunks; ++chunk)
-                for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
-        };
-        sum(term);
+        sum_chunks(loops.sum, chunks, sums);
         if (channels.finish(0, C, sums, sums + C, false)) {
-            sum(term.again());
+            sum_chunks(loops.sum_again, chunks, sums);
             for (int64_t c = 0; c < C; ++c)
                 if (channels.is_open(c)) channels.finish(c, c + 1, sums + c, sums + C + c, true);
         }
         free(sums);
     }
 
-    template <class Map>
-    void map(const Map& map) {
+    void map() {
         channels.set_all();
-        map_backwards(map);
+        map_backwards();
     }
 
   private:
     Task& task;
+    const ColumnLoops<T> loops;
     Channels<T> channels;
     const int64_t C, M, rows, chunks;
     batchnorm::Chunked<Run> runs;
@@ -81,10 +72,16 @@ class Interleaved {
         return divide_up(divide_up(values, C), joint) * joint;
     }
 
-    template <class Map>
-    void map_backwards(const Map& map) {
+    // The chunks' sums, added in order to those of the first.
+    void sum_chunks(decltype(ColumnLoops<T>::sum) sum, int64_t chunks, double* sums) const {
+        parallel(task.threads, chunks, [&](int64_t chunk) { sum_chunk(sum, chunk, sums + 2 * C * chunk); });
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+            for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
+    }
+
+    void map_backwards() const {
         parallel(task.threads, chunks, [&](int64_t number) {
-            map_chunk(chunks - 1 - number, map);
+            map_chunk(chunks - 1 - number);
             if (task.stream) end_streaming();
         });
     }
@@ -106,7 +103,7 @@ class Interleaved {
 
     // Rows m0 ... m1 - 1 as rows of the joint length, and what is left of them.
     template <class Body>
-    void for_rows(int64_t m0, int64_t m1, const Body& body) {
+    void for_rows(int64_t m0, int64_t m1, const Body& body) const {
         const int64_t length = C * channels.copies, whole = (m1 - m0) / channels.copies;
         if (whole) body(Rows{m0 * C, whole, length, length});
         m0 += whole * channels.copies;
@@ -115,7 +112,7 @@ class Interleaved {
 
     // body(m0, m1, counted) for each run of rows that count or do not.
     template <class Body>
-    void for_counted_and_not(int64_t m, int64_t end, const Body& body) {
+    void for_counted_and_not(int64_t m, int64_t end, const Body& body) const {
         if (!task.mask) return body(m, end, true);
         while (m < end) {
             const bool counts = task.mask[m] != 0;
@@ -126,16 +123,15 @@ class Interleaved {
     }
 
     // The sums of a chunk: (2, C), Σ value and Σ product.
-    template <class Term>
-    __attribute__((noinline)) void sum_chunk(int64_t chunk, const Term& term, double* totals) {
+    void sum_chunk(decltype(ColumnLoops<T>::sum) sum, int64_t chunk, double* totals) const {
         const int64_t length = C * channels.copies, vectors = divide_up(length, T::width);
         Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, vectors * sizeof(Sums<T>));
         for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
         if (task.mask) {
-            sum_counted(chunk, term, sums);
+            sum_counted(sum, chunk, sums);
         } else {
             for_rows(chunk * rows, at_most((chunk + 1) * rows, M),
-                     [&](const Rows& some) { sum_columns(channels.table, some, term, sums); });
+                     [&](const Rows& some) { sum(task, channels.table, some, {}, sums); });
         }
         double* columns = (double*)malloc(2 * vectors * T::width * sizeof(double));
         double* products = columns + vectors * T::width;
@@ -156,20 +152,19 @@ class Interleaved {
 
     // The counted rows of a chunk, as if they lay side by side: what a run leaves over waits for the next one, of rows that join and of
     // rows that are added up together.
-    template <class Term>
-    void sum_counted(int64_t chunk, const Term& term, Sums<T>* sums) {
+    void sum_counted(decltype(ColumnLoops<T>::sum) sum, int64_t chunk, Sums<T>* sums) const {
         const int64_t joint = channels.copies, length = C * joint, together = joint * Sums<T>::vectors_together;
-        Element* copies = (Element*)malloc(tensors_of_a_sum * C * together * sizeof(Element));
-        const auto copied = term.over(copies, C * together);
+        const Copies<T> copies = {(Element*)malloc(tensors_of_a_sum * C * together * sizeof(Element)), C * together};
         int64_t waiting = 0;
         const auto wait = [&](int64_t m, int64_t count) {
-            term.each([&](const Element* from, int tensor) {
-                memcpy(copies + (tensor * together + waiting) * C, from + m * C, count * C * sizeof(Element));
-            });
+            const void* const tensors[tensors_of_a_sum] = {task.x, task.dy, task.residual};
+            for (int tensor = 0; tensor < tensors_of_both(task); ++tensor)
+                memcpy(copies.first + tensor * copies.apart + waiting * C, (const Element*)tensors[tensor] + m * C,
+                       count * C * sizeof(Element));
             waiting += count;
         };
         const auto sum_waiting = [&] {
-            for_rows(0, waiting, [&](const Rows& some) { sum_columns(channels.table, some, copied, sums); });
+            for_rows(0, waiting, [&](const Rows& some) { sum(task, channels.table, some, copies, sums); });
             waiting = 0;
         };
         for (const Run* run = runs.begin(chunk); run < runs.end(chunk); ++run) {
@@ -183,26 +178,21 @@ class Interleaved {
                 sum_waiting();
             }
             const int64_t whole = (end - m) / together * together;
-            if (whole) sum_columns(channels.table, Rows{m * C, whole / joint, length, length}, term, sums);
+            if (whole) sum(task, channels.table, Rows{m * C, whole / joint, length, length}, {}, sums);
             m += whole;
             if (m < end) wait(m, end - m);
         }
         sum_waiting();
-        free(copies);
+        free(copies.first);
     }
 
-    template <class Map>
-    __attribute__((noinline)) void map_chunk(int64_t chunk, const Map& map) {
-        const Outputs<T, Map::writes_two> out(task);
+    void map_chunk(int64_t chunk) const {
+        const Outputs<T, true> out(task);
         const bool aligned = C * channels.copies * sizeof(Element) % cache_line == 0;
         for_counted_and_not(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
-            for_rows(m0, m1, [&](const Rows& some) {
-                const int64_t ahead = rows_of_map * some.stride;
-                stream ? map_columns<true>(channels.table, some, ahead, map, out)
-                       : map_columns<false>(channels.table, some, ahead, map, out);
-            });
+            for_rows(m0, m1, [&](const Rows& some) { loops.map(task, channels.table, some, stream, rows_of_map * some.stride); });
         });
     }
 };

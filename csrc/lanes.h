@@ -15,6 +15,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // of a lambda
+#define NOINLINE __attribute__((noinline))      // what is compiled once, wherever it is called
 #define UNROLLED _Pragma("GCC unroll 16")
 
 namespace {
@@ -197,14 +198,14 @@ INLINE void end_streaming() {
 // Partial loads and stores go through the stack, but for AVX-512, which has masked ones (7x7 planes end in one odd element), and for
 // the loads of AVX2; its masked stores take as long.
 template <class Storage>
-INLINE typename Storage::Vector load_through_stack(const typename Storage::Element* from, Some some) {
+NOINLINE typename Storage::Vector load_through_stack(const typename Storage::Element* from, Some some) {
     typename Storage::Element buffer[Storage::width] = {};
     for (int lane = some.begin; lane < some.end; ++lane) buffer[lane] = from[lane];
     return Storage::load(buffer, Whole{});
 }
 
 template <class Storage>
-INLINE void store_through_stack(typename Storage::Element* to, typename Storage::Vector values, Some some) {
+NOINLINE void store_through_stack(typename Storage::Element* to, typename Storage::Vector values, Some some) {
     typename Storage::Element buffer[Storage::width];
     Storage::store(buffer, values, Whole{});
     for (int lane = some.begin; lane < some.end; ++lane) to[lane] = buffer[lane];
@@ -216,6 +217,7 @@ struct Float32 {
     typedef Floats Vector;
     typedef Ints Mask;
     typedef BytePerFloat Bytes;
+    static constexpr bool is_common = true;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
@@ -248,6 +250,7 @@ struct Float64 {
     typedef Doubles Vector;
     typedef Longs Mask;
     typedef BytePerDouble Bytes;
+    static constexpr bool is_common = false;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
@@ -283,6 +286,7 @@ struct ExactFloat32 {
     typedef Doubles Vector;
     typedef Longs Mask;
     typedef BytePerDouble Bytes;
+    static constexpr bool is_common = false;
     static constexpr int width = Float64::width;
 
     static INLINE Vector load(const Element* from, Whole) {
@@ -333,6 +337,7 @@ struct Half {
     typedef Floats Vector;
     typedef Ints Mask;
     typedef BytePerFloat Bytes;
+    static constexpr bool is_common = Format::is_common;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return Format::widen(load_vector<Halves>(from)); }
@@ -356,6 +361,7 @@ struct Half {
 
 // The upper half of a float32, rounded to nearest even.
 struct BFloat16Format {
+    static constexpr bool is_common = true;
 #if defined(__AVX512BW__)
     // In 1 and in 6 instructions, for the 2 and 11 of the plain ones: they are most of what a map of half precision takes.
     static INLINE Floats widen(Halves halves) {
@@ -397,6 +403,7 @@ struct BFloat16Format {
 
 // IEEE binary16: instructions where there are some, otherwise bits (after F. Giesen, "Float->half variants", public domain).
 struct Float16Format {
+    static constexpr bool is_common = false;
 #if defined(__AVX512F__)
     static INLINE Floats widen(Halves halves) { return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(halves))); }
     static INLINE Halves narrow(Floats values) {

@@ -27,13 +27,20 @@ struct Span {
 template <class T>
 class Planar {
   public:
-    typedef typename T::Real Real;
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
-    static constexpr int64_t ahead = bytes_ahead / sizeof(Element);
+    typedef void (Planar::*Sum)(int64_t c0, int64_t c1, int64_t chunk, double* values, double* products) const;
+    // What differs from call to call; the rest is compiled once for each storage type.
+    struct Loops {
+        ColumnLoops<T> columns;  // without a mask
+        Sum sum, sum_again;      // as `columns`
+        void (Planar::*map)(int64_t c0, int64_t c1, const Span& span, int64_t next) const;
+        void (Planar::*map_joined)(int64_t c0, int64_t c1, const Span& span, bool stream, int64_t ahead) const;  // under a mask
+    };
 
-    explicit Planar(Task& task)
+    Planar(Task& task, Loops loops)
         : task(task),
+          loops(loops),
           channels(task, 1),
           N(task.N),
           C(task.C),
@@ -51,39 +58,119 @@ class Planar {
     }
 
     // Both passes over one block of channels after the other.
-    template <class Term, class Map>
-    void fused(const Term& term, const Map& map, int tensors) {
-        const int64_t block = channels_per_task(tensors), tasks = divide_up(C, block);
+    void fused() {
+        const int64_t block = channels_per_task(tensors_of_both(task)), tasks = divide_up(C, block);
         if (too_few(tasks)) {
-            reduce_split(term);
-            return map_in_order(map);
+            reduce_split();
+            return map_in_order();
         }
         parallel(task.threads, tasks, [&](int64_t number) {
             const int64_t c0 = number * block, c1 = at_most(c0 + block, C);
             const int64_t next = from_memory && number + task.threads < tasks ? block * S * task.threads : 0;
-            reduce_block(c0, c1, term);
-            map_span(c0, c1, {0, N, 0, S}, map, next);
+            reduce_block(c0, c1);
+            map_span(c0, c1, {0, N, 0, S}, next);
             if (task.stream) end_streaming();
         });
     }
 
+    void reduce() {
+        const int64_t block = channels_per_task(tensors_of_both(task)), tasks = divide_up(C, block);
+        if (too_few(tasks)) return reduce_split();
+        parallel(task.threads, tasks,
+                 [&](int64_t number) { reduce_block(number * block, at_most((number + 1) * block, C)); });
+    }
+
+    void map() {
+        channels.set_all();
+        map_in_order();
+    }
+
+    // The sums of one chunk of channels c0 ... c1 - 1.
     template <class Term>
-    void reduce(const Term& term, int tensors) {
-        const int64_t block = channels_per_task(tensors), tasks = divide_up(C, block);
-        if (too_few(tasks)) return reduce_split(term);
-        parallel(task.threads, tasks, [&](int64_t number) {
-            reduce_block(number * block, at_most((number + 1) * block, C), term);
-        });
+    void sum_rows(int64_t c0, int64_t c1, int64_t number, double* values, double* products) const {
+        const Term term = Term::of(task);
+        const Span span = chunk(number);
+        Sums<T> sums[block_channels];
+        const int64_t width = span.s1 - span.s0, length = (c1 - c0) * width;
+        for (int64_t n = span.n0; n < span.n1; ++n) {
+            const int64_t run = (n * C + c0) * S + span.s0;
+            const int64_t next = n + 1 < span.n1 ? run + C * S : (span.n0 * C + c1) * S + span.s0;
+            for (int64_t c = c0; c < c1; ++c) {
+                const int64_t at = (c - c0) * S;
+                Sums<T> odd;
+                sum_row(run + at, width, length - at, next - length - run, channels.table.of(c), term, sums[c - c0], odd);
+                sums[c - c0].add(odd);
+            }
+        }
+        for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
+    }
+
+    // The same under a mask: portion by portion, each in all channels: as it lies.
+    template <class Term>
+    void sum_counted(int64_t c0, int64_t c1, int64_t number, double* values, double* products) const {
+        const Term term = Term::of(task);
+        Sums<T> sums[block_channels];
+        const int64_t rows_together = counted.rows_together, samples_ahead = rows_together * C * S, block = (c1 - c0) * S;
+        const int64_t near = ahead / rows_together;
+        for (auto portion = counted.portions.begin(number); portion < counted.portions.end(number); ++portion)
+            for (int64_t c = c0; c < c1; ++c) {
+                const int64_t first = (portion->row * C + c) * S;
+                // What does not count is asked for as well: the map will read it, and memory gives neighbors faster than what lies
+                // apart (14x14 planes took 6.5 ns a line without, 3.2 with it).
+                for (int64_t row = 0; row < portion->rows; ++row)
+                    for (int64_t s = portion->begin; s < portion->end; s += T::width) {
+                        const bool stays = (c - c0) * S + s + near < block;
+                        term.fetch(first + row * C * S + s + near + (stays ? 0 : samples_ahead - block), 1);
+                    }
+                sums[c - c0] = with_vectors(*portion, first, channels.table.of(c), term, sums[c - c0]);
+            }
+        for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
 
     template <class Map>
-    void map(const Map& map) {
-        channels.set_all();
-        map_in_order(map);
+    void map_rows(int64_t c0, int64_t c1, const Span& span, int64_t next) const {
+        const Map map = Map::of(task);
+        const Outputs<T, Map::writes_two> out(task);
+        for (int64_t n = span.n0; n < span.n1; ++n)
+            for (int64_t c = c0; c < c1; ++c)
+                map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, next, out);
+    }
+
+    // Short planes under a mask, sample by sample, in whole vectors over the borders of channels. As columns each vector would need the
+    // numbers of its columns, and a mask of its own, from memory: 14x14 planes took 1.8 times what they take without a mask, and so 1.0.
+    template <class Map>
+    void map_joined(int64_t c0, int64_t c1, const Span& span, bool stream, int64_t ahead) const {
+        uint8_t mask[most_joined + T::width];
+        const Map here = Map::of(task).under(mask, mask + sizeof mask);
+        const Outputs<T, Map::writes_two> out(task);
+        for (int64_t n = span.n0; n < span.n1; ++n) {
+            memcpy(mask, task.mask + n * S, S);
+            for (int64_t have = S; have < S + T::width; have *= 2) memcpy(mask + have, mask, at_most(have, S + T::width - have));
+            int64_t s = 0;
+            for (int64_t c = c0; c < c1; ++c, s -= S) {
+                const int64_t plane = (n * C + c) * S;
+                Channel<Vector> channel = channels.table.of(c);
+                for (; s < S; s += T::width) {
+                    int64_t known = S - s;
+                    for (int64_t other = c + 1; known < T::width && other < c1; ++other, known += S)
+                        channel = joined(channel, channels.table.of(other), Some{(int)known});
+                    if (known < T::width) {
+                        map_few(plane + s, s, channel, Some{(int)known}, here, out);
+                        continue;
+                    }
+                    here.fetch(plane + s + ahead, 1);
+                    const auto written = here(plane + s, s, channel, Whole{});
+                    stream ? out.stream(plane + s, written) : out.store(plane + s, written, Whole{});
+                }
+            }
+        }
     }
 
   private:
+    static constexpr int64_t ahead = bytes_ahead / sizeof(Element);
+
     Task& task;
+    const Loops loops;
     Channels<T> channels;
     const int64_t N, C, S;
     const CountedVectors<T> counted;
@@ -93,8 +180,7 @@ class Planar {
     const bool from_memory;
 
     // A map alone runs through memory as it lies.
-    template <class Map>
-    void map_in_order(const Map& map) {
+    void map_in_order() const {
         const int64_t in_order = at_most(at_least(chunk_values / at_least(S, 1), 1), C);
         const int64_t block = maps_by_columns ? channels_per_task(1) : in_order, blocks = divide_up(C, block);
         const int64_t samples = maps_by_columns ? rows : blocks > 1 ? 1 : at_least(chunk_values / (C * S), 1);
@@ -102,8 +188,8 @@ class Planar {
         parallel(task.threads, pieces * blocks * chunks_of_row, [&](int64_t number) {
             const int64_t s = number % chunks_of_row, rest = number / chunks_of_row;
             const int64_t c0 = rest % blocks * block, n0 = rest / blocks * samples;
-            map_span(c0, at_most(c0 + block, C),
-                     {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)}, map, 0);
+            const Span span = {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)};
+            map_span(c0, at_most(c0 + block, C), span, 0);
             if (task.stream) end_streaming();
         });
     }
@@ -119,7 +205,7 @@ class Planar {
         return Channels<T>::middle(value(0, c, 0), value(0, c, S / 4), value(0, c, S / 2), value(0, c, S / 4 * 3));
     }
 
-    double value(int64_t n, int64_t c, int64_t s) const {
+    NOINLINE double value(int64_t n, int64_t c, int64_t s) const {
         return (double)T::load((const Element*)task.x + (n * C + c) * S + s, Some{1})[0];
     }
 
@@ -143,40 +229,53 @@ class Planar {
         return {n0, at_most(n0 + rows, N), s0, at_most(s0 + row_values, S)};
     }
 
-    template <class Term>
-    void reduce_block(int64_t c0, int64_t c1, const Term& term) {
+    void reduce_block(int64_t c0, int64_t c1) {
         double values[block_channels], products[block_channels];
         channels.begin(c0, c1, [&](int64_t c) { return typical(c); });
-        sum_chunks(c0, c1, term, values, products);
+        sum_chunks(c0, c1, false, values, products);
         if (!channels.finish(c0, c1, values, products, false)) return;
         for (int64_t c = c0; c < c1; ++c) {
             if (!channels.is_open(c)) continue;
-            sum_chunks(c, c + 1, term.again(), values, products);
+            sum_chunks(c, c + 1, true, values, products);
             channels.finish(c, c + 1, values, products, true);
         }
     }
 
-    template <class Term>
-    void sum_chunks(int64_t c0, int64_t c1, const Term& term, double* values, double* products) {
+    void sum_chunks(int64_t c0, int64_t c1, bool again, double* values, double* products) const {
         double value[block_channels], product[block_channels];
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = products[c] = 0.0;
         for (int64_t number = 0; number < chunks; ++number) {
-            sum_chunk(c0, c1, number, term, value, product);
+            sum_chunk(c0, c1, number, again, value, product);
             for (int64_t c = 0; c < c1 - c0; ++c) values[c] += value[c], products[c] += product[c];
         }
     }
 
+    NOINLINE void sum_chunk(int64_t c0, int64_t c1, int64_t number, bool again, double* values, double* products) const {
+        if (!sums_by_columns) return (this->*(again ? loops.sum_again : loops.sum))(c0, c1, number, values, products);
+        const Table<T> table(channels.table, c0, c1, S, false);
+        const int64_t vectors = divide_up(table.places, T::width);
+        alignas(cache_line) uint8_t bytes[(most_columns / T::width + 1) * sizeof(Sums<T>)];
+        Sums<T>* sums = (Sums<T>*)bytes;
+        for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
+        (again ? loops.columns.sum_again : loops.columns.sum)(task, table, rows_of(c0, c1, chunk(number)), {}, sums);
+        alignas(cache_line) double columns[2][most_columns + T::width];
+        for (int64_t j = 0; j < table.places; j += T::width) sums[j / T::width].unpack(columns[0] + j, columns[1] + j);
+        for (int64_t c = 0; c < c1 - c0; ++c) {
+            values[c] = total_of(columns[0] + c * S, S);
+            products[c] = total_of(columns[1] + c * S, S);
+        }
+    }
+
     // Chunk by chunk on all threads, then the same additions in the same order as in `sum_chunks`.
-    template <class Term>
-    void reduce_split(const Term& term) {
+    void reduce_split() {
         double* sums = (double*)malloc(2 * C * (chunks + 1) * sizeof(double));
         double *values = sums + 2 * C * chunks, *products = values + C;
         channels.begin(0, C, [&](int64_t c) { return typical(c); });
-        const auto sum = [&](const auto& term, bool again) {
+        const auto sum_all = [&](bool again) {
             parallel(task.threads, C * chunks, [&](int64_t number) {
                 const int64_t c = number / chunks;
                 if (again && !channels.is_open(c)) return;
-                sum_chunk(c, c + 1, number % chunks, term, sums + 2 * number, sums + 2 * number + 1);
+                sum_chunk(c, c + 1, number % chunks, again, sums + 2 * number, sums + 2 * number + 1);
             });
             for (int64_t c = 0; c < C; ++c) {
                 values[c] = products[c] = 0.0;
@@ -184,56 +283,13 @@ class Planar {
                     values[c] += sums[2 * number], products[c] += sums[2 * number + 1];
             }
         };
-        sum(term, false);
+        sum_all(false);
         if (channels.finish(0, C, values, products, false)) {
-            sum(term.again(), true);
+            sum_all(true);
             for (int64_t c = 0; c < C; ++c)
                 if (channels.is_open(c)) channels.finish(c, c + 1, values + c, products + c, true);
         }
         free(sums);
-    }
-
-    // The sums of one chunk of channels c0 ... c1 - 1.
-    template <class Term>
-    __attribute__((noinline)) void sum_chunk(
-        int64_t c0, int64_t c1, int64_t number, const Term& term, double* values, double* products) {
-        if constexpr (Term::has_mask) return sum_counted(c0, c1, number, term, values, products);
-        const Span span = chunk(number);
-        if (sums_by_columns) return sum_columns_of(c0, c1, span, term, values, products);
-        Sums<T> sums[block_channels];
-        const int64_t width = span.s1 - span.s0, length = (c1 - c0) * width;
-        for (int64_t n = span.n0; n < span.n1; ++n) {
-            const int64_t run = (n * C + c0) * S + span.s0;
-            const int64_t next = n + 1 < span.n1 ? run + C * S : (span.n0 * C + c1) * S + span.s0;
-            for (int64_t c = c0; c < c1; ++c) {
-                const int64_t at = (c - c0) * S;
-                Sums<T> odd;
-                sum_row(run + at, width, length - at, next - length - run, channels.table.of(c), term, sums[c - c0], odd);
-                sums[c - c0].add(odd);
-            }
-        }
-        for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
-    }
-
-    // Portion by portion, each in all channels: as it lies.
-    template <class Term>
-    void sum_counted(int64_t c0, int64_t c1, int64_t number, const Term& term, double* values, double* products) const {
-        Sums<T> sums[block_channels];
-        const int64_t rows_together = counted.rows_together, samples_ahead = rows_together * C * S, block = (c1 - c0) * S;
-        const int64_t near = ahead / rows_together;
-        for (auto portion = counted.portions.begin(number); portion < counted.portions.end(number); ++portion)
-            for (int64_t c = c0; c < c1; ++c) {
-                const int64_t first = (portion->row * C + c) * S;
-                // What does not count is asked for as well: the map will read it, and memory gives neighbors faster than what lies
-                // apart (14x14 planes took 6.5 ns a line without, 3.2 with it).
-                for (int64_t row = 0; row < portion->rows; ++row)
-                    for (int64_t s = portion->begin; s < portion->end; s += T::width) {
-                        const bool stays = (c - c0) * S + s + near < block;
-                        term.fetch(first + row * C * S + s + near + (stays ? 0 : samples_ahead - block), 1);
-                    }
-                sums[c - c0] = with_vectors(*portion, first, channels.table.of(c), term, sums[c - c0]);
-            }
-        for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
 
     template <class Term>
@@ -264,9 +320,9 @@ class Planar {
         for (; j + vectors_of_block * width <= count; j += vectors_of_block * width) {
             term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
             typename Sums<T>::Block block = {even, odd};
-            UNROLLED
-            for (int64_t vector = 0; vector < vectors_of_block; ++vector)
+            for_block<Term>([&](int64_t vector) INLINED {
                 block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector);
+            });
             block.end();
         }
         term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
@@ -280,96 +336,46 @@ class Planar {
         even_sums = even, odd_sums = odd;
     }
 
-    template <class Term>
-    void sum_columns_of(int64_t c0, int64_t c1, Span span, const Term& term, double* values, double* products) {
-        const Table<T> table(channels.table, c0, c1, S, false);
-        const int64_t vectors = divide_up(table.places, T::width);
-        alignas(cache_line) uint8_t bytes[(most_columns / T::width + 1) * sizeof(Sums<T>)];
-        Sums<T>* sums = (Sums<T>*)bytes;
-        for (int64_t vector = 0; vector < vectors; ++vector) sums[vector] = {};
-        sum_columns(table, rows_of(c0, c1, span), term, sums);
-        alignas(cache_line) double columns[2][most_columns + T::width];
-        for (int64_t j = 0; j < table.places; j += T::width) sums[j / T::width].unpack(columns[0] + j, columns[1] + j);
-        for (int64_t c = 0; c < c1 - c0; ++c) {
-            values[c] = total_of(columns[0] + c * S, S);
-            products[c] = total_of(columns[1] + c * S, S);
-        }
-    }
-
-    Rows rows_of(int64_t c0, int64_t c1, Span span) const {
+    Rows rows_of(int64_t c0, int64_t c1, const Span& span) const {
         return {(span.n0 * C + c0) * S, span.n1 - span.n0, C * S, (c1 - c0) * S};
     }
 
-    template <class Map>
-    __attribute__((noinline)) void map_span(int64_t c0, int64_t c1, Span span, const Map& map, int64_t next) {
-        const Outputs<T, Map::writes_two> out(task);
-        if (maps_by_columns) {
-            const Rows rows = rows_of(c0, c1, span);
-            const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && out.to_alignment(rows.first) == 0;
-            const bool stream = task.stream && aligned;
-            const int64_t ahead = next ? next : rows_of_map * rows.stride;
-            if constexpr (Map::has_mask) {
-                return stream ? map_joined<true>(c0, c1, span, ahead, map, out) : map_joined<false>(c0, c1, span, ahead, map, out);
-            } else {
-                const Table<T> table(channels.table, c0, c1, S, true);
-                return stream ? map_columns<true>(table, rows, ahead, map, out) : map_columns<false>(table, rows, ahead, map, out);
-            }
-        }
-        for (int64_t n = span.n0; n < span.n1; ++n)
-            for (int64_t c = c0; c < c1; ++c)
-                map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, next, out);
+    void map_span(int64_t c0, int64_t c1, const Span& span, int64_t next) const {
+        if (!maps_by_columns) return (this->*loops.map)(c0, c1, span, next);
+        const Rows rows = rows_of(c0, c1, span);
+        const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && Outputs<T, true>(task).to_alignment(rows.first) == 0;
+        const int64_t ahead = next ? next : rows_of_map * rows.stride;
+        if (task.mask) return (this->*loops.map_joined)(c0, c1, span, task.stream && aligned, ahead);
+        loops.columns.map(task, Table<T>(channels.table, c0, c1, S, true), rows, task.stream && aligned, ahead);
     }
 
-    // Short planes under a mask, sample by sample, in whole vectors over the borders of channels. As columns each vector would need the
-    // numbers of its columns, and a mask of its own, from memory: 14x14 planes took 1.8 times what they take without a mask, and so 1.0.
-    template <bool stream, class Map, class Out>
-    INLINE void map_joined(int64_t c0, int64_t c1, Span span, int64_t ahead, const Map map, const Out out) const {
-        uint8_t mask[most_joined + T::width];
-        const Map here = map.under(mask, mask + sizeof mask);
-        for (int64_t n = span.n0; n < span.n1; ++n) {
-            memcpy(mask, task.mask + n * S, S);
-            for (int64_t have = S; have < S + T::width; have *= 2) memcpy(mask + have, mask, at_most(have, S + T::width - have));
-            int64_t s = 0;
-            for (int64_t c = c0; c < c1; ++c, s -= S) {
-                const int64_t plane = (n * C + c) * S;
-                Channel<Vector> channel = channels.table.of(c);
-                for (; s + T::width <= S; s += T::width) map_vector<stream>(plane + s, s, channel, Whole{}, ahead, here, out);
-                if (s >= S) continue;
-                int64_t known = S - s;
-                for (int64_t other = c + 1; known < T::width && other < c1; ++other, known += S)
-                    channel = joined(channel, channels.table.of(other), Some{(int)known});
-                if (known < T::width) {
-                    map_vector<false>(plane + s, s, channel, Some{(int)known}, ahead, here, out);
-                } else {
-                    map_vector<stream>(plane + s, s, channel, Whole{}, ahead, here, out);
-                }
-                s += T::width;
-            }
-        }
-    }
-
+    // Where a row is not whole vectors, its last vector overlaps the one before it; around the cache, its first one the second, so that
+    // those are aligned. A map may write an element twice.
     template <class Map, class Out>
     INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, int64_t next, const Out out) const {
         constexpr int64_t width = T::width;
-        const int64_t head = task.stream ? out.to_alignment(i) : -1;
-        int64_t j = 0;
-        if (head >= 0 && head < count) {
-            if (head > 0) map_vector<false>(i, m, channel, Some{(int)head}, next, map, out);
-            for (j = head; j + width <= count; j += width) map_vector<true>(i + j, m + j, channel, Whole{}, next, map, out);
-        } else {
-            for (; j + width <= count; j += width) map_vector<false>(i + j, m + j, channel, Whole{}, next, map, out);
+        if (count < width) return map_few(i, m, channel, Some{(int)count}, map, out);
+        const int64_t head = task.stream ? out.to_alignment(i) : -1, last = count - width;
+        int64_t j = 0, step = width;
+        if (head >= 0 && head <= last) {
+            for (j = head; j <= last; j += width) map_vector<true>(i + j, m + j, channel, next, map, out);
+            step = last;
+            if (head == 0 && j == count) return;
+            j = head ? 0 : last;
         }
-        if (j < count) map_vector<false>(i + j, m + j, channel, Some{(int)(count - j)}, next, map, out);
+        for (;; j = at_most(j + step, last)) {
+            map_vector<false>(i + j, m + j, channel, next, map, out);
+            if (j >= last) break;
+        }
     }
 
-    template <bool stream, class Part, class Map, class Out>
-    static INLINE void map_vector(
-        int64_t i, int64_t m, const Channel<Vector>& channel, Part part, int64_t ahead, const Map map, const Out out) {
+    template <bool stream, class Map, class Out>
+    static INLINE void map_vector(int64_t i, int64_t m, const Channel<Vector>& channel, int64_t ahead, const Map& map, const Out& out) {
         map.fetch(i + ahead, 1);
         if constexpr (stream) {
-            out.stream(i, map(i, m, channel, part));
+            out.stream(i, map(i, m, channel, Whole{}));
         } else {
-            out.store(i, map(i, m, channel, part), part);
+            out.store(i, map(i, m, channel, Whole{}), Whole{});
         }
     }
 };

@@ -268,6 +268,9 @@ def _load() -> tuple[str | None, str | None]:
     except OSError as error:
         return f"the C++ kernels could not be loaded: {error}", None
     library.batchnorm_register.restype = library.batchnorm_instruction_set.restype = ctypes.c_char_p
+    instruction_set = library.batchnorm_instruction_set()
+    if instruction_set is None:
+        return "the C++ kernels were built for another processor (BATCHNORM_BUILDS=all builds them for each)", None
     for schema in _SCHEMAS:
         torch.library.define(f"batchnorm::{schema.partition('(')[0]}", schema[schema.index("(") :])
     problem = library.batchnorm_register()
@@ -275,7 +278,7 @@ def _load() -> tuple[str | None, str | None]:
         return f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", None
     for verb, fake in _FAKES.items():
         torch.library.register_fake(f"batchnorm::{verb}", fake)
-    return None, library.batchnorm_instruction_set().decode()
+    return None, instruction_set.decode()
 
 
 def _like(x: Tensor) -> Tensor:

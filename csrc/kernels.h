@@ -1,0 +1,80 @@
+// The verbs of kernels/contract.py over both layouts, for each storage type. Two files run it, kernels_float.cpp and kernels_half.cpp, and
+// each of them is built once for every instruction set, with BATCHNORM_ISA as the namespace of its entry.
+#pragma once
+
+#include "interleaved.h"
+#include "planar.h"
+
+namespace {
+
+template <class Layout, class Loops>
+NOINLINE void run_loops(Task& task, const Loops& loops) {
+    Layout layout(task, loops);
+    switch (task.verb) {
+        case Verb::moments:
+        case Verb::reduce_grad: return layout.reduce();
+        case Verb::normalize:
+        case Verb::input_grad: return layout.map();
+        case Verb::forward:
+        case Verb::backward: return layout.fused();
+    }
+}
+
+bool goes_forward(const Task& task) {
+    return task.verb == Verb::moments || task.verb == Verb::normalize || task.verb == Verb::forward;
+}
+
+// Moments know nothing of what follows: all activations share their loops.
+template <class E>
+using Plain = Elements<typename E::T, Identity, Residual::none, E::has_mask>;
+
+template <class E>
+void run_unmasked(Task& task) {
+    typedef typename E::T T;
+    ColumnLoops<T> columns;
+    typename Planar<T>::Loops planar = {};
+    if (goes_forward(task)) {
+        typedef MomentTerm<Plain<E>> Term;
+        typedef MomentTerm<Plain<E>, false> Again;
+        columns = {sum_columns<T, Term>, sum_columns<T, Again>, map_columns<T, NormalizeMap<E>>};
+        planar = {columns, &Planar<T>::template sum_rows<Term>, &Planar<T>::template sum_rows<Again>,
+                  &Planar<T>::template map_rows<NormalizeMap<E>>, nullptr};
+    } else {
+        columns = {sum_columns<T, GradTerm<E>>, sum_columns<T, GradTerm<E>>, map_columns<T, InputGradMap<E>>};
+        planar = {columns, &Planar<T>::template sum_rows<GradTerm<E>>, &Planar<T>::template sum_rows<GradTerm<E>>,
+                  &Planar<T>::template map_rows<InputGradMap<E>>, nullptr};
+    }
+    task.interleaved ? run_loops<Interleaved<T>>(task, columns) : run_loops<Planar<T>>(task, planar);
+}
+
+template <class E>
+void run_masked_planar(Task& task) {
+    typedef Planar<typename E::T> Layout;
+    if (goes_forward(task)) {
+        run_loops<Layout, typename Layout::Loops>(
+            task, {{}, &Layout::template sum_counted<MomentTerm<Plain<E>>>, &Layout::template sum_counted<MomentTerm<Plain<E>, false>>,
+                   &Layout::template map_rows<NormalizeMap<E>>, &Layout::template map_joined<NormalizeMap<E>>});
+    } else {
+        run_loops<Layout, typename Layout::Loops>(
+            task, {{}, &Layout::template sum_counted<GradTerm<E>>, &Layout::template sum_counted<GradTerm<E>>,
+                   &Layout::template map_rows<InputGradMap<E>>, &Layout::template map_joined<InputGradMap<E>>});
+    }
+}
+
+// What is common in float32 and bfloat16 has loops of its own; all else shares the general ones, which ask for the activation at each
+// vector: float64, float16, planar masks. In the interleaved layout a mask leaves out rows, not lanes.
+template <class T>
+void run_storage(Task& task) {
+    typedef AnyActivation<typename T::Vector> Any;
+    if (task.mask && !task.interleaved) return run_masked_planar<Elements<T, Any, Residual::asked, true>>(task);
+    if constexpr (T::is_common) {
+        if (task.activation == Activation::identity && !task.residual)
+            return run_unmasked<Elements<T, Identity, Residual::none, false>>(task);
+        if (task.activation == Activation::relu)
+            return task.residual ? run_unmasked<Elements<T, Relu, Residual::some, false>>(task)
+                                 : run_unmasked<Elements<T, Relu, Residual::none, false>>(task);
+    }
+    run_unmasked<Elements<T, Any, Residual::asked, false>>(task);
+}
+
+}  // namespace

@@ -1,0 +1,8 @@
+// bfloat16 and float16, for one instruction set.
+#include "kernels.h"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+void run_half(Task& task) { task.dtype == Dtype::bfloat16 ? run_storage<BFloat16>(task) : run_storage<Float16>(task); }
+
+}  // namespace batchnorm::BATCHNORM_ISA

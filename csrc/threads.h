@@ -1,0 +1,40 @@
+// Threads: OpenMP's, which are torch's own where both were built by compilers of one kind; the standard library's where there is no OpenMP
+// (Apple's clang).
+#pragma once
+
+#include <stdint.h>
+
+#if !defined(_OPENMP)
+#include <atomic>
+#include <thread>
+#include <vector>
+#endif
+
+namespace batchnorm {
+namespace {  // each build keeps its own copy, see lanes.h
+
+// Runs body(0 ... tasks - 1) on up to `threads` threads; the caller alone where one will do, without waking another.
+template <class Body>
+void parallel(int threads, int64_t tasks, const Body& body) {
+    if (threads > tasks) threads = (int)tasks;
+    if (threads <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) body(task);
+        return;
+    }
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+#else
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        for (int64_t task = next++; task < tasks; task = next++) body(task);
+    };
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(work);
+    work();
+    for (std::thread& other : others) other.join();
+#endif
+}
+
+}  // namespace
+}  // namespace batchnorm

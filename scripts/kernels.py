@@ -1,0 +1,187 @@
+"""Compiles csrc/ into one plain shared library: no Python.h, no torch headers, so one wheel serves every Python and every torch.
+
+`setup.py` calls `build`; `python scripts/kernels.py` fills the object cache alone, which the Makefile does while pip installs torch.
+An object is compiled once: build/objects/ holds each under a key of its sources, flags and compiler.
+
+    BATCHNORM_BUILDS   `all`: a build for each instruction set; `host`: the one that this processor runs. Default: `all`
+    CXX, CXXFLAGS      the compiler, and flags to add
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "objects"
+
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",  # a · b + c in one rounding
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+# Apple's clang has no OpenMP; the kernels use the standard library's threads there.
+OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
+
+FLOAT, HALF = "kernels_float.cpp", "kernels_half.cpp"
+V4 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """A build of the kernels: its name in C++, what `batchnorm env` calls it, and the files compiled for it."""
+
+    namespace: str
+    name: str
+    flags: tuple[str, ...] = ()
+    files: tuple[str, ...] = (FLOAT, HALF)
+
+
+BASELINE = InstructionSet("baseline", "baseline")
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS = (
+        BASELINE,
+        InstructionSet("x86_64_v3", "AVX2", ("-march=x86-64-v3",)),
+        InstructionSet("x86_64_v4", "AVX-512", V4),
+        # Converts to bfloat16 in one instruction; the rest is as in the build before.
+        InstructionSet("x86_64_v4_bf16", "AVX-512 BF16", (*V4, "-mavx512bf16"), (HALF,)),
+    )
+else:
+    INSTRUCTION_SETS = (BASELINE,)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One call of the compiler."""
+
+    file: str
+    label: str
+    flags: tuple[str, ...]
+
+    def compile(self, compiler: tuple[str, ...], version: str) -> tuple[Path, bool]:
+        """The object file, and whether it had to be compiled."""
+        target = OBJECTS / f"{Path(self.file).stem}-{self._key(compiler, version)}.o"
+        if target.exists():
+            return target, False
+        partial = target.with_suffix(f".{os.getpid()}.{self.flags_hash()}.tmp")
+        _run([*compiler, *self.flags, "-c", str(SOURCES / self.file), "-o", str(partial)])
+        partial.replace(target)
+        return target, True
+
+    def flags_hash(self) -> str:
+        """Tells builds of one file apart."""
+        return hashlib.sha256(" ".join(self.flags).encode()).hexdigest()[:8]
+
+    def _key(self, compiler: tuple[str, ...], version: str) -> str:
+        digest = hashlib.sha256(repr((compiler, version, self.file, self.flags)).encode())
+        for path in sorted([*SOURCES.glob("*.h"), SOURCES / self.file]):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:24]
+
+
+def compiler() -> tuple[str, ...]:
+    """The C++ compiler's command."""
+    return tuple(os.environ.get("CXX", "c++").split())
+
+
+def chosen(which: str | None = None) -> tuple[InstructionSet, ...]:
+    """The instruction sets of `BATCHNORM_BUILDS`, or of `which`.
+
+    Raises:
+        ValueError: it is neither `all` nor `host`.
+    """
+    which = which or os.environ.get("BATCHNORM_BUILDS") or "all"
+    if which == "all":
+        return INSTRUCTION_SETS
+    if which != "host":
+        raise ValueError(f"BATCHNORM_BUILDS must be `host` or `all`; got {which!r}")
+    return host()
+
+
+def host() -> tuple[InstructionSet, ...]:
+    """What the fastest build for this processor needs: dispatch.cpp chooses in the same order."""
+    native = [] if len(INSTRUCTION_SETS) == 1 else ["-march=native"]
+    output = _run([*compiler(), *native, "-dM", "-E", "-x", "c++", os.devnull])
+    macros = {line.split()[1] for line in output.splitlines() if line.startswith("#define ")}
+    if len(INSTRUCTION_SETS) == 1 or not {"__AVX2__", "__FMA__", "__BMI2__"} <= macros:
+        return (BASELINE,)
+    _, v3, v4, bf16 = INSTRUCTION_SETS
+    if not {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"} <= macros:
+        return (v3,)
+    return (v4, bf16) if "__AVX512BF16__" in macros else (v4,)
+
+
+def units(sets: tuple[InstructionSet, ...]) -> list[Unit]:
+    """What has to be compiled, the slowest first."""
+    common = (*FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split())
+    kernels = [
+        Unit(file, f"{each.name}, {'float32 and float64' if file is FLOAT else 'bfloat16 and float16'}", flags)
+        for file in (FLOAT, HALF)
+        for each in sets
+        if file in each.files
+        for flags in [(*common, *each.flags, f"-DBATCHNORM_ISA={each.namespace}")]
+    ]
+    return [*kernels, Unit("torch_shim.cpp", "operators", common), Unit("dispatch.cpp", "dispatch", common)]
+
+
+def compile_all(sets: tuple[InstructionSet, ...]) -> list[Path]:
+    """Compile what is not in the cache, as many files at a time as there are processors, and say so; the objects."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    start, command = time.perf_counter(), compiler()
+    version = _run([*command, "--version"])
+
+    def compile_one(unit: Unit) -> Path:
+        target, compiled = unit.compile(command, version)
+        if compiled:
+            _say(f"[{time.perf_counter() - start:4.0f} s] compiled: {unit.label}")
+        return target
+
+    names = " and ".join(each.name for each in sets)
+    _say(f"C++ kernels for {names}{'' if len(sets) == len(INSTRUCTION_SETS) else ', this processor'}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, units(sets)))
+
+
+def build(library: Path, sets: tuple[InstructionSet, ...]) -> None:
+    """Compile and link.
+
+    Raises:
+        RuntimeError: the compiler failed; the message has what it printed.
+        FileNotFoundError: there is no compiler.
+    """
+    objects = compile_all(sets)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    extra = os.environ.get("CXXFLAGS", "").split()
+    _run([*compiler(), "-shared", *map(str, objects), *OPENMP, *extra, "-o", str(library)])
+
+
+def _run(command: list[str]) -> str:
+    """What it printed on stdout."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        compile_all(chosen())
+    except (OSError, RuntimeError) as error:
+        _say(f"The C++ kernels are left out: {error}")
+        sys.exit(bool(os.environ.get("BATCHNORM_REQUIRE_KERNELS")))
