@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from batchnorm import __main__, cli
-from batchnorm.cli import commands
+from batchnorm.cli import SUMMARIES, commands, demo
 from batchnorm.explain import explain
 from batchnorm.kernels import cpu
 from batchnorm.lab import extras
@@ -89,8 +90,66 @@ class TestExplain:
         assert "Traceback" not in result.stderr
 
 
+class TestLoading:
+    """What needs no torch answers without it: torch takes seconds to load."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("--help",),
+            ("--version",),
+            ("explain", "--help"),
+            ("explain", "0.8", "1.2"),
+            ("explain", "1", "2", "--json"),
+        ],
+        ids=" ".join,
+    )
+    def test_no_torch(self, arguments):
+        program = (
+            "import sys; from batchnorm.__main__ import main\n"
+            "try:\n"
+            "    main()\n"
+            "finally:\n"
+            "    print(*(name for name in ('torch', 'numpy', 'rich') if name in sys.modules), file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, "PYTHONPATH": str(SOURCE)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "\n")
+        assert done.stdout
+
+    def test_the_list_of_commands_says_what_each_says_of_itself(self):
+        context = click.Context(commands)
+        assert list(SUMMARIES) == sorted(
+            path.stem for path in Path(cli.__file__).parent.glob("*.py") if is_command(path)
+        )
+        for name in commands.list_commands(context):
+            _, command, rest = commands.resolve_command(context, [name, "rest"])
+            assert (command.name, rest) == (name, ["rest"])
+            assert command.get_short_help_str(limit=1000) == SUMMARIES[name]
+
+    def test_names_are_completed(self):
+        items = commands.shell_complete(click.Context(commands), "e")
+        assert [(item.value, item.help) for item in items] == [
+            (name, commands.commands[name].get_short_help_str()) for name in ("env", "explain")
+        ]
+
+    def test_no_such_command(self):
+        result = call("exlpain")
+        assert result.exit_code == 2
+        assert "No such command 'exlpain'" in result.stderr
+
+
+def is_command(path):
+    """A file of cli/ that defines the command of its name."""
+    return f"def {path.stem}_command(" in path.read_text()
+
+
 class TestHelp:
-    @pytest.mark.parametrize("command", ["bench", "demo", "env", "explain"])
+    @pytest.mark.parametrize("command", list(SUMMARIES))
     def test_each_command_has_an_example(self, command):
         result = call(command, "--help")
         assert result.exit_code == 0
@@ -102,13 +161,35 @@ class TestHelp:
 
 
 class TestMissingExtras:
-    def test_without_click_one_line(self, monkeypatch, capsys):
-        monkeypatch.setitem(sys.modules, "click", None)
-        monkeypatch.delitem(sys.modules, "batchnorm.cli")
-        with pytest.raises(SystemExit) as stop:
-            __main__.main()
-        assert stop.value.code == 2
-        assert capsys.readouterr().err == "Error: the command line needs click: pip install 'batchnorm[cli]'\n"
+    @pytest.mark.parametrize(
+        ("blocked", "message"),
+        [
+            ("torch", "the command line needs torch: pip install torch"),
+            ("click", "the command line needs click: pip install 'batchnorm[cli]'"),
+            ("rich", "the command line needs rich: pip install 'batchnorm[cli]'"),
+            ("torch click rich", "the command line needs torch, click, rich: pip install torch 'batchnorm[cli]'"),
+        ],
+    )
+    @pytest.mark.parametrize("arguments", [(), ("--help",), ("env",)], ids=" ".join)
+    @pytest.mark.parametrize("way", ["absent", "refused"])
+    def test_a_missing_package_is_one_line_and_exit_2(self, blocked, message, arguments, way, tmp_path):
+        """`sitecustomize` runs before anything of ours, as an environment without the package would be."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\n"
+            f"BLOCKED = {blocked.split()}\n"
+            "class Blocker:\n"
+            "    def find_spec(name, path=None, target=None):\n"
+            "        if name.partition('.')[0] in BLOCKED:\n"
+            "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+            + ("sys.meta_path.insert(0, Blocker)" if way == "refused" else "sys.modules.update(dict.fromkeys(BLOCKED))")
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "batchnorm", *arguments],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE}"},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"Error: {message}\n")
 
     def test_the_commands_load_no_package_of_the_lab(self):
         listing = (
@@ -204,7 +285,7 @@ class TestDemo:
         def interrupted(_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli, "load", interrupted)
+        monkeypatch.setattr(demo, "load", interrupted)
         result = call("demo", "--out", tmp_path / "run")
         assert result.exit_code == 130
         assert (result.stdout, result.stderr) == ("", "\nInterrupted.\n")

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+REPOSITORY = "https://github.com/batchnorm/batchnorm/blob/main/"
 QUICK = ("explain", "--version")  # commands that a test may run
 
 
@@ -64,11 +65,30 @@ def test_commands_print_what_is_shown(command, shown):
         assert part.strip(" \n").replace(" \n", "\n") in "\n".join(printed)
 
 
+def links(page: Path) -> list[str]:
+    """Targets of a page's links, without what follows a `#`: in the text, or defined at its end."""
+    text = page.read_text()
+    return re.findall(r"(?:\]\(|^\[[^\]]+\]: )([^)#\s]+)", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        if not target.startswith("http"):
+    for target in links(page):
+        if target.startswith(REPOSITORY):
+            assert (ROOT / target.removeprefix(REPOSITORY)).exists(), target
+        elif not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_readme_renders_outside_the_repository():
+    """On a package index a relative link leads nowhere, and a link without a definition is text in brackets."""
+    assert [target for target in links(ROOT / "README.md") if not target.startswith("https://")] == []
+    prose = re.sub(r"```.*?```|`[^`]*`|^    .*?$", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    definition = re.compile(r"^\[([^\]]+)\]: .*$", re.MULTILINE)
+    used = re.findall(r"\[([^\]]+)\](?:\[([^\]]+)\])?(?!\()", definition.sub("", prose))
+    defined = definition.findall(prose)
+    assert {(key or text).lower() for text, key in used} == {*defined}
+    assert len(defined) > 10
 
 
 def test_every_page_is_in_the_index():

@@ -13,12 +13,13 @@ from torch import nn
 
 import batchnorm.layers
 from batchnorm.errors import InputError, MissingExtraError, StateError
+from batchnorm.files import check_writable, to_json, write
 from batchnorm.lab import extras, runner
 from batchnorm.lab.data import Dataset, Examples, idx, load
 from batchnorm.lab.experiments import learning_rates
 from batchnorm.lab.experiments.learning_rates import Job, Plan
 from batchnorm.lab.networks import tutorial_network
-from batchnorm.lab.result import Result, Training, check_writable, to_json, write
+from batchnorm.lab.result import Result, Training
 from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, train
 from batchnorm.version import __version__
 from tests.idx_files import header, write_idx_files

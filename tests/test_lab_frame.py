@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 import batchnorm
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
+from batchnorm.files import spelled, to_json
 from batchnorm.lab import experiments, fingerprint, outcome, runner
 from batchnorm.lab import unit as units
 from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting
 from batchnorm.lab.fingerprint import code_version, data_version
 from batchnorm.lab.outcome import Damaged, Outcome
-from batchnorm.lab.result import spelled, to_json
 from batchnorm.lab.unit import Finished, Unit, packed, unpacked
 from batchnorm.report import findings
 from batchnorm.report.curves import drawings

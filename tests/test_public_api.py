@@ -1,6 +1,10 @@
 """The public interface is a contract: names, signatures, documentation."""
 
+import ast
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +53,70 @@ def test_all_names_exist_are_sorted_and_documented():
     assert bn.__all__ == sorted(bn.__all__)
     for name in bn.__all__:
         assert inspect.getdoc(getattr(bn, name)), name
+
+
+def run(program: str) -> str:
+    """What a program prints in a process of its own, where nothing of ours has been imported yet."""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
+class TestNamesOnFirstUse:
+    def test_importing_loads_no_torch(self):
+        assert (
+            run("import sys, batchnorm as bn; bn.__all__, dir(bn), bn.__version__; print('torch' in sys.modules)")
+            == "False"
+        )
+
+    def test_each_name_alone_is_what_its_module_defines(self):
+        program = (
+            "import sys, importlib, batchnorm as bn\n"
+            "for name in bn.__all__:\n"
+            "    for loaded in [module for module in sys.modules if module.startswith('batchnorm.')]:\n"
+            "        vars(bn).pop(loaded.split('.')[1], None)\n"
+            "    vars(bn).pop(name, None)\n"
+            "    value = getattr(bn, name)\n"
+            "    assert vars(bn)[name] is value, name\n"
+            "    print(name, getattr(value, '__module__', None) or getattr(value, '__name__', 'batchnorm.version'))\n"
+        )
+        homes = dict(line.split() for line in run(program).splitlines())
+        assert list(homes) == bn.__all__
+        assert {home.split(".")[0] for home in homes.values()} == {"batchnorm"}
+        assert homes["BatchNorm2d"] == "batchnorm.layers"
+        assert homes["functional"] == "batchnorm.functional"
+
+    def test_a_name_loads_what_it_needs_only(self):
+        loaded = run("import sys, batchnorm as bn; bn.BatchNorm2d; print(*sys.modules)").split()
+        assert "batchnorm.layers" in loaded
+        assert not {"batchnorm.folding", "batchnorm.population", "batchnorm.distributed", "batchnorm.interop"} & {
+            *loaded
+        }
+
+    def test_a_function_keeps_its_name_beside_the_module_of_that_name(self):
+        program = "import batchnorm.explain, batchnorm as bn; from batchnorm.explain import Explanation; print(bn.explain([1, 3]).mean)"
+        assert run(program) == "2.0"
+
+    def test_all_names_at_once(self):
+        program = (
+            "import batchnorm; from batchnorm import *; print(*(n for n in batchnorm.__all__ if n not in globals()))"
+        )
+        assert run(program) == ""
+
+    def test_dir_lists_them(self):
+        assert {*bn.__all__} < {*dir(bn)}
+        assert {name for name in dir(bn) if not name.startswith("__")} == {*bn.__all__} - {"__version__"}
+
+    def test_a_wrong_name_is_an_attribute_error(self):
+        with pytest.raises(AttributeError, match="module 'batchnorm' has no attribute 'BatchNorm4d'"):
+            bn.BatchNorm4d  # noqa: B018
+        with pytest.raises(ImportError, match="cannot import name 'BatchNorm4d'"):
+            from batchnorm import BatchNorm4d  # noqa: F401
+
+    def test_type_checkers_see_each_name_as_public(self):
+        """In a stub a name is public if it is imported as itself."""
+        stub = Path(bn.__file__).with_suffix(".pyi")
+        for line in ast.parse(stub.read_text()).body:
+            assert isinstance(line, ast.ImportFrom)
+            assert all(alias.asname == alias.name for alias in line.names)
 
 
 @pytest.mark.parametrize(

@@ -1,55 +1,35 @@
-"""Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) for PyTorch. `import batchnorm as bn`."""
+"""Batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167) for PyTorch. `import batchnorm as bn`.
 
-from batchnorm import errors, functional, interop, statistics
-from batchnorm.agreement import Agreement, average_buffers, replicas_agree
-from batchnorm.distributed import synchronize, unsynchronize
-from batchnorm.errors import BatchNormError
-from batchnorm.explain import Explanation, explain
-from batchnorm.folding import FoldReport, fold
-from batchnorm.functional import recomputation
-from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
-from batchnorm.memory import save_memory
-from batchnorm.moments import Moments
-from batchnorm.population import recalibrate
-from batchnorm.statistics import accumulate, as_one_batch, domain
-from batchnorm.surgery import convert, copy_statistics, freeze, fuse, revert, unfreeze
-from batchnorm.version import __version__
+A public name is imported on first use (PEP 562), and torch with it. `__init__.pyi` lists the names, for type checkers and for this file.
+"""
 
-__all__ = [
-    "Agreement",
-    "BatchNorm",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormError",
-    "Explanation",
-    "FoldReport",
-    "LazyBatchNorm1d",
-    "LazyBatchNorm2d",
-    "LazyBatchNorm3d",
-    "Moments",
-    "__version__",
-    "accumulate",
-    "as_one_batch",
-    "average_buffers",
-    "convert",
-    "copy_statistics",
-    "domain",
-    "errors",
-    "explain",
-    "fold",
-    "freeze",
-    "functional",
-    "fuse",
-    "interop",
-    "recalibrate",
-    "recomputation",
-    "replicas_agree",
-    "revert",
-    "save_memory",
-    "statistics",
-    "synchronize",
-    "unfreeze",
-    "unsynchronize",
-]
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+# At once: otherwise importing the module `batchnorm.explain` elsewhere would set this name to the module. It needs no torch.
+from batchnorm.explain import explain as explain
+
+_HOMES = {
+    alias.name: str(line.module)
+    for line in ast.parse(Path(__file__).with_suffix(".pyi").read_bytes()).body
+    if isinstance(line, ast.ImportFrom)
+    for alias in line.names
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] (it reads __init__.pyi instead)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    is_module = home == __name__  # `from batchnorm import errors`
+    value = importlib.import_module(f"{home}.{name}") if is_module else getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

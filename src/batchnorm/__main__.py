@@ -1,21 +1,32 @@
 """The command `batchnorm`, also `python -m batchnorm`."""
 
 import sys
+from importlib.util import find_spec
+
+# What a command may import, and what installs it.
+PACKAGES = {"torch": "torch", "click": "'batchnorm[cli]'", "rich": "'batchnorm[cli]'"}
 
 
 def main() -> None:
     """Run the command line, or say in one line what it needs."""
+    missing = [package for package in PACKAGES if not _is_installed(package)]
+    if missing:
+        install = " ".join(dict.fromkeys(PACKAGES[package] for package in missing))
+        sys.stderr.write(f"Error: the command line needs {', '.join(missing)}: pip install {install}\n")
+        sys.exit(2)
     try:
         from batchnorm.cli import commands
-    except ModuleNotFoundError as error:
-        if error.name not in {"click", "rich"}:
-            raise
-        sys.stderr.write(f"Error: the command line needs {error.name}: pip install 'batchnorm[cli]'\n")
-        sys.exit(2)
-    except KeyboardInterrupt:  # torch takes a second to load
+    except KeyboardInterrupt:  # click takes a moment to load
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)
     commands()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:  # somebody's finder refuses it
+        return False
 
 
 if __name__ == "__main__":

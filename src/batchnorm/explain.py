@@ -1,22 +1,22 @@
 """Batch normalization of one small mini-batch, step by step: Algorithm 1 of the paper, and its backward of section 3.
 
 Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-arXiv:1502.03167. Everything is float64.
+arXiv:1502.03167. Everything is float64, in plain Python: numbers need no torch. Sums are rounded once (`math.fsum`), so no result
+depends on the order or the width in which a processor adds.
 """
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from math import fsum, isfinite, sqrt
+from typing import TYPE_CHECKING, Any
 
 from batchnorm.errors import ArgumentError, InputError
-from batchnorm.moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Row = tuple[float, ...]
 
@@ -179,68 +179,74 @@ def explain(
     m = len(x)
     if m < 2:
         raise InputError(f"values must be at least 2, of one alone the variance says nothing; got {m}: give more")
-    dy = torch.eye(1, m, dtype=torch.float64)[0] if grad_output is None else _row(grad_output, "grad_output")
+    dy = (1.0,) + (0.0,) * (m - 1) if grad_output is None else _row(grad_output, "grad_output")
     if len(dy) != m:
         raise InputError(f"grad_output must have one number per value; got {len(dy)} for {m} values")
-
-    # Algorithm 1
-    total = x.sum()
-    mean = total / m
-    deviation = x - mean  # (m,)
-    squared = deviation**2  # (m,)
-    moments = Moments(m, mean, squared.sum())
-    variance = moments.variance()
-    std = (variance + eps).sqrt()
-    normalized = deviation / std  # (m,)
-    output = gamma * normalized + beta  # (m,)
-
-    # Section 3, in the paper's order
-    dnormalized = dy * gamma  # (m,)
-    dvariance = (dnormalized * deviation * -0.5 * std**-3).sum()
-    dmean = (dnormalized * -1 / std).sum() + dvariance * (-2 * deviation).sum() / m
-    through_normalized = dnormalized / std  # (m,)
-    through_variance = dvariance * 2 * deviation / m  # (m,)
-    through_mean = dmean / m
-    dx = through_normalized + through_variance + through_mean  # (m,)
-
-    if not all(bool(result.isfinite().all()) for result in (moments.m2, output, dx)):
+    try:
+        explanation = _explanation(x, gamma, beta, eps, momentum, dy)
+        if not all(map(isfinite, (*explanation.squared_deviations, *explanation.output, *explanation.grad_input))):
+            raise OverflowError("a product is not finite")  # `**` and `fsum` raise, `*` and `/` return infinity or NaN
+    except (OverflowError, ValueError) as error:
         raise InputError(
             f"values, gamma, beta and grad_output must be small enough for float64 squares and products, "
-            f"got values up to {float(x.abs().max()):g}: scale them down"
-        )
+            f"got values up to {max(map(abs, x)):g}: scale them down"
+        ) from error
+    return explanation
+
+
+def _explanation(x: Row, gamma: float, beta: float, eps: float, momentum: float, dy: Row) -> Explanation:
+    """Every step for values and dL/dy, (m,). Numbers that are too large raise an OverflowError or a ValueError, or leave infinities."""
+    m = len(x)
+    # Algorithm 1
+    total = fsum(x)
+    mean = total / m
+    deviation = tuple(value - mean for value in x)
+    squared = tuple(value * value for value in deviation)
+    m2 = fsum(squared)
+    variance = m2 / m
+    std = sqrt(variance + eps)
+    normalized = tuple(value / std for value in deviation)
+
+    # Section 3, in the paper's order
+    dnormalized = tuple(grad * gamma for grad in dy)
+    dvariance = fsum(grad * value * -0.5 * std**-3 for grad, value in zip(dnormalized, deviation, strict=True))
+    dmean = fsum(-grad / std for grad in dnormalized) + dvariance * fsum(-2 * value for value in deviation) / m
+    through_normalized = tuple(grad / std for grad in dnormalized)
+    through_variance = tuple(dvariance * 2 * value / m for value in deviation)
+    through_mean = dmean / m
     return Explanation(
-        values=_numbers(x),
+        values=x,
         gamma=gamma,
         beta=beta,
         eps=eps,
         momentum=momentum,
-        sum=float(total),
-        mean=float(mean),
-        deviations=_numbers(deviation),
-        squared_deviations=_numbers(squared),
-        variance=float(variance),
-        std=float(std),
-        normalized=_numbers(normalized),
-        output=_numbers(output),
-        running_mean=float(momentum * mean),
-        running_variance=float((1 - momentum) + momentum * moments.variance(unbiased=True)),
-        grad_output=_numbers(dy),
-        grad_normalized=_numbers(dnormalized),
-        grad_variance=float(dvariance),
-        grad_mean=float(dmean),
-        grad_through_normalized=_numbers(through_normalized),
-        grad_through_variance=_numbers(through_variance),
-        grad_through_mean=float(through_mean),
-        grad_input=_numbers(dx),
-        grad_gamma=float((dy * normalized).sum()),
-        grad_beta=float(dy.sum()),
+        sum=total,
+        mean=mean,
+        deviations=deviation,
+        squared_deviations=squared,
+        variance=variance,
+        std=std,
+        normalized=normalized,
+        output=tuple(gamma * value + beta for value in normalized),
+        running_mean=momentum * mean,
+        running_variance=(1 - momentum) + momentum * (m2 / (m - 1)),
+        grad_output=dy,
+        grad_normalized=dnormalized,
+        grad_variance=dvariance,
+        grad_mean=dmean,
+        grad_through_normalized=through_normalized,
+        grad_through_variance=through_variance,
+        grad_through_mean=through_mean,
+        grad_input=tuple(a + b + through_mean for a, b in zip(through_normalized, through_variance, strict=True)),
+        grad_gamma=fsum(grad * value for grad, value in zip(dy, normalized, strict=True)),
+        grad_beta=fsum(dy),
     )
 
 
 def _number(value: float, name: str) -> float:
     """The value as a float, also from NumPy or a tensor of one element."""
     try:
-        finite = math.isfinite(value)
+        finite = isfinite(value)
     except OverflowError:  # an integer of more than 308 digits
         finite = False
     except (TypeError, ValueError, RuntimeError) as error:
@@ -250,26 +256,31 @@ def _number(value: float, name: str) -> float:
     return float(value)
 
 
-def _row(values: Sequence[float] | Tensor, name: str) -> Tensor:
-    """The values as a float64 tensor (m,) of their own."""
+def _row(values: Sequence[float] | Tensor, name: str) -> Row:
+    """The values as floats, (m,); of a tensor, an array or a sequence of numbers."""
     remedy = "give a flat list such as [0.8, 1.2, 0.9, 1.1]"
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        if values.is_complex():
-            raise InputError(f"{name} must be real numbers, got {values.dtype}: explain the two parts one by one")
+    listed = getattr(values, "tolist", lambda: values)()  # of tensors and arrays
+    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
+        raise InputError(f"{name} must be real numbers in one row, got {values!r}: {remedy}")
+    shape = _shape(listed)
+    if len(shape) != 1:
+        raise InputError(f"{name} must be numbers in one row, got shape {shape}: {remedy}")
     try:
-        row = torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        finite = all(map(isfinite, listed))
+    except OverflowError:  # an integer of more than 308 digits
+        finite = False
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} must be real numbers in one row, got {values!r}: {remedy}") from error
-    if row.dim() != 1:
-        raise InputError(f"{name} must be numbers in one row, got shape {tuple(row.shape)}: {remedy}")
-    if not row.isfinite().all():
-        raise InputError(f"{name} must be finite, got {row.tolist()}: leave out NaN and infinity")
-    return row
+    if not finite:
+        raise InputError(f"{name} must be finite, got {list(listed)}: leave out NaN and infinity")
+    return tuple(map(float, listed))
 
 
-def _numbers(row: Tensor) -> Row:
-    return tuple(row.tolist())
+def _shape(values: Any) -> tuple[int, ...]:
+    """Sizes of nested sequences, as their first items have them; of a number ()."""
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        return (len(values), *(_shape(values[0]) if values else ()))
+    return tuple(getattr(values, "shape", ()))
 
 
 def _formulas(*lines: tuple[str, str, float, str]) -> list[str]:

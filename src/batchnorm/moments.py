@@ -1,4 +1,5 @@
-"""Moments: how many, their mean, and their sum of squared deviations. The only place that knows Bessel's correction.
+"""Moments: how many, their mean, and their sum of squared deviations. The only place that knows Bessel's correction,
+beside the formula that `explain` spells out.
 
 Two sets of moments merge exactly (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance"):
 

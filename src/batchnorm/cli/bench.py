@@ -18,8 +18,8 @@ from batchnorm.bench.tables import case_tables, model_table, summary_tables
 from batchnorm.bench.targets import summarize
 from batchnorm.cli.common import command_line, progress_bar
 from batchnorm.env import cores
+from batchnorm.files import to_json, write
 from batchnorm.lab import extras
-from batchnorm.lab.result import to_json, write
 
 MINUTES, QUICK_MINUTES = 3.5, 0.3
 ROUNDS, QUICK_ROUNDS = 7, 3

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.cli.models import build_model, kept_clean, load_weights, require_format, save_weights
 from batchnorm.errors import InputError
-from batchnorm.lab.result import check_writable, to_json
+from batchnorm.files import check_writable, to_json
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import convert, fuse, is_frozen_norm, walk, why_left
 from batchnorm.surgery.rewritten import Rewritten

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from batchnorm.bench.allocator import Clone, measure_clone
 from batchnorm.env import Environment, environment
-from batchnorm.lab.result import to_json
+from batchnorm.files import to_json
 
 
 @click.command("env", epilog="Example: batchnorm env --json")

@@ -18,9 +18,9 @@ from torch import nn
 from batchnorm.cli.export import PROGRAMS, export, require_exporter
 from batchnorm.cli.models import SAFETENSORS, build, build_model, kept_clean, load_weights, require_format, save_weights
 from batchnorm.errors import BatchNormError, InputError
+from batchnorm.files import check_writable, to_json
 from batchnorm.folding import FoldReport, fold
 from batchnorm.folding.record import example
-from batchnorm.lab.result import check_writable, to_json
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _SUFFIXES = (*PROGRAMS, SAFETENSORS, ".pt")

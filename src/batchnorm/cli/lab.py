@@ -19,11 +19,11 @@ from rich.table import Table
 from batchnorm.cli.common import command_line, progress_bar
 from batchnorm.env import cores
 from batchnorm.errors import InputError
+from batchnorm.files import to_json, write
 from batchnorm.lab import experiments, extras, outcome
 from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict
 from batchnorm.lab.fingerprint import data_version
 from batchnorm.lab.outcome import Damaged, Outcome
-from batchnorm.lab.result import to_json, write
 from batchnorm.lab.runner import run
 from batchnorm.lab.unit import Finished, Unit, measure
 from batchnorm.report.rows import comparison

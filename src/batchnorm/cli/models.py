@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, InputError, MissingExtraError
-from batchnorm.lab.result import whole
+from batchnorm.files import whole
 
 SAFETENSORS = ".safetensors"
 

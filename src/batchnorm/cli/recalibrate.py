@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchnorm.cli.common import progress_bar
 from batchnorm.cli.models import build, build_model, check_data, find, load_weights, require_format, save_weights
 from batchnorm.errors import BatchNormError, InputError
-from batchnorm.lab.result import check_writable, to_json
+from batchnorm.files import check_writable, to_json
 from batchnorm.population import METHODS, Progress, recalibrating
 from batchnorm.surgery import batch_norms
 

@@ -12,7 +12,7 @@ import torch
 from batchnorm.errors import InputError
 
 ROOT = Path(__file__).parent.parent  # of this package
-NOT_READ = {".py", ".pyc"}
+NOT_READ = {".py", ".pyc", ".pyi"}
 
 
 @cache

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from batchnorm.errors import InputError
+from batchnorm.files import to_json, write
 from batchnorm.lab.experiment import Experiment, Measured, Results, Size, Verdict
-from batchnorm.lab.result import environment, to_json, write
+from batchnorm.lab.result import environment
 from batchnorm.lab.unit import Finished, packed, unpacked
 
 SCHEMA = 1

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import platform
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +12,7 @@ from typing import Any
 import torch
 
 from batchnorm.errors import InputError
+from batchnorm.files import to_json, write
 from batchnorm.version import __version__
 
 SCHEMA = 1
@@ -142,51 +138,3 @@ def environment() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def to_json(data: Any) -> str:
-    """JSON that any parser reads: NaN and infinity raise a ValueError, for they have no spelling there."""
-    return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def spelled(value: float) -> float | str:
-    """A number as JSON can hold it; those it has not are words that `float` reads again: nan, inf, -inf."""
-    return float(value) if math.isfinite(value) else str(float(value))
-
-
-def check_writable(directory: Path) -> None:
-    """Make `directory` if needed, and see that files can be made in it: better before an hour's work than after.
-
-    Raises:
-        InputError: they cannot.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise InputError(f"cannot write into {directory}: {error.strerror or error}; choose another folder") from error
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary neighbor of a place, of the same suffix, to be filled in here; then it takes the place, unless something raised."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    try:
-        with whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error

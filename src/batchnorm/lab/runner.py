@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from batchnorm.errors import BatchNormError, StateError
-from batchnorm.lab.result import check_writable, to_json, write
+from batchnorm.files import check_writable, to_json, write
 
 R = TypeVar("R")
 

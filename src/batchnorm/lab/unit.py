@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from batchnorm.files import spelled
 from batchnorm.lab import experiments
 from batchnorm.lab.experiment import Measured, Setting
 from batchnorm.lab.fingerprint import code_version
-from batchnorm.lab.result import spelled
 
 
 @dataclass(frozen=True)
