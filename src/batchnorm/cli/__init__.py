@@ -26,7 +26,7 @@ from batchnorm.lab import extras
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import learning_rates
 from batchnorm.lab.result import Result, Training, to_json, write
-from batchnorm.lab.runner import run
+from batchnorm.lab.runner import prepare, run
 from batchnorm.report.rows import summary_rows
 from batchnorm.version import __version__
 
@@ -135,6 +135,7 @@ def demo(
     """
     start = time.perf_counter()
     extras.require()
+    prepare(learning_rates.measure)
     plan = learning_rates.Plan.of(None if data is None else str(data), quick, seeds)
     dataset = load(plan.data)
     jobs, finished = plan.jobs(dataset), list[Training]()
