@@ -115,7 +115,7 @@ def explain_command(
     "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder to write."
 )
 @click.option("--seeds", type=click.IntRange(min=1), help="How often to repeat each training.  [default: 3, quick: 1]")
-@click.option("--quick", is_flag=True, help="Three learning rates and fewer steps, in some ten seconds.")
+@click.option("--quick", is_flag=True, help="Three learning rates and fewer steps, in about ten seconds on two cores.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
