@@ -23,7 +23,7 @@ SHOWN = {
 LAUNCHED = {  # in processes of their own: by a launcher, or because a framework changes the process it runs in
     "accelerate_recipe.py": ("accelerate", ()),
     "lightning_callback.py": ("lightning", ()),
-    "train_ddp.py": ("sklearn", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")),
+    "train_ddp.py": ("numpy", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")),
 }
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,11 +17,12 @@ from batchnorm.errors import InputError, MissingExtraError, StateError
 from batchnorm.files import check_writable, to_json, write
 from batchnorm.lab import extras, runner
 from batchnorm.lab.data import Dataset, Examples, idx, load
+from batchnorm.lab.data.digits import FILE as DIGITS
 from batchnorm.lab.experiments import learning_rates
 from batchnorm.lab.experiments.learning_rates import Job, Plan
 from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.result import Result, Training
-from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, train
+from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, look_inside, train
 from batchnorm.version import __version__
 from tests.idx_files import header, write_idx_files
 
@@ -31,6 +33,19 @@ def digits():
 
 
 class TestDigits:
+    def test_they_are_scikit_learns_split_as_the_docstring_says(self):
+        datasets = pytest.importorskip("sklearn.datasets")
+        from sklearn.model_selection import train_test_split
+
+        pixels, classes = datasets.load_digits(return_X_y=True)
+        learn, test = train_test_split(range(1797), test_size=360, stratify=classes, random_state=0)
+        train, validation = train_test_split(learn, test_size=240, stratify=classes[learn], random_state=0)
+        with np.load(DIGITS) as stored:
+            assert (stored["pixels"] == pixels).all()
+            assert (stored["classes"] == classes).all()
+            for part, index in {"train": train, "validation": validation, "test": test}.items():
+                assert stored[part].tolist() == index
+
     def test_three_parts_share_no_image_and_every_class(self, digits):
         assert digits.sizes == {"train": 1197, "validation": 240, "test": 360}
         parts = (digits.train, digits.validation, digits.test)
@@ -183,6 +198,18 @@ class TestTraining:
         with pytest.raises(InputError, match=r"one batch of 64 images must be left to learn from, but there are 63"):
             next(train(tutorial_network(batch_norm=True), few, Schedule(0.1, steps=1, batch_size=64, seed=0)))
 
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_steps_are_those_of_torchs_optimizer_to_the_bit(self, digits, momentum):
+        ours, theirs = (torch.manual_seed(0) and tutorial_network(batch_norm=True) for _ in "12")
+        optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum)
+        order = batches(len(digits.train), 64, seed=0)
+        for _ in train(ours, digits.train, Schedule(0.1, steps=3, batch_size=64, seed=0, momentum=momentum)):
+            batch = digits.train[next(order)]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(theirs(batch.images), batch.labels).backward()
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
     def test_momentum_and_a_cosine(self, digits):
         schedule = Schedule(0.5, steps=4, batch_size=64, seed=0, momentum=0.9, cosine=True)
         assert [schedule.rate(step) for step in (1, 3)] == [0.5, pytest.approx(0.25)]
@@ -229,6 +256,16 @@ class TestTraining:
         torch.testing.assert_close(inputs.mean(0), torch.zeros(256), atol=1e-5, rtol=0)  # normalized by these images
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
+    def test_looking_inside_is_inference(self, digits):
+        network = tutorial_network(batch_norm=True)
+        network(digits.train.images[:64])  # running statistics of its own
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        share, received = look_inside(network, digits.validation)
+        assert share == accuracy(network, digits.validation)
+        assert torch.equal(received, network[:6].eval()(digits.validation.images))
+        assert float(received.mean(0).abs().max()) > 0.01  # not normalized by these images
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
 
 def job(arm="plain", rate=0.1, seed=0, steps=60, fingerprint="test"):
     return Job("learning_rates", arm, rate, seed, steps, 64, 5, None, fingerprint)
@@ -239,6 +276,10 @@ class TestLearningRates:
         jobs = Plan().jobs(digits)
         assert len(jobs) == len({job.file_name for job in jobs}) == 2 * 3 * 7
         assert {job.learning_rate for job in jobs[:6]} == {learning_rates.COMMON}
+        assert {(job.learning_rate == learning_rates.COMMON, job.measure_every) for job in jobs} == {
+            (True, 5),
+            (False, 50),
+        }
         arms = [
             {(job.learning_rate, job.seed, job.steps) for job in jobs if job.arm == arm} for arm in learning_rates.ARMS
         ]
@@ -269,6 +310,18 @@ class TestLearningRates:
         assert plain.test_accuracy < 0.2
         assert plain.loss[-1] is None  # it diverged, and stopped
         assert normalized.test_accuracy > 0.9
+
+    def test_a_network_that_learns_noise_contradicts_what_is_said_of_its_hidden_units(self, digits, monkeypatch):
+        order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
+        noise = dataclasses.replace(digits, train=Examples(digits.train.images, digits.train.labels[order]))
+        monkeypatch.setattr(learning_rates, "_load_once", lambda _: noise)
+        plain, normalized = (learning_rates.measure(job(arm)) for arm in learning_rates.ARMS)
+        assert normalized.drift > 1.5 * plain.drift  # 1.12 and 0.55; on the real labels 1.07 and 2.19
+
+    def test_the_end_is_measured_however_seldom_the_rest_is(self):
+        training = learning_rates.measure(dataclasses.replace(job(steps=7), measure_every=50))
+        assert training.steps == [0, 7]
+        assert len(training.loss) == len(training.validation_accuracy) == len(training.gradient_norms) == 2
 
     def test_a_training_depends_on_its_arguments_alone(self):
         once, again = (
@@ -367,8 +420,8 @@ class TestResult:
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "sklearn" else object())
-    with pytest.raises(MissingExtraError, match=r"scikit-learn: pip install 'batchnorm\[lab\]'"):
+    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "matplotlib" else object())
+    with pytest.raises(MissingExtraError, match=r"matplotlib: pip install 'batchnorm\[lab\]'"):
         load()
 
 

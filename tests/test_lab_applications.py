@@ -1,6 +1,7 @@
 """The lab's applications: the direction of every effect at a reduced size."""
 
 import math
+from dataclasses import dataclass
 
 import gymnasium
 import pytest
@@ -93,6 +94,37 @@ class TestPieces:
         assert lengths.tolist() == [3, 2]
 
 
+@dataclass(frozen=True)
+class Tiny(Setting):
+    """A twentieth of a quick run, to see that it runs."""
+
+    def pick(self, quick, default, full=None):
+        return max(12, quick // 20) if isinstance(quick, int) else quick
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [
+        ("detection", "both"),
+        ("speech", "both"),
+        ("gan", "joint"),
+        ("dqn", "joint"),
+        ("policy-gradient", "input"),
+        ("recommender", "input"),
+        ("translation", "batch_norm"),
+        ("driving", "both"),
+    ],
+)
+def test_an_arm_measures_every_metric_and_curve(name, arm):
+    experiment = load(name)
+    measured = experiment.measure(arm, Tiny(seed=0, size="quick"))
+    assert measured.values.keys() == experiment.metrics.keys()
+    assert not any(math.isnan(value) for value in measured.values.values())
+    assert measured.curves.keys() <= experiment.curves.keys()
+    assert all(points for points in measured.curves.values())
+
+
+@pytest.mark.slow
 class TestEffects:
     """At the size "quick", one seed; the margins were tried on other seeds, see docs/lab-applications.md."""
 

@@ -414,13 +414,18 @@ class TestCommands:
         monkeypatch.setattr(experiments, "NAMES", ("tiny", "later"))
         monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
         complete.save(tmp_path)
+        monkeypatch.setattr(experiments, "FIRST", ("later",))
         lines = call("lab", "list", "--out", tmp_path).stdout.splitlines()
-        assert [line.split() for line in lines[2:]] == [
+        assert [line.split() for line in lines[2:4]] == [
             ["tiny", "Does", "<it>", "work?", "6", "s", "holds", "(quick,", "2", "seeds)"],
-            ["later", "Does", "<it>", "work?", "~3", "s", "–"],
+            ["later", "*", "Does", "<it>", "work?", "~3", "s", "–"],
         ]
+        assert lines[-1] == "* Begin here: batchnorm lab run later --quick"
         listed = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
         assert [each["answer"] for each in listed] == ["holds", None]
+        assert [each["begin_here"] for each in listed] == [False, True]
+        monkeypatch.undo()
+        assert set(experiments.FIRST) <= set(experiments.NAMES)
 
     @pytest.mark.parametrize(
         ("size", "seeds", "state"),

@@ -18,7 +18,7 @@ from batchnorm.lab import extras
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import learning_rates
 from batchnorm.lab.result import Result, Training
-from batchnorm.lab.runner import run
+from batchnorm.lab.runner import prepare, run
 from batchnorm.report.rows import summary_rows
 
 
@@ -30,7 +30,7 @@ from batchnorm.report.rows import summary_rows
     "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder to write."
 )
 @click.option("--seeds", type=click.IntRange(min=1), help="How often to repeat each training.  [default: 3, quick: 1]")
-@click.option("--quick", is_flag=True, help="Three learning rates and fewer steps, in some ten seconds.")
+@click.option("--quick", is_flag=True, help="Three learning rates and fewer steps, in about ten seconds on two cores.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -50,6 +50,7 @@ def demo_command(
     """
     start = time.perf_counter()
     extras.require()
+    prepare(learning_rates.measure)
     plan = learning_rates.Plan.of(None if data is None else str(data), quick, seeds)
     dataset = load(plan.data)
     jobs, finished = plan.jobs(dataset), list[Training]()

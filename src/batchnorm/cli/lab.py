@@ -54,8 +54,16 @@ def list_command(out: Path, as_json: bool) -> None:
         return
     table = Table("experiment", "question", "time", "result so far", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for experiment, known in found:
-        table.add_row(experiment.name, experiment.question, _time(experiment, known), _state(experiment, known))
+        mark = " *" if experiment.name in experiments.FIRST else ""
+        row = (experiment.name + mark, experiment.question, _time(experiment, known), _state(experiment, known))
+        table.add_row(*row)
     Console(highlight=False).print(table)
+    click.echo(
+        f"Time is a processor's: divide it by the number of cores; ~ is an estimate of the default size, {SEEDS} seeds."
+    )
+    first = [name for name in experiments.FIRST if name in experiments.NAMES]
+    if first:
+        click.echo(f"* Begin here: batchnorm lab run {' '.join(first)} --quick")
 
 
 def _known(out: Path) -> list[tuple[Experiment, Outcome | Damaged | None]]:
@@ -109,6 +117,7 @@ def _summary(experiment: Experiment, known: Outcome | Damaged | None) -> dict[st
         "experiment": experiment.name,
         "question": experiment.question,
         "claim": experiment.claim,
+        "begin_here": experiment.name in experiments.FIRST,
         "answer": None if verdict is None else verdict.answer,
         "evidence": None if verdict is None else verdict.evidence,
         "outcome": known.to_dict() if isinstance(known, Outcome) else None,

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from batchnorm.errors import MissingExtraError
 
-PACKAGES = {"gymnasium": "gymnasium", "matplotlib": "matplotlib", "numpy": "numpy", "sklearn": "scikit-learn"}
+PACKAGES = {"gymnasium": "gymnasium", "matplotlib": "matplotlib", "numpy": "numpy"}
 
 
 def require() -> None:

@@ -26,11 +26,11 @@ class Training:
         arm: name of the compared variant.
         seed: of the initial weights and of the order of the batches.
         learning_rate: of plain stochastic gradient descent.
-        steps: at which the next four were measured.
+        steps: at which the next four were measured: often at the learning rate common to all arms, seldom at others.
         validation_accuracy: share, in evaluation mode.
         loss: of the batch before the step; None where it was not finite.
-        percentiles: 15th, 50th and 85th of what a typical unit of the last activation receives; None where not finite.
-            Empty, like `drift`, at other learning rates than the one common to all arms.
+        percentiles: 15th, 50th and 85th of what a typical unit of the last activation receives of the validation images, in
+            evaluation mode; None where not finite. Empty, like `drift`, at other learning rates than the one common to all arms.
         gradient_norms: of each linear layer's weights, from input to output; None where not finite.
         drift: how far that unit's median went from its start at most, in widths (15th to 85th) of the start.
         steps_to_target: first measured step with the target accuracy on validation; None if there is none.

@@ -2,7 +2,8 @@
 
 Each result is stored at once under a key made of its arguments and of the code it depends on, so an interrupted run goes on
 where it stopped, and a change of either starts afresh. Workers compute with one thread each: results do not
-depend on how many there are.
+depend on how many there are. Where the system allows it, they are forked from one server process that has imported torch
+and the experiment once for all of them; the server itself computes nothing, so no thread is lost in the fork.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from batchnorm.errors import BatchNormError, StateError
 from batchnorm.files import check_writable, to_json, write
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 R = TypeVar("R")
 
@@ -103,10 +107,28 @@ def _receive(connection: Connection, process: BaseProcess, job: Job[R]) -> R:
     return answer
 
 
+def prepare(measure: Callable[[Any], Any]) -> None:
+    """Start importing what `measure` needs in the server of workers, while this process goes on with something else."""
+    context = _context(measure)
+    if context.get_start_method() == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        with _interrupts_ignored():
+            ensure_running()
+
+
+def _context(measure: Callable[[Any], Any]) -> SpawnContext | ForkServerContext:
+    if "forkserver" not in get_all_start_methods():  # Windows
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([measure.__module__])
+    return context
+
+
 @contextmanager
 def _pool(measure: Callable[[Any], Any], size: int) -> Iterator[dict[Connection, BaseProcess]]:
     """Worker processes by their connection; ended on leaving, whatever they do."""
-    context = get_context("spawn")
+    context = _context(measure)
     pool: dict[Connection, BaseProcess] = {}
     try:
         with _interrupts_ignored():

@@ -60,19 +60,28 @@ def train(
             f"at least one batch of {schedule.batch_size} images must be left to learn from, but there are {len(examples)}: "
             "give more training images"
         )
-    optimizer = torch.optim.SGD(network.parameters(), lr=schedule.learning_rate, momentum=schedule.momentum)
+    parameters = list(network.parameters())
+    velocities = [torch.zeros_like(parameter) for parameter in parameters]
     order = batches(len(examples), schedule.batch_size, schedule.seed)
     for step in range(1, schedule.steps + 1):
         batch = seen(examples[next(order)])
         network.train()
-        optimizer.param_groups[0]["lr"] = schedule.rate(step)
         loss = F.cross_entropy(network(batch.images), batch.labels)
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
-        optimizer.step()
+        _descend(parameters, velocities, schedule.rate(step), schedule.momentum)
         yield step, loss.item()
         if not math.isfinite(loss.item()):
             return
+
+
+@torch.no_grad()
+def _descend(parameters: list[nn.Parameter], velocities: list[Tensor], rate: float, momentum: float) -> None:
+    """One step of `torch.optim.SGD`, to the bit; that one costs a worker seconds, for it imports torch's compiler."""
+    for parameter, velocity in zip(parameters, velocities, strict=True):
+        if parameter.grad is not None:
+            direction = velocity.mul_(momentum).add_(parameter.grad) if momentum else parameter.grad
+            parameter.add_(direction, alpha=-rate)
 
 
 @torch.no_grad()
@@ -93,13 +102,23 @@ def gradient_norms(network: nn.Module) -> list[float]:
 
 
 @torch.no_grad()
+def look_inside(network: nn.Sequential, examples: Examples) -> tuple[float, Tensor]:
+    """`accuracy`, and what the last activation receives in that same pass in evaluation mode, (N, units)."""
+    network.eval()
+    last = _last_activation(network)
+    received = network[:last](examples.images)
+    hits = int((network[last:](received).argmax(1) == examples.labels).sum())
+    return hits / len(examples), received
+
+
+@torch.no_grad()
 def activation_input(network: nn.Sequential, examples: Examples) -> Tensor:
     """
     What the last activation of `network` receives for `examples`, as in training, (N, units).
 
     Batch normalization takes the statistics of these very examples and keeps its running statistics.
     """
-    last = max(index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU | nn.Sigmoid))
+    last = _last_activation(network)
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     prefix = network[:last].train()
     try:
@@ -107,3 +126,7 @@ def activation_input(network: nn.Sequential, examples: Examples) -> Tensor:
     finally:
         for name, buffer in network.named_buffers():
             buffer.copy_(buffers[name])
+
+
+def _last_activation(network: nn.Sequential) -> int:
+    return max(index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU | nn.Sigmoid))

@@ -139,8 +139,9 @@ def _figures(result: Result) -> str:
         (
             plots.hidden_distribution(result),
             "What a hidden unit receives.",
-            f"15th, 50th and 85th percentile of the input of the last hidden activation at learning rate {rate}: the unit "
-            "of the first network whose median moves neither more nor less than most. How far it moves need not be what "
+            "15th, 50th and 85th percentile of the input of the last hidden activation over the validation images, in inference, "
+            f"at learning rate {rate}: the unit of the first network whose median moves neither more nor less than most. "
+            "With BN it begins with running statistics that have seen no image. How far it moves need not be what "
             "makes training fast or slow (Santurkar et al. 2018, arXiv:1805.11604).",
         ),
         (
@@ -167,7 +168,8 @@ def _protocol(result: Result) -> str:
         "Training": f"{protocol['optimizer']}; {protocol['steps']} steps of {protocol['batch_size']} images; "
         f"{_count(protocol['seeds'], 'seed')}; learning rates {rates}",
         "Choices": f"the learning rate is chosen on validation and reported on test; a learning rate trains if every seed ends with "
-        f"{protocol['target']:.0%} on validation; steps are counted on validation, measured every {protocol['measure_every']}",
+        f"{protocol['target']:.0%} on validation; steps are counted on validation, measured every {protocol['measure_every']}; "
+        "what a hidden unit receives is measured on the validation images in inference",
         "Source": result.source,
     }
     listed = "".join(f"<dt>{name}</dt><dd>{_linked(escape(text))}</dd>\n" for name, text in entries.items())

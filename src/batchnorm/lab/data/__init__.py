@@ -10,10 +10,10 @@ __all__ = ["Dataset", "Examples", "load"]
 
 def load(directory: str | Path | None = None) -> Dataset:
     """
-    Load MNIST's four IDX files from `directory`, or scikit-learn's bundled digits when there is none.
+    Load MNIST's four IDX files from `directory`, or the bundled digits when there is none.
 
     Raises:
         InputError: a file is missing, is not what its name says, or shows nothing.
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: NumPy is not installed.
     """
     return digits.load() if directory is None else idx.load(Path(directory))

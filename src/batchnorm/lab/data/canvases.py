@@ -41,7 +41,7 @@ def load(train: int, held_out: int) -> Split:
     So many canvases to train, and so many each to validate and to test; the same on every call.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: NumPy is not installed.
     """
     source = digits.load(8)
     low, high = source.train.images.aminmax()

@@ -29,6 +29,8 @@ NAMES = (
     "driving",
 )
 
+FIRST = ("lr-range", "depth")  # where to begin: short, and the effect is large
+
 
 def module_of(name: str) -> str:
     """The module that holds the experiment of this name."""
