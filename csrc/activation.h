@@ -104,14 +104,17 @@ struct AnyActivation {
 
     explicit AnyActivation(const Task& task) : kind(task.activation), slope((Real)task.slope) {}
 
-    // sigmoid(z), and 1 - sigmoid(z) to its own last digit: z multiplies it in the derivatives.
+    // sigmoid(z), and 1 - sigmoid(z) to its own last digit: z multiplies it in the derivatives. 0 and 1 from where e^-z is clamped: z times
+    // the clamped value would grow again.
     struct Sigmoid {
         Vector value, rest;
 
         INLINE explicit Sigmoid(Vector z) {
             const Vector e = exponential(-z);
+            const auto far = z < Real(sizeof(Real) == 4 ? -88.3 : -708);
             value = Real(1) / (Real(1) + e);
-            rest = e * value;
+            rest = far ? Vector{} + Real(1) : e * value;
+            value = far ? Vector{} : value;
         }
     };
     // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3)

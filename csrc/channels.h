@@ -232,7 +232,8 @@ class Channels {
         const Doubles distance = sum / count, mean = shift + distance;
         Doubles m2 = squares - sum * distance;
         m2 = m2 < 0.0 ? Doubles{} : m2;
-        const Longs cancels = squares > Sums<T>::worst_cancellation * m2;
+        Longs cancels = squares > Sums<T>::worst_cancellation * m2;
+        if (Sums<T>::may_overflow) cancels |= squares - squares != 0.0;
         Float64::store(task.mean + c, mean, part);
         Float64::store(task.m2 + c, m2, part);
         if (task.verb == Verb::forward) {
@@ -277,7 +278,9 @@ class Channels {
 
     template <class Part>
     void set_input_grad(int64_t c, Doubles mean_grad, Doubles mean_grad_xhat, Part part) {
-        const Doubles rstd = Float64::load(task.rstd + c, part), scale = scale_of(c, part), slope = -scale * mean_grad_xhat;
+        // One value is its own mean: x̂ is 0 whatever x is, and of the differences below only their rounding would be left.
+        const double moves = task.verb == Verb::backward && task.count == 1.0 ? 0.0 : 1.0;
+        const Doubles rstd = Float64::load(task.rstd + c, part), scale = scale_of(c, part) * moves, slope = -scale * mean_grad_xhat;
         set(Numbers::grad_scale, c, scale, part);
         set(Numbers::rstd, c, rstd, part);
         set(Numbers::slope, c, slope, part);

@@ -21,7 +21,7 @@ template <class T, class Term, class Part>
 INLINE void sum_rows(const Table<T>& table, const Rows& rows, int64_t j, int64_t count, const Term& term, Part part, Sums<T>* sums) {
     const Channel<typename T::Vector> channel = table.from(j);
     Sums<T> here = sums[j / T::width];
-    typename Sums<T>::Block block = {here, here};
+    typename Term::Block block = {here, here};
     for (int64_t row = 0; row < count; ++row) block.add(term(rows.first + j + row * rows.stride, channel, part), channel.mean, 0);
     block.end();
     sums[j / T::width] = here;
@@ -32,7 +32,7 @@ template <class T, class Term>
 INLINE void sum_block_of_rows(const Table<T>& table, const Rows& rows, int64_t j, const Term& term, Sums<T>* sums) {
     const Channel<typename T::Vector> channel = table.from(j);
     Sums<T> here = sums[j / T::width];
-    typename Sums<T>::Block block = {here, here};
+    typename Term::Block block = {here, here};
     int64_t i = rows.first + j;
     UNROLLED
     for (int64_t row = 0; row < vectors_of_block; ++row) term.fetch(i + (vectors_of_block + row) * rows.stride, 1);

@@ -101,9 +101,20 @@ struct Elements {
     }
 };
 
+template <bool first, class A, class B>
+struct Choose {
+    typedef A Type;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+    typedef B Type;
+};
+
 // Sums under a mask are given what counts alone, so their terms know no mask.
-template <class E, bool about_zero = Sums<typename E::T>::about_zero>
+// The second time, `again`, they are taken about the mean that the first sums gave.
+template <class E, bool again>
 struct MomentTerm {
+    typedef typename Choose<again, EvenAndOdd<Sums<typename E::T>>, typename Sums<typename E::T>::Block>::Type Block;
     static constexpr bool has_mask = E::has_mask;
     static constexpr int64_t unrolled = vectors_of_block;
     const typename E::Unmasked elements;
@@ -115,7 +126,7 @@ struct MomentTerm {
     INLINE auto operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
         typedef typename E::Vector Vector;
         const Vector x = E::T::load(elements.x + i, part);
-        if constexpr (about_zero) {
+        if constexpr (Sums<typename E::T>::about_zero && !again) {
             return SquareTermValues<Vector>{x};
         } else {
             return DeviationTermValues<Vector>{within(x, channel.mean, part)};
@@ -125,6 +136,7 @@ struct MomentTerm {
 
 template <class E>
 struct GradTerm {
+    typedef EvenAndOdd<Sums<typename E::T>> Block;
     static constexpr bool has_mask = E::has_mask;
     static constexpr int64_t unrolled = E::Activation::unrolled;
     const typename E::Unmasked elements;

@@ -34,8 +34,8 @@ void run_unmasked(Task& task) {
     ColumnLoops<T> columns;
     typename Planar<T>::Loops planar = {};
     if (goes_forward(task)) {
-        typedef MomentTerm<Plain<E>> Term;
-        typedef MomentTerm<Plain<E>, false> Again;
+        typedef MomentTerm<Plain<E>, false> Term;
+        typedef MomentTerm<Plain<E>, true> Again;
         columns = {sum_columns<T, Term>, sum_columns<T, Again>, map_columns<T, NormalizeMap<E>>};
         planar = {columns, &Planar<T>::template sum_rows<Term>, &Planar<T>::template sum_rows<Again>,
                   &Planar<T>::template map_rows<NormalizeMap<E>>, nullptr};
@@ -52,7 +52,7 @@ void run_masked_planar(Task& task) {
     typedef Planar<typename E::T> Layout;
     if (goes_forward(task)) {
         run_loops<Layout, typename Layout::Loops>(
-            task, {{}, &Layout::template sum_counted<MomentTerm<Plain<E>>>, &Layout::template sum_counted<MomentTerm<Plain<E>, false>>,
+            task, {{}, &Layout::template sum_counted<MomentTerm<Plain<E>, false>>, &Layout::template sum_counted<MomentTerm<Plain<E>, true>>,
                    &Layout::template map_rows<NormalizeMap<E>>, &Layout::template map_joined<NormalizeMap<E>>});
     } else {
         run_loops<Layout, typename Layout::Loops>(

@@ -296,7 +296,7 @@ class Planar {
     INLINE Sums<T> with_vectors(
         const typename CountedVectors<T>::Portion& portion, int64_t first, Channel<Vector> channel, const Term term, Sums<T> sums) const {
         const auto add = [&](int64_t i, auto part) INLINED {
-            typename Sums<T>::Block block = {sums, sums};
+            typename Term::Block block = {sums, sums};
             block.add(term(i, channel, part), channel.mean, 0);
             block.end();
         };
@@ -319,14 +319,14 @@ class Planar {
         int64_t j = 0;
         for (; j + vectors_of_block * width <= count; j += vectors_of_block * width) {
             term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
-            typename Sums<T>::Block block = {even, odd};
+            typename Term::Block block = {even, odd};
             for_block<Term>([&](int64_t vector) INLINED {
                 block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector);
             });
             block.end();
         }
         term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
-        typename Sums<T>::Block block = {even, odd};
+        typename Term::Block block = {even, odd};
         for (; j + width <= count; j += width) block.add(term(i + j, channel, Whole{}), channel.mean, 0);
         if (j < count) {
             const Some rest = {(int)(count - j)};

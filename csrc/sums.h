@@ -2,8 +2,9 @@
 //
 // float32: in float64, of which 29 digits are to spare. Products are exact there, and so the squares may be taken about zero, up to a
 //     mean of 64 deviations, which costs 12 digits.
-// half: in float32 about a typical value of the channel, eight vectors at a time, whose sums are added in float64. Torch's own sums
-//     are float32 to the end, and as its, these overflow where deviations are beyond 1e19.
+// half: the moments in float32 about a typical value of the channel, eight vectors at a time, whose sums are added in float64. Where that
+//     overflows, at deviations beyond 1e19, or cancels, the sums are taken again as those of float32. The gradients' are always those: float32
+//     parameters see what float32 products round.
 // float64: about a typical value, and every sum keeps what its rounding loses: there is no digit to spare.
 #pragma once
 
@@ -43,8 +44,8 @@ struct EvenAndOdd {
 // Both sums, lane by lane, and what adds a `Block` of vectors to them.
 template <class T>
 struct Sums {
-    typedef EvenAndOdd<Sums> Block;
-    static constexpr bool about_zero = true, grads_about_zero = true;
+    typedef EvenAndOdd<Sums> Block;  // of the first moments
+    static constexpr bool about_zero = true, grads_about_zero = true, may_overflow = false;
     static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, from where the sums are taken again about the mean
     static constexpr int64_t vectors_together = 1;        // that are added up before they join the others
 
@@ -80,11 +81,9 @@ struct Sums {
 
 template <class Format>
 struct Sums<Half<Format>> : Sums<Float32> {
-    static constexpr bool about_zero = false, grads_about_zero = false;
+    static constexpr bool about_zero = false, may_overflow = true;
     static constexpr double worst_cancellation = 16.0;
     static constexpr int64_t vectors_together = vectors_of_block;
-
-    using Sums<Float32>::add;
 
     struct Block {
         Sums &all, &unused;
@@ -94,7 +93,6 @@ struct Sums<Half<Format>> : Sums<Float32> {
             const Floats d = term.x - center;
             value += d, product += d * d;
         }
-        INLINE void add(GradTermValues<Floats> term, Floats, int64_t) { value += term.g, product += term.g * term.x; }
         INLINE void end() {
             const Wide<Floats> values(value), products(product);
             all.value[0] += values.low, all.value[1] += values.high;
@@ -130,7 +128,7 @@ struct ExactSum {
 template <>
 struct Sums<Float64> {
     typedef EvenAndOdd<Sums> Block;
-    static constexpr bool about_zero = false, grads_about_zero = false;
+    static constexpr bool about_zero = false, grads_about_zero = false, may_overflow = false;
     static constexpr double worst_cancellation = 1.0001;  // the mean, K + a rounded number, would feel more
     static constexpr int64_t vectors_together = 1;
 
@@ -162,7 +160,7 @@ struct Sums<Float64> {
 template <>
 struct Sums<ExactFloat32> {
     typedef EvenAndOdd<Sums> Block;
-    static constexpr bool about_zero = true, grads_about_zero = false;
+    static constexpr bool about_zero = true, grads_about_zero = false, may_overflow = false;
     static constexpr double worst_cancellation = Sums<Float32>::worst_cancellation;
     static constexpr int64_t vectors_together = 1;
 

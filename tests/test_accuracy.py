@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm import reference
+from batchnorm.functional import normalize
 from tests.budget import (
     assert_same_bits,
     assert_ulps,
@@ -359,3 +360,69 @@ def test_constant_channels_give_exactly_the_bias(dtype, shape, affine):
     x = constants.view(along_channels).expand(shape).contiguous()
     bias = layer.bias.detach() if affine else torch.zeros(3, dtype=dtype)
     assert_same_bits("y", layer(x).detach(), bias.view(along_channels).expand(shape))
+
+
+@pytest.mark.parametrize("layout", ["planar", "interleaved"])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1e20), (torch.bfloat16, 1e36), (torch.float32, 1e30)])
+def test_deviations_beyond_what_float32_squares_are_normalized(dtype, scale, layout):
+    torch.manual_seed(0)
+    x = (torch.randn(6, 5, 8, 9) * scale).to(dtype)
+    dy = torch.randn(6, 5, 8, 9).to(dtype)
+    if layout == "interleaved":
+        x, dy = (value.contiguous(memory_format=torch.channels_last) for value in (x, dy))
+    x.requires_grad_()
+    weight = torch.ones(5, requires_grad=True)
+    y, moments = normalize(x, weight, None, 1e-5)
+    y.backward(dy)
+    wide = x.detach().double().requires_grad_()
+    exact_weight = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    exact, exact_moments = normalize(wide, exact_weight, None, 1e-5)
+    exact.backward(dy.double())
+    torch.testing.assert_close(moments.mean, exact_moments.mean, rtol=1e-6, atol=scale * 1e-6)
+    torch.testing.assert_close(moments.m2, exact_moments.m2, rtol=1e-6, atol=0)
+    assert_ulps("y", y, exact.detach(), 1.5)
+    assert_ulps("dweight", weight.grad, exact_weight.grad, 4)
+    assert x.grad.isfinite().all()
+
+
+def test_dweight_of_float32_parameters_is_as_good_under_half_input():
+    for seed in range(60):
+        numbers = torch.Generator().manual_seed(seed)
+        shape = (1 + seed % 6, 2, 16, 105)
+        x = (torch.randn(shape, generator=numbers) * 0.001 + 1000).bfloat16()
+        dy = torch.randn(shape, generator=numbers).bfloat16()
+        mean, variance = torch.full((2,), 0.5), torch.full((2,), 0.7)
+
+        def dweight(function, *tensors):
+            x, dy, mean, variance = tensors
+            weight = torch.ones(2, dtype=mean.dtype, requires_grad=True)
+            return torch.autograd.grad(function(x, mean, variance, weight, None, False, 0.1, 1e-3), weight, dy)[0]
+
+        exact = dweight(torch.nn.functional.batch_norm, *(value.double() for value in (x, dy, mean, variance)))
+        ours = dweight(bn.functional.batch_norm, x, dy, mean, variance)
+        torchs = dweight(torch.nn.functional.batch_norm, x, dy, mean, variance)
+        assert_within_budget("dweight", ours, torchs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_far_below_zero_an_activation_is_zero(dtype, activation):
+    x = torch.tensor([-1e4, -3e4, -800.0, -95.0, -50.0, 50.0]).to(dtype).view(1, 1, 6).requires_grad_()
+    y = bn.functional.batch_norm(x, torch.zeros(1), torch.ones(1), None, None, False, 0.1, 0.0, activation=activation)
+    y.backward(torch.ones_like(y))
+    assert y[0, 0, :3].abs().max() < 1e-300
+    assert x.grad[0, 0, :3].abs().max() < 1e-300
+    assert x.grad[0, 0, 5] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("by", ["mask", "groups"])
+def test_one_value_is_its_own_mean_and_has_no_gradient(dtype, by):
+    torch.manual_seed(0)
+    x = (torch.randn(4, 3, 5) if by == "mask" else torch.randn(4, 3)).to(dtype).requires_grad_()
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[1, 2] = True
+    options = {"mask": mask} if by == "mask" else {"group_size": 1}
+    y, _ = normalize(x, None, None, 1e-5, **options)
+    y.backward(torch.randn_like(y))
+    assert (x.grad == 0).all()

@@ -72,7 +72,7 @@ class Plan:
 
     seeds: int = 3
     learning_rates: tuple[float, ...] = LEARNING_RATES
-    steps: int = 300
+    steps: int = 240
     batch_size: int = 64
     measure_every: int = 5
     data: str | None = None
