@@ -40,11 +40,12 @@ struct Relu {
     }
 };
 
-// e^x = 2^n · e^r, |r| <= ln(2) / 2, with the Taylor-like polynomial of Cephes' expf: below 2 ulp of float32. Clamped to
-// [-87.3, 88.3], where e^x neither overflows nor becomes subnormal; NaN passes.
+// e^x = 2^n · e^r, |r| <= ln(2) / 2, with the Taylor-like polynomial of Cephes' expf: below 2 ulp of float32. Clamped at 88.3, before it
+// overflows; 0 below -87.3, before it becomes subnormal; NaN passes.
 INLINE Floats exponential(Floats x) {
+    const auto vanishes = x < -87.3f;
     x = x > 88.3f ? Floats{} + 88.3f : x;
-    x = x < -87.3f ? Floats{} - 87.3f : x;
+    x = vanishes ? Floats{} : x;
     const float magic = 0x1.8p23f;  // added to a number it leaves the nearest integer in the low bits
     const Floats shifted = x * 0x1.715476p0f + magic;
     const Floats n = shifted - magic;
@@ -56,7 +57,8 @@ INLINE Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return p * bits_as<Floats>((bits_as<Words>(shifted) << 23) + 0x3f800000u);
+    p = p * bits_as<Floats>((bits_as<Words>(shifted) << 23) + 0x3f800000u);
+    return vanishes ? Floats{} : p;
 }
 
 // erf to 1 ulp of float32: an odd polynomial up to 475/512, 1 - e^polynomial beyond (after N. Juffa, public domain).
@@ -83,10 +85,10 @@ INLINE Floats error_function(Floats x) {
 
 // float64 is not made for speed: the C library, lane by lane; clamped for the same reason.
 INLINE Doubles exponential(Doubles x) {
+    const auto vanishes = x < -708.0;
     x = x > 708.0 ? Doubles{} + 708.0 : x;
-    x = x < -708.0 ? Doubles{} - 708.0 : x;
     for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = exp(x[lane]);
-    return x;
+    return vanishes ? Doubles{} : x;
 }
 INLINE Doubles error_function(Doubles x) {
     for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = erf(x[lane]);
