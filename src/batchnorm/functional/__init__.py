@@ -42,7 +42,7 @@ from batchnorm.functional.parts import (
 )
 from batchnorm.functional.recompute import recomputation, recomputing
 from batchnorm.functional.reduction import Reducer
-from batchnorm.functional.running import move_running_statistics
+from batchnorm.functional.running import counter_on, move_running_statistics
 from batchnorm.kernels import Activation, Epilogue, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
@@ -53,6 +53,7 @@ __all__ = [
     "check_input",
     "check_residual",
     "check_several_values",
+    "counter_on",
     "is_single_value",
     "mask_of",
     "moments",

@@ -80,7 +80,7 @@ def _move_by_torch(
 ) -> Tensor | None:
     count = moments.count
     pairs = ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
-    finite = None
+    finite = first = None
     moves = None if isinstance(count, int) else count > 1
     if skip_nonfinite:
         finite = torch.stack([value.to(running.dtype).isfinite().all() for running, value in pairs]).all()
@@ -96,13 +96,39 @@ def _move_by_torch(
     moved, skipped = counters
     if moved is not None:
         steps.append((moved, moved + (1 if moves is None else moves)))
-    if skipped is not None and finite is not None:
-        steps.append((skipped, skipped + ~finite))
     for buffer, value in steps:
         _check_writable(buffer, value)
     for buffer, value in steps:
         _write(buffer, value)
+    if skipped is not None and finite is not None:
+        _count(skipped, ~finite if first is None else ~finite & first)
     return finite
+
+
+def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
+    """A counter of skipped batches, 0-d int64, with the value it had before; 0 if that is None or has none (meta device)."""
+    if before is not None and before.device == device:
+        return before
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.int64, device=device)
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+        if before is not None and not before.is_meta and device.type != "meta":
+            return before.to(device)
+        counter = torch.zeros((), dtype=torch.int64, device=device)
+    # What `torch._dynamo.mark_static_address` does, without its seconds of import: CUDA graphs refuse code that writes other tensors.
+    counter._dynamo_static_input_type = "unguarded"  # pyright: ignore[reportAttributeAccessIssue]
+    return counter
+
+
+def _count(counter: Tensor, skipped: Tensor) -> None:
+    """Add 1 if the batch was skipped (0-d bool). Under `torch.vmap` the counter is one for all slices, and counts each."""
+    if not differentiated_by_torch():
+        counter.add_(skipped)
+        return
+    skipped = _without_levels(skipped)
+    if not functorch.is_functionaltensor(skipped):  # `torch.func.functionalize` lets a call write its arguments alone
+        with temporarily_clear_interpreter_stack():
+            counter.add_(skipped.sum())
 
 
 def _write(buffer: Tensor, value: Tensor) -> None:
@@ -138,6 +164,12 @@ def _only_gradient_levels() -> bool:
     return all(
         level.key() in (TransformType.Grad, TransformType.Jvp) for level in retrieve_all_functorch_interpreters()
     )
+
+
+def _without_levels(value: Tensor) -> Tensor:
+    while functorch.is_gradtrackingtensor(value) or functorch.is_batchedtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def _below_gradient_levels(value: Tensor) -> Tensor:

@@ -96,13 +96,13 @@ def train_shortly(
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, variance = buffers["running_mean"], buffers["running_var"]
-        counters = buffers["num_batches_tracked"], buffers["num_nonfinite_batches"]
+        batches = buffers["num_batches_tracked"]
     except KeyError:  # pruned or parametrized: computed, and found by attribute alone
         return None
     if mean is None or variance is None:
         return None
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
-    running = (mean, variance, *counters, momentum, unbiased, skip_nonfinite, *bounds)
+    running = (mean, variance, batches, layer.num_nonfinite_batches, momentum, unbiased, skip_nonfinite, *bounds)
     return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
 
 
