@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] (a C module)
@@ -11,8 +9,9 @@ from torch._C._functorch import TransformType  # pyright: ignore[reportMissingIm
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-from batchnorm.errors import ArgumentError, StateError
+from batchnorm.errors import StateError
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
+from batchnorm.functional.checks import check_momentum, check_widths
 from batchnorm.functional.parts import parts_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import cpu
@@ -48,13 +47,14 @@ def move_running_statistics(
         0-d bool, whether the statistics were finite; None if that was not asked for.
 
     Raises:
+        ArgumentError, ShapeError: on a momentum that is no number, on buffers of another number of channels; nothing is written.
         StateError: under `torch.vmap`, if the batch statistics differ from slice to slice and the buffers do not.
     """
     count = moments.count
     if (isinstance(count, int) and count == 0) or (not torch.compiler.is_compiling() and recomputing()):
         return None
-    if not isinstance(momentum, (Real, Tensor)):
-        raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
+    check_momentum(momentum)
+    check_widths({"running_mean": running_mean, "running_var": running_var}, moments.mean.shape[0])
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
         moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
@@ -62,6 +62,7 @@ def move_running_statistics(
         isinstance(momentum, float)
         and cpu.moves(running_mean, running_var, moments, counters)
         and not differentiated_by_torch()
+        and not exporting()  # a trace counts values by tensors
     ):
         finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite, counters)
         return finite if skip_nonfinite else None
@@ -100,7 +101,7 @@ def _move_by_torch(
         _check_writable(buffer, value)
     for buffer, value in steps:
         _write(buffer, value)
-    if skipped is not None and finite is not None:
+    if skipped is not None and finite is not None and not exporting():  # exported programs write buffers alone
         _count(skipped, ~finite if first is None else ~finite & first)
     return finite
 
