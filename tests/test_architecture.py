@@ -26,6 +26,7 @@ ORDER = [
     "interop",
     "surgery",
     "distributed",
+    "merging",
     "agreement",
     "population",
     "folding",
