@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +150,11 @@ def train_shortly(
         return None
     if mean is None or variance is None:
         return None
+    skipped: Any = layer._nonfinite_batches  # found like this for the same reason
+    if skipped is None or not skipped.is_cpu:  # it follows the others when it is asked for
+        skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
-    running = (mean, variance, batches, layer.num_nonfinite_batches, momentum, unbiased, skip_nonfinite, *bounds)
+    running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
     return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
 
 
