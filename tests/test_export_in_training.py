@@ -28,6 +28,7 @@ every_row = pytest.mark.parametrize("row", [*ROWS, *MORE], ids=lambda row: row.n
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
     "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*torch.jit:FutureWarning",
     "ignore:.*treespec:FutureWarning",
     "ignore:.*TorchScript-based:DeprecationWarning",
 )
