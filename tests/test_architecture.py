@@ -27,6 +27,7 @@ ORDER = [
     "interop",
     "surgery",
     "distributed",
+    "merging",
     "agreement",
     "population",
     "folding",

@@ -1,5 +1,7 @@
 """Bad input: the invariant, what came, the remedy; torch's exception type; nothing moved."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,9 @@ from torch.nn.parameter import is_lazy
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, InputError, ShapeError, StateError
 from batchnorm.functional import batch_norm, normalize, normalize_with
+from batchnorm.statistics import Domains, MovingAverage, Renorm
+from tests.budget import assert_same_bits
+from tests.layer_table import ROWS, Row
 
 X = torch.randn(4, 3, 5)
 
@@ -285,3 +290,166 @@ def test_no_channels_is_torchs_nothing():
     assert batch_norm(torch.randn(0), *buffers, training=True).shape == (0,)
     assert batch_norm(torch.randn(0), *buffers).shape == (0,)
     assert normalize(torch.randn(0))[1].mean.shape == (0,)
+
+
+def with_source(name, source):
+    return Row(name, lambda **k: bn.BatchNorm2d(3, statistics=source, **k), (4, 3, 5, 2))
+
+
+EVERY_ROW = [
+    *ROWS,
+    with_source("moving-average", MovingAverage(4, warmup=0)),
+    with_source("moving-average-warming-up", MovingAverage(4)),
+    with_source("centered", MovingAverage(4, warmup=0, centered=True)),
+    with_source("domains-moving-average", Domains(("real", "fake"), MovingAverage(4, warmup=0))),
+    with_source("domains-renorm", Domains(("real", "fake"), Renorm(warmup=0))),
+    Row(
+        "moving-average-last-axis",
+        lambda **k: bn.BatchNorm(3, channel_axis=-1, statistics=MovingAverage(4), **k),
+        (4, 5, 3),
+    ),
+]
+
+
+def other_channels(number):
+    def call(layer, x):
+        axis = getattr(layer, "channel_axis", 1)
+        return layer(torch.randn([number if i == axis % x.dim() else size for i, size in enumerate(x.shape)]))
+
+    return call
+
+
+def one_value(layer, x):
+    for axis in set(range(x.dim())) - {layer.channel_axis % x.dim()}:
+        x = x.narrow(axis, 0, 1)
+    return layer(x)
+
+
+def masked(x, layer):
+    """What counts of x, (N, *S): everything; the fast path takes no mask."""
+    return torch.ones_like(x.movedim(layer.channel_axis, 1)[:, 0], dtype=torch.bool)
+
+
+def spoiled(name, value):
+    def call(layer, x):
+        if name in layer._buffers or name in layer._parameters:
+            store = layer._buffers if name in layer._buffers else layer._parameters
+            store[name] = value(store[name])
+        else:
+            setattr(layer, name, value(None))
+        try:
+            return layer(x, mask=masked(x, layer))
+        finally:
+            vars(layer)["spoiled"] = name  # its own value is not compared
+
+    return call
+
+
+def wider(tensor):
+    return nn.Parameter(torch.ones(7)) if tensor is None or isinstance(tensor, nn.Parameter) else torch.ones(7)
+
+
+def raises_on_nan(layer, x):
+    layer.on_nonfinite = "error"
+    return layer(torch.full_like(x, float("nan")))
+
+
+def in_an_unknown_domain(layer, x):
+    with bn.domain("unknown"):
+        return layer(x)
+
+
+def windows_too_long(layer, x):
+    layer._buffers["running_var_gradient"] = torch.zeros(9, 3)
+    vars(layer)["spoiled"] = "running_var_gradient"
+    return layer(x)
+
+
+BAD_CALLS = {
+    "one-channel": other_channels(1),
+    "more-channels": other_channels(5),
+    "lower-rank": lambda layer, x: layer(x.reshape(-1)),
+    "higher-rank": lambda layer, x: layer(x[..., None, None, None]),
+    "integers": lambda layer, x: layer(x.long()),
+    "booleans": lambda layer, x: layer(x > 0),
+    "float8": lambda layer, x: layer(x.to(torch.float8_e4m3fn)),
+    "complex": lambda layer, x: layer(x.to(torch.complex64)),
+    "a-list": lambda layer, x: layer(x.tolist()),
+    "one-value": one_value,
+    "residual-shape": lambda layer, x: layer(x, x[:1]),
+    "residual-rank": lambda layer, x: layer(x, torch.randn(3, 3)),
+    "residual-integers": lambda layer, x: layer(x, x.long()),
+    "residual-complex": lambda layer, x: layer(x, x.to(torch.complex64)),
+    "residual-number": lambda layer, x: layer(x, 3),
+    "mask-dtype": lambda layer, x: layer(x, mask=masked(x, layer).float()),
+    "mask-shape": lambda layer, x: layer(x, mask=torch.ones(3, 7, dtype=torch.bool)),
+    "mask-rank": lambda layer, x: layer(x, mask=masked(x, layer)[None, None, None]),
+    "mask-list": lambda layer, x: layer(x, mask=[True]),
+    "mask-and-residual": lambda layer, x: layer(x, x[:1], masked(x, layer)),
+    "lengths-float": lambda layer, x: layer(x, lengths=torch.ones(x.shape[0])),
+    "lengths-shape": lambda layer, x: layer(x, lengths=torch.ones(9, dtype=torch.long)),
+    "lengths-list": lambda layer, x: layer(x, lengths=[1]),
+    "momentum": spoiled("momentum", lambda _: "fast"),
+    "eps-zero": spoiled("eps", lambda _: 0.0),
+    "eps-negative": spoiled("eps", lambda _: -1.0),
+    "weight": spoiled("weight", wider),
+    "bias": spoiled("bias", wider),
+    "running_mean": spoiled("running_mean", wider),
+    "running_var": spoiled("running_var", wider),
+    "windows": windows_too_long,
+    "unknown-domain": in_an_unknown_domain,
+    "nan-raises": raises_on_nan,
+}
+
+# What is no mistake for some layers, by their names in the table.
+FINE = {
+    "complex": {"no-tracking"},
+    "windows": {row.name for row in EVERY_ROW if "moving-average" not in row.name and row.name != "centered"},
+    "unknown-domain": {row.name for row in EVERY_ROW if "domains" not in row.name},
+    "nan-raises": {"running", "no-tracking"},
+    "momentum": {"running", "no-tracking"},
+    "eps-zero": {"running"},
+    "one-value": {"running"},
+    "running_mean": {"no-tracking"},
+    "running_var": {"no-tracking"},
+}
+
+
+@pytest.mark.parametrize("row", EVERY_ROW, ids=lambda row: row.name)
+def test_a_call_that_raises_writes_nothing(row):
+    for bad, grad in itertools.product(BAD_CALLS, (False, True)):
+        if row.name not in FINE.get(bad, ()):
+            raises_and_writes_nothing(row, bad, grad)
+
+
+def raises_and_writes_nothing(row, bad, grad):
+    layer, x = row.ours(), torch.randn(row.shape, requires_grad=grad)
+    if bad == "higher-rank" and type(layer) is bn.BatchNorm:  # it takes any
+        return
+    for _ in range(2):
+        y = layer(torch.randn(row.shape, requires_grad=grad))
+        if grad:
+            y.sum().backward()
+    named = {**dict(layer.named_buffers()), "nonfinite": layer.num_nonfinite_batches}
+    before = {name: value.clone() for name, value in named.items() if value is not None}
+    try:
+        with torch.set_grad_enabled(grad):
+            BAD_CALLS[bad](layer, x)
+    except BatchNormError:
+        pass
+    else:
+        pytest.fail(f"{bad}, grad={grad}: nothing was raised")
+    for name, value in before.items():
+        if name != vars(layer).get("spoiled"):
+            assert_same_bits(f"{bad}, grad={grad}: {name}", named[name], value)
+            assert name not in layer._buffers or layer._buffers[name] is named[name]
+
+
+def test_windows_hold_no_infinity():
+    """Statistics that are finite in float64 alone stay out of windows of float32, as they stay out of the running statistics."""
+    layer = bn.BatchNorm1d(3, statistics=MovingAverage(4, warmup=0))
+    for scale in (1.0, 1e25, 1.0):
+        x = (torch.randn(16, 3) * scale).requires_grad_()
+        (layer(x) * torch.randn(16, 3) * 1e30).sum().backward()
+    assert all(value.isfinite().all() for value in layer.buffers())
+    assert layer.num_nonfinite_batches == 1

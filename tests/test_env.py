@@ -1,6 +1,8 @@
 """`batchnorm env` says what runs, and it says the truth: it asks the kernels themselves."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +102,36 @@ def test_a_processor_has_a_name(tmp_path):
     (tmp_path / "cpuinfo").write_text("Features: none")
     assert env._cpu(tmp_path / "cpuinfo")
     assert env._cpu(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "2.14.0a0+git1"])
+def test_a_tested_torch_needs_no_advice(version):
+    assert env.torch_advice(version) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [("2.15.0", "newer than the newest"), ("3.0.0.dev20270101", "newer"), ("2.10.1", "older"), ("1.13.1", "older")],
+)
+def test_another_torch_is_named(version, says):
+    (line,) = env.torch_advice(version)
+    assert says in line
+    assert version in line
+    assert "pip install" in line
+
+
+def test_what_is_tested_is_what_the_files_say():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["dependencies"] == [f"torch>={env.TESTED[0]}"]
+    usual, newest = (
+        (root / name).read_text(encoding="utf-8").splitlines()
+        for name in ("constraints.txt", f"constraints-{env.TESTED[1]}.txt")
+    )
+    (torchs,) = set(newest) - set(usual)  # everything else is the same
+    assert torchs.startswith(f"torch=={env.TESTED[1]}.")
+    assert len(newest) == len(usual)
+
+
+def test_the_torch_that_runs_here_is_a_tested_one():
+    assert env.torch_advice(torch.__version__) == [], "raise env.TESTED once all tests pass on a newer torch"

@@ -9,6 +9,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, InputError, ReplicaError, StateError
+from batchnorm.statistics import Batch, Domains, Kept, MovingAverage, Renorm
 from tests.replicas import impatient, on_replicas
 from tests.test_population import clusters, network, same, state
 
@@ -125,6 +126,96 @@ def averaged(rank):
     torch.testing.assert_close(fresh.running_var, wanted)  # a rank without data weighs nothing
 
 
+def shared_data(*shapes):
+    data = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    for value in data:
+        dist.broadcast(value, 0)
+    return data
+
+
+def averaged_domains(rank):
+    """Each domain by its own batches, here all of them, whichever source uses it; the counters too."""
+    data = dict(zip(("real", "fake"), shared_data((2, 3, 8, 3), (2, 2, 8, 3)), strict=True))  # rank, batch, N, C
+    for within in (None, Renorm(warmup=50), MovingAverage(4)):
+        layer = bn.BatchNorm1d(3, momentum=None, dtype=torch.float64, statistics=Domains(("real", "fake"), within))
+        for name, batches in data.items():
+            with bn.domain(name):
+                for batch in batches[rank] + 5 * rank:
+                    layer(batch)
+        if rank == 1:
+            layer(torch.full((4, 3), float("nan"), dtype=torch.float64))
+        bn.average_buffers(layer)
+        for name, batches in data.items():
+            suffix = "" if name == "real" else "_fake"
+            both = batches + 5 * torch.arange(2.0).view(2, 1, 1, 1)
+            means = both.flatten(1, 2).mean(1)  # (W, C)
+            found = {
+                key: getattr(layer, key + suffix) for key in ("running_mean", "running_var", "num_batches_tracked")
+            }
+            torch.testing.assert_close(found["running_mean"], means.mean(0), rtol=1e-12, atol=1e-12)
+            variance = both.flatten(0, 1).var(1).mean(0) + means.var(0, correction=0)
+            torch.testing.assert_close(found["running_var"], variance, rtol=1e-12, atol=1e-12)
+            assert found["num_batches_tracked"] == batches.shape[1]
+        assert layer.num_nonfinite_batches == 1
+        assert bn.replicas_agree(layer)
+
+
+def averaged_windows(rank):
+    """A row of a window becomes that of the replicas' batches as one; a row that one replica alone has is that replica's."""
+    first, second, gradient = shared_data((2, 8, 3), (8, 3), (2, 8, 3))
+    source = MovingAverage(4, warmup=0)
+    for statistics, suffix in ((source, ""), (Domains(("real", "fake"), source), "_fake")):
+        layer = bn.BatchNorm1d(3, dtype=torch.float64, statistics=statistics)
+        with bn.domain("fake"):
+            x = (first[rank] + 5 * rank).requires_grad_()
+            y = layer(x)
+            if rank == 0 or suffix:
+                y.backward(gradient[rank])
+            own = getattr(layer, f"running_mean_gradient{suffix}")[0].clone()
+            if rank == 1:
+                layer(second)
+        bn.average_buffers(layer)
+        window = {
+            key: getattr(layer, f"running_{key}{suffix}") for key in ("mean_window", "var_window", "mean_gradient")
+        }
+        together = torch.cat([first[0], first[1] + 5])
+        torch.testing.assert_close(window["mean_window"][0], together.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(window["var_window"][0], together.var(0, correction=0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(window["mean_window"][1], second.mean(0), rtol=1e-12, atol=1e-12)
+        assert window["mean_window"][2:].eq(0).all()  # as they began
+        assert window["var_window"][2:].eq(1).all()
+        dist.all_reduce(own)  # of both ranks, or of the first alone
+        torch.testing.assert_close(window["mean_gradient"][0], own / (2 if suffix else 1), rtol=1e-12, atol=1e-12)
+        assert bn.replicas_agree(layer)
+        before = {name: value.clone() for name, value in layer.named_buffers()}
+        bn.average_buffers(layer)
+        assert all(torch.equal(value, before[name]) for name, value in layer.named_buffers())
+
+
+class Twice:
+    """A source of somebody else's, which keeps what it likes."""
+
+    def __call__(self, layer, x, residual, mask):
+        return Batch()(layer, x, residual, mask)
+
+    def kept(self):
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        return {f"{name}_again": Kept(name) for name in names} | {"running_mean_rows": Kept("running_mean", 2)}
+
+
+def averaged_sources_of_others(rank):
+    layer = bn.BatchNorm1d(2, statistics=Twice())
+    layer.running_mean_again.fill_(3.0 * rank)
+    layer.running_mean_rows.fill_(7.0 * rank)
+    layer.num_batches_tracked_again.fill_(rank)
+    layer.running_var.fill_(-0.0 if rank else 0.0)  # alike but for a bit
+    bn.average_buffers(layer)
+    assert bn.replicas_agree(layer)
+    assert layer.running_mean_again.eq(3).all()  # the first rank's has seen nothing
+    assert layer.num_batches_tracked_again == 1
+    assert layer.running_mean_rows.eq(3.5).all()
+
+
 def agree(rank):
     model = network()
     agreement = bn.replicas_agree(model)
@@ -168,6 +259,9 @@ def failing_loader(rank):
 def everything(rank, size):
     population(rank)
     averaged(rank)
+    averaged_domains(rank)
+    averaged_windows(rank)
+    averaged_sources_of_others(rank)
     agree(rank)
     failing_loader(rank)
 

@@ -39,12 +39,13 @@ def layer_of(channels, training=True, **options):
 
 
 def outcome(layer, x, dy):
-    """How it went, y, all gradients, all buffers."""
+    """How it went, y, all gradients, all buffers, and the counter of skipped batches."""
     y = layer(x)
     inputs = [value for value in (x, *layer.parameters()) if value.requires_grad]
     way = y.grad_fn.name() if inputs else None
     grads = torch.autograd.grad(y, inputs, dy) if inputs else ()
-    return way, [y.detach(), *grads, *layer.buffers()]
+    skipped = [] if layer.num_nonfinite_batches is None else [layer.num_nonfinite_batches]
+    return way, [y.detach(), *grads, *layer.buffers(), *skipped]
 
 
 def both_ways(monkeypatch, make, x, dy):

@@ -105,15 +105,6 @@ def test_exports_to_torchs_operator(row):
         assert any("batch_norm" in operator for operator in operators), operators
 
 
-@every_row
-def test_exports_in_training(row):
-    layer = learned(row)
-    program = torch.export.export(copy.deepcopy(layer), (sample(row),))
-    module = program.module()
-    torch.testing.assert_close(module(sample(row)), layer(sample(row)))
-    equal_states(state_of(module), state_of(layer))
-
-
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch.onnx uses what torch deprecates
 @pytest.mark.parametrize("activation", [None, "relu", "silu"], ids=str)
 def test_exports_to_onnx(activation):

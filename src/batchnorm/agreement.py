@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from batchnorm.distributed import Replicas
 from batchnorm.errors import ArgumentError, ReplicaError, StateError
 from batchnorm.functional.parts import parts_of_buffer
+from batchnorm.layers import STATISTICS
 from batchnorm.logs import logger
-from batchnorm.moments import Moments
+from batchnorm.merging import kept_of, merged
 from batchnorm.statistics import Running
 from batchnorm.surgery import batch_norms
 
@@ -64,7 +65,11 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
 
     The second term is what lies between the replicas; a plain average of the variances leaves it out. The weight w_i is the share of data
     in a replica's moving average, 1 - (1 - momentum)^n after n batches, and n where momentum is None; so replicas that trained alike
-    weigh alike, and one that saw nothing weighs nothing. `num_batches_tracked` becomes the largest. All replicas get the same bits.
+    weigh alike, and one that saw nothing weighs nothing. Counters become the largest. All replicas get the same bits.
+
+    The same goes for each domain of `Domains`, by its own batches. Each row of the windows of `MovingAverage` becomes that of the
+    replicas' batches together, as far as they have seen that many; rows of the gradient average over the replicas that had one. Buffers of
+    any other source (`Kept`) are merged by the same rules, which follow from what they are `like`.
 
     For replicas whose layers normalize by their own batches (no `synchronize`), before a checkpoint or an evaluation. Frozen layers, and
     those without running statistics, are left.
@@ -82,29 +87,21 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
     if not layers:
         logger.warning("average_buffers: the model has no batch norm with running statistics")
         return model
-    rows, widths = list[Tensor](), list[int]()
-    for layer in layers.values():
-        mean, variance, count = _statistics(layer)
-        values = [_weight(layer, count), count, mean, variance]
-        rows.append(torch.cat([value.reshape(-1) for value in values]))
-        widths.append(len(rows[-1]))
+    states = {name: _state(layer) for name, layer in layers.items()}
+    rows = {name: torch.cat([_numbers(value).flatten() for value in state.values()]) for name, state in states.items()}
     replicas = Replicas("average_buffers", process_group)
-    everywhere = replicas.exchange(torch.cat(rows))  # (W, K)
-    for (name, layer), table in zip(layers.items(), everywhere.split(widths, 1), strict=True):
-        weights, counts, statistics = table[:, 0], table[:, 1], table[:, 2:]
-        total = weights.sum()
-        if total == 0:
-            logger.info("average_buffers: left %s: no replica has seen a batch", name)
-            continue
-        means, variances = statistics.chunk(2, 1)  # (W, C) each
-        shares = weights / total
-        pooled = Moments.pooled(shares, means, shares.unsqueeze(1) * variances)  # of variances, so M2 is one too
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        for buffer, value in ((layer.running_mean, pooled.mean), (layer.running_var, pooled.m2)):
+    everywhere = replicas.exchange(torch.cat(list(rows.values())))  # (W, K)
+    tables = everywhere.split([len(row) for row in rows.values()], 1)
+    for (name, layer), table in zip(layers.items(), tables, strict=True):
+        state = {key: _numbers(value) for key, value in states[name].items()}
+        parts = table.split([value.numel() for value in state.values()], 1)
+        of_all = {
+            key: part.unflatten(1, value.shape) if value.dim() else part[:, 0]
+            for (key, value), part in zip(state.items(), parts, strict=True)
+        }  # (W, *shape) each
+        for key, value in merged(layer, of_all).items():
+            buffer = states[name][key]
             (parts_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.copy_(counts.max())
         logger.info("average_buffers: merged %s over ranks %s", name, list(replicas.ranks))
     return model
 
@@ -164,21 +161,14 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Running mean and variance, (C,) float64, and the number of batches behind them, (); 0 where they are not counted."""
-    mean, variance = (
-        (parts_of_buffer(value) if value.is_complex() else value).double()
-        for value in (layer.running_mean, layer.running_var)
-        if value is not None
-    )
-    counter = layer.num_batches_tracked
-    return mean, variance, mean.new_zeros(()) if counter is None else counter.to(mean)
+def _state(layer: _BatchNorm) -> dict[str, Tensor]:
+    """What is merged of a layer, by name: its running statistics, its counters and what its source keeps."""
+    names = (*STATISTICS, "num_batches_tracked", *kept_of(layer), "num_nonfinite_batches")
+    return {name: value for name in names if (value := getattr(layer, name, None)) is not None}
 
 
-def _weight(layer: _BatchNorm, count: Tensor) -> Tensor:
-    if layer.num_batches_tracked is None:
-        return torch.ones_like(count)
-    return count if layer.momentum is None else 1 - (1 - layer.momentum) ** count
+def _numbers(value: Tensor) -> Tensor:
+    return (parts_of_buffer(value) if value.is_complex() else value).double()
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -14,6 +14,7 @@ from batchnorm import kernels
 from batchnorm.kernels import Activation, Epilogue, cpu
 from batchnorm.version import __version__
 
+TESTED = ("2.11", "2.14")  # the oldest and the newest torch that the tests run on
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ADVICE = "THP_MEM_ALLOC_ENABLE"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,7 +80,7 @@ def environment() -> Environment:
         torch_huge_pages=allowed,
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         choices=choices(),
-        advice=advice(pages, allowed),
+        advice=[*torch_advice(torch.__version__), *advice(pages, allowed)],
     )
 
 
@@ -122,6 +123,27 @@ def huge_pages() -> str:
         return HUGE_PAGES.read_text(encoding="utf-8").partition("[")[2].partition("]")[0]
     except OSError:
         return "unknown"
+
+
+def torch_advice(version: str) -> list[str]:
+    """What to know of a torch that the tests do not run on: newer than the newest or older than the oldest."""
+    oldest, newest = TESTED
+    found = _release(version)
+    if found > _release(newest):
+        return [
+            f"torch {version} is newer than the newest that this library is tested with, {newest}. Most things will work; if one "
+            f'does not, install torch {newest} (pip install "torch=={newest}.*") and report it.'
+        ]
+    if found < _release(oldest):
+        return [
+            f'torch {version} is older than this library needs; install {oldest} or newer (pip install "torch>={oldest}").'
+        ]
+    return []
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 14) of "2.14.1+cu130" or "2.14.0a0"."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 def advice(pages: str, allowed: bool) -> list[str]:

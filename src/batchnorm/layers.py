@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm import memory
 from batchnorm.errors import ArgumentError, InputError, ShapeError
-from batchnorm.functional import Reducer, check_residual, mask_of
+from batchnorm.functional import Reducer, check_residual, counter_on, mask_of
 from batchnorm.functional.checks import mask_along_channels
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
@@ -75,7 +75,7 @@ class BatchNorm(_BatchNorm):
         weight, bias: (C,) parameters or None; `gamma` and `beta` are the same objects.
         running_mean, running_var: (C,) buffers or None.
         num_batches_tracked: 0-d int64 buffer, how many batches moved the running statistics.
-        num_nonfinite_batches: 0-d int64 buffer, not in the state_dict: how many were skipped.
+        num_nonfinite_batches: 0-d int64 tensor or None, how many were skipped. No buffer, and not in the state_dict.
         reducer: what merges the batch statistics with those of other replicas, see `batchnorm.synchronize`; None for none.
         save_memory: whether the output is computed again in the backward, in a model that `convert(save_memory=True)` prepared.
         keep_wide_statistics: set it to False before `.half()` or `.bfloat16()` to let the running statistics be cast too.
@@ -102,7 +102,7 @@ class BatchNorm(_BatchNorm):
     reducer: Reducer | None = None
     keep_wide_statistics: bool = True
     save_memory: bool = False
-    num_nonfinite_batches: Tensor | None
+    _nonfinite_batches: Tensor | None = None
 
     def __init__(
         self,
@@ -149,6 +149,31 @@ class BatchNorm(_BatchNorm):
     def beta(self) -> Tensor | None:
         """The tutorial's name of `bias`."""
         return self.bias
+
+    @property
+    def num_nonfinite_batches(self) -> Tensor | None:
+        """How many batches were skipped, 0-d int64; None where `num_batches_tracked` is.
+
+        It is no buffer: code that pairs the buffers of two models, such as an average of weights made before `convert`, would meet one
+        too many, and what fills the buffers of a model built without memory (meta device) would find no value for it. So it is made
+        anew wherever `num_batches_tracked` went without it.
+        """
+        beside, counter = self._buffers.get("num_batches_tracked"), self._nonfinite_batches
+        if beside is None:
+            return None
+        if counter is None or counter.device != beside.device:
+            counter = self._nonfinite_batches = counter_on(beside.device, counter)
+        return counter
+
+    @num_nonfinite_batches.deleter
+    def num_nonfinite_batches(self) -> None:
+        self.__dict__.pop("_nonfinite_batches", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "num_nonfinite_batches" in self._buffers:  # pickled when it was one
+            self._nonfinite_batches = self._buffers.pop("num_nonfinite_batches")
+            self._non_persistent_buffers_set.discard("num_nonfinite_batches")
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__({"gamma": "weight", "beta": "bias"}.get(name, name), value)
@@ -233,9 +258,7 @@ class BatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, counters 0."""
         super().reset_running_stats()
-        skipped = self._buffers.get("num_nonfinite_batches")  # torch's constructor resets before it exists
-        if skipped is not None:
-            skipped.zero_()
+        self._count_anew()
         for name, kept in kept_by(self.statistics).items():
             buffer = self._buffers.get(name)
             if buffer is not None:
@@ -287,13 +310,14 @@ class BatchNorm(_BatchNorm):
             setattr(self, name, value)
 
     def _prepare_buffers(self) -> None:
-        """What ours have beyond torch's: wide running statistics, and the counter of batches skipped."""
-        counter = self.num_batches_tracked
-        self.register_buffer(
-            "num_nonfinite_batches", None if counter is None else torch.zeros_like(counter), persistent=False
-        )
+        """What ours have beyond torch's: wide running statistics, and buffers of the source."""
         self._keep_buffers()
         self._widen_statistics({})
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        beside = self._buffers.get("num_batches_tracked")
+        self._nonfinite_batches = None if beside is None else counter_on(beside.device)
 
     def _keep_buffers(self) -> None:
         """The buffers that the part keeps here: new ones begin as it says, those of another part go."""
@@ -332,6 +356,9 @@ class BatchNorm(_BatchNorm):
         originals = {name: buffer for name in names if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
         self._widen_statistics(originals)
+        beside = self._buffers.get("num_batches_tracked")
+        if beside is not None:
+            self._nonfinite_batches = counter_on(beside.device, self._nonfinite_batches)
         return self
 
     def _load_from_state_dict(
@@ -364,11 +391,7 @@ class BatchNorm(_BatchNorm):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._widen_statistics({})
-        skipped, counter = self.num_nonfinite_batches, self.num_batches_tracked
-        if (
-            skipped is not None and counter is not None
-        ):  # not in the checkpoint: it counts anew, where the counter is now
-            self.num_nonfinite_batches = torch.zeros_like(counter)
+        self._count_anew()  # the checkpoint does not have it
 
     def _match_kept_buffers(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Checkpoints of other parts: what they lack of this one's begins anew from what they have, and what they have more goes."""

@@ -3,7 +3,7 @@
 Which way a call goes, in this order:
 
 1. a `torch.func` transform or forward-mode AD is active: the verbs in plain torch, differentiated by torch itself, to any order;
-2. `torch.export` and `torch.jit.trace`: torch's own operator where it says the same, so that exporters see a batch norm;
+2. `torch.export` and `torch.jit.trace`: torch's own operator where it computes the same, so that tools see a batch norm;
 3. a gradient is needed: one `autograd.Function` over the verbs, which keeps x, mean and rstd for its backward, and beside a residual
    what the activation's derivative is read off: y, which the next layer keeps anyway, or the residual.
    Its backward, when it is itself to be differentiated, goes through plain torch again;
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import joint, reduction
+from batchnorm.functional import exported, joint, reduction
 from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
+    check_eps,
     check_input,
     check_residual,
     check_several_values,
@@ -42,8 +42,8 @@ from batchnorm.functional.parts import (
 )
 from batchnorm.functional.recompute import recomputation, recomputing
 from batchnorm.functional.reduction import Reducer
-from batchnorm.functional.running import move_running_statistics
-from batchnorm.kernels import Activation, Epilogue, Groups, Renormalization, eager
+from batchnorm.functional.running import counter_on, move_running_statistics
+from batchnorm.kernels import Activation, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 
@@ -53,6 +53,7 @@ __all__ = [
     "check_input",
     "check_residual",
     "check_several_values",
+    "counter_on",
     "is_single_value",
     "mask_of",
     "moments",
@@ -113,6 +114,11 @@ def batch_norm(
     if training:
         if reducer is None:
             check_several_values(input)
+            if exporting() and not exported.to_onnx() and isinstance(momentum, (int, float)):
+                check_eps(eps)
+                epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
+                if exported.beyond_torch(input, running_mean, running_var, epilogue) is None:
+                    return exported.by_torch(input, running_mean, running_var, eps, epilogue, True, momentum)
         output, moments = normalize(
             input, weight, bias, eps, activation=activation, residual=residual, mask=mask, reducer=reducer
         )
@@ -164,8 +170,7 @@ def normalize(
     if renormalization is not None:
         _check_renormalization(renormalization, input, group_size)
     mask = mask_of(lengths, mask, input)
-    if eps <= 0.0:
-        raise InputError(f"batch_norm eps must be positive during training, but got {eps}; the default is 1e-5")
+    check_eps(eps)
     if input.is_complex():
         output, found = normalize(
             parts_as_channels(input),
@@ -200,7 +205,7 @@ def normalize(
         output, found, *_ = reduction.forward(
             eager, input, eps, epilogue, reducer, groups, renormalization=renormalization
         )
-        found = found.detach()
+        found = exported.constants(found)
     elif needs_grad(input, epilogue):
         running, rest = (None, None), (groups, *(moments or ())) if groups or moments else ()
         if renormalization is not None:
@@ -258,8 +263,8 @@ def normalize_with(
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone()
     epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
-    if exporting() and _torch_says_the_same(input, mean, variance, epilogue):
-        return _by_torch(input, mean, variance, eps, epilogue)
+    if exporting() and exported.beyond_torch(input, mean, variance, epilogue) is None:
+        return exported.by_torch(input, mean, variance, eps, epilogue)
     mean, variance = mean.detach(), variance.detach()
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
@@ -284,7 +289,7 @@ def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = 
         return Moments(0, input.new_zeros(0), input.new_zeros(0))
     epilogue = epilogue_of(input, None, None, None, None, mask)
     if differentiated_by_torch() or exporting():
-        return eager.moments(input, epilogue.mask).detach()
+        return exported.constants(eager.moments(input, epilogue.mask))
     return kernels.select(input, epilogue).moments(input, epilogue.mask)
 
 
@@ -318,17 +323,3 @@ def _check_renormalization(renormalization: Renormalization, input: Tensor, grou
 def _residual_parts(residual: Tensor, input: Tensor) -> Tensor:
     check_residual(residual, input)
     return parts_as_channels(residual)
-
-
-def _torch_says_the_same(input: Tensor, mean: Tensor, variance: Tensor, epilogue: Epilogue) -> bool:
-    """Whether torch's operator takes these dtypes: all alike, or float32 beside half-precision input."""
-    dtypes = {value.dtype for value in (mean, variance, epilogue.weight, epilogue.bias) if value is not None}
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    return epilogue.mask is None and (dtypes == {input.dtype} or (half and dtypes == {torch.float32}))
-
-
-def _by_torch(input: Tensor, mean: Tensor, variance: Tensor, eps: float, epilogue: Epilogue) -> Tensor:
-    output = F.batch_norm(input, mean, variance, epilogue.weight, epilogue.bias, False, 0.0, eps)
-    if epilogue.residual is not None:
-        output = output + epilogue.residual
-    return output if epilogue.activation is None else epilogue.activation(output)

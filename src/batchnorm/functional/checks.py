@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,13 +31,42 @@ def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None
             f"input must have a batch axis and a channel axis, (N, C, *S), but got shape {tuple(input.shape)}; "
             "add the missing axis with unsqueeze"
         )
-    channels = input.shape[1] if input.dim() > 1 else 0
+    check_widths(channel_values, input.shape[1] if input.dim() > 1 else 0, input)
+
+
+def check_widths(channel_values: dict[str, Tensor | None], channels: int, input: Tensor | None = None) -> None:
+    """Refuse parameters and buffers of another number of channels than the input's.
+
+    Raises:
+        ShapeError: saying what came.
+    """
     for name, values in channel_values.items():
         if values is not None and (values.dim() != 1 or values.shape[0] != channels):
+            seen = "" if input is None else f", seen as (N, C, *S) = {tuple(input.shape)}"
             raise ShapeError(
-                f"{name} should contain {channels} elements not {values.numel()}: one for each channel of the input, seen "
-                f"as (N, C, *S) = {tuple(input.shape)}, but it has shape {tuple(values.shape)}"
+                f"{name} should contain {channels} elements not {values.numel()}: one for each channel of the input{seen}, "
+                f"but it has shape {tuple(values.shape)}"
             )
+
+
+def check_momentum(momentum: Any) -> None:
+    """Refuse what is no weight of a batch.
+
+    Raises:
+        ArgumentError: saying what came.
+    """
+    if not isinstance(momentum, (Real, Tensor)):
+        raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
+
+
+def check_eps(eps: float) -> None:
+    """Refuse, in training, what does not keep the variance of constant values from 0.
+
+    Raises:
+        InputError: saying what came.
+    """
+    if eps <= 0.0:
+        raise InputError(f"batch_norm eps must be positive during training, but got {eps}; the default is 1e-5")
 
 
 def is_single_value(input: Tensor) -> bool:

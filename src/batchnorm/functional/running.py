@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] (a C module)
@@ -11,8 +9,9 @@ from torch._C._functorch import TransformType  # pyright: ignore[reportMissingIm
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-from batchnorm.errors import ArgumentError, ShapeError, StateError
+from batchnorm.errors import StateError
 from batchnorm.functional.autograd import differentiated_by_torch, exporting
+from batchnorm.functional.checks import check_momentum, check_widths
 from batchnorm.functional.parts import parts_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import cpu
@@ -48,20 +47,14 @@ def move_running_statistics(
         0-d bool, whether the statistics were finite; None if that was not asked for.
 
     Raises:
-        ShapeError: the buffers are of another number of channels than the batch.
+        ArgumentError, ShapeError: on a momentum that is no number, on buffers of another number of channels; nothing is written.
         StateError: under `torch.vmap`, if the batch statistics differ from slice to slice and the buffers do not.
     """
     count = moments.count
     if (isinstance(count, int) and count == 0) or (not torch.compiler.is_compiling() and recomputing()):
         return None
-    if not isinstance(momentum, (Real, Tensor)):
-        raise ArgumentError(f"momentum must be a number, the weight of the new batch, but got {momentum!r}")
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running.shape != moments.mean.shape:
-            raise ShapeError(
-                f"{name} should contain {moments.mean.numel()} elements, one for each channel of the input, but it has "
-                f"shape {tuple(running.shape)}; give the layer the input's number of channels, or prune its buffers too"
-            )
+    check_momentum(momentum)
+    check_widths({"running_mean": running_mean, "running_var": running_var}, moments.mean.shape[0])
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
         moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
@@ -69,6 +62,7 @@ def move_running_statistics(
         isinstance(momentum, float)
         and cpu.moves(running_mean, running_var, moments, counters)
         and not differentiated_by_torch()
+        and not exporting()  # a trace counts values by tensors
     ):
         finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite, counters)
         return finite if skip_nonfinite else None
@@ -87,7 +81,7 @@ def _move_by_torch(
 ) -> Tensor | None:
     count = moments.count
     pairs = ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
-    finite = None
+    finite = first = None
     moves = None if isinstance(count, int) else count > 1
     if skip_nonfinite:
         finite = torch.stack([value.to(running.dtype).isfinite().all() for running, value in pairs]).all()
@@ -103,13 +97,39 @@ def _move_by_torch(
     moved, skipped = counters
     if moved is not None:
         steps.append((moved, moved + (1 if moves is None else moves)))
-    if skipped is not None and finite is not None:
-        steps.append((skipped, skipped + ~finite))
     for buffer, value in steps:
         _check_writable(buffer, value)
     for buffer, value in steps:
         _write(buffer, value)
+    if skipped is not None and finite is not None and not exporting():  # exported programs write buffers alone
+        _count(skipped, ~finite if first is None else ~finite & first)
     return finite
+
+
+def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
+    """A counter of skipped batches, 0-d int64, with the value it had before; 0 if that is None or has none (meta device)."""
+    if before is not None and before.device == device:
+        return before
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.int64, device=device)
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+        if before is not None and not before.is_meta and device.type != "meta":
+            return before.to(device)
+        counter = torch.zeros((), dtype=torch.int64, device=device)
+    # What `torch._dynamo.mark_static_address` does, without its seconds of import: CUDA graphs refuse code that writes other tensors.
+    counter._dynamo_static_input_type = "unguarded"  # pyright: ignore[reportAttributeAccessIssue]
+    return counter
+
+
+def _count(counter: Tensor, skipped: Tensor) -> None:
+    """Add 1 if the batch was skipped (0-d bool). Under `torch.vmap` the counter is one for all slices, and counts each."""
+    if not differentiated_by_torch():
+        counter.add_(skipped)
+        return
+    skipped = _without_levels(skipped)
+    if not functorch.is_functionaltensor(skipped):  # `torch.func.functionalize` lets a call write its arguments alone
+        with temporarily_clear_interpreter_stack():
+            counter.add_(skipped.sum())
 
 
 def _write(buffer: Tensor, value: Tensor) -> None:
@@ -145,6 +165,12 @@ def _only_gradient_levels() -> bool:
     return all(
         level.key() in (TransformType.Grad, TransformType.Jvp) for level in retrieve_all_functorch_interpreters()
     )
+
+
+def _without_levels(value: Tensor) -> Tensor:
+    while functorch.is_gradtrackingtensor(value) or functorch.is_batchedtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def _below_gradient_levels(value: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class Layer(Protocol):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
-    num_nonfinite_batches: Tensor | None
+
+    @property
+    def num_nonfinite_batches(self) -> Tensor | None: ...
 
 
 class Statistics(Protocol):

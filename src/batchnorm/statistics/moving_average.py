@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchnorm import kernels
-from batchnorm.errors import DTypeError, InputError, StateError
+from batchnorm.errors import DTypeError, InputError, ShapeError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with, recomputing
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.functional.checks import mask_along_channels
@@ -21,7 +21,7 @@ from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Kept, Layer
-from batchnorm.statistics.shared import reducer_of, train_or_infer
+from batchnorm.statistics.shared import check_call, reducer_of, train_or_infer
 
 _FORWARD = ("running_mean_window", "running_var_window")
 _BACKWARD = ("running_mean_gradient", "running_var_gradient")
@@ -93,6 +93,8 @@ class MovingAverage:
             raise StateError(
                 "the backward of moving averages writes buffers, which torch.func cannot follow; use Batch() or Running() there"
             )
+        check_call(layer, x, residual, mask)
+        self._check_windows(layer, x.shape[1])
         reducer = reducer_of(layer)
         if isinstance(reducer, Joint):
             raise StateError(
@@ -126,6 +128,15 @@ class MovingAverage:
         )
         return y, Moments(count, mean, variance * at_least_one(count))
 
+    def _check_windows(self, layer: Layer, channels: int) -> None:
+        for name in (*_FORWARD, *_BACKWARD):
+            shape = tuple(getattr(layer, name).shape)
+            if shape != (self.window, channels):
+                raise ShapeError(
+                    f"{name} must be (window, C) = ({self.window}, {channels}) as the source and the input say, but has shape {shape}; "
+                    "set layer.statistics anew, which makes windows of the right size"
+                )
+
     def _used(self, layer: Layer, x: Tensor, batch: Moments, running_var: Tensor, counter: Tensor) -> _Used:
         """Put the batch into the windows, and what it is normalized by."""
         means, variances = (getattr(layer, name) for name in _FORWARD)
@@ -133,9 +144,11 @@ class MovingAverage:
         again = recomputing_now(x)
         before = kept(counter - again.to(counter.dtype))
         variance = batch.variance()
-        finite = batch.mean.isfinite().all() & variance.isfinite().all()
+        finite = _is_finite(batch.mean, means) & _is_finite(variance, variances)
         counts = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
-        learns = self._place(before) & counts & ~again & (batch.count > 1) & layer.track_running_stats
+        learns = self._place(before) & counts & ~again & (batch.count > 1)
+        if not layer.track_running_stats:
+            learns = torch.zeros_like(learns)
         _put(means, learns, batch.mean)
         _put(variances, learns, variance)
         averaged = before >= max(self.window, self.warmup)
@@ -217,7 +230,7 @@ class _Corrected(torch.autograd.Function):
         if ctx.reducer is not None:
             sums = ctx.reducer.sum(*sums)
         mean_g, mean_gz = (value / at_least_one(ctx.count) for value in sums)
-        learns = windows.place & mean_g.isfinite().all() & mean_gz.isfinite().all()
+        learns = windows.place & _is_finite(mean_g, windows.g) & _is_finite(mean_gz, windows.gz)
         if not windows.centered:
             _put(windows.g, learns, mean_g)
         _put(windows.gz, learns, mean_gz)
@@ -231,6 +244,11 @@ class _Corrected(torch.autograd.Function):
         if mask is not None:
             through = through.masked_fill(~mask, 0.0)
         return ((g - through) / wide_sigma).to(x.dtype), *[None] * 6
+
+
+def _is_finite(row: Tensor, window: Tensor) -> Tensor:
+    """Whether a row has no NaN and no Inf where it is kept, 0-d bool: a window of float32 holds less than statistics of float64."""
+    return row.to(window.dtype).isfinite().all()
 
 
 def _put(window: Tensor, place: Tensor, row: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from batchnorm.functional import (
     recomputing,
     short,
 )
-from batchnorm.functional.autograd import differentiated_by_torch
+from batchnorm.functional.autograd import differentiated_by_torch, exporting
+from batchnorm.functional.checks import check_eps, check_input, check_momentum, epilogue_of
+from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
@@ -57,6 +60,10 @@ def train_or_infer(
         moves = moves and not alone  # by the groups of the other replicas, on all of them alike
         if size is None:
             normalized = by_batch
+    if exporting() and not to_onnx():
+        y = _by_torchs_operator(layer, x, residual, mask, normalized is by_replicas, moves)
+        if y is not None:
+            return y
     y, moments = normalized(layer, x, residual, mask)
     running_mean, running_var = layer.running_mean, layer.running_var
     if inferred is not None:
@@ -70,6 +77,48 @@ def train_or_infer(
         else:
             _move(layer, running_mean, running_var, moments)
     return y
+
+
+def check_call(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse a call in training, for a source that writes buffers before it normalizes.
+
+    Raises:
+        ArgumentError, DTypeError, InputError, ShapeError: as the call would, but with nothing written.
+    """
+    mean, variance = layer.running_mean, layer.running_var
+    check_input(x, {"running_mean": mean, "running_var": variance, "weight": layer.gamma, "bias": layer.beta})
+    check_eps(layer.eps)
+    epilogue_of(x, layer.gamma, layer.beta, layer.activation, residual, mask)
+    if layer.momentum is not None:
+        check_momentum(layer.momentum)
+
+
+def _by_torchs_operator(
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, by_batch_alone: bool, moves: bool
+) -> Tensor | None:
+    """The call as torch's operator, for exporters; None where it is more than that, with a warning."""
+    mean, variance = (layer.running_mean, layer.running_var) if moves else (None, None)
+    check_input(x, {"running_mean": mean, "running_var": variance, "weight": layer.gamma, "bias": layer.beta})
+    check_eps(layer.eps)
+    epilogue = epilogue_of(x, layer.gamma, layer.beta, layer.activation, residual, mask)
+    momentum = layer.momentum
+    reason = beyond_torch(x, mean, variance, epilogue)
+    if not by_batch_alone or accumulating():
+        reason = "its statistics are not those of the batch alone"
+    elif reducer_of(layer) is not None:
+        reason = "its statistics are those of all replicas"
+    elif moves and momentum is None:
+        reason = "momentum=None averages all batches"
+    elif moves and layer.running_variance != "unbiased":
+        reason = "its running variance is biased"
+    if reason is not None:
+        warn_of_plain_operations(reason)
+        return None
+    if moves:
+        check_momentum(momentum)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+    return by_torch(x, mean, variance, layer.eps, epilogue, True, 0.0 if momentum is None else momentum)
 
 
 def train_shortly(
@@ -96,13 +145,16 @@ def train_shortly(
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, variance = buffers["running_mean"], buffers["running_var"]
-        counters = buffers["num_batches_tracked"], buffers["num_nonfinite_batches"]
+        batches = buffers["num_batches_tracked"]
     except KeyError:  # pruned or parametrized: computed, and found by attribute alone
         return None
     if mean is None or variance is None:
         return None
+    skipped: Any = layer._nonfinite_batches  # found like this for the same reason
+    if skipped is None or not skipped.is_cpu:  # it follows the others when it is asked for
+        skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
-    running = (mean, variance, *counters, momentum, unbiased, skip_nonfinite, *bounds)
+    running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
     return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd import function
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from batchnorm.errors import StateError
 
@@ -26,26 +26,34 @@ def modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting, hooks
 
 
+_refusing = threading.RLock()
+
+
 @contextlib.contextmanager
 def without_functions() -> Iterator[None]:
-    """Within it, an `autograd.Function` refuses stand-ins for tensors: what it does backward would be lost.
+    """Within it, an `autograd.Function` raises in this thread: a graph would hold what it does forward, and lose its backward.
 
-    All its calls go through the helper that is exchanged here, those by a reference to `apply`, too.
+    `apply` is written in C since torch 2.14, and models hold references to it. Every call of it makes a context object first, of a class
+    that derives from this one.
     """
-    private: Any = function
-    helpers = private._functorch.utils
-    before = helpers.unwrap_dead_wrappers
+    made: Any = BackwardCFunction
+    thread = threading.get_ident()
+    with _refusing:
+        before = vars(made).get("__init__")
 
-    def refuse(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if any(isinstance(value, fx.Proxy) for value in tree_leaves(args)):
-            raise StateError("it calls an autograd.Function")
-        return before(args)
+        def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() == thread:
+                raise StateError("it calls an autograd.Function")
+            (super(made, self).__init__ if before is None else before.__get__(self))(*args, **kwargs)
 
-    helpers.unwrap_dead_wrappers = refuse
-    try:
-        yield
-    finally:
-        helpers.unwrap_dead_wrappers = before
+        made.__init__ = refuse
+        try:
+            yield
+        finally:
+            if before is None:
+                del made.__init__
+            else:
+                made.__init__ = before
 
 
 class Attributes:

@@ -1,0 +1,80 @@
+"""Calls as exporters are to see them: torch's own operator where it computes the same, because tools look for it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm.kernels import Epilogue
+from batchnorm.moments import Moments
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def beyond_torch(input: Tensor, mean: Tensor | None, variance: Tensor | None, epilogue: Epilogue) -> str | None:
+    """Why torch's operator does not take this call, or None. It takes dtypes all alike, or float32 beside half-precision input."""
+    if epilogue.mask is not None:
+        return "its call has a mask"
+    if input.is_complex():
+        return "its input is complex"
+    dtypes = {value.dtype for value in (mean, variance, epilogue.weight, epilogue.bias) if value is not None}
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    if dtypes <= {input.dtype} or (half and dtypes == {torch.float32}):
+        return None
+    return f"its input is {input.dtype}, and its parameters and running statistics are not all alike"
+
+
+def by_torch(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    epilogue: Epilogue,
+    training: bool = False,
+    momentum: float = 0.0,
+) -> Tensor:
+    """`F.batch_norm`, and what follows it."""
+    output = F.batch_norm(input, mean, variance, epilogue.weight, epilogue.bias, training, momentum, eps)
+    if epilogue.residual is not None:
+        output = output + epilogue.residual
+    return output if epilogue.activation is None else epilogue.activation(output)
+
+
+def to_onnx() -> bool:
+    """Whether this is torch.onnx's newer exporter, which makes of torch's operator in training mode one in inference."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def warn_of_plain_operations(reason: str) -> None:
+    """Say why a layer in training mode is not exported as torch's operator."""
+    warnings.warn(
+        "a batch norm in training mode is exported as plain operations, in which tools such as torchao's move_exported_model_to_eval "
+        f"find no batch norm: {reason}; export the model after model.eval(), or use what torch's batch norm can",
+        stacklevel=2,
+    )
+
+
+# What `torch.compiler.assume_constant_result` does, without its seconds of import: strict export drops warnings otherwise.
+warn_of_plain_operations._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def constants(moments: Moments) -> Moments:
+    """The moments without their autograd graph, in the exported program too.
+
+    `ExportedProgram.run_decompositions` drops every `detach`, and buffers written from what is left would hold the graph of each step.
+    Integers have no gradient, and nobody drops a view of the same bits. ONNX has no such view, and no buffers to write.
+    """
+    moments = moments.detach()
+    if not torch.compiler.is_exporting() or to_onnx():
+        return moments
+    count = _through_bits(moments.count) if isinstance(moments.count, Tensor) else moments.count
+    return Moments(count, _through_bits(moments.mean), _through_bits(moments.m2))
+
+
+def _through_bits(value: Tensor) -> Tensor:
+    if value.is_complex():
+        return torch.view_as_complex(_through_bits(torch.view_as_real(value)))
+    return value.view(_BITS[value.element_size()]).view(value.dtype)
