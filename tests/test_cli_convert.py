@@ -100,15 +100,14 @@ def test_names_of_a_tutorial_become_torchs(folder):
     torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
 
 
-def test_a_file_that_exists_is_asked_for(folder):
+def test_a_file_that_exists_is_written_over_by_force_only(folder):
     (folder / "new.pt").write_text("precious")
-    assert call("mynet:layer", "--out", "new.pt", input="n\n").exit_code == 1
+    refused = call("mynet:layer", "--out", "new.pt")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "--out must not exist yet, but new.pt does" in refused.stderr
+    assert call("mynet:layer", "--out", "new.pt", "--dry-run").exit_code == 0
     assert (folder / "new.pt").read_text() == "precious"
-    refused = call("mynet:layer", "--out", "new.pt", "--json")
-    assert refused.exit_code == 2
-    assert "must not exist yet, or --yes be given" in refused.stderr
-    assert call("mynet:layer", "--out", "new.pt", input="y\n").exit_code == 0
-    assert call("mynet:layer", "--out", "new.pt", "--yes", "--json").exit_code == 0
+    assert call("mynet:layer", "--out", "new.pt", "--force", "--json").exit_code == 0
     assert sorted(torch.load("new.pt")) == sorted(bn.BatchNorm1d(3).state_dict())
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from batchnorm.cli.common import progress_bar
+from batchnorm.cli.common import Console, check_outputs, force_option, progress_bar
 from batchnorm.cli.models import build, build_model, check_data, find, load_weights, require_format, save_weights
+from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
-from batchnorm.files import check_writable, to_json
 from batchnorm.population import METHODS, Progress, recalibrating
 from batchnorm.surgery import batch_norms
 
@@ -34,6 +33,7 @@ from batchnorm.surgery import batch_norms
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="File to write; .safetensors by its suffix."
 )
+@force_option
 @click.option(
     "--forward", metavar="SPEC", help="Function (model, item) that calls the model with an item of the loader."
 )
@@ -47,6 +47,7 @@ def recalibrate_command(
     data: str,
     weights: Path | None,
     out: Path,
+    force: bool,
     forward: str | None,
     method: str,
     limit: int | None,
@@ -59,7 +60,7 @@ def recalibrate_command(
     """
     start = time.perf_counter()
     require_format(out)
-    check_writable(out.parent)
+    check_outputs({"--out": out}, force=force)
     model = build_model(spec)
     if weights is not None:
         load_weights(model, weights)
@@ -90,12 +91,7 @@ def recalibrate_command(
     save_weights(model, out)
     rows = _changes(before, _statistics(model))
     if as_json:
-        click.echo(
-            to_json(
-                {"out": str(out), "method": method, "passes": last.number, "batches": last.batches, "layers": rows}
-            ),
-            nl=False,
-        )
+        print_json({"out": str(out), "method": method, "passes": last.number, "batches": last.batches, "layers": rows})
         return
     _show(rows)
     passes = f"{last.number} pass{'es' if last.number > 1 else ''}"
@@ -133,11 +129,11 @@ def _show(rows: list[dict[str, str | float | None]]) -> None:
     for row in rows:
         shift, ratio = row["mean_shift"], row["variance_ratio"]
         table.add_row(
-            str(row["layer"]),
+            visible(str(row["layer"])),
             "–" if shift is None else f"{shift:.3g} deviations",
             "–" if ratio is None else f"× {ratio:.3g}",
         )
-    Console(highlight=False).print(table)
+    Console().print(table)
 
 
 def _length(loader: object, limit: int | None) -> int | None:
