@@ -15,8 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.cli.common import Console, check_outputs, force_option
 from batchnorm.cli.models import build_model, kept_clean, load_weights, require_format, save_weights
 from batchnorm.cli.text import print_json, visible
+from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import convert, fuse, is_frozen_norm, walk, why_left
+from batchnorm.surgery.by_hand import WHY_LEFT
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import copied
 
@@ -81,6 +83,8 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
             rows.append({**row, "becomes": f"batchnorm.{type(after.module).__name__}{applies}", "left": None})
         elif isinstance(before.module, _BatchNorm) or is_frozen_norm(before.module):
             rows.append({**row, "becomes": None, "left": why_left(before.module)})
+        elif is_hand_written(before.module):
+            rows.append({**row, "becomes": None, "left": WHY_LEFT})
     return rows
 
 

@@ -17,6 +17,7 @@ from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.population import METHODS, Progress, recalibrating
 from batchnorm.surgery import batch_norms
+from batchnorm.surgery.by_hand import WHY_LEFT, hand_written
 
 
 @click.command(
@@ -87,7 +88,11 @@ def recalibrate_command(
             "are neither tensors, tuples nor dicts wants --forward)"
         ) from error
     if not last.layers:
-        raise InputError(f"{spec} must have a batch norm with running statistics that is not frozen, but has none")
+        by_hand = hand_written(model)
+        hint = f"; of {', '.join(by_hand)}: {WHY_LEFT}" if by_hand else ""
+        raise InputError(
+            f"{spec} must have a batch norm with running statistics that is not frozen, but has none{hint}"
+        )
     save_weights(model, out)
     rows = _changes(before, _statistics(model))
     if as_json:
