@@ -42,6 +42,25 @@ def model():
 
 def loader():
     return [torch.arange(24.0).view(8, 3).sin()]
+
+def extra():
+    from tests.test_cli_hostile import Extra, layers
+    return layers(Extra)
+
+def stateless():
+    from tests.test_cli_hostile import Stateless, layers
+    return layers(Stateless)
+
+def locked():
+    from tests.test_cli_hostile import Locked, layers
+    return layers(Locked)
+
+def leaving():
+    raise SystemExit(3)
+
+def lazy():
+    print("building")
+    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
 """
 OUT = {"convert": [], "fold": ["--input", "2x3"], "recalibrate": ["--data", "hostile_net:loader"]}
 
@@ -54,6 +73,25 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("hostile_net", None)
     yield tmp_path
     sys.modules.pop("hostile_net", None)
+
+
+class Extra(nn.Sequential):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+class Stateless(nn.Sequential):
+    def state_dict(self, *_, **__):
+        raise ValueError("no state")
+
+
+class Locked(nn.Sequential):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot copy a lock")
+
+
+def layers(cls):
+    return cls(nn.Linear(3, 4), nn.BatchNorm1d(4))
 
 
 def call(*arguments, **options):
@@ -167,6 +205,36 @@ def test_weights(command, suffix, folder):
     assert_refused(call(*arguments), "no file")
     path.mkdir()
     assert_refused(call(*arguments), "a folder")
+
+
+@pytest.mark.parametrize("command", OUT)
+@pytest.mark.parametrize(
+    ("factory", "out", "words"),
+    [
+        ("extra", "out.safetensors", "_extra_state; write it with another suffix"),
+        ("stateless", "out.pt", "ValueError: no state"),
+        ("leaving", "out.pt", "raised SystemExit: 3"),
+    ],
+)
+def test_models_that_do_not_fit(command, factory, out, words, folder):
+    result = call(command, f"hostile_net:{factory}", *OUT[command], "--out", out)
+    assert_refused(result, factory)
+    assert words in result.stderr
+    assert not (folder / out).exists()
+
+
+def test_a_model_that_cannot_be_copied():
+    result = call("convert", "hostile_net:locked")
+    assert_refused(result, "a lock")
+    assert "cannot copy a lock" in result.stderr
+
+
+def test_lazy_layers_and_what_a_factory_prints(folder):
+    result = call("recalibrate", "hostile_net:lazy", *OUT["recalibrate"], "--out", "out.pt", "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    printed, error = result.stderr.splitlines()
+    assert printed == "building"
+    assert "a lazy layer must have seen its first input" in error
 
 
 OUTCOME = {

@@ -58,15 +58,15 @@ def convert_command(
         if weights is not None:
             load_weights(model, weights)
     plan = _plan(original, model)
-    if not as_json:
-        _show(spec, original, plan)
     writes = out is not None and not dry_run
     if writes:
         assert out is not None
         save_weights(model, out)
     if as_json:
         print_json({"out": str(out) if writes else None, "modules": plan})
-    elif writes:
+        return
+    _show(spec, original, plan)
+    if writes:
         click.echo(f"\nWrote {out}. It took {time.perf_counter() - start:.0f} s.")
 
 

@@ -111,10 +111,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write the model's state_dict whole or not at all, as safetensors by its suffix, else with `torch.save`.
 
     Raises:
-        InputError: if the place cannot be written.
+        InputError: if the place cannot be written, or the format cannot hold the state.
         MissingExtraError: if safetensors is not installed.
     """
-    state = model.state_dict()
+    try:
+        state = model.state_dict()
+    except Exception as error:  # a model may have a state_dict of its own
+        raise InputError(
+            f"the model must have a state_dict to write, but it raised {_first_line(error)}; nothing was written"
+        ) from error
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]  # such as of get_extra_state
+    if others and path.suffix == SAFETENSORS:
+        raise InputError(
+            f"safetensors files hold tensors only, but the model's state has {', '.join(others)[:200]}; "
+            "write it with another suffix, for torch.save"
+        )
 
     def write(temporary: Path) -> None:
         if path.suffix == SAFETENSORS:  # whose tensors may not share memory

@@ -10,9 +10,19 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm.cli.common import Console, check_outputs, force_option, progress_bar
-from batchnorm.cli.models import build, build_model, check_data, find, load_weights, require_format, save_weights
+from batchnorm.cli.models import (
+    build,
+    build_model,
+    check_data,
+    find,
+    kept_clean,
+    load_weights,
+    require_format,
+    save_weights,
+)
 from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.population import METHODS, Progress, recalibrating
@@ -62,31 +72,32 @@ def recalibrate_command(
     start = time.perf_counter()
     require_format(out)
     check_outputs({"--out": out}, force=force)
-    model = build_model(spec)
-    if weights is not None:
-        load_weights(model, weights)
-    loader = build(data)
-    check_data(loader, data)
-    call = None if forward is None else find(forward)
-    before = _statistics(model)
-    last = Progress(0, 0, 0, 0)
-    try:
-        with (
-            progress_bar() as progress,
-            closing(recalibrating(model, loader, forward=call, method=method, limit=limit)) as steps,
-        ):
-            total = _length(loader, limit)
-            task = progress.add_task("reading", total=total)
-            for last in steps:
-                text = f"pass {last.number}, {last.final} of {last.layers} layers are final"
-                progress.update(task, description=text, completed=last.batches)
-    except BatchNormError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"model and data must fit together, but {type(error).__name__}: {error}; nothing was written (a loader whose items "
-            "are neither tensors, tuples nor dicts wants --forward)"
-        ) from error
+    with kept_clean(as_json=as_json):
+        model = build_model(spec)
+        if weights is not None:
+            load_weights(model, weights)
+        loader = build(data)
+        check_data(loader, data)
+        call = None if forward is None else find(forward)
+        before = _statistics(model)
+        last = Progress(0, 0, 0, 0)
+        try:
+            with (
+                progress_bar() as progress,
+                closing(recalibrating(model, loader, forward=call, method=method, limit=limit)) as steps,
+            ):
+                total = _length(loader, limit)
+                task = progress.add_task("reading", total=total)
+                for last in steps:
+                    text = f"pass {last.number}, {last.final} of {last.layers} layers are final"
+                    progress.update(task, description=text, completed=last.batches)
+        except BatchNormError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"model and data must fit together, but {type(error).__name__}: {error}; nothing was written (a loader whose items "
+                "are neither tensors, tuples nor dicts wants --forward)"
+            ) from error
     if not last.layers:
         by_hand = hand_written(model)
         hint = f"; of {', '.join(by_hand)}: {WHY_LEFT}" if by_hand else ""
@@ -107,7 +118,7 @@ def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {
         name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
         for name, layer in batch_norms(model).items()
-        if layer.running_mean is not None and layer.running_var is not None
+        if layer.running_mean is not None and layer.running_var is not None and not is_lazy(layer.running_mean)
     }
 
 
