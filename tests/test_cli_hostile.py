@@ -298,6 +298,33 @@ def test_outcomes_of_the_lab(folder, monkeypatch):
     assert_refused(call("lab", "report", "--out", "hostile_net.py"), "a file for the folder")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (("lab", "run", "depth", "--quick", "--out", "out"), "out/depth.json"),
+        (("demo", "--quick", "--out", "out"), "out/report.html"),
+        (("bench", "--quick", "--json", "out"), "out"),
+        (("bench", "--quick", "--json", "rows", "--csv", "rows"), "elsewhere"),
+        (("bench", "--quick", "--report", "page.html"), "page.html/file"),
+    ],
+)
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(folder, monkeypatch, arguments, place):
+    (folder / place).mkdir(parents=True)
+    for work in ("bench._collect", "demo.run", "lab.run"):
+        monkeypatch.setattr(f"batchnorm.cli.{work}", lambda *_: pytest.fail("it works first"))
+    assert_refused(call(*arguments), place)
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--report"])
+def test_the_bench_writes_over_nothing(folder, monkeypatch, option):
+    (folder / "rows").write_text("precious")
+    monkeypatch.setattr("batchnorm.cli.bench._collect", lambda *_: pytest.fail("it works first"))
+    result = call("bench", "--quick", option, "rows")
+    assert_refused(result, option)
+    assert f"{option} must not exist yet, but rows does" in result.stderr
+    assert (folder / "rows").read_text() == "precious"
+
+
 @pytest.mark.parametrize("reader", [Result.load, load_rows, lambda path: outcome.load(path.stem, path.parent)])
 def test_results_as_json(folder, reader):
     draw, path = random.Random(1), folder / "file.json"

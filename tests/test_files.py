@@ -125,8 +125,10 @@ class TestCheck:
 
     def test_a_file_in_place_of_the_folder(self):
         Path("file").touch()
-        with pytest.raises(InputError, match="cannot write file/out"):
+        with pytest.raises(InputError, match="cannot write into file"):
             check_outputs({"--out": Path("file/out")}, force=True)
+        with pytest.raises(InputError, match="cannot write file/out"):
+            write(Path("file/out"), "new")
 
     def test_a_file_that_exists_needs_force(self, folder):
         Path("file").write_text("precious")

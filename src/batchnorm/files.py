@@ -72,7 +72,7 @@ def check_file(path: Path) -> bool:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
     if status is not None and not stat.S_ISREG(status.st_mode):
         return False
-    check_writable(target.parent)
+    check_writable((target if path.is_symlink() else path).parent)  # which reads as it was typed
     return status is not None
 
 
@@ -84,7 +84,7 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     """
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # of which the second shows when a folder is made
         status = None
     if status is not None and stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Console(console.Console):
         )
 
 
-def check_outputs(outputs: dict[str, Path | None], *, force: bool) -> None:
+def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:
     """Check before the work that a command can write the files that its options name.
 
     Raises:

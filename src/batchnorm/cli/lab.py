@@ -165,6 +165,8 @@ def run_command(
     size: Size = "quick" if quick else "full" if full else "default"
     seeds = seeds or (QUICK_SEEDS if quick else SEEDS)
     units = _units(chosen, Setting(0, size, device, None if data is None else str(data)), seeds)
+    results = {f"--out {out}: {each.name}": outcome.path_of(each.name, out) for each in chosen}
+    check_outputs(results, force=True)  # the folder's own files are written again
     command, finished = command_line(ctx), list[Finished]()
     try:
         costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
