@@ -13,6 +13,7 @@ from batchnorm.cli import commands
 from tests.networks import settle
 
 MODULE = """
+import torch
 from torch import nn
 from batchnorm.lab.networks import Bottleneck
 from tests.networks import FrozenBatchNorm2d
@@ -27,6 +28,9 @@ def model():
 
 def layer():
     return nn.BatchNorm1d(3)
+
+def loader():
+    return [torch.zeros(4, 3)]
 
 def plain():
     return nn.Linear(3, 3)
@@ -100,15 +104,34 @@ def test_names_of_a_tutorial_become_torchs(folder):
     torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
 
 
-def test_a_file_that_exists_is_asked_for(folder):
+def test_layers_written_by_hand_are_left_with_the_way_to_take_them_over(folder):
+    (folder / "byhand.py").write_text(
+        "from torch import nn\nfrom tests.test_interop import Tutorial\ndef model():\n    layer = Tutorial(3)\n"
+        "    return nn.Sequential(nn.Linear(3, 3), layer, nn.ReLU(), layer)\n"
+    )
+    sys.modules.pop("byhand", None)
+    result = call("byhand:model")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.replace("│", " ").split())
+    assert "1 Tutorial left: it is a batch norm written by hand, with gamma and beta" in said
+    assert "batchnorm.interop.from_tutorial(layer)" in said
+    assert said.endswith("0 of 1 change.")
+    rows = json.loads(call("byhand:model", "--json").stdout)["modules"]
+    assert [(row["module"], row["becomes"]) for row in rows] == [("1", None), ("3", None)]
+    result = CliRunner().invoke(commands, ["recalibrate", "byhand:model", "--data", "mynet:loader", "--out", "x.pt"])
+    assert result.exit_code == 2
+    assert "but has none; of 1: it is a batch norm written by hand" in result.stderr
+    assert not (folder / "x.pt").exists()
+
+
+def test_a_file_that_exists_is_written_over_by_force_only(folder):
     (folder / "new.pt").write_text("precious")
-    assert call("mynet:layer", "--out", "new.pt", input="n\n").exit_code == 1
+    refused = call("mynet:layer", "--out", "new.pt")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "--out must not exist yet, but new.pt does" in refused.stderr
+    assert call("mynet:layer", "--out", "new.pt", "--dry-run").exit_code == 0
     assert (folder / "new.pt").read_text() == "precious"
-    refused = call("mynet:layer", "--out", "new.pt", "--json")
-    assert refused.exit_code == 2
-    assert "must not exist yet, or --yes be given" in refused.stderr
-    assert call("mynet:layer", "--out", "new.pt", input="y\n").exit_code == 0
-    assert call("mynet:layer", "--out", "new.pt", "--yes", "--json").exit_code == 0
+    assert call("mynet:layer", "--out", "new.pt", "--force", "--json").exit_code == 0
     assert sorted(torch.load("new.pt")) == sorted(bn.BatchNorm1d(3).state_dict())
 
 

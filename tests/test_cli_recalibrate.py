@@ -119,7 +119,7 @@ def test_own_forward(folder):
     assert result.exit_code == 0, result.output
     assert call("mynet:model", "--data", "mynet:loader", "--out", "wanted.pt").exit_code == 0
     torch.testing.assert_close(torch.load("out.pt"), torch.load("wanted.pt"), rtol=0, atol=0)
-    without = call(*arguments)
+    without = call(*arguments, "--force")
     assert without.exit_code == 2
     assert "--forward" in without.stderr
 

@@ -10,6 +10,7 @@ import batchnorm as bn
 from batchnorm import interop
 from batchnorm.errors import ArgumentError, InputError, ShapeError, StateError
 from batchnorm.interop.numbers import complement
+from batchnorm.interop.tutorial import is_hand_written
 
 GAMMA, BETA, MEAN, VARIANCE = [2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [1.0, -2.0, 3.0], [4.0, 0.25, 1.0]
 PARAMETERS = ("weight", "bias")
@@ -253,6 +254,27 @@ class TestTutorial:
     def test_there_and_back(self):
         layer = trained(eps=0.25, momentum=0.3)
         the_same(interop.from_tutorial(interop.to_tutorial(layer, Tutorial(3).double())), layer)
+
+    def test_it_is_recognized(self):
+        layer = Tutorial(3)
+        assert is_hand_written(layer)
+        layer.running_mean = torch.zeros(4)  # of another size
+        assert not is_hand_written(layer)
+        layer.running_mean = None
+        assert not is_hand_written(layer)
+        for other in (nn.BatchNorm1d(3), bn.BatchNorm1d(3), nn.LazyBatchNorm1d(), nn.Linear(3, 3), nn.LayerNorm(3)):
+            assert not is_hand_written(other)
+
+    def test_convert_names_it_and_the_way_to_take_it_over(self, caplog):
+        model = nn.Sequential(nn.Linear(3, 3), Tutorial(3), nn.BatchNorm1d(3))
+        bn.convert(model)
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert warning.startswith("convert: left 1: it is a batch norm written by hand")
+        assert "batchnorm.interop.from_tutorial(layer)" in warning
+        model[1] = interop.from_tutorial(model[1])
+        caplog.clear()
+        bn.convert(model)
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
     def test_something_else(self):
         with pytest.raises(ArgumentError, match="gamma"):

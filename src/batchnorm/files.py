@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,25 @@ from batchnorm.errors import InputError
 def to_json(data: Any) -> str:
     """Strict JSON: NaN and infinity, which JSON cannot express, raise a ValueError."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON, is nested too deeply for Python's parser, or has an integer beyond 64 bits.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the integer {digits[:20]}... is beyond 64 bits")
+    return int(digits)
 
 
 def spelled(value: float) -> float | str:
@@ -37,14 +60,68 @@ def check_writable(directory: Path) -> None:
         raise InputError(f"cannot write into {directory}: {error.strerror or error}; choose another folder") from error
 
 
+def check_file(path: Path) -> bool:
+    """Check that `whole(path)` can write, before an hour's work rather than after, and return whether it would replace a file.
+
+    Raises:
+        InputError: `path` is a folder, or no file can be created there.
+    """
+    try:
+        target, status = _target(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        return False
+    check_writable((target if path.is_symlink() else path).parent)  # which reads as it was typed
+    return status is not None
+
+
+def _target(path: Path) -> tuple[Path, os.stat_result | None]:
+    """The path to write instead of `path`, which follows links to regular files, and the status of what is there, None for nothing.
+
+    Raises:
+        OSError: a folder is there, or the path leads nowhere.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):  # of which the second shows when a folder is made
+        status = None
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if status is None or stat.S_ISREG(status.st_mode):
+        path = Path(os.path.realpath(path))
+    return path, status
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with the same suffix. The file written there replaces `path`, unless the block raises."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path with the suffix of `path`. Its content becomes that of `path`, unless the block raises.
+
+    A regular file is replaced at once and keeps its mode and, where allowed, its owner. A link stays, and its target is replaced. What
+    is neither, such as a device or a pipe, stays and is written into.
+
+    Raises:
+        OSError: `path` cannot be written, or is a folder.
+    """
+    target, status = _target(path)
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        with tempfile.TemporaryDirectory() as directory:
+            temporary = Path(directory, f"content{path.suffix}")
+            yield temporary
+            with temporary.open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{secrets.token_hex(6)}{path.suffix}")
+    # The content of a private file is private from its first byte.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if status is None else 0o600))
     try:
         yield temporary
-        temporary.replace(path)
+        if status is not None:
+            with suppress(PermissionError, AttributeError):  # only root gives files away; Windows has no chown
+                os.chown(temporary, status.st_uid, status.st_gid)
+            temporary.chmod(stat.S_IMODE(status.st_mode))
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 

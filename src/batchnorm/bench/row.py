@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 
 from batchnorm import env
 from batchnorm.errors import InputError
+from batchnorm.files import read_json
 
 SCHEMA = 1
 
@@ -95,7 +95,7 @@ def load(path: Path) -> list[Row]:
         InputError: it is none of this version.
     """
     try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        return [Row(**row) for row in read_json(path)["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} must be rows of schema {SCHEMA}: {error}; measure again") from error
 

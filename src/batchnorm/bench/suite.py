@@ -69,7 +69,7 @@ def load(suite: str) -> Suite:
         raise InputError(f"suite must be one of {', '.join(names())}, or the path of a .toml file, but got {suite!r}")
     try:
         return _parse(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise InputError(
             f"{suite} must be a suite with name, source, batch and layers, each with a shape: {reason}"

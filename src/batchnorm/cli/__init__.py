@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from batchnorm.cli.text import accept_any_text, one_line
 from batchnorm.errors import BatchNormError
 from batchnorm.version import __version__
 
@@ -38,6 +39,11 @@ class Commands(click.Group):
     Errors of ours are one line and exit code 2, and Ctrl-C one line and 130, without a traceback.
     """
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line, on a stdout of any encoding."""
+        accept_any_text()
+        return super().main(*args, **options)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -52,7 +58,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BatchNormError as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(one_line(error)) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from batchnorm.bench import model as models
 from batchnorm.bench import providers, replicas, run, suite
@@ -16,7 +15,7 @@ from batchnorm.bench.case import DIRECTIONS, DTYPES, OUTPUTS, cases, quick
 from batchnorm.bench.row import Row, to_csv, to_dict
 from batchnorm.bench.tables import case_tables, model_table, summary_tables
 from batchnorm.bench.targets import summarize
-from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.cli.common import Console, check_outputs, command_line, force_option, progress_bar
 from batchnorm.env import cores
 from batchnorm.files import to_json, write
 from batchnorm.lab import extras
@@ -70,12 +69,14 @@ def several(
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File to write the rows to.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="File to write the rows to, as a table.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML page to write, with plots.")
+@force_option
 @click.pass_context
 def bench_command(
     ctx: click.Context,
     json_file: Path | None,
     csv_file: Path | None,
     report: Path | None,
+    force: bool,
     **options: Any,
 ) -> None:
     """Measure batch normalization against a copy of the bytes it must move, and against the others.
@@ -85,6 +86,7 @@ def bench_command(
     """
     if report is not None:
         extras.require()
+    check_outputs({"--json": json_file, "--csv": csv_file, "--report": report}, force=force)
     command = command_line(ctx)
     measured, total = (_model if options["model"] else _suites)(ctx, options)
     rows, interrupted = _collect(measured, total)
@@ -151,7 +153,7 @@ def _collect(measured: Iterable[list[Row]], total: int) -> tuple[list[Row], bool
 
 
 def _show(rows: list[Row]) -> None:
-    console = Console(highlight=False)
+    console = Console()
     if not console.is_terminal:
         console.width = WIDTH
     steps = [row for row in rows if row.case == "model step"]

@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
+from rich import console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from batchnorm.cli.text import visible
+from batchnorm.errors import InputError
+from batchnorm.files import check_file
+
+force_option = click.option("--force", "-f", is_flag=True, help="Write over files that exist.")
+
+
+class Console(console.Console):
+    """A console on which text is text: no markup, no emoji, no escape sequences. Styled text is a `rich.text.Text`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, **options)
+
+    def render_str(self, text: str, *, style: Any = "", **options: Any) -> Text:
+        """The text as it is. Rich calls this for every string that is printed or stands in a table or a tree."""
+        return Text(
+            visible(text, keep="\n"), style=style, justify=options.get("justify"), overflow=options.get("overflow")
+        )
+
+
+def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:
+    """Check before the work that a command can write the files that its options name.
+
+    Raises:
+        InputError: two options name one file; a file exists and `force` is not given; or as `check_file`.
+    """
+    files = {option: path for option, path in outputs.items() if path is not None}
+    taken = dict[Path, str]()
+    for option, path in files.items():
+        if path.is_dir():  # so is the empty name
+            raise InputError(f"{option} must be a file, but {path} is a folder")
+        exists = check_file(path)
+        if exists and not force:
+            raise InputError(
+                f"{option} must not exist yet, but {path} does; choose another name, or write over it with --force"
+            )
+        other = taken.setdefault(path.resolve(), option)
+        if other != option and (exists or not path.exists()):  # a device takes several
+            raise InputError(f"{other} and {option} must be different files, but both are {path}")
 
 
 def command_line(ctx: click.Context) -> str:
@@ -30,7 +74,7 @@ def command_line(ctx: click.Context) -> str:
 
 def progress_bar(counted: bool = True) -> Progress:
     """A line with an estimate, while stderr is a terminal; with how many are done unless they do not count alike."""
-    console = Console(stderr=True)
+    stderr = Console(stderr=True)
     count = (MofNCompleteColumn(),) if counted else ()
     columns = (
         SpinnerColumn(),
@@ -40,4 +84,4 @@ def progress_bar(counted: bool = True) -> Progress:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

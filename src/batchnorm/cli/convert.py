@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.cli.common import Console, check_outputs, force_option
 from batchnorm.cli.models import build_model, kept_clean, load_weights, require_format, save_weights
-from batchnorm.errors import InputError
-from batchnorm.files import check_writable, to_json
+from batchnorm.cli.text import print_json, visible
+from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import convert, fuse, is_frozen_norm, walk, why_left
+from batchnorm.surgery.by_hand import WHY_LEFT
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import copied
 
@@ -36,10 +37,10 @@ from batchnorm.surgery.tracing import copied
 )
 @click.option("--fuse", "fused", is_flag=True, help="Look for additions and activations in the model's own code, too.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask before an existing file is written over.")
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 def convert_command(
-    spec: str, weights: Path | None, out: Path | None, fused: bool, dry_run: bool, yes: bool, as_json: bool
+    spec: str, weights: Path | None, out: Path | None, fused: bool, dry_run: bool, force: bool, as_json: bool
 ) -> None:
     """Show what `batchnorm.convert` does to a model, layer by layer, and why it leaves what it leaves.
 
@@ -48,10 +49,8 @@ def convert_command(
     """
     start = time.perf_counter()
     if out is not None:
-        if out.is_dir():  # so is the empty name
-            raise InputError(f"--out must be a file, but {out} is a folder")
         require_format(out)
-        check_writable(out.parent)
+        check_outputs({"--out": out}, force=force or dry_run)
     with kept_clean(as_json=as_json):
         original = build_model(spec)
         model = copied(original)
@@ -59,19 +58,15 @@ def convert_command(
         if weights is not None:
             load_weights(model, weights)
     plan = _plan(original, model)
-    if not as_json:
-        _show(spec, original, plan)
     writes = out is not None and not dry_run
     if writes:
         assert out is not None
-        if out.exists() and not yes:
-            if as_json:
-                raise InputError(f"{out} must not exist yet, or --yes be given, but it does")
-            click.confirm(f"{out} exists; write over it?", abort=True, err=True)
         save_weights(model, out)
     if as_json:
-        click.echo(to_json({"out": str(out) if writes else None, "modules": plan}), nl=False)
-    elif writes:
+        print_json({"out": str(out) if writes else None, "modules": plan})
+        return
+    _show(spec, original, plan)
+    if writes:
         click.echo(f"\nWrote {out}. It took {time.perf_counter() - start:.0f} s.")
 
 
@@ -88,6 +83,8 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
             rows.append({**row, "becomes": f"batchnorm.{type(after.module).__name__}{applies}", "left": None})
         elif isinstance(before.module, _BatchNorm) or is_frozen_norm(before.module):
             rows.append({**row, "becomes": None, "left": why_left(before.module)})
+        elif is_hand_written(before.module):
+            rows.append({**row, "becomes": None, "left": WHY_LEFT})
     return rows
 
 
@@ -98,13 +95,16 @@ def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
     shown = [name for name in modules if any(row == name or row.startswith(f"{name}.") or not name for row in rows)]
     branches: dict[str, Tree] = {}
     for name in shown or [""]:
-        label = f"{escape(name.rpartition('.')[2] or spec)}  [dim]{escape(type(modules[name]).__name__)}[/dim]"
+        label = Text(f"{visible(name.rpartition('.')[2] or spec)}  ")
+        label.append(visible(type(modules[name]).__name__), "dim")
         if name in rows:
             row = rows[name]
-            what = escape(row["becomes"] or row["left"])
-            label += f" → {what}" if row["becomes"] else f"  [yellow]left[/yellow]: {what}"
+            if row["becomes"]:
+                label.append(f" → {visible(row['becomes'])}")
+            else:
+                label.append("  ").append("left", "yellow").append(f": {visible(row['left'])}")
         branches[name] = branches[name.rpartition(".")[0]].add(label) if name else Tree(label)
-    console = Console(highlight=False)
+    console = Console()
     console.print(branches[""])
     changed = {id(modules[row["module"]]) for row in plan if row["left"] is None}  # one may hang in several places
     total = {id(modules[row["module"]]) for row in plan}

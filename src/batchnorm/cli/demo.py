@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.cli.common import Console, check_outputs, command_line, progress_bar
+from batchnorm.cli.text import print_json
 from batchnorm.env import cores
-from batchnorm.files import to_json, write
+from batchnorm.files import write
 from batchnorm.lab import extras
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import learning_rates
@@ -55,6 +55,8 @@ def demo_command(
     dataset = load(plan.data)
     jobs, finished = plan.jobs(dataset), list[Training]()
     command = command_line(ctx)
+    results = {"result.json": out / "result.json", "report.html": out / "report.html"}
+    check_outputs({f"--out {out}: {name}": path for name, path in results.items()}, force=True)
     try:
         with (
             progress_bar() as progress,
@@ -82,7 +84,7 @@ def demo_command(
 def _show(result: Result, as_json: bool) -> None:
     """The result on stdout: as JSON, or as a table with what became of the claims."""
     if as_json:
-        click.echo(to_json(result.to_dict()), nl=False)
+        print_json(result.to_dict())
         return
     seeds, sizes = result.protocol["seeds"], result.protocol["sizes"]
     click.echo(
@@ -96,7 +98,7 @@ def _show(result: Result, as_json: bool) -> None:
     verdicts = Table.grid(padding=(0, 2))
     for claim in result.claims:
         verdicts.add_row("held" if claim.holds else "not held", claim.claim)
-    console = Console(highlight=False)
+    console = Console()
     console.print(table)
     if result.claims:
         console.print()

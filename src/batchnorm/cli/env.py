@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from batchnorm.bench.allocator import Clone, measure_clone
+from batchnorm.cli.common import Console
+from batchnorm.cli.text import print_json
 from batchnorm.env import Environment, environment
-from batchnorm.files import to_json
 
 
 @click.command("env", epilog="Example: batchnorm env --json")
@@ -21,9 +21,9 @@ def env_command(measure: bool, as_json: bool) -> None:
     clone = measure_clone() if measure else None
     if as_json:
         measured = {} if clone is None else {"clone": clone.to_dict()}
-        click.echo(to_json({**found.to_dict(), **measured}), nl=False)
+        print_json({**found.to_dict(), **measured})
         return
-    console = Console(highlight=False)
+    console = Console()
     console.print(_facts(found, clone))
     console.print()
     console.print(_kernels(found))

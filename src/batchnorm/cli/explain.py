@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
+from batchnorm.cli.text import print_json
 from batchnorm.explain import explain
-from batchnorm.files import to_json
 
 
 class Numbers(click.ParamType):
@@ -47,6 +48,6 @@ def explain_command(
     """Show every step of batch normalization for the mini-batch VALUES, forward and backward."""
     explanation = explain(values, gamma, beta, eps, momentum, grad_output=grad)
     if as_json:
-        click.echo(to_json(explanation.to_dict()), nl=False)
+        print_json(explanation.to_dict())
     else:
-        click.echo(str(explanation))
+        click.echo(str(explanation), file=sys.stdout)  # click's own choice is UTF-8 even where that is not asked for

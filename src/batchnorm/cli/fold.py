@@ -10,15 +10,14 @@ from typing import Any
 import click
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from batchnorm.cli.common import Console, check_outputs, force_option
 from batchnorm.cli.export import PROGRAMS, export, require_exporter
 from batchnorm.cli.models import SAFETENSORS, build, build_model, kept_clean, load_weights, require_format, save_weights
+from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
-from batchnorm.files import check_writable, to_json
 from batchnorm.folding import FoldReport, fold
 from batchnorm.folding.record import example
 
@@ -50,10 +49,18 @@ _SUFFIXES = (*PROGRAMS, SAFETENSORS, ".pt")
     help="File to write: .onnx and .pt2 (torch.export) are programs, .safetensors and .pt weights.",
 )
 @click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Error allowed.")
+@force_option
 @click.option("--fixed-batch", is_flag=True, help="Export for the example's batch size only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 def fold_command(
-    spec: str, given: str, weights: Path | None, out: Path, tolerance: float, fixed_batch: bool, as_json: bool
+    spec: str,
+    given: str,
+    weights: Path | None,
+    out: Path,
+    tolerance: float,
+    force: bool,
+    fixed_batch: bool,
+    as_json: bool,
 ) -> None:
     """Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.
 
@@ -65,7 +72,7 @@ def fold_command(
         raise InputError(f"--out must end in one of {', '.join(_SUFFIXES)}, but is {out}")
     require_format(out)
     require_exporter(out)
-    check_writable(out.parent)
+    check_outputs({"--out": out}, force=force)
     with kept_clean(as_json=as_json):
         model = build_model(spec)
         if weights is not None:
@@ -79,7 +86,7 @@ def fold_command(
         else:
             save_weights(folded, out)
     if as_json:
-        click.echo(to_json({"out": str(out), "program_error": written, **report.to_dict()}), nl=False)
+        print_json({"out": str(out), "program_error": written, **report.to_dict()})
         return
     _show(report)
     checked = "" if written is None else f", read again, and compared: it differs by {written:.2g}"
@@ -115,16 +122,16 @@ def _example(given: str) -> Any:
 def _show(report: FoldReport) -> None:
     table = Table("batch norm", "what became of it", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for pair in report.folded:
-        table.add_row(escape(pair.batch_norm), escape(f"folded into {', '.join(pair.into)} ({pair.kind})"))
+        table.add_row(visible(pair.batch_norm), visible(f"folded into {', '.join(pair.into)} ({pair.kind})"))
     for name, reason in report.left.items():
-        table.add_row(escape(name), escape(f"left: {reason}"))
-    console = Console(highlight=False)
+        table.add_row(visible(name), visible(f"left: {reason}"))
+    console = Console()
     console.print(table)
     facts = Table.grid(padding=(0, 2))
     for merge in report.merged:
-        facts.add_row("merged", escape(f"{', '.join(merge.branches)} into {merge.convolution}"))
+        facts.add_row("merged", visible(f"{', '.join(merge.branches)} into {merge.convolution}"))
     for name, reason in report.untraced.items():
-        facts.add_row("not traced", escape(f"{name}: {reason}"))
+        facts.add_row("not traced", visible(f"{name}: {reason}"))
     facts.add_row("batch norms", f"{report.batch_norms_before} before, {report.batch_norms_after} after")
     facts.add_row("parameters", f"{report.parameters_before:,} before, {report.parameters_after:,} after")
     facts.add_row("time", f"{1e3 * report.seconds_before:.3g} ms before, {1e3 * report.seconds_after:.3g} ms after")

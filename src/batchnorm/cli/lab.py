@@ -12,14 +12,14 @@ from typing import Any
 import click
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from batchnorm.cli.common import command_line, progress_bar
+from batchnorm.cli.common import Console, check_outputs, command_line, force_option, progress_bar
+from batchnorm.cli.text import one_line, print_json
 from batchnorm.env import cores
 from batchnorm.errors import InputError
-from batchnorm.files import to_json, write
+from batchnorm.files import write
 from batchnorm.lab import experiments, extras, outcome
 from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict
 from batchnorm.lab.fingerprint import data_version
@@ -50,14 +50,14 @@ def list_command(out: Path, as_json: bool) -> None:
     extras.require()
     found = _known(out)
     if as_json:
-        click.echo(to_json([_summary(*each) for each in found]), nl=False)
+        print_json([_summary(*each) for each in found])
         return
     table = Table("experiment", "question", "time", "result so far", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for experiment, known in found:
         mark = " *" if experiment.name in experiments.FIRST else ""
         row = (experiment.name + mark, experiment.question, _time(experiment, known), _state(experiment, known))
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console().print(table)
     click.echo(
         f"Time is a processor's: divide it by the number of cores; ~ is an estimate of the default size, {SEEDS} seeds."
     )
@@ -81,7 +81,7 @@ def _loaded(name: str, out: Path) -> Outcome | Damaged | None:
     try:
         return outcome.load(name, out)
     except InputError as error:
-        click.echo(f"Warning: {error}", err=True)
+        click.echo(f"Warning: {one_line(error)}", err=True)
         return Damaged()
 
 
@@ -174,6 +174,8 @@ def run_command(
     size: Size = "quick" if quick else "full" if full else "default"
     seeds = seeds or (QUICK_SEEDS if quick else SEEDS)
     units = _units(chosen, Setting(0, size, device, None if data is None else str(data)), seeds)
+    results = {f"--out {out}: {each.name}": outcome.path_of(each.name, out) for each in chosen}
+    check_outputs(results, force=True)  # the folder's own files are written again
     command, finished = command_line(ctx), list[Finished]()
     try:
         costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
@@ -236,34 +238,34 @@ def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished]
     begun = {each.unit.experiment for each in finished}
     known = [(each, _outcome(each.name, seeds, finished, command)) for each in chosen if each.name in begun]
     if as_json:
-        click.echo(to_json([_summary(*each) for each in known]), nl=False)
+        print_json([_summary(*each) for each in known])
         return
-    console = Console(highlight=False)
+    console = Console()
     for experiment, came_out in known:
         verdict = came_out.verdict(experiment)
         columns, rows = comparison(experiment, came_out.results())
         table = Table("", *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for label, cells in rows:
             table.add_row(label, *cells)
-        console.print(f"[bold]{experiment.name}[/]: {escape(experiment.claim)}")
+        console.print(Text(experiment.name, "bold").append(f": {experiment.claim}", "not bold"))
         console.print(table)
-        console.print(
-            _state(experiment, came_out) + ("" if verdict is None else f": {escape(verdict.evidence)}") + "\n"
-        )
+        console.print(_state(experiment, came_out) + ("" if verdict is None else f": {verdict.evidence}") + "\n")
 
 
 @lab_command.command("report", epilog="Example: batchnorm lab report --page lab.html")
 @out_option
 @click.option("--page", type=click.Path(path_type=Path), help="File to write.  [default: report.html in the folder]")
-def report_command(out: Path, page: Path | None) -> None:
+@force_option
+def report_command(out: Path, page: Path | None, force: bool) -> None:
     """Make one HTML page of what has been measured, finished or not. It needs no network."""
     extras.require()
     known = _known(out)
     if not any(isinstance(came_out, Outcome) for _, came_out in known):
         raise InputError(f"a report is made of results; {out} holds none: batchnorm lab run all --out {out}")
+    target = out / "report.html" if page is None else page
+    check_outputs({"--page": target}, force=force or page is None)  # the folder's own page is made again
     from batchnorm.report.lab import render  # matplotlib takes a moment: after the checks, not before
 
-    target = page or out / "report.html"
     write(target, render(known))
     click.echo(f"Wrote {target}.")
 
@@ -271,7 +273,8 @@ def report_command(out: Path, page: Path | None) -> None:
 @lab_command.command("findings", epilog="Example: batchnorm lab findings --page docs/findings.md")
 @out_option
 @click.option("--page", type=click.Path(path_type=Path), default=Path("docs/findings.md"), show_default=True)
-def findings_command(out: Path, page: Path) -> None:
+@force_option
+def findings_command(out: Path, page: Path, force: bool) -> None:
     """Write what is complete as a Markdown page, and its drawings into a folder beside it."""
     extras.require()
     complete, incomplete = list[tuple[Experiment, Outcome]](), list[str]()
@@ -287,6 +290,7 @@ def findings_command(out: Path, page: Path) -> None:
         raise InputError(
             f"findings are of size default or full; of {', '.join(quick)} there is a quick run: run it again without --quick"
         )
+    check_outputs({"--page": page}, force=force)
     from batchnorm.report.findings import render
 
     text, drawings = render(complete, page.stem)

@@ -35,7 +35,7 @@ def find(spec: str) -> Any:
         found = importlib.import_module(path)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard may call sys.exit
         raise InputError(
             f"{spec} must be importable from {os.getcwd()}, but {type(error).__name__}: {error}; check the name, or start "
             "where the package can be found"
@@ -54,7 +54,7 @@ def build(spec: str) -> Any:
         return found
     try:
         return found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"{spec} must be a factory that is called without arguments, but it raised {type(error).__name__}: {error}"
         ) from error
@@ -94,14 +94,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{path} must be a state_dict written by torch.save, or safetensors by its suffix, and hold nothing but tensors, "
             f"but {_first_line(error)}"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path} must hold a state_dict, but holds a {type(state).__name__}; save model.state_dict()")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        names = ", ".join(name if isinstance(name, str) else repr(name) for name in state)
         raise InputError(
-            f"{path} must hold a state_dict, names with tensors, but holds {keys[:200]}; save model.state_dict()"
+            f"{path} must hold a state_dict, names with tensors, but holds {names[:200]}; save model.state_dict()"
         )
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except Exception as error:  # torch and the model's own hooks raise anything on tensors of another kind
         raise InputError(f"{path} must fit the model, but {error}") from error
 
 
@@ -109,16 +111,30 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write the model's state_dict whole or not at all, as safetensors by its suffix, else with `torch.save`.
 
     Raises:
-        InputError: if the place cannot be written.
+        InputError: if the place cannot be written, or the format cannot hold the state.
         MissingExtraError: if safetensors is not installed.
     """
-    state = model.state_dict()
+    try:
+        state = model.state_dict()
+    except Exception as error:  # a model may have a state_dict of its own
+        raise InputError(
+            f"the model must have a state_dict to write, but it raised {_first_line(error)}; nothing was written"
+        ) from error
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]  # such as of get_extra_state
+    if others and path.suffix == SAFETENSORS:
+        raise InputError(
+            f"safetensors files hold tensors only, but the model's state has {', '.join(others)[:200]}; "
+            "write it with another suffix, for torch.save"
+        )
 
     def write(temporary: Path) -> None:
         if path.suffix == SAFETENSORS:  # whose tensors may not share memory
             _safetensors().save_file({name: value.contiguous().clone() for name, value in state.items()}, temporary)
         else:
-            torch.save(state, temporary)
+            with temporary.open(
+                "wb"
+            ) as file:  # an archive in a path is named after it, which a name without a suffix cannot do
+                torch.save(state, file)
 
     write_whole(path, write)
 

@@ -8,16 +8,26 @@ from pathlib import Path
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from batchnorm.cli.common import progress_bar
-from batchnorm.cli.models import build, build_model, check_data, find, load_weights, require_format, save_weights
+from batchnorm.cli.common import Console, check_outputs, force_option, progress_bar
+from batchnorm.cli.models import (
+    build,
+    build_model,
+    check_data,
+    find,
+    kept_clean,
+    load_weights,
+    require_format,
+    save_weights,
+)
+from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
-from batchnorm.files import check_writable, to_json
 from batchnorm.population import METHODS, Progress, recalibrating
 from batchnorm.surgery import batch_norms
+from batchnorm.surgery.by_hand import WHY_LEFT, hand_written
 
 
 @click.command(
@@ -34,6 +44,7 @@ from batchnorm.surgery import batch_norms
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="File to write; .safetensors by its suffix."
 )
+@force_option
 @click.option(
     "--forward", metavar="SPEC", help="Function (model, item) that calls the model with an item of the loader."
 )
@@ -47,6 +58,7 @@ def recalibrate_command(
     data: str,
     weights: Path | None,
     out: Path,
+    force: bool,
     forward: str | None,
     method: str,
     limit: int | None,
@@ -59,43 +71,43 @@ def recalibrate_command(
     """
     start = time.perf_counter()
     require_format(out)
-    check_writable(out.parent)
-    model = build_model(spec)
-    if weights is not None:
-        load_weights(model, weights)
-    loader = build(data)
-    check_data(loader, data)
-    call = None if forward is None else find(forward)
-    before = _statistics(model)
-    last = Progress(0, 0, 0, 0)
-    try:
-        with (
-            progress_bar() as progress,
-            closing(recalibrating(model, loader, forward=call, method=method, limit=limit)) as steps,
-        ):
-            total = _length(loader, limit)
-            task = progress.add_task("reading", total=total)
-            for last in steps:
-                text = f"pass {last.number}, {last.final} of {last.layers} layers are final"
-                progress.update(task, description=text, completed=last.batches)
-    except BatchNormError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"model and data must fit together, but {type(error).__name__}: {error}; nothing was written (a loader whose items "
-            "are neither tensors, tuples nor dicts wants --forward)"
-        ) from error
+    check_outputs({"--out": out}, force=force)
+    with kept_clean(as_json=as_json):
+        model = build_model(spec)
+        if weights is not None:
+            load_weights(model, weights)
+        loader = build(data)
+        check_data(loader, data)
+        call = None if forward is None else find(forward)
+        before = _statistics(model)
+        last = Progress(0, 0, 0, 0)
+        try:
+            with (
+                progress_bar() as progress,
+                closing(recalibrating(model, loader, forward=call, method=method, limit=limit)) as steps,
+            ):
+                total = _length(loader, limit)
+                task = progress.add_task("reading", total=total)
+                for last in steps:
+                    text = f"pass {last.number}, {last.final} of {last.layers} layers are final"
+                    progress.update(task, description=text, completed=last.batches)
+        except BatchNormError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"model and data must fit together, but {type(error).__name__}: {error}; nothing was written (a loader whose items "
+                "are neither tensors, tuples nor dicts wants --forward)"
+            ) from error
     if not last.layers:
-        raise InputError(f"{spec} must have a batch norm with running statistics that is not frozen, but has none")
+        by_hand = hand_written(model)
+        hint = f"; of {', '.join(by_hand)}: {WHY_LEFT}" if by_hand else ""
+        raise InputError(
+            f"{spec} must have a batch norm with running statistics that is not frozen, but has none{hint}"
+        )
     save_weights(model, out)
     rows = _changes(before, _statistics(model))
     if as_json:
-        click.echo(
-            to_json(
-                {"out": str(out), "method": method, "passes": last.number, "batches": last.batches, "layers": rows}
-            ),
-            nl=False,
-        )
+        print_json({"out": str(out), "method": method, "passes": last.number, "batches": last.batches, "layers": rows})
         return
     _show(rows)
     passes = f"{last.number} pass{'es' if last.number > 1 else ''}"
@@ -106,7 +118,7 @@ def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {
         name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
         for name, layer in batch_norms(model).items()
-        if layer.running_mean is not None and layer.running_var is not None
+        if layer.running_mean is not None and layer.running_var is not None and not is_lazy(layer.running_mean)
     }
 
 
@@ -133,11 +145,11 @@ def _show(rows: list[dict[str, str | float | None]]) -> None:
     for row in rows:
         shift, ratio = row["mean_shift"], row["variance_ratio"]
         table.add_row(
-            str(row["layer"]),
+            visible(str(row["layer"])),
             "–" if shift is None else f"{shift:.3g} deviations",
             "–" if ratio is None else f"× {ratio:.3g}",
         )
-    Console(highlight=False).print(table)
+    Console().print(table)
 
 
 def _length(loader: object, limit: int | None) -> int | None:

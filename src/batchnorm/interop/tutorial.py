@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError
 from batchnorm.interop.numbers import Numbers, vector
@@ -13,6 +15,15 @@ from batchnorm.layers import BatchNorm
 
 _NUMBERS = ("gamma", "beta", "running_mean", "running_var")
 _WANTED = (*_NUMBERS, "eps", "momentum")
+
+
+def is_hand_written(layer: nn.Module) -> bool:
+    """Whether a module is a batch norm written by hand: none of torch's or ours, with gamma, beta and running statistics of one size."""
+    if isinstance(layer, _BatchNorm):  # ours have gamma and beta, too
+        return False
+    numbers = [getattr(layer, name, None) for name in _NUMBERS]
+    sizes = {value.numel() if isinstance(value, Tensor) and not is_lazy(value) else None for value in numbers}
+    return len(sizes) == 1 and None not in sizes
 
 
 def from_tutorial(layer: Any) -> BatchNorm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from batchnorm.errors import InputError
-from batchnorm.files import to_json, write
+from batchnorm.files import read_json, to_json, write
 from batchnorm.lab.experiment import Experiment, Measured, Results, Size, Verdict
 from batchnorm.lab.result import environment
 from batchnorm.lab.unit import Finished, packed, unpacked
@@ -122,7 +121,7 @@ def load(experiment: str, directory: Path) -> Outcome | None:
     """
     path = path_of(experiment, directory)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data.pop("schema") != SCHEMA:
             raise ValueError("another schema")
         data["by_arm"] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from batchnorm.errors import InputError
-from batchnorm.files import to_json, write
+from batchnorm.files import read_json, to_json, write
 from batchnorm.version import __version__
 
 SCHEMA = 1
@@ -118,7 +117,7 @@ class Result:
             InputError: the file is not a result of this version.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             data["arms"] = [Arm(**arm) for arm in data["arms"]]
             data["claims"] = [Claim(**claim) for claim in data["claims"]]
             data["trainings"] = [Training(**training) for training in data["trainings"]]

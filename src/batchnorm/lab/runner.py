@@ -8,7 +8,6 @@ and the experiment once for all of them; the server itself computes nothing, so 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from batchnorm.errors import BatchNormError, StateError
-from batchnorm.files import check_writable, to_json, write
+from batchnorm.files import check_writable, read_json, to_json, write
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -54,7 +53,7 @@ J = TypeVar("J", bound=Job[Any])
 def stored(job: Job[R], directory: Path) -> R | None:
     """The result that `run` left in `directory` for this job; None if there is none, or a damaged one."""
     try:
-        return job.unpack(json.loads((directory / job.file_name).read_text(encoding="utf-8")))
+        return job.unpack(read_json(directory / job.file_name))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -23,6 +23,7 @@ from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running, Statistics
 from batchnorm.surgery import frozen
 from batchnorm.surgery.absorb import absorb_activations, release_activations
+from batchnorm.surgery.by_hand import warn_of_hand_written
 from batchnorm.surgery.frozen import FrozenBatchNorm
 from batchnorm.surgery.rewritten import restore_forwards
 from batchnorm.surgery.walker import layers_of, norms_of, slots_of
@@ -51,7 +52,8 @@ def convert(
     batch norms of other libraries, which have four buffers (weight, bias, running_mean, running_var) and compute accordingly.
 
     Outputs, gradients, state_dict, parameters and hooks stay what they were; `revert` goes back. Layers of a subclass are left
-    alone, since their forward may do anything. What was changed, what was left and why goes to the logger `batchnorm`.
+    alone, since their forward may do anything; so are layers written by hand (see `interop.from_tutorial`). What was changed, what
+    was left and why goes to the logger `batchnorm`.
 
     Args:
         model: changed in place; it may be the layer itself.
@@ -70,6 +72,7 @@ def convert(
         InputError: if statistics is not a part.
     """
     slots = slots_of(model)
+    warn_of_hand_written("convert", slots)
     if statistics is not None:
         check_statistics(statistics)
     for layer, paths in norms_of(slots):

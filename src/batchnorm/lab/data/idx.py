@@ -86,4 +86,6 @@ def read(path: Path, dimensions: int) -> Tensor:
             f"{path} announces {' x '.join(map(str, shape))} = {prod(shape)} bytes, "
             f"{len(content) - header} follow; {REMEDY}"
         )
+    if not prod(shape):
+        raise InputError(f"{path} must hold something, but announces {' x '.join(map(str, shape))}; {REMEDY}")
     return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).reshape(shape)

@@ -129,7 +129,7 @@ def samples(file: Path | IO[bytes], name: str) -> tuple[Tensor, int]:
         with wave.open(str(file) if isinstance(file, Path) else file) as content:
             width, channels, rate = content.getsampwidth(), content.getnchannels(), content.getframerate()
             raw = bytearray(content.readframes(content.getnframes()))
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, ValueError, wave.Error) as error:  # a path with a NUL is a ValueError
         raise InputError(
             f"cannot read {name} as a WAV file: {error or 'it ends too early'}; record or convert it again"
         ) from error
