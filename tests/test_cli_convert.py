@@ -54,11 +54,11 @@ def test_the_plan_is_a_tree(folder):
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines == [
         "mynet:model  Sequential",
-        "├── 1  Bottleneck → calls its batch norms with what is added to them",
+        "├── 1  Bottleneck → calls its batch norms with what they apply",
         "│   ├── body  Sequential",
         "│   │   ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
         "│   │   ├── 4  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
-        "│   │   └── 7  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
+        "│   │   └── 7  BatchNorm2d → batchnorm.BatchNorm2d, applies an addition and relu",
         "│   └── shortcut  Sequential",
         "│       └── 1  BatchNorm2d → batchnorm.BatchNorm2d",
         "└── 2  Sequential",

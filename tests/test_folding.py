@@ -460,7 +460,7 @@ def test_parallel_branches_become_one_convolution(groups, shortcut):
     assert list(found.state_dict()) == [f"{n}.large.0.{name}" for n in (0, 1) for name in ("weight", "bias")]
     last = "the input" if shortcut else "0.shortcut"
     assert report.merged[0] == bn.folding.Merged("0.large.0", ("0.large.0", "0.small.0", last))
-    assert type(found[0]) is RepVGG
+    assert isinstance(found[0], RepVGG)
     assert not any(word in found[0].forward.source for word in ("small", "shortcut", "+"))
     for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         x = normal(1, 4, 3, 3)
@@ -718,3 +718,14 @@ def test_branches_are_not_merged_where_gradients_are_switched_off():
     found(x).sum().backward()
     assert report.merged == ()
     assert found.conv.weight.grad is None
+
+
+def test_what_torch_fx_traces_of_merged_branches_computes_the_same():
+    """fx reads the forward of the root's class."""
+    model = settle(RepVGG(shortcut=nn.Identity())).double().eval()
+    x = normal(2, 4, 5, 6)
+    expected = model(x)
+    found, report = folded(model, x)
+    assert report.merged
+    for each in (torch.fx.symbolic_trace(found), torch.fx.symbolic_trace(nn.Sequential(found))):
+        torch.testing.assert_close(each(x), expected, rtol=1e-4, atol=1e-4)

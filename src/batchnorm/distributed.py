@@ -23,12 +23,13 @@ from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[repor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import ArgumentError, ReplicaError, StateError
+from batchnorm.errors import ReplicaError, StateError
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
 from batchnorm.surgery import batch_norms, become_ours, convert, not_convertible, walk
+from batchnorm.surgery.transaction import transactional
 
 GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
 _FORWARD, _BACKWARD = 0, 1
@@ -172,6 +173,7 @@ class Replicas:
         return f"Replicas({self.layer!r}, ranks={list(self.ranks)})"
 
 
+@transactional()
 def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Let every batch norm of a model normalize, in training, by the statistics of all replicas together; in place.
 
@@ -189,8 +191,6 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
         StateError: if torch.distributed is not initialized, or this process is not in the group.
         ReplicaError: if the replicas' models differ in their batch norms, or one does not answer; nothing is changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     _agree(model, _group(process_group))
     for slot in walk(model):
         if type(slot.module) is nn.SyncBatchNorm and not_convertible(slot.module, _SYNCHRONIZED) is None:
@@ -209,6 +209,7 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
     return model
 
 
+@transactional()
 def unsynchronize(model: nn.Module) -> nn.Module:
     """Let every batch norm normalize by its own replica's statistics again; in place.
 

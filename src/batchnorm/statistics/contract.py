@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,18 @@ def kept_by(part: Statistics) -> dict[str, Kept]:
     return part.kept() if isinstance(part, Keeping) else {}
 
 
+class Applying:
+    """A layer as its source sees it in a call that applies an activation which is not the layer's own."""
+
+    def __init__(self, owner: Layer, activation: Activation) -> None:
+        self.owner, self.activation = owner, activation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.owner, name)
+
+
 def owner_of(layer: Layer) -> Layer:
-    """The layer itself: what a part within `Domains` sees of it lives for one call."""
-    return layer if isinstance(layer, nn.Module) else getattr(layer, "owner", layer)
+    """The layer itself: what a source sees of it in `Domains` or `Applying` lives for one call."""
+    while not isinstance(layer, nn.Module) and (owner := getattr(layer, "owner", None)) is not None:
+        layer = owner
+    return layer

@@ -22,7 +22,7 @@ from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
-from batchnorm.statistics.contract import Layer
+from batchnorm.statistics.contract import Applying, Layer
 from batchnorm.statistics.one_batch import in_one_batch, joined, moves_here
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
@@ -88,7 +88,7 @@ def train_shortly(
     if not (layer.training and layer.track_running_stats) or residual is not None or mask is not None:
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
-    if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
+    if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, (nn.Module, Applying)):
         return None
     if layer.reducer is not None or accumulating() or in_one_batch():
         return None
@@ -165,7 +165,7 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
 
 def _infer_shortly(layer: Layer, x: Tensor) -> Tensor | None:
     """What the running statistics make of x, the short way; None where that is not the way."""
-    if not isinstance(layer, nn.Module):
+    if not isinstance(layer, (nn.Module, Applying)):
         return None
     parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
     try:

@@ -4,7 +4,7 @@ A layer is not replaced but changes its class, as torch's lazy layers do: the ob
 shared, and parameters, buffers, hooks, the training flag, custom attributes and every reference to the layer are kept because
 nothing touches them.
 
-What is planned is planned for the whole model first, and carried out only when the plan stands.
+If anything raises, the model is as it was (`transaction`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from batchnorm.surgery import frozen
 from batchnorm.surgery.absorb import absorb_activations, release_activations
 from batchnorm.surgery.frozen import FrozenBatchNorm
 from batchnorm.surgery.rewritten import restore_forwards
+from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import layers_of, norms_of, slots_of
 
 _OURS: dict[type[nn.Module], type[BatchNorm]] = {
@@ -42,6 +43,7 @@ _DTYPES = "_dtypes_before_conversion"
 _STATISTICS = "_statistics_before_conversion"
 
 
+@transactional()
 def convert(
     model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = True, save_memory: bool = False
 ) -> nn.Module:
@@ -98,6 +100,7 @@ def convert(
     return model
 
 
+@transactional()
 def revert(model: nn.Module) -> nn.Module:
     """Make every layer of ours torch's again, in place, and return the model: the inverse of `convert` and `fuse`, object by object.
 

@@ -9,9 +9,11 @@ from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running
 from batchnorm.surgery.convert import convert
+from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import layers_of, slots_of
 
 
+@transactional()
 def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     """Make every batch norm of a model normalize by its running statistics, in training too, in place, and return the model.
 
@@ -46,6 +48,7 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     return model
 
 
+@transactional()
 def unfreeze(model: nn.Module) -> nn.Module:
     """Undo `freeze`, in place, and return the model: the statistics come from where they came before, and what learned learns again.
 

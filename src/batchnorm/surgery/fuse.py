@@ -21,8 +21,9 @@ from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.graphs import ADDITIONS, CONSTANT, in_place, uses
-from batchnorm.surgery.rewritten import Rewritten, normalize_and_add
-from batchnorm.surgery.tracing import Rules, trace_module
+from batchnorm.surgery.rewritten import Rewritten, normalize_and_apply
+from batchnorm.surgery.tracing import Rules, first_line, trace_module
+from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
 
 _NAMES = ("relu", "relu6", "silu", "hardswish")
@@ -54,6 +55,7 @@ class Pattern(NamedTuple):
         return found
 
 
+@transactional()
 def fuse(model: nn.Module) -> nn.Module:
     """Let each batch norm apply the addition and the activation that follow it, in the same pass; in place, and return the model.
 
@@ -92,7 +94,7 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
     reason = _not_rewritable(owner)
     if reason:
         return reason
-    graph, reason = _graph(owner, lambda _: False, whole=False)
+    graph, reason, _ = _graph(owner, lambda _: False, whole=False)
     if graph is None:
         return reason
     patterns = [pattern for pattern in _patterns(owner, graph, places) if _stays(owner, pattern)]
@@ -100,7 +102,7 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
         return ""
     # once more, now with everything that takes no part as one call each, which stays a call
     entered = _ways(pattern.norm.target for pattern in patterns)
-    graph, reason = _graph(owner, lambda name: name not in entered, whole=True)
+    graph, reason, passed = _graph(owner, lambda name: name not in entered, whole=True)
     if graph is None:
         return reason
     # only what was found before: what is one call now does not show who writes into what
@@ -109,34 +111,38 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
     patterns = [pattern for pattern in again if (pattern.norm.target, pattern.add is None) in found]
     if not patterns:
         return ""
-    _rewrite(owner, name, graph, patterns)
+    try:
+        rewritten = _rewritten(owner, graph, patterns, passed | _ways(pattern.norm.target for pattern in patterns))
+    except Exception as error:  # the code of a graph may name what cannot be imported
+        return f"no function can be made of its graph: {first_line(error)}"
+    owner.forward = rewritten
+    for target, what in rewritten.applies.items():
+        logger.info("fuse: in %s, %s now applies %s", name, target, what)
     return ""
 
 
-def _rewrite(owner: nn.Module, name: str, graph: fx.Graph, patterns: list[Pattern]) -> None:
-    activated = list[str]()
+def _rewritten(owner: nn.Module, graph: fx.Graph, patterns: list[Pattern], passed: set[str]) -> Rewritten:
+    applies = dict[str, str]()
     for pattern in patterns:
-        norm = last = pattern.norm
-        layer = owner.get_submodule(str(norm.target))
-        assert isinstance(layer, BatchNorm)
+        norm, activation, given = pattern.norm, pattern.activation, dict[str, Any]()
         if pattern.add is not None:
-            (residual,) = (value for value in pattern.add.args if value is not norm)
-            with graph.inserting_after(pattern.add):  # what is added may be computed after the batch norm was
-                called = graph.create_node("get_attr", str(norm.target))
-            with graph.inserting_after(called):
-                last = graph.call_function(normalize_and_add, (called, *norm.args), {"residual": residual})
-            pattern.add.replace_all_uses_with(last)
-            graph.erase_node(pattern.add)
-            graph.erase_node(norm)
-        if pattern.act is not None:
-            layer.activation = pattern.activation
-            activated.append(str(norm.target))
-            pattern.act.replace_all_uses_with(last)
-            graph.erase_node(pattern.act)
-        what = " and ".join(filter(None, [pattern.add and "an addition", str(pattern.activation or "")]))
-        logger.info("fuse: in %s, %s now applies %s", name, norm.target, what)
+            (given["residual"],) = (value for value in pattern.add.args if value is not norm)
+        if activation is not None:
+            given["activation"] = activation.name
+            if activation.name == "leaky_relu":
+                given["slope"] = activation.negative_slope
+            if pattern.act is not None and pattern.act.op == "call_module":
+                passed.add(str(pattern.act.target))
+        with graph.inserting_after(pattern.add or norm):  # what is added may be computed after the batch norm was
+            called = graph.create_node("get_attr", str(norm.target))
+        with graph.inserting_after(called):
+            fused = graph.call_function(normalize_and_apply, (called, *norm.args), given)
+        pattern.last.replace_all_uses_with(fused)
+        for node in filter(None, (pattern.act, pattern.add, norm)):
+            graph.erase_node(node)
+        applies[str(norm.target)] = " and ".join(filter(None, [pattern.add and "an addition", str(activation or "")]))
     graph.lint()
-    owner.forward = Rewritten(owner, graph, tuple(activated))
+    return Rewritten(owner, graph, tuple(sorted(passed)), applies)
 
 
 def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int]) -> list[Pattern]:
@@ -226,10 +232,10 @@ def _not_rewritable(owner: nn.Module) -> str:
     return "its forward takes optional arguments" if optional else ""
 
 
-def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) -> tuple[fx.Graph | None, str]:
+def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) -> tuple[fx.Graph | None, str, set[str]]:
     """The graph of a module's forward, the same in training and in inference; None, and why, where there is none.
 
-    With `whole`, it must hold all that the forward does.
+    With `whole`, it must hold all that the forward does. Last come the names of the identities that it leaves out.
     """
 
     def is_leaf(module: nn.Module, name: str) -> bool:
@@ -244,25 +250,27 @@ def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) ->
             with torch.set_grad_enabled(training):  # once on, once off: then each switch in the forward is noticed
                 part, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None, whole=whole))
             if part is None:
-                return None, reason
+                return None, reason, set()
             graphs.append(part.graph)
     finally:
         for module, training in flags:
             module.training = training
     if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
-        return None, "its forward goes other ways in training"
+        return None, "its forward goes other ways in training", set()
     if any(CONSTANT in node.meta for node in graphs[0].nodes):
-        return None, "its forward makes tensors of its own"
-    _leave_out_identities(owner, graphs[0])
-    return graphs[0], ""
+        return None, "its forward makes tensors of its own", set()
+    return graphs[0], "", _leave_out_identities(owner, graphs[0])
 
 
-def _leave_out_identities(owner: nn.Module, graph: fx.Graph) -> None:
+def _leave_out_identities(owner: nn.Module, graph: fx.Graph) -> set[str]:
+    left = set[str]()
     for node in graph.nodes:
         module = _module(owner, node)
         if type(module) is nn.Identity and not is_watched(module) and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+            left.add(str(node.target))
+    return left
 
 
 def _ways(targets: Iterable[Any]) -> set[str]:
