@@ -63,7 +63,7 @@ def test_the_plan_is_a_tree(folder):
         "│       └── 1  BatchNorm2d → batchnorm.BatchNorm2d",
         "└── 2  Sequential",
         "    ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
-        "    ├── 3  Mine  left: it is a Mine, whose forward may differ",
+        "    ├── 3  Mine  left: it is a Mine, which computes something else",
         "    └── 4  FrozenBatchNorm2d → batchnorm.FrozenBatchNorm",
         "",
         "7 of 8 change.",
@@ -77,7 +77,7 @@ def test_json_is_plain_data():
     said = json.loads(call("mynet:model", "--json").stdout)
     assert said["out"] is None
     assert {row["module"]: (row["is"], row["becomes"], row["left"]) for row in said["modules"]}["2.3"] == (
-        "Mine", None, "it is a Mine, whose forward may differ",
+        "Mine", None, "it is a Mine, which computes something else",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ SIGNATURES = {
     "lengths=None, reducer=None, group_size=None, moments=None, renormalization=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None, lengths=None)",
-    bn.convert: "(model, *, statistics=None, fuse=True, save_memory=False)",
+    bn.convert: "(model, *, statistics=None, fuse=False, save_memory=False)",
     bn.fold: "(model, example_input, *, tolerance=0.0001)",
     bn.freeze: "(model, *, affine=True)",
     bn.fuse: "(model)",

@@ -31,6 +31,11 @@ def remade(make: Make) -> Make:
     return making
 
 
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module, which stays the same object."""
+    module.__class__ = cls
+
+
 def like(base: type[nn.Module]) -> dict[str, Any]:
     """What a class made of another has of its names."""
     return {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}

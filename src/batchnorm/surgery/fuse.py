@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from batchnorm.kernels import Activation, from_module
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
-from batchnorm.surgery.convert import convert
+from batchnorm.surgery.absorb import absorb_activations
+from batchnorm.surgery.exchange import convert_layers
 from batchnorm.surgery.graphs import ADDITIONS, CONSTANT, in_place, uses
+from batchnorm.surgery.report import Report
 from batchnorm.surgery.rewritten import Rewritten, normalize_and_apply
+from batchnorm.surgery.subclasses import does_more
 from batchnorm.surgery.tracing import Rules, first_line, trace_module
 from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
@@ -59,16 +62,17 @@ class Pattern(NamedTuple):
 def fuse(model: nn.Module) -> nn.Module:
     """Let each batch norm apply the addition and the activation that follow it, in the same pass; in place, and return the model.
 
-    First `convert` does its part: layers become ours, and take in activations that follow them in an `nn.Sequential`. Then the
-    forwards of the model's modules are traced (`torch.fx`): batch norm + activation, batch norm + addition and batch norm + addition +
-    activation become one call. Outputs, gradients, state_dict and parameters stay what they were; `revert` goes back.
+    First layers become ours, as with `convert`. In an `nn.Sequential` they take in the activation that directly follows them, and so do
+    subclasses that call an activation themselves. Then the forwards of the model's modules are traced (`torch.fx`): batch norm +
+    activation, batch norm + addition and batch norm + addition + activation become one call. Outputs, gradients, state_dict and
+    parameters stay what they were; `revert` goes back.
 
     A module with such a pattern gets a forward of its own, which calls the modules that take part itself: hooks and code that come
     later to a module between it and them are passed by. A module is left as it is where its forward cannot be traced, takes
     optional arguments, draws random numbers, goes other ways in training than in inference, writes attributes or buffers, switches
     gradients or autocast on or off, checkpoints, calls an `autograd.Function`, or where the module cannot be copied; so are
     patterns with modules that have hooks, or are used several times, and additions with something in between that writes in place.
-    What was changed, what was left and why goes to the logger `batchnorm`.
+    The logger `batchnorm` says how many batch norms now apply something, what was left, and why.
 
     What is added is expanded to the shape of the batch norm's input; where the sum has another shape or dtype, it is added
     afterwards, as before.
@@ -76,20 +80,35 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: if model is not a module.
     """
-    convert(model)
-    slots = slots_of(model)
-    places = collections.Counter(id(slot.module) for slot in slots)
-    # children come after their parents; of a module in several places, the last is enough
-    for slot in {id(slot.module): slot for slot in reversed(slots)}.values():
-        holds = any(isinstance(module, BatchNorm) for module in slot.module.modules() if module is not slot.module)
-        if holds and not is_sequential(slot.module) and not isinstance(slot.module, (nn.ModuleList, nn.ModuleDict)):
-            reason = _fuse_in(slot.module, slot.path or "the model", places)
-            if reason:
-                logger.info("fuse: left %s: %s", slot.path or "the model", reason)
+    fuse_layers(model).log()
     return model
 
 
-def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> str:
+def fuse_layers(model: nn.Module) -> Report:
+    """Do what `fuse` says, and report it."""
+    slots = slots_of(model)
+    report, converted = Report("fuse", "apply what follows them"), Report("fuse", "converted")
+    convert_layers(slots, converted)
+    report.total, report.left = converted.total, converted.left
+    absorb_activations(slots, report)
+    places = collections.Counter(id(slot.module) for slot in slots)
+    # children come after their parents; of a module in several places, the last is enough
+    for slot in {id(slot.module): slot for slot in reversed(slots)}.values():
+        owner, name = slot.module, slot.path or "the model"
+        norms = [module for module in owner.modules() if isinstance(module, BatchNorm) and module is not owner]
+        if not norms or is_sequential(owner) or isinstance(owner, (nn.ModuleList, nn.ModuleDict, BatchNorm)):
+            continue
+        rewritten = owner.__dict__.get("forward")
+        if isinstance(rewritten, Rewritten):
+            report.already += len(rewritten.applies)
+            continue
+        reason = _fuse_in(owner, name, places, report)
+        if reason:
+            report.leave(name, reason)
+    return report
+
+
+def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int], report: Report) -> str:
     """Fuse what the forward of this module holds, and return why that cannot be done, or nothing."""
     reason = _not_rewritable(owner)
     if reason:
@@ -117,6 +136,7 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
         return f"no function can be made of its graph: {first_line(error)}"
     owner.forward = rewritten
     for target, what in rewritten.applies.items():
+        report.changed.append(f"{name}.{target}")
         logger.info("fuse: in %s, %s now applies %s", name, target, what)
     return ""
 
@@ -155,7 +175,7 @@ def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int
         if not isinstance(layer, BatchNorm) or len(node.args) != 1 or node.kwargs:
             continue
         alone = calls[node.target] == places[id(layer)] == 1 and node.target not in read
-        if layer.activation is not None or is_watched(layer) or not alone:
+        if layer.activation is not None or does_more(layer) or is_watched(layer) or not alone:
             continue
         pattern = _pattern(owner, node, taken)
         if pattern is not None:

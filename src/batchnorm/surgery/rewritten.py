@@ -18,7 +18,7 @@ from torch.package import sys_importer
 
 from batchnorm.kernels import Activation
 from batchnorm.layers import BatchNorm
-from batchnorm.surgery.classes import like, remade
+from batchnorm.surgery.classes import become, like, remade
 from batchnorm.surgery.walker import Slot, is_watched
 
 
@@ -102,7 +102,7 @@ def normalize_and_apply(
 
 def rewrite(module: nn.Module, graph: fx.Graph) -> None:
     """Give a module a class of its own, derived from its class, whose forward is the graph; there is no way back."""
-    module.__class__ = _rewritten_class(type(module), source_of(graph))
+    become(module, _rewritten_class(type(module), source_of(graph)))
 
 
 @remade
