@@ -201,9 +201,10 @@ def test_fuse_takes_it_in_and_adds_where_there_is_none():
             super().__init__()
             self.norm, self.last, self.act = BatchNormAct2d(4), BatchNormAct2d(4, act=False), nn.SiLU()
             self.conv1, self.conv2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.conv3, self.side = nn.Conv2d(4, 4, 1), BatchNormAct2d(4, act=False)
 
         def forward(self, x):
-            return self.act(self.last(self.conv2(self.norm(self.conv1(x)))) + x)
+            return self.act(self.last(self.conv2(self.norm(self.conv1(x)))) + self.side(self.conv3(x)))
 
     model = settle(Sum()).double().eval()
     x = sample(model.norm)
@@ -358,3 +359,57 @@ class TestFullyShard:
         assert not isinstance(model[1], bn.BatchNorm)
         torch.testing.assert_close(model.eval()(x), copy.deepcopy(expected).eval()(x), rtol=1, atol=1)
         assert type(model[1]).__name__ == "FSDPBatchNorm1d"
+
+
+class TestPrunedChannels:
+    KEEP = torch.tensor([0, 2, 3])
+
+    def pruned(self, statistics, also=()):
+        layer = settle(bn.BatchNorm2d(4, statistics=statistics))
+        layer(torch.randn(4, 4, 3, 3))
+        for name in ("weight", "bias"):
+            getattr(layer, name).data = getattr(layer, name).data[self.KEEP]
+        for name in ("running_mean", "running_var", *also):
+            setattr(layer, name, getattr(layer, name)[..., self.KEEP])
+        layer.num_features = 3
+        return layer
+
+    @pytest.mark.parametrize(
+        "statistics",
+        SOURCES := [
+            bn.statistics.MovingAverage(2),
+            bn.statistics.Domains(("a", "b")),
+            bn.statistics.Domains(("a", "b"), bn.statistics.MovingAverage(2)),
+        ],
+        ids=str,
+    )
+    def test_a_buffer_left_behind_is_named(self, statistics):
+        layer = self.pruned(statistics)
+        before = copy.deepcopy(layer.state_dict())
+        with (
+            bn.domain("b"),
+            pytest.raises(bn.errors.StateError, match=r"running_mean_\w+ has 4 and running_mean has 3; prune it alike"),
+        ):
+            layer(torch.randn(4, 3, 3, 3))
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+        layer.statistics = statistics  # begins them anew
+        with bn.domain("b"):
+            layer(torch.randn(4, 3, 3, 3, requires_grad=True)).sum().backward()
+
+    @pytest.mark.parametrize("statistics", SOURCES, ids=str)
+    def test_pruned_alike_it_runs(self, statistics):
+        names = [
+            name
+            for name, buffer in bn.BatchNorm2d(4, statistics=statistics).named_buffers()
+            if buffer.shape[-1:] == (4,)
+        ]
+        layer = self.pruned(statistics, names[2:])
+        for name in ("a", "b"):
+            with bn.domain(name):
+                layer(torch.randn(4, 3, 3, 3, requires_grad=True)).sum().backward()
+
+    @pytest.mark.parametrize(
+        "statistics", [bn.statistics.Batch(), bn.statistics.Ghost(2), bn.statistics.Renorm()], ids=str
+    )
+    def test_without_buffers_of_its_own_it_runs(self, statistics):
+        self.pruned(statistics)(torch.randn(4, 3, 3, 3, requires_grad=True)).sum().backward()

@@ -322,8 +322,8 @@ class BatchNorm(_BatchNorm):
         for name in [name for name in self._buffers if name.startswith(_KEPT) and name not in wanted]:
             del self._buffers[name]
         for name, kept in wanted.items():
-            source = self._buffers.get(kept.like)
-            if name in self._buffers or source is None:
+            source, buffer = self._buffers.get(kept.like), self._buffers.get(name)
+            if source is None or (buffer is not None and _fits(buffer, source)):
                 continue
             if isinstance(source, UninitializedBuffer):
                 self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
@@ -439,6 +439,12 @@ def check_statistics(statistics: Any) -> None:
         raise InputError(
             f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got {statistics!r}"
         )
+
+
+def _fits(buffer: Tensor, source: Tensor) -> bool:
+    """Whether a source's buffer has the channels of the layer; where it has not, it begins anew."""
+    lazy = isinstance(buffer, UninitializedBuffer) or isinstance(source, UninitializedBuffer)
+    return lazy or source.dim() == 0 or buffer.shape[-1:] == source.shape[-1:]
 
 
 def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:

@@ -12,12 +12,14 @@ class Rest(nn.Module):
 
     def __init__(self, activation: Activation | None, *children: nn.Module) -> None:
         super().__init__()
-        self.activation, self.then = activation, nn.Sequential(*children)
+        self.activation = activation
+        self.then = nn.Sequential(*children) if children else None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(input + residual), any shape."""
         z = input if residual is None else input + residual
-        return self.then(z if self.activation is None else self.activation(z))
+        z = z if self.activation is None else self.activation(z)
+        return z if self.then is None else self.then(z)
 
     def extra_repr(self) -> str:
         """The activation."""

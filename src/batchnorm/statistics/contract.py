@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from batchnorm.errors import StateError
 from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
 
@@ -74,6 +75,22 @@ class Keeping(Protocol):
 def kept_by(part: Statistics) -> dict[str, Kept]:
     """The buffers that a layer has beside its own because of this part."""
     return part.kept() if isinstance(part, Keeping) else {}
+
+
+def check_kept(layer: Layer, *names: str) -> None:
+    """Refuse buffers of a source that have another number of channels than the layer: pruning may have left them behind.
+
+    Raises:
+        StateError: naming one.
+    """
+    mean = layer.running_mean
+    for name in names:
+        buffer = getattr(layer, name)
+        if mean is not None and buffer.shape[-1:] != mean.shape:
+            raise StateError(
+                f"the buffers of a layer must have the same number of channels, but {name} has {buffer.shape[-1]} and running_mean has "
+                f"{mean.numel()}; prune it alike, or assign layer.statistics once more, which begins it anew"
+            )
 
 
 class Applying:

@@ -223,7 +223,8 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
 def _may_write(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node may write into what the batch norm before it reads; views of that have other names."""
     known = module is None or all(
-        type(each).__module__.startswith(("torch.nn.", "batchnorm.")) for each in module.modules()
+        isinstance(each, BatchNorm) or type(each).__module__.startswith(("torch.nn.", "batchnorm."))
+        for each in module.modules()
     )
     return not known or in_place(node, module)
 
