@@ -66,7 +66,7 @@ def absorb_activations(slots: list[Slot], report: Report) -> None:
             reason = (
                 "the layer hangs in several places" if places[id(layer)] > 1 else "one has hooks or its own forward"
             )
-            logger.info("fuse: left %s and %s apart: %s", before.path, after.path, reason)
+            report.leave(f"{before.path or 'the model'} and {after.path} apart", reason)
             continue
         layer.activation = activation
         after.hang(Absorbed(after.module, before).train(after.module.training))

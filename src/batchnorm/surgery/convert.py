@@ -49,7 +49,7 @@ def convert(
             if isinstance(layer, BatchNorm):
                 layer.save_memory = True
         memory.attach(model)
-    if fuse:
-        fuse_layers(model)
     report.log()
+    if fuse:
+        fuse_layers(model, report).log()
     return model

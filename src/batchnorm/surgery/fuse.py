@@ -84,12 +84,13 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def fuse_layers(model: nn.Module) -> Report:
-    """Do what `fuse` says, and report it."""
-    slots = slots_of(model)
-    report, converted = Report("fuse", "apply what follows them"), Report("fuse", "converted")
-    convert_layers(slots, converted)
-    report.total, report.left = converted.total, converted.left
+def fuse_layers(model: nn.Module, converted: Report | None = None) -> Report:
+    """Do what `fuse` says, and report it; `converted` says that, and how, the layers were converted already."""
+    slots, report = slots_of(model), Report("fuse", "apply what follows them")
+    if converted is None:
+        converted = convert_layers(slots, Report("fuse", "converted"))
+        report.left = converted.left
+    report.total = converted.total
     absorb_activations(slots, report)
     places = collections.Counter(id(slot.module) for slot in slots)
     # children come after their parents; of a module in several places, the last is enough
