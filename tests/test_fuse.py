@@ -570,3 +570,23 @@ class Block2(nn.Module):
 
     def forward(self, x):
         return F.silu(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("statistics", [None, bn.statistics.Renorm(), bn.statistics.Domains(("a", "b"))], ids=str)
+def test_sources_and_contexts_see_through_a_call_with_an_activation(statistics):
+    """The layer is not changed for the call, so what a source is given stands for it."""
+    plain = bn.convert(settle(TwoLayers()).double(), statistics=statistics)
+    fused = bn.fuse(copy.deepcopy(plain))
+    assert activations(fused) == {"cv1.norm": "silu", "cv2.norm": "silu"}
+    parts = [sample()[:1], sample()[1:]]
+    for model in (plain, fused):
+        with bn.domain("b"):
+            with bn.accumulate(2):
+                for part in (sample(), sample() + 1):
+                    model(part).sum().backward()
+            losses = bn.as_one_batch(lambda part, model=model: model(part).square().sum(), parts)
+            torch.stack(losses).sum().backward()
+            torch.utils.checkpoint.checkpoint(model, sample().requires_grad_(), use_reentrant=False).sum().backward()
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+    grads = [[value.grad for value in model.parameters()] for model in (fused, plain)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)

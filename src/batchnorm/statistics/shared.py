@@ -85,10 +85,13 @@ def train_shortly(
 
     `bounds` are what the step takes beside the buffers and how they move; `seen` is as in `short.take`.
     """
+    activation = layer.activation
+    if isinstance(layer, Applying):
+        layer = layer.owner
     if not (layer.training and layer.track_running_stats) or residual is not None or mask is not None:
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
-    if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, (nn.Module, Applying)):
+    if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
         return None
     if layer.reducer is not None or accumulating() or in_one_batch():
         return None
@@ -103,7 +106,7 @@ def train_shortly(
         return None
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     running = (mean, variance, *counters, momentum, unbiased, skip_nonfinite, *bounds)
-    return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
+    return short.take(step, x, weight, bias, activation, layer.eps, running, seen)
 
 
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
@@ -165,7 +168,10 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
 
 def _infer_shortly(layer: Layer, x: Tensor) -> Tensor | None:
     """What the running statistics make of x, the short way; None where that is not the way."""
-    if not isinstance(layer, (nn.Module, Applying)):
+    activation = layer.activation
+    if isinstance(layer, Applying):
+        layer = layer.owner
+    if not isinstance(layer, nn.Module):
         return None
     parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
     try:
@@ -175,7 +181,7 @@ def _infer_shortly(layer: Layer, x: Tensor) -> Tensor | None:
         return None
     if mean is None or variance is None:
         return None
-    return short.take(short.INFERENCE, x, weight, bias, layer.activation, layer.eps, (mean, variance))
+    return short.take(short.INFERENCE, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
 def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:

@@ -19,7 +19,9 @@ from torch.package import sys_importer
 from batchnorm.kernels import Activation
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery.classes import become, like, remade
-from batchnorm.surgery.walker import Slot, is_watched
+from batchnorm.surgery.walker import Slot
+
+_PLAIN = {name: Activation(name) for name in ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")}
 
 
 class Rewritten:
@@ -44,18 +46,21 @@ class Rewritten:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module
-        if not self._holds() or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+        if not self._holds():
             return type(module).forward(module, *args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return type(module).forward(module, *args, **kwargs)
         return self._forward(module, *args, **kwargs)
 
     def _holds(self) -> bool:
         """Whether the modules that are called past are those that were traced, and have no hooks or forwards of their own."""
         for parent, name, module in self._passed:
-            if parent._modules.get(name) is not module or is_watched(module):
+            if parent._modules.get(name) is not module or not _is_plain(module):
                 return False
         for parent, name in self._norms:
             layer = parent._modules.get(name)
-            if layer is None or is_watched(layer) or getattr(layer, "activation", None) is not None:
+            if layer is None or not _is_plain(layer) or getattr(layer, "activation", None) is not None:
                 return False
         return True
 
@@ -84,7 +89,7 @@ def normalize_and_apply(
 
     Rewritten forwards call it; their source names it.
     """
-    act = None if activation is None else Activation(activation, slope)
+    act = None if activation is None else _PLAIN.get(activation) or Activation(activation, slope)
     if isinstance(layer, BatchNorm):  # else it was exchanged since
         if residual is None:
             return layer(input, activation=act)
@@ -137,6 +142,18 @@ def _resolve_annotations(graph: fx.Graph) -> None:
     """Leave out annotations that cannot be imported by a name, such as strings (`from __future__ import annotations`)."""
     for node in graph.nodes:
         node.type = node.type if node.type is Tensor else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor a forward of its own, as `is_watched`, but for every call of a fused forward."""
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
