@@ -13,7 +13,7 @@ class BatchNormCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            bn.synchronize(pl_module) if trainer.world_size > 1 else bn.convert(pl_module, fuse=False)
+            bn.synchronize(pl_module) if trainer.world_size > 1 else bn.convert(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert trainer.train_dataloader is not None

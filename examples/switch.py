@@ -1,4 +1,4 @@
-"""Switch a model's batch norms to ours in one line, train it, and switch back."""
+"""Switch a model's batch norms to ours in one line, make it faster in another, train it, and switch back."""
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ y = (x[:, :5].sum(1) > 0).long()
 
 model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
 bn.convert(model)
+bn.fuse(model)  # for speed: the activation goes into the batch norm's pass
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 for _ in range(50):

@@ -21,6 +21,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, x):
         tracked = not self.training or self.track_running_stats
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
         mean, variance = (self.running_mean, self.running_var) if tracked else (None, None)
         x = F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
         return self.act(self.drop(x))

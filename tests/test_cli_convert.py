@@ -58,16 +58,16 @@ def test_the_plan_is_a_tree(folder):
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines == [
         "mynet:model  Sequential",
-        "├── 1  Bottleneck → calls its batch norms with what is added to them",
+        "├── 1  Bottleneck → calls its batch norms with what they apply",
         "│   ├── body  Sequential",
         "│   │   ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
         "│   │   ├── 4  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
-        "│   │   └── 7  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
+        "│   │   └── 7  BatchNorm2d → batchnorm.BatchNorm2d, applies an addition and relu",
         "│   └── shortcut  Sequential",
         "│       └── 1  BatchNorm2d → batchnorm.BatchNorm2d",
         "└── 2  Sequential",
         "    ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
-        "    ├── 3  Mine  left: it is a Mine, whose forward may differ",
+        "    ├── 3  Mine  left: it is a Mine, which computes something else",
         "    └── 4  FrozenBatchNorm2d → batchnorm.FrozenBatchNorm",
         "",
         "7 of 8 change.",
@@ -81,7 +81,7 @@ def test_json_is_plain_data():
     said = json.loads(call("mynet:model", "--json").stdout)
     assert said["out"] is None
     assert {row["module"]: (row["is"], row["becomes"], row["left"]) for row in said["modules"]}["2.3"] == (
-        "Mine", None, "it is a Mine, whose forward may differ",
+        "Mine", None, "it is a Mine, which computes something else",
     )  # fmt: skip
 
 

@@ -460,7 +460,7 @@ def test_parallel_branches_become_one_convolution(groups, shortcut):
     assert list(found.state_dict()) == [f"{n}.large.0.{name}" for n in (0, 1) for name in ("weight", "bias")]
     last = "the input" if shortcut else "0.shortcut"
     assert report.merged[0] == bn.folding.Merged("0.large.0", ("0.large.0", "0.small.0", last))
-    assert type(found[0]) is RepVGG
+    assert isinstance(found[0], RepVGG)
     assert not any(word in found[0].forward.source for word in ("small", "shortcut", "+"))
     for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         x = normal(1, 4, 3, 3)
@@ -718,3 +718,120 @@ def test_branches_are_not_merged_where_gradients_are_switched_off():
     found(x).sum().backward()
     assert report.merged == ()
     assert found.conv.weight.grad is None
+
+
+def test_what_torch_fx_traces_of_merged_branches_computes_the_same():
+    """fx reads the forward of the root's class."""
+    model = settle(RepVGG(shortcut=nn.Identity())).double().eval()
+    x = normal(2, 4, 5, 6)
+    expected = model(x)
+    found, report = folded(model, x)
+    assert report.merged
+    for each in (torch.fx.symbolic_trace(found), torch.fx.symbolic_trace(nn.Sequential(found))):
+        torch.testing.assert_close(each(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Same(nn.Conv2d):
+    """As timm's Conv2dSame: what is padded depends on the input's size."""
+
+    def forward(self, x):
+        pads = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in self._sizes(x)]
+        x = F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def _sizes(self, x):
+        return zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+
+
+class StaticSame(nn.Conv2d):
+    """As in efficientnet_pytorch: a padding of its own below it."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.static_padding = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x):
+        return F.conv2d(self.static_padding(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardized(nn.Conv2d):
+    """Whose weights have no scale of their own."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Gain(nn.Linear):
+    """Equalized learning rates: the bias has a gain of its own."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.5, None if self.bias is None else self.bias * 3)
+
+
+class Deaf(nn.Conv2d):
+    """Whose forward does not ask for a bias."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "groups": 2}, {"dilation": 2}], ids=str)
+@pytest.mark.parametrize("cls", [Same, StaticSame])
+def test_after_a_convolution_with_a_forward_of_its_own(cls, options, bias):
+    model = nn.Sequential(cls(4, 6, 3, bias=bias, **options), nn.BatchNorm2d(6), nn.SiLU())
+    _, report = folded(model, normal(2, 4, 7, 8))
+    assert report.folded == (bn.folding.Folded("1", ("0",), "after"),)
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: Standardized(4, 4, 1), lambda: Gain(4, 4), lambda: Deaf(4, 4, 1, bias=False)]
+)
+def test_a_forward_that_does_something_else_with_its_weights_keeps_the_batch_norm(layer):
+    _, report = folded(
+        nn.Sequential(layer(), bn.BatchNorm(4)), normal(2, 4, 4, 4) if "Gain" not in str(layer()) else normal(5, 4), 1
+    )
+    assert "before it is 0" in report.left["1"]
+
+
+@pytest.mark.parametrize(
+    ("function", "negative", "left"),
+    [
+        (lambda x: F.avg_pool2d(x, 2), True, 0),
+        (lambda x: F.avg_pool2d(x, 3, 1, 1, False, False), True, 0),
+        (lambda x: F.avg_pool2d(x, 3, 1, padding=1), True, 1),
+        (lambda x: F.avg_pool2d(x, 3, ceil_mode=True), True, 1),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), True, 1),
+        (lambda x: F.max_pool2d(x, 3, 2, 1), False, 0),
+        (lambda x: F.max_pool2d(x, 3, 2, 1), True, 1),
+        (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], False, 1),
+        (lambda x: F.adaptive_max_pool2d(x, 2), False, 0),
+        (lambda x: F.adaptive_avg_pool2d(x, (2, 3)), True, 0),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), True, 0),
+        (lambda x: F.interpolate(x, (5, 9), mode="bilinear", align_corners=False), True, 0),
+        (lambda x: F.interpolate(x, (5, 9), mode="bicubic"), True, 0),
+        (lambda x: F.pad(x, (1, 1, 2, 0), mode="reflect"), True, 0),
+        (lambda x: F.pad(x, (1, 1), "replicate") if x.dim() == 3 else F.pad(x, (1, 1, 0, 0), "replicate"), True, 0),
+        (lambda x: F.pad(x, (1, 1)), True, 1),
+        (lambda x: F.lp_pool2d(x, 2, 2), True, 1),
+    ],
+)
+def test_through_functions(function, negative, left):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return self.norm(torch.cat([function(self.a(x)), function(self.b(x))], 1))
+
+    model = settle(Model())
+    if not negative:
+        model.norm.weight.data.abs_()
+    model = model.double().eval()
+    x = normal(2, 4, 8, 9)
+    expected = model(x)
+    found, report = bn.fold(model, x, tolerance=1e-9)
+    assert report.batch_norms_after == left, str(report)
+    torch.testing.assert_close(found(x), expected, rtol=1e-9, atol=1e-9)

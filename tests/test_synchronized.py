@@ -239,7 +239,7 @@ def surroundings(rank, size):
     whole = torch.randn(8, 3) * 4 + 20
     part = slice(0, 3) if rank == 0 else slice(3, 8)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-    single = bn.convert(copy.deepcopy(model), fuse=False)
+    single = bn.convert(copy.deepcopy(model))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = single(whole)
         wanted.sum().backward()
@@ -255,7 +255,7 @@ def surroundings(rank, size):
         if name != "0.weight":  # whose gradient is rounding: nothing but cancellation is left behind a sum
             close(f"autocast {name}", parameter.grad, single.get_parameter(name).grad, 2**-6)
 
-    single = bn.convert(copy.deepcopy(model).double(), fuse=False)
+    single = bn.convert(copy.deepcopy(model).double())
     single(whole.double()).square().sum().backward()
     sharded = bn.synchronize(copy.deepcopy(model).double())
     fully_shard(sharded, mesh=init_device_mesh("cpu", (size,)))

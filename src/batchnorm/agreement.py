@@ -19,6 +19,7 @@ from batchnorm.logs import logger
 from batchnorm.merging import kept_of, merged
 from batchnorm.statistics import Running
 from batchnorm.surgery import batch_norms
+from batchnorm.surgery.transaction import transactional
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Agreement:
         return "\n".join(map(str, self.differences)) or "all replicas agree"
 
 
+@transactional(values=True)
 @torch.no_grad()
 def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Merge the running statistics of all replicas, in place, and return the model; one all_reduce for all layers.

@@ -23,16 +23,19 @@ from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[repor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import ArgumentError, ReplicaError, StateError
+from batchnorm.errors import ReplicaError, StateError
 from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
-from batchnorm.surgery import batch_norms, become_ours, convert, not_convertible, walk
+from batchnorm.surgery import batch_norms, walk
+from batchnorm.surgery.exchange import convert_layers
+from batchnorm.surgery.report import Report
+from batchnorm.surgery.transaction import transactional
+from batchnorm.surgery.walker import slots_of
 
 GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
 _FORWARD, _BACKWARD = 0, 1
-_SYNCHRONIZED: dict[type[nn.Module], type[BatchNorm]] = {nn.SyncBatchNorm: BatchNorm}
 
 
 class Replicas:
@@ -172,13 +175,15 @@ class Replicas:
         return f"Replicas({self.layer!r}, ranks={list(self.ranks)})"
 
 
+@transactional()
 def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Let every batch norm of a model normalize, in training, by the statistics of all replicas together; in place.
 
     Outputs, gradients and running statistics are those of one process with the replicas' batches in one, however they are split: a
-    replica may have no values at all. Torch's layers become ours first (`convert`, without fusing); an `nn.SyncBatchNorm` becomes a
+    replica may have no values at all. Torch's layers become ours first (`convert`); an `nn.SyncBatchNorm` becomes a
     `BatchNorm` over the process group it had, unless one is given. Every replica must call `synchronize`, which compares the models, and
-    then the same layers in the same order. `unsynchronize` goes back.
+    then the same layers in the same order. `unsynchronize` goes back. The logger `batchnorm` says how many layers were synchronized, and
+    which were not and why: as a warning, since those differ between replicas.
 
     Args:
         model: changed in place; it may be the layer itself.
@@ -189,13 +194,8 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
         StateError: if torch.distributed is not initialized, or this process is not in the group.
         ReplicaError: if the replicas' models differ in their batch norms, or one does not answer; nothing is changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     _agree(model, _group(process_group))
-    for slot in walk(model):
-        if type(slot.module) is nn.SyncBatchNorm and not_convertible(slot.module, _SYNCHRONIZED) is None:
-            become_ours(slot.module, BatchNorm)
-    convert(model, fuse=False)
+    converted = convert_layers(slots_of(model), Report("synchronize", "converted"), synchronizing=True)
     layers = _layers(model)
     names = tuple(layers)
     width = max((_row_length(layer) for layer in layers.values()), default=0)
@@ -206,9 +206,14 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
     for layer, reducer in zip(layers.values(), reducers, strict=True):
         layer.reducer = reducer
         logger.info("synchronize: %s over ranks %s", reducer.layer, list(reducer.ranks))
+    report = Report(
+        "synchronize", "normalize over all replicas", list(names), left=converted.left, total=converted.total
+    )
+    report.log()
     return model
 
 
+@transactional()
 def unsynchronize(model: nn.Module) -> nn.Module:
     """Let every batch norm normalize by its own replica's statistics again; in place.
 

@@ -21,7 +21,7 @@ from batchnorm.functional import Reducer, check_residual, counter_on, mask_of
 from batchnorm.functional.checks import mask_along_channels
 from batchnorm.kernels import Activation, parse
 from batchnorm.logs import logger
-from batchnorm.statistics import Batch, Statistics, kept_by
+from batchnorm.statistics import Applying, Batch, Statistics, kept_by
 
 _CHOICES = {
     "running_variance": ("unbiased", "biased"),
@@ -189,42 +189,63 @@ class BatchNorm(_BatchNorm):
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        *,
+        activation: Activation | None = None,
     ) -> Tensor:
-        """Normalize; see the class for shapes and errors."""
+        """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
         if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             named = (("residual", residual), ("mask", mask), ("lengths", lengths))
             given = {name: value for name, value in named if value is not None}
-            return input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
+            proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
+            return proxy if activation is None else activation(proxy)
         self._check_input_dim(input)
         if memory.passes_over(self.save_memory):
             with memory.passing_over():
-                return self._normalize(input, residual, mask, lengths)
-        return self._normalize(input, residual, mask, lengths)
+                return self._normalize(input, residual, mask, lengths, activation)
+        return self._normalize(input, residual, mask, lengths, activation)
 
-    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def _normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
+    ) -> Tensor:
         if input.is_nested:
-            return self._normalize_nested(input, residual, mask, lengths)
+            return self._normalize_nested(input, residual, mask, lengths, activation)
         if self.channel_axis == 1:
-            return self._normalize_dense(input, residual, mask, lengths)
+            return self._normalize_dense(input, residual, mask, lengths, activation)
         axis = self._axis(input)
         if residual is not None:
             check_residual(residual, input)
             residual = residual.movedim(axis, 1)
-        return self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths).movedim(1, axis)
+        return self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths, activation).movedim(1, axis)
 
     def _normalize_dense(
-        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
     ) -> Tensor:
         if lengths is not None:
             mask = mask_of(lengths, mask, x)
-        y = self.statistics(self, x, residual, mask)
+        seen: Any = self if activation is None else Applying(self, activation)
+        y = self.statistics(seen, x, residual, mask)
         if mask is None or self.padded == "zero":
             return y
         return torch.where(mask_along_channels(mask, x), y, x)
 
     def _normalize_nested(
-        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
     ) -> Tensor:
         """The positions of all samples as one batch (M, C, *rest), and back."""
         if input.layout != torch.jagged:
@@ -252,7 +273,7 @@ class BatchNorm(_BatchNorm):
             residual = as_batch(residual)
         x, offsets, held = as_batch(input), jagged.offsets(), jagged.lengths()  # (M, C, *rest)
         between = None if held is None else _within(offsets, held, x.shape[0]).view(-1, *[1] * (x.dim() - 2))
-        y = self._normalize_dense(x, residual, between, None).movedim((0, 1), (ragged, axis))
+        y = self._normalize_dense(x, residual, between, None, activation).movedim((0, 1), (ragged, axis))
         return torch.nested.nested_tensor_from_jagged(y, offsets, held, jagged_dim=ragged + 1)
 
     def reset_running_stats(self) -> None:
@@ -325,8 +346,8 @@ class BatchNorm(_BatchNorm):
         for name in [name for name in self._buffers if name.startswith(_KEPT) and name not in wanted]:
             del self._buffers[name]
         for name, kept in wanted.items():
-            source = self._buffers.get(kept.like)
-            if name in self._buffers or source is None:
+            source, buffer = self._buffers.get(kept.like), self._buffers.get(name)
+            if source is None or (buffer is not None and _fits(buffer, source)):
                 continue
             if isinstance(source, UninitializedBuffer):
                 self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
@@ -441,6 +462,12 @@ def check_statistics(statistics: Any) -> None:
         raise InputError(
             f"statistics must be a part of batchnorm.statistics such as Batch() or Running(), but got {statistics!r}"
         )
+
+
+def _fits(buffer: Tensor, source: Tensor) -> bool:
+    """Whether a source's buffer has the channels of the layer; where it has not, it begins anew."""
+    lazy = isinstance(buffer, UninitializedBuffer) or isinstance(source, UninitializedBuffer)
+    return lazy or source.dim() == 0 or buffer.shape[-1:] == source.shape[-1:]
 
 
 def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:

@@ -23,8 +23,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"resnet50": resnet50}
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
     "ours": lambda model: convert(model),
-    "fused": lambda model: fuse(model),
-    "save memory": lambda model: convert(model, save_memory=True),
+    "fused": lambda model: fuse(convert(model)),
+    "save memory": lambda model: fuse(convert(model, save_memory=True)),
     "compile": lambda model: torch.compile(model, dynamic=False),
     "compile ours": lambda model: torch.compile(convert(model), dynamic=False),
 }

@@ -73,13 +73,19 @@ def convert_command(
 def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
     """Each batch norm, and each module that gets a forward of its own: what it is, what it becomes, why it is left."""
     rows = list[dict[str, Any]]()
+    applied = {
+        f"{slot.path}.{norm}".lstrip("."): what
+        for slot in walk(model)
+        if isinstance(rewritten := slot.module.__dict__.get("forward"), Rewritten)
+        for norm, what in rewritten.applies.items()
+    }
     for before, after in zip(walk(original), walk(model), strict=True):
         row: dict[str, Any] = {"module": before.path, "is": type(before.module).__name__}
         if "forward" in after.module.__dict__ and isinstance(after.module.forward, Rewritten):
-            rows.append({**row, "becomes": "calls its batch norms with what is added to them", "left": None})
+            rows.append({**row, "becomes": "calls its batch norms with what they apply", "left": None})
         elif isinstance(after.module, BatchNorm):
-            activation = after.module.activation
-            applies = "" if activation is None else f", applies {activation}"
+            what = applied.get(after.path, after.module.activation)
+            applies = "" if what is None else f", applies {what}"
             rows.append({**row, "becomes": f"batchnorm.{type(after.module).__name__}{applies}", "left": None})
         elif isinstance(before.module, _BatchNorm) or is_frozen_norm(before.module):
             rows.append({**row, "becomes": None, "left": why_left(before.module)})

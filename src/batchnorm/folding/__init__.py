@@ -24,7 +24,7 @@ from batchnorm.folding.fold import Folding
 from batchnorm.folding.norms import is_norm
 from batchnorm.folding.record import Record, call, difference, example, largest, tensors
 from batchnorm.folding.report import Folded, FoldReport, Merged
-from batchnorm.folding.weights import kind_of
+from batchnorm.folding.weights import LINEAR
 from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
@@ -178,7 +178,7 @@ def _numbers(model: nn.Module) -> int:
 
 
 def _is_leaf(module: nn.Module, _: str) -> bool:
-    return is_norm(module) or kind_of(module) is not None
+    return is_norm(module) or (isinstance(module, LINEAR) and not any(map(is_norm, module.modules())))
 
 
 def _norms(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from batchnorm.folding.rules import Scene, check_stays
 from batchnorm.folding.weights import CONVOLUTIONS, Weights, kind_of, not_writable
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery.graphs import CONSTANT
-from batchnorm.surgery.rewritten import Rewritten
+from batchnorm.surgery.rewritten import rewrite
 from batchnorm.surgery.tracing import Rules, Traced, trace_module
 
 
@@ -75,7 +75,7 @@ class Merging:
                 self._merge(model, scene, *group)
             if len(self.merged) > before:
                 part.graph.lint()
-                owner.forward = Rewritten(owner, part.graph)
+                rewrite(owner, part.graph)
 
     def _merge(self, model: nn.Module, scene: Scene, base: Branch, others: list[Branch]) -> None:
         weights = Weights(base.module)

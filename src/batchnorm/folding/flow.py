@@ -24,11 +24,30 @@ def _ranks(*names: str) -> dict[type[nn.Module], int]:
 
 
 _AVERAGES = _ranks("AvgPool")
-_MAXIMA = _ranks("MaxPool")
+_MAXIMA = _ranks("MaxPool", "AdaptiveMaxPool")
 CONSTANT_PADS = _ranks("ZeroPad", "ConstantPad")
 # each output is a weighted mean of inputs of its own channel
 _COMMUTING = _ranks("AdaptiveAvgPool", "ReflectionPad", "ReplicationPad", "CircularPad")
 _POOLS = _AVERAGES | _MAXIMA | _COMMUTING
+_RESIZING = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+
+
+def _functions(name: str) -> dict[Any, int]:
+    """The functions of this name, with how many axes beside the channels they work on."""
+    modules: tuple[Any, ...] = (F, torch)
+    return {
+        found: rank
+        for rank in (1, 2, 3)
+        for module in modules
+        if (found := getattr(module, f"{name}{rank}d", None)) is not None
+    }
+
+
+_AVERAGE_FUNCTIONS = _functions("avg_pool")
+_MAXIMUM_FUNCTIONS = _functions("max_pool") | _functions("adaptive_max_pool")
+_COMMUTING_FUNCTIONS = _functions("adaptive_avg_pool")
+_AVERAGE_OPTIONS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_COMMUTING_MODES = ("reflect", "replicate", "circular")
 
 
 class Refused(Exception):  # noqa: N818 (not an error: the reason why a batch norm stays)
@@ -49,14 +68,40 @@ def averages(node: fx.Node, module: Any, axis: int, *, positive: bool) -> bool:
 
     `positive` says whether the scale is: then it holds for maxima as well.
     """
-    if type(module) not in _POOLS or axis != len(shape_of(node) or ()) - _POOLS[type(module)] - 1:
+    beside = len(shape_of(node) or ()) - axis - 1  # how many axes are right of the channels
+    if node.op == "call_function":
+        return _function_averages(node, beside, positive=positive)
+    if type(module) in _RESIZING:  # all its modes weigh inputs of one channel with numbers that sum to 1
+        return axis == 1
+    if type(module) not in _POOLS or beside != _POOLS[type(module)]:
         return False
     if type(module) in _MAXIMA:
         return positive and not module.return_indices
     if type(module) in _AVERAGES:
-        padded = any(_each(module.padding)) and module.count_include_pad
-        return not padded and not module.ceil_mode and getattr(module, "divisor_override", None) is None
+        return _is_mean({name: getattr(module, name, None) for name in _AVERAGE_OPTIONS})
     return type(module) in _COMMUTING
+
+
+def _function_averages(node: fx.Node, beside: int, *, positive: bool) -> bool:
+    function: Any = node.target
+    if function in _AVERAGE_FUNCTIONS:
+        given = dict(zip(_AVERAGE_OPTIONS, node.args[1:], strict=False)) | dict(node.kwargs)
+        defaults = {"padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+        return beside == _AVERAGE_FUNCTIONS[function] and _is_mean({**defaults, **given})
+    if function in _MAXIMUM_FUNCTIONS:
+        return positive and beside == _MAXIMUM_FUNCTIONS[function] and not node.kwargs.get("return_indices", False)
+    if function in _COMMUTING_FUNCTIONS:
+        return beside == _COMMUTING_FUNCTIONS[function]
+    if function is F.pad and len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        return mode in _COMMUTING_MODES and len(node.args[1]) <= 2 * beside
+    return function is F.interpolate and beside == len(shape_of(node) or ()) - 2
+
+
+def _is_mean(options: dict[str, Any]) -> bool:
+    """Whether an average pooling with these options weighs what it pools with numbers that sum to 1."""
+    padded = any(_each(options["padding"])) and options["count_include_pad"]
+    return not padded and not options["ceil_mode"] and options["divisor_override"] is None
 
 
 def moved(node: fx.Node, module: nn.Module | None) -> dict[int, int] | None:

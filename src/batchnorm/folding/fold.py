@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.folding.flow import CONSTANT_PADS, Refused, shape_of
-from batchnorm.folding.modules import ChannelPad, Rest
+from batchnorm.folding.modules import ChannelPad
 from batchnorm.folding.norms import Affine, is_norm, not_foldable, rest_of
 from batchnorm.folding.record import Record
 from batchnorm.folding.report import Folded
@@ -74,7 +74,7 @@ class Folding:
         if reason is not None:
             raise Refused(reason)
         affine = Affine.of(norm)
-        rest = _rest(norm, residual="residual" in node.kwargs)
+        rest = rest_of(norm, residual="residual" in node.kwargs)
         ends, kind = self._ends(scene, node, axis, affine, rest)
         for end in ends:
             if type(end.module) in CONSTANT_PADS:
@@ -149,11 +149,6 @@ def hang(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
     for slot in list(walk(model)):
         if id(slot.module) in replacements and slot.parent is not None:
             slot.hang(replacements[id(slot.module)].train(slot.module.training))
-
-
-def _rest(norm: nn.Module, *, residual: bool) -> nn.Module:
-    activation = norm.activation if isinstance(norm, BatchNorm) else None
-    return Rest(activation) if residual or activation is not None else rest_of(norm)
 
 
 def _channel_pad(pad: Tensor | None, padding: tuple[int, ...], norm: Any) -> ChannelPad:

@@ -8,16 +8,18 @@ from batchnorm.kernels import Activation
 
 
 class Rest(nn.Module):
-    """What is left of a batch norm that was folded: its residual and its activation."""
+    """What is left of a batch norm that was folded: its residual, its activation, and the modules that it calls then."""
 
-    def __init__(self, activation: Activation | None) -> None:
+    def __init__(self, activation: Activation | None, *children: nn.Module) -> None:
         super().__init__()
         self.activation = activation
+        self.then = nn.Sequential(*children) if children else None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(input + residual), any shape."""
         z = input if residual is None else input + residual
-        return z if self.activation is None else self.activation(z)
+        z = z if self.activation is None else self.activation(z)
+        return z if self.then is None else self.then(z)
 
     def extra_repr(self) -> str:
         """The activation."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.folding.modules import Rest
 from batchnorm.layers import BatchNorm
 from batchnorm.statistics import Batch, Ghost, MovingAverage, Renorm, Running
 from batchnorm.surgery import is_frozen_norm
+from batchnorm.surgery.subclasses import rest_of_layer
 from batchnorm.surgery.walker import is_watched
 
 _PARTS = (Batch, Ghost, Renorm, MovingAverage, Running)  # which in inference use the running statistics
@@ -77,10 +79,16 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
     return f"it is a {type(norm).__name__}, which computes something else"
 
 
-def rest_of(norm: nn.Module) -> nn.Module:
-    """What a batch norm does after its affine function: nothing, or what its children do one after the other."""
+def rest_of(norm: nn.Module, *, residual: bool = False) -> nn.Module:
+    """What a batch norm does after its affine function: nothing, or its activation, or what its children do one after the other."""
     named = [(name, child) for name, child in norm.named_children() if type(child) is not nn.Identity]
     children = [child for name, child in named if name != "parametrizations"]  # which compute its weights
+    activation = norm.activation if isinstance(norm, BatchNorm) else None
+    if not children and isinstance(norm, _BatchNorm) and not isinstance(norm, BatchNorm):
+        found = rest_of_layer(norm)
+        activation = None if isinstance(found, str) else found.activation
+    if residual or activation is not None:
+        return Rest(activation, *children)
     return children[0] if len(children) == 1 else nn.Sequential(*children) if children else nn.Identity()
 
 

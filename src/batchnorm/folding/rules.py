@@ -25,7 +25,7 @@ from batchnorm.folding.flow import (
     shape_of,
 )
 from batchnorm.folding.norms import Affine
-from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, channel_axis, kind_of, not_writable
+from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, channel_axis, kind_of, not_writable, takes_in_after
 from batchnorm.surgery.graphs import in_place, readers, uses
 
 
@@ -95,6 +95,9 @@ def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> 
         yield from back(scene, value.args[0], value, axis, affine)
         return
     if module is not None and kind_of(module) is not None:
+        yield _end(scene, value, axis, affine)
+        return
+    if module is not None and takes_in_after(module, shape_of(value.args[0]) or ()):
         yield _end(scene, value, axis, affine)
         return
     if averages(value, module, axis, positive=bool((affine.scale >= 0).all())):

@@ -6,6 +6,7 @@ W ∗ (scale · x + shift) + b = (W · scale) ∗ x + (b + W ∗ shift)         
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,31 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
         if isinstance(module, cls) and not own:
             return cls
     return None
+
+
+def takes_in_after(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a subclass of a linear layer with a forward of its own takes in an affine function that stands after it.
+
+    Where it pads or what else it does with its input does not matter for that, but what it does with its weights; so it is tried out, on
+    a copy in float64, for an input of this shape.
+    """
+    if not isinstance(module, LINEAR) or not_writable(module) is not None:
+        return False
+    try:
+        twin: Any = copy.deepcopy(module).double()
+        generator = torch.Generator().manual_seed(0)
+        C = twin.out_features if isinstance(twin, nn.Linear) else twin.out_channels
+        x, *numbers = (torch.rand(size, generator=generator).to(twin.weight) for size in ((1, *shape[1:]), C, C))
+        affine = Affine(numbers[0] + 0.5, numbers[1] - 0.5)
+        with torch.no_grad():
+            wanted = affine(twin.forward(x - 0.5), channel_axis(twin, len(shape)))
+            weights = Weights(twin)
+            weights.fold_after(affine)
+            weights.write()
+            found = twin.forward(x - 0.5)
+    except Exception:  # whatever its forward, or its copy, raises
+        return False
+    return found.shape == wanted.shape and torch.allclose(found, wanted, 1e-9, 1e-9)
 
 
 def not_writable(module: nn.Module) -> str | None:

@@ -33,16 +33,16 @@ from batchnorm.errors import InputError, StateError
 from batchnorm.functional import is_single_value, moments
 from batchnorm.functional.compiled import eager
 from batchnorm.functional.parts import parts_as_channels, parts_of_buffer
-from batchnorm.layers import STATISTICS, BatchNorm
+from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
 from batchnorm.population.items import Forward, call, check_loader
 from batchnorm.population.lineage import Lineage
 from batchnorm.statistics import Domains, Running
 from batchnorm.surgery import batch_norms
+from batchnorm.surgery.transaction import transaction
 
 METHODS = ("joint", "layerwise")
-_BUFFERS = (*STATISTICS, "num_batches_tracked", "num_nonfinite_batches")
 
 
 @dataclass(frozen=True)
@@ -245,12 +245,6 @@ def _ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return replicas._process_group if replicas.size > 1 else None
 
 
-@torch.no_grad()
-def _put_back(saved: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in saved:
-        buffer.copy_(value)
-
-
 def _run(
     model: nn.Module,
     watched: list[_Watched],
@@ -262,34 +256,24 @@ def _run(
     if not watched:
         return
     lineage = Lineage() if layerwise else None
-    saved = [
-        (buffer, buffer.clone())
-        for one in watched
-        for name in _BUFFERS
-        if (buffer := getattr(one.kept, name, None)) is not None
-    ]
     done = Progress(0, 0, 0, len(watched))
-    try:
-        with _observed(model, watched, lineage):
-            for number in itertools.count(1):
-                batches = 0
-                for one in watched:
-                    one.begin_pass()
-                for item in loader:
-                    with torch.no_grad(), eager(), _fresh(lineage):
-                        forward(model, item)
-                    batches += 1
-                    yield Progress(number, batches, sum(one.final for one in watched), len(watched))
-                _settle(watched, batches, group)
-                final = sum(one.final for one in watched)
-                logger.info("recalibrate: pass %d: %d of %d layers are final", number, final, len(watched))
-                done = Progress(number, batches, final, len(watched))
-                if final == len(watched):
-                    break
-                yield done
-    except BaseException:
-        _put_back(saved)
-        raise
+    with transaction(model, values=True), _observed(model, watched, lineage):
+        for number in itertools.count(1):
+            batches = 0
+            for one in watched:
+                one.begin_pass()
+            for item in loader:
+                with torch.no_grad(), eager(), _fresh(lineage):
+                    forward(model, item)
+                batches += 1
+                yield Progress(number, batches, sum(one.final for one in watched), len(watched))
+            _settle(watched, batches, group)
+            final = sum(one.final for one in watched)
+            logger.info("recalibrate: pass %d: %d of %d layers are final", number, final, len(watched))
+            done = Progress(number, batches, final, len(watched))
+            if final == len(watched):
+                break
+            yield done
     yield done  # modes and hooks are back: whoever stops here has the new statistics
 
 

@@ -6,7 +6,7 @@ only; those that keep more of them say so (`Kept`), and a checkpoint of any part
 
 from batchnorm.statistics.accumulate import accumulate
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
+from batchnorm.statistics.contract import Applying, Kept, Layer, Statistics, kept_by
 from batchnorm.statistics.domains import Domains, domain
 from batchnorm.statistics.ghost import Ghost
 from batchnorm.statistics.moving_average import MovingAverage
@@ -15,6 +15,7 @@ from batchnorm.statistics.renorm import Renorm
 from batchnorm.statistics.running import Running
 
 __all__ = [
+    "Applying",
     "Batch",
     "Domains",
     "Ghost",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from batchnorm.errors import StateError
 from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
 
@@ -78,6 +79,34 @@ def kept_by(part: Statistics) -> dict[str, Kept]:
     return part.kept() if isinstance(part, Keeping) else {}
 
 
+def check_kept(layer: Layer, *names: str) -> None:
+    """Refuse buffers of a source that have another number of channels than the layer: pruning may have left them behind.
+
+    Raises:
+        StateError: naming one.
+    """
+    mean = layer.running_mean
+    for name in names:
+        buffer = getattr(layer, name)
+        if mean is not None and buffer.shape[-1:] != mean.shape:
+            raise StateError(
+                f"the buffers of a layer must have the same number of channels, but {name} has {buffer.shape[-1]} and running_mean has "
+                f"{mean.numel()}; prune it alike, or assign layer.statistics once more, which begins it anew"
+            )
+
+
+class Applying:
+    """A layer as its source sees it in a call that applies an activation which is not the layer's own."""
+
+    def __init__(self, owner: Layer, activation: Activation) -> None:
+        self.owner, self.activation = owner, activation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.owner, name)
+
+
 def owner_of(layer: Layer) -> Layer:
-    """The layer itself: what a part within `Domains` sees of it lives for one call."""
-    return layer if isinstance(layer, nn.Module) else getattr(layer, "owner", layer)
+    """The layer itself: what a source sees of it in `Domains` or `Applying` lives for one call."""
+    while not isinstance(layer, nn.Module) and (owner := getattr(layer, "owner", None)) is not None:
+        layer = owner
+    return layer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.errors import ArgumentError, InputError, StateError
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
+from batchnorm.statistics.contract import Kept, Layer, Statistics, check_kept, kept_by
 from batchnorm.statistics.thread import thread
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -109,6 +109,7 @@ class Domains:
                 f"the domain must be one of the layer's, {', '.join(map(repr, self.names))}, but the context says {name!r}; "
                 "name it in Domains(...)"
             )
+        check_kept(layer, _of("running_mean", name), _of("running_var", name))
         return cast(Layer, _InDomain(layer, name, (*_BUFFERS, *kept_by(self.within))))
 
 

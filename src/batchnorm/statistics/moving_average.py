@@ -20,7 +20,7 @@ from batchnorm.kernels import Epilogue
 from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics import recomputed
-from batchnorm.statistics.contract import Kept, Layer
+from batchnorm.statistics.contract import Kept, Layer, check_kept
 from batchnorm.statistics.shared import check_call, reducer_of, train_or_infer
 
 _FORWARD = ("running_mean_window", "running_var_window")
@@ -87,6 +87,7 @@ class MovingAverage:
             raise StateError(
                 "moving averages are kept in running statistics, but this layer has none; build it with track_running_stats=True"
             )
+        check_kept(layer, *_FORWARD, *_BACKWARD)
         if x.is_complex():
             raise DTypeError("moving averages take real input, but got complex; use Batch() for it")
         if differentiated_by_torch():

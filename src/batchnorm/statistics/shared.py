@@ -25,7 +25,7 @@ from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
-from batchnorm.statistics.contract import Layer
+from batchnorm.statistics.contract import Applying, Layer
 from batchnorm.statistics.one_batch import in_one_batch, joined, moves_here
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
@@ -134,6 +134,9 @@ def train_shortly(
 
     `bounds` are what the step takes beside the buffers and how they move; `seen` is as in `short.take`.
     """
+    activation = layer.activation
+    if isinstance(layer, Applying):
+        layer = layer.owner
     if not (layer.training and layer.track_running_stats) or residual is not None or mask is not None:
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
@@ -155,7 +158,7 @@ def train_shortly(
         skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
-    return short.take(step, x, weight, bias, layer.activation, layer.eps, running, seen)
+    return short.take(step, x, weight, bias, activation, layer.eps, running, seen)
 
 
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
@@ -217,6 +220,9 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
 
 def _infer_shortly(layer: Layer, x: Tensor) -> Tensor | None:
     """What the running statistics make of x, the short way; None where that is not the way."""
+    activation = layer.activation
+    if isinstance(layer, Applying):
+        layer = layer.owner
     if not isinstance(layer, nn.Module):
         return None
     parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
@@ -227,7 +233,7 @@ def _infer_shortly(layer: Layer, x: Tensor) -> Tensor | None:
         return None
     if mean is None or variance is None:
         return None
-    return short.take(short.INFERENCE, x, weight, bias, layer.activation, layer.eps, (mean, variance))
+    return short.take(short.INFERENCE, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
 def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:

@@ -2,7 +2,8 @@
 
 from batchnorm.surgery.absorb import Absorbed
 from batchnorm.surgery.averages import copy_statistics
-from batchnorm.surgery.convert import become_ours, convert, not_convertible, revert, why_left
+from batchnorm.surgery.convert import convert
+from batchnorm.surgery.exchange import revert, why_left
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.fuse import fuse
 from batchnorm.surgery.walker import Slot, batch_norms, is_frozen_norm, walk
@@ -11,13 +12,11 @@ __all__ = [
     "Absorbed",
     "Slot",
     "batch_norms",
-    "become_ours",
     "convert",
     "copy_statistics",
     "freeze",
     "fuse",
     "is_frozen_norm",
-    "not_convertible",
     "revert",
     "unfreeze",
     "walk",

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import StateError
 from batchnorm.layers import STATISTICS, BatchNorm
 from batchnorm.statistics import kept_by
+from batchnorm.surgery.transaction import transaction
 from batchnorm.surgery.walker import slots_of
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # reserved names of torch's wrappers
@@ -51,7 +52,7 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
                     "has none; copy between models of the same structure"
                 )
             pairs.append((to, of))
-    with torch.no_grad():
+    with transaction(target, values=True), torch.no_grad():
         for to, of in pairs:
             to.copy_(of)
     return target

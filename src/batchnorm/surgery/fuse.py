@@ -19,10 +19,14 @@ from torch.nn import functional as F
 from batchnorm.kernels import Activation, from_module
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
-from batchnorm.surgery.convert import convert
+from batchnorm.surgery.absorb import absorb_activations
+from batchnorm.surgery.exchange import convert_layers
 from batchnorm.surgery.graphs import ADDITIONS, CONSTANT, in_place, uses
-from batchnorm.surgery.rewritten import Rewritten, normalize_and_add
-from batchnorm.surgery.tracing import Rules, trace_module
+from batchnorm.surgery.report import Report
+from batchnorm.surgery.rewritten import Rewritten, normalize_and_apply
+from batchnorm.surgery.subclasses import does_more
+from batchnorm.surgery.tracing import Rules, first_line, trace_module
+from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
 
 _NAMES = ("relu", "relu6", "silu", "hardswish")
@@ -54,19 +58,21 @@ class Pattern(NamedTuple):
         return found
 
 
+@transactional()
 def fuse(model: nn.Module) -> nn.Module:
     """Let each batch norm apply the addition and the activation that follow it, in the same pass; in place, and return the model.
 
-    First `convert` does its part: layers become ours, and take in activations that follow them in an `nn.Sequential`. Then the
-    forwards of the model's modules are traced (`torch.fx`): batch norm + activation, batch norm + addition and batch norm + addition +
-    activation become one call. Outputs, gradients, state_dict and parameters stay what they were; `revert` goes back.
+    First layers become ours, as with `convert`. In an `nn.Sequential` they take in the activation that directly follows them, and so do
+    subclasses that call an activation themselves. Then the forwards of the model's modules are traced (`torch.fx`): batch norm +
+    activation, batch norm + addition and batch norm + addition + activation become one call. Outputs, gradients, state_dict and
+    parameters stay what they were; `revert` goes back.
 
     A module with such a pattern gets a forward of its own, which calls the modules that take part itself: hooks and code that come
     later to a module between it and them are passed by. A module is left as it is where its forward cannot be traced, takes
     optional arguments, draws random numbers, goes other ways in training than in inference, writes attributes or buffers, switches
     gradients or autocast on or off, checkpoints, calls an `autograd.Function`, or where the module cannot be copied; so are
     patterns with modules that have hooks, or are used several times, and additions with something in between that writes in place.
-    What was changed, what was left and why goes to the logger `batchnorm`.
+    The logger `batchnorm` says how many batch norms now apply something, what was left, and why.
 
     What is added is expanded to the shape of the batch norm's input; where the sum has another shape or dtype, it is added
     afterwards, as before.
@@ -74,25 +80,41 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: if model is not a module.
     """
-    convert(model)
-    slots = slots_of(model)
-    places = collections.Counter(id(slot.module) for slot in slots)
-    # children come after their parents; of a module in several places, the last is enough
-    for slot in {id(slot.module): slot for slot in reversed(slots)}.values():
-        holds = any(isinstance(module, BatchNorm) for module in slot.module.modules() if module is not slot.module)
-        if holds and not is_sequential(slot.module) and not isinstance(slot.module, (nn.ModuleList, nn.ModuleDict)):
-            reason = _fuse_in(slot.module, slot.path or "the model", places)
-            if reason:
-                logger.info("fuse: left %s: %s", slot.path or "the model", reason)
+    fuse_layers(model).log()
     return model
 
 
-def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> str:
+def fuse_layers(model: nn.Module, converted: Report | None = None) -> Report:
+    """Do what `fuse` says, and report it; `converted` says that, and how, the layers were converted already."""
+    slots, report = slots_of(model), Report("fuse", "apply what follows them")
+    if converted is None:
+        converted = convert_layers(slots, Report("fuse", "converted"))
+        report.left = converted.left
+    report.total = converted.total
+    absorb_activations(slots, report)
+    places = collections.Counter(id(slot.module) for slot in slots)
+    # children come after their parents; of a module in several places, the last is enough
+    for slot in {id(slot.module): slot for slot in reversed(slots)}.values():
+        owner, name = slot.module, slot.path or "the model"
+        norms = [module for module in owner.modules() if isinstance(module, BatchNorm) and module is not owner]
+        if not norms or is_sequential(owner) or isinstance(owner, (nn.ModuleList, nn.ModuleDict, BatchNorm)):
+            continue
+        rewritten = owner.__dict__.get("forward")
+        if isinstance(rewritten, Rewritten):
+            report.already += len(rewritten.applies)
+            continue
+        reason = _fuse_in(owner, name, places, report)
+        if reason:
+            report.leave(name, reason)
+    return report
+
+
+def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int], report: Report) -> str:
     """Fuse what the forward of this module holds, and return why that cannot be done, or nothing."""
     reason = _not_rewritable(owner)
     if reason:
         return reason
-    graph, reason = _graph(owner, lambda _: False, whole=False)
+    graph, reason, _ = _graph(owner, lambda _: False, whole=False)
     if graph is None:
         return reason
     patterns = [pattern for pattern in _patterns(owner, graph, places) if _stays(owner, pattern)]
@@ -100,7 +122,7 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
         return ""
     # once more, now with everything that takes no part as one call each, which stays a call
     entered = _ways(pattern.norm.target for pattern in patterns)
-    graph, reason = _graph(owner, lambda name: name not in entered, whole=True)
+    graph, reason, passed = _graph(owner, lambda name: name not in entered, whole=True)
     if graph is None:
         return reason
     # only what was found before: what is one call now does not show who writes into what
@@ -109,34 +131,39 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int]) -> s
     patterns = [pattern for pattern in again if (pattern.norm.target, pattern.add is None) in found]
     if not patterns:
         return ""
-    _rewrite(owner, name, graph, patterns)
+    try:
+        rewritten = _rewritten(owner, graph, patterns, passed | _ways(pattern.norm.target for pattern in patterns))
+    except Exception as error:  # the code of a graph may name what cannot be imported
+        return f"no function can be made of its graph: {first_line(error)}"
+    owner.forward = rewritten
+    for target, what in rewritten.applies.items():
+        report.changed.append(f"{name}.{target}")
+        logger.info("fuse: in %s, %s now applies %s", name, target, what)
     return ""
 
 
-def _rewrite(owner: nn.Module, name: str, graph: fx.Graph, patterns: list[Pattern]) -> None:
-    activated = list[str]()
+def _rewritten(owner: nn.Module, graph: fx.Graph, patterns: list[Pattern], passed: set[str]) -> Rewritten:
+    applies = dict[str, str]()
     for pattern in patterns:
-        norm = last = pattern.norm
-        layer = owner.get_submodule(str(norm.target))
-        assert isinstance(layer, BatchNorm)
+        norm, activation, given = pattern.norm, pattern.activation, dict[str, Any]()
         if pattern.add is not None:
-            (residual,) = (value for value in pattern.add.args if value is not norm)
-            with graph.inserting_after(pattern.add):  # what is added may be computed after the batch norm was
-                called = graph.create_node("get_attr", str(norm.target))
-            with graph.inserting_after(called):
-                last = graph.call_function(normalize_and_add, (called, *norm.args), {"residual": residual})
-            pattern.add.replace_all_uses_with(last)
-            graph.erase_node(pattern.add)
-            graph.erase_node(norm)
-        if pattern.act is not None:
-            layer.activation = pattern.activation
-            activated.append(str(norm.target))
-            pattern.act.replace_all_uses_with(last)
-            graph.erase_node(pattern.act)
-        what = " and ".join(filter(None, [pattern.add and "an addition", str(pattern.activation or "")]))
-        logger.info("fuse: in %s, %s now applies %s", name, norm.target, what)
+            (given["residual"],) = (value for value in pattern.add.args if value is not norm)
+        if activation is not None:
+            given["activation"] = activation.name
+            if activation.name == "leaky_relu":
+                given["slope"] = activation.negative_slope
+            if pattern.act is not None and pattern.act.op == "call_module":
+                passed.add(str(pattern.act.target))
+        with graph.inserting_after(pattern.add or norm):  # what is added may be computed after the batch norm was
+            called = graph.create_node("get_attr", str(norm.target))
+        with graph.inserting_after(called):
+            fused = graph.call_function(normalize_and_apply, (called, *norm.args), given)
+        pattern.last.replace_all_uses_with(fused)
+        for node in filter(None, (pattern.act, pattern.add, norm)):
+            graph.erase_node(node)
+        applies[str(norm.target)] = " and ".join(filter(None, [pattern.add and "an addition", str(activation or "")]))
     graph.lint()
-    owner.forward = Rewritten(owner, graph, tuple(activated))
+    return Rewritten(owner, graph, tuple(sorted(passed)), applies)
 
 
 def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int]) -> list[Pattern]:
@@ -149,7 +176,7 @@ def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int
         if not isinstance(layer, BatchNorm) or len(node.args) != 1 or node.kwargs:
             continue
         alone = calls[node.target] == places[id(layer)] == 1 and node.target not in read
-        if layer.activation is not None or is_watched(layer) or not alone:
+        if layer.activation is not None or does_more(layer) or is_watched(layer) or not alone:
             continue
         pattern = _pattern(owner, node, taken)
         if pattern is not None:
@@ -197,7 +224,8 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
 def _may_write(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node may write into what the batch norm before it reads; views of that have other names."""
     known = module is None or all(
-        type(each).__module__.startswith(("torch.nn.", "batchnorm.")) for each in module.modules()
+        isinstance(each, BatchNorm) or type(each).__module__.startswith(("torch.nn.", "batchnorm."))
+        for each in module.modules()
     )
     return not known or in_place(node, module)
 
@@ -226,10 +254,10 @@ def _not_rewritable(owner: nn.Module) -> str:
     return "its forward takes optional arguments" if optional else ""
 
 
-def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) -> tuple[fx.Graph | None, str]:
+def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) -> tuple[fx.Graph | None, str, set[str]]:
     """The graph of a module's forward, the same in training and in inference; None, and why, where there is none.
 
-    With `whole`, it must hold all that the forward does.
+    With `whole`, it must hold all that the forward does. Last come the names of the identities that it leaves out.
     """
 
     def is_leaf(module: nn.Module, name: str) -> bool:
@@ -244,25 +272,27 @@ def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) ->
             with torch.set_grad_enabled(training):  # once on, once off: then each switch in the forward is noticed
                 part, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None, whole=whole))
             if part is None:
-                return None, reason
+                return None, reason, set()
             graphs.append(part.graph)
     finally:
         for module, training in flags:
             module.training = training
     if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
-        return None, "its forward goes other ways in training"
+        return None, "its forward goes other ways in training", set()
     if any(CONSTANT in node.meta for node in graphs[0].nodes):
-        return None, "its forward makes tensors of its own"
-    _leave_out_identities(owner, graphs[0])
-    return graphs[0], ""
+        return None, "its forward makes tensors of its own", set()
+    return graphs[0], "", _leave_out_identities(owner, graphs[0])
 
 
-def _leave_out_identities(owner: nn.Module, graph: fx.Graph) -> None:
+def _leave_out_identities(owner: nn.Module, graph: fx.Graph) -> set[str]:
+    left = set[str]()
     for node in graph.nodes:
         module = _module(owner, node)
         if type(module) is nn.Identity and not is_watched(module) and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+            left.add(str(node.target))
+    return left
 
 
 def _ways(targets: Iterable[Any]) -> set[str]:

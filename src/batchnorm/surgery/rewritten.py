@@ -1,4 +1,9 @@
-"""A forward made of a graph, on one module alone: the module stays the same object, of the same class."""
+"""A forward made of a graph, on one module alone, which stays the same object.
+
+`Rewritten` can be undone. The layers in it do not carry what it fuses: the activation goes with each call. So the class's own forward
+computes the same at any time. It runs instead where the module is no longer what was traced, and where torch.fx traces it: what fx sees is
+the code as it was written. `rewrite` is for good, where the class's own forward would compute something else from now on.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +16,53 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
-from batchnorm.errors import StateError
+from batchnorm.kernels import Activation
 from batchnorm.layers import BatchNorm
+from batchnorm.surgery.classes import become, like, remade
 from batchnorm.surgery.walker import Slot
+
+_PLAIN = {name: Activation(name) for name in ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")}
 
 
 class Rewritten:
     """What stands in a module's `forward` instead of its class's. Deleting the attribute goes back.
 
-    It calls what hangs in the module by name, so it may be copied and pickled with it, and modules in it may be exchanged. Should a
-    batch norm be exchanged that was given an activation, that would be lost: then a call raises a StateError.
+    It calls modules by name, so it may be copied and pickled with its own, and those in it may be exchanged.
 
     Attributes:
         source: the Python code, for reading.
-        activated: the names of the batch norms in it that were given an activation for this.
+        applies: what each fused batch norm applies, by its name, for reading.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, activated: tuple[str, ...] = ()) -> None:
-        self.activated = activated
-        code = graph.python_code("self")
-        self.source = f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, passed: tuple[str, ...] = (), applies: dict[str, str] | None = None
+    ) -> None:
+        self.source = source_of(graph)
+        self.applies = applies or {}
         self._module = module
-        self._forward = _compile(self.source)
+        self._forward = compiled(self.source)
+        self._norms = tuple(_place(module, name) for name in self.applies)
+        self._passed = tuple((*_place(module, name), module.get_submodule(name)) for name in passed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for name in self.activated:
-            layer = self._module.get_submodule(name)
-            if not isinstance(layer, BatchNorm) or layer.activation is None:
-                raise StateError(
-                    f"{name} must be the batch norm that applies an activation here, but is a {type(layer).__name__} without; call "
-                    "batchnorm.revert before layers are exchanged"
-                )
-        return self._forward(self._module, *args, **kwargs)
+        module = self._module
+        if not self._holds():
+            return type(module).forward(module, *args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, fx.Proxy):
+                return type(module).forward(module, *args, **kwargs)
+        return self._forward(module, *args, **kwargs)
+
+    def _holds(self) -> bool:
+        """Whether the modules that are called past are those that were traced, and have no hooks or forwards of their own."""
+        for parent, name, module in self._passed:
+            if parent._modules.get(name) is not module or not _is_plain(module):
+                return False
+        for parent, name in self._norms:
+            layer = parent._modules.get(name)
+            if layer is None or not _is_plain(layer) or getattr(layer, "activation", None) is not None:
+                return False
+        return True
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -59,44 +79,84 @@ class Rewritten:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forward = _compile(self.source)
+        self._forward = compiled(self.source)
 
 
-def normalize_and_add(layer: nn.Module, input: Tensor, residual: Any) -> Any:
-    """What `layer(input) + residual` and the layer's activation put out, in one pass where shapes and dtypes allow it.
+def normalize_and_apply(
+    layer: nn.Module, input: Tensor, residual: Any = None, activation: str | None = None, slope: float = 0.01
+) -> Any:
+    """What `activation(layer(input) + residual)` puts out, in one pass where the layer, shapes and dtypes allow it.
 
-    Rewritten forwards call it; their source names it. Where the sum is of another shape or dtype than the input, the layer has no
-    activation for the time of the call.
+    Rewritten forwards call it; their source names it.
     """
-    if not isinstance(layer, BatchNorm):  # exchanged since; `Rewritten` saw that no activation is lost
-        return layer(input) + residual
-    if isinstance(residual, Tensor) and residual.dtype == input.dtype:
-        if residual.shape == input.shape:
-            return layer(input, residual=residual)
-        dense = not (residual.is_nested or input.is_nested)
-        if dense and torch.broadcast_shapes(residual.shape, input.shape) == input.shape:
-            return layer(input, residual=residual.expand_as(input))
-    activation, layer.activation = layer.activation, None
-    try:
-        z = layer(input) + residual
-    finally:
-        layer.activation = activation
-    return z if activation is None else activation(z)
+    act = None if activation is None else _PLAIN.get(activation) or Activation(activation, slope)
+    if isinstance(layer, BatchNorm):  # else it was exchanged since
+        if residual is None:
+            return layer(input, activation=act)
+        if isinstance(residual, Tensor) and residual.dtype == input.dtype:
+            if residual.shape == input.shape:
+                return layer(input, residual=residual, activation=act)
+            dense = not (residual.is_nested or input.is_nested)
+            if dense and torch.broadcast_shapes(residual.shape, input.shape) == input.shape:
+                return layer(input, residual=residual.expand_as(input), activation=act)
+    z = layer(input)
+    if residual is not None:
+        z = z + residual
+    return z if act is None else act(z)
+
+
+def rewrite(module: nn.Module, graph: fx.Graph) -> None:
+    """Give a module a class of its own, derived from its class, whose forward is the graph; there is no way back."""
+    become(module, _rewritten_class(type(module), source_of(graph)))
+
+
+@remade
+def _rewritten_class(base: type[nn.Module], source: str) -> type[nn.Module]:
+    forward: Any = compiled(source)
+    forward.source = source  # for reading
+    return type(base.__name__, (base,), {**like(base), "forward": forward})
 
 
 def restore_forwards(slots: list[Slot]) -> None:
-    """Give modules the forward of their class back, and take the activations from the batch norms in them."""
+    """Give modules the forward of their class back."""
     for slot in slots:
-        rewritten = slot.module.__dict__.get("forward")
-        if isinstance(rewritten, Rewritten):
-            for name in rewritten.activated:
-                layer = slot.module.get_submodule(name)
-                if isinstance(layer, BatchNorm):
-                    layer.activation = None
+        if isinstance(slot.module.__dict__.get("forward"), Rewritten):
             del slot.module.forward
 
 
-def _compile(source: str) -> types.FunctionType:
+def source_of(graph: fx.Graph) -> str:
+    """The Python code of a graph as a function `forward`, with its imports."""
+    _resolve_annotations(graph)
+    code = graph.python_code("self")
+    return f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
+
+
+def compiled(source: str) -> types.FunctionType:
+    """The function `forward` of such a source."""
     names: dict[str, Any] = {}
     exec(compile(source, "<batchnorm>", "exec"), names)
     return names["forward"]
+
+
+def _resolve_annotations(graph: fx.Graph) -> None:
+    """Leave out annotations that cannot be imported by a name, such as strings (`from __future__ import annotations`)."""
+    for node in graph.nodes:
+        node.type = node.type if node.type is Tensor else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor a forward of its own, as `is_watched`, but for every call of a fused forward."""
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Where a module of this name hangs."""
+    parent, _, last = name.rpartition(".")
+    return module.get_submodule(parent), last

@@ -117,7 +117,7 @@ def is_frozen_norm(module: nn.Module) -> bool:
     return (
         not isinstance(module, _BatchNorm)
         and not module._parameters
-        and not module._modules
+        and not any(True for child in module.children() for _ in child.parameters())
         and set(buffers) - {"num_batches_tracked"} == set(_AFFINE)
         and len({None if value is None else value.shape for value in (buffers[name] for name in _AFFINE)}) == 1
         and buffers["weight"] is not None

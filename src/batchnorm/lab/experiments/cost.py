@@ -36,7 +36,7 @@ def measure(arm: str, setting: Setting) -> Measured:
         torch.manual_seed(setting.seed)
         plain, normalized = build(None), build(layer)
         if arm != "torch":
-            convert(normalized, save_memory=arm == "save_memory")
+            convert(normalized, fuse=True, save_memory=arm == "save_memory")
         values[f"memory_{name}"] = _kept(normalized, images, labels) / _kept(plain, images, labels)
         rounds = setting.pick(15, 60, 300)
         times = _in_turns([lambda net=net: _step(net, images, labels) for net in (plain, normalized)], rounds)
