@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildcard csrc/*)
 
-.PHONY: demo lab bench test lint docs sanitize clean
+.PHONY: demo lab bench test test-all lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make lab       measure what is claimed of batch normalization (runs/lab/report.html)"
 	@echo "make bench     measure against the byte limit and against the others (runs/bench/report.html)"
 	@echo "make test      run the tests with coverage"
+	@echo "make test-all  run those marked slow too: the trainings that show each effect's direction"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      build docs/ into site/"
 	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -36,10 +37,14 @@ lab: $(VENV)/lab
 
 bench: $(VENV)/lab
 	$(BIN)/batchnorm env
-	$(BIN)/batchnorm bench --json runs/bench/rows.json --report runs/bench/report.html
+	$(BIN)/batchnorm bench --json runs/bench/rows.json --report runs/bench/report.html --force
 
+# Another torch: make test CONSTRAINTS=constraints-2.14.txt VENV=.venv-2.14
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+
+test-all: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
