@@ -493,6 +493,9 @@ class TestNames:
     def test_the_helpers(self):
         assert visible("é × [b]\x1b\n\t\x7f\u202e\u2028\ud800") == "é × [b]\\x1b\\n\\t\\x7f\\u202e\\u2028\\ud800"
         assert visible("a\nb\x1b", keep="\n") == "a\nb\\x1b"
+        assert (
+            visible("96.3\u00a0±\u00a00.4%") == "96.3\u00a0±\u00a00.4%"
+        )  # a space that does not break a line is no control character
         assert one_line(ValueError("a\n  b\x1b")) == "a b\\x1b"
         assert len(one_line(ValueError("a" * 10_000))) == 1000
 

@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import sys
+import unicodedata
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ _PLAIN = str.maketrans(
         "·": "*",
         "≈": "~",
         "…": "...",
+        "\u00a0": " ",
         "≤": "<=",
         "≥": ">=",
         "√": "sqrt",
@@ -45,7 +47,12 @@ ONE_LINE = 1000  # characters of an error
 
 def visible(text: str, keep: str = "") -> str:
     """The text with control characters, escape sequences and others that do not print as escapes, but for those in `keep`."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _prints(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _prints(character: str) -> bool:
+    """Whether it shows, or is a space of some width, and neither ends a line nor is obeyed."""
+    return character.isprintable() or unicodedata.category(character) == "Zs"
 
 
 def one_line(error: BaseException) -> str:
