@@ -42,6 +42,13 @@ def test_choices_are_those_of_the_kernels(picky):
     assert env.choice("cpu", torch.float32, "channels_last", masked=True).refusals == {"picky": "there is a mask"}
 
 
+def test_the_library_names_its_builds(monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "_unavailable", None)
+    monkeypatch.setattr(kernels.cpu, "_instruction_set", "AVX2")
+    monkeypatch.setattr(kernels.cpu, "_builds", ("AVX2", "baseline"))
+    assert env.library() == "loaded, AVX2 (built for AVX2, baseline)"
+
+
 def test_every_kind_of_input_is_asked_about():
     found = {(one.device, one.dtype, one.layout, one.epilogue) for one in env.choices() if one.device == "cpu"}
     assert len(found) == 4 * 3 * 2

@@ -113,8 +113,8 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def library() -> str:
-    """Whether the C++ kernels run, in which build, or why not."""
-    return cpu.unavailable() or f"loaded, {cpu.instruction_set()}"
+    """Whether the C++ kernels run, in which build and of which ones, or why not."""
+    return cpu.unavailable() or f"loaded, {cpu.instruction_set()} (built for {', '.join(cpu.builds())})"
 
 
 def huge_pages() -> str:
