@@ -312,10 +312,16 @@ def test_higher_derivatives_are_right(derivative, order, point):
 
 
 @every_higher_order
-def test_torch_is_wrong_in_higher_derivatives(derivative, order, point):
+def test_torch_is_wrong_in_higher_derivatives_or_refuses_them(derivative, order, point):
     x, direction = point
     exact = derivative(weigh(textbook, x), x, direction).item()
-    torchs_error = abs(derivative(weigh(torchs, x), x, direction).item() - exact) / abs(exact)
+    try:
+        found = derivative(weigh(torchs, x), x, direction).item()
+    except RuntimeError as error:  # since 2.14, by autograd
+        if "does not support 3rd+ order derivatives" in str(error):
+            return
+        raise
+    torchs_error = abs(found - exact) / abs(exact)
     if torchs_error < 1e-6:
         pytest.skip(f"torch {torch.__version__} is right here: this guard may go")
     assert torchs_error > 1e-2
