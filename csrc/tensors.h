@@ -136,6 +136,7 @@ class Tensor {
         return rank == other.rank && !memcmp(sizes, other.sizes, rank * sizeof *sizes);
     }
     bool is_contiguous() const {
+        if (values() == 0) return true;
         int64_t stride = 1;
         for (int axis = rank - 1; axis >= 0; stride *= sizes[axis--])
             if (sizes[axis] > 1 && strides[axis] != stride) return false;

@@ -299,7 +299,7 @@ class TestDemo:
 
     @pytest.mark.parametrize(
         ("arguments", "seeds", "rates", "steps"),
-        [((None, False, None), 3, 7, 300), ((None, True, None), 1, 3, 120), (("mnist", False, 2), 2, 7, 1000)],
+        [((None, False, None), 3, 7, 240), ((None, True, None), 1, 3, 120), (("mnist", False, 2), 2, 7, 1000)],
     )
     def test_plans(self, arguments, seeds, rates, steps):
         plan = Plan.of(*arguments)

@@ -132,3 +132,13 @@ def test_everything_public_is_annotated(function):
 
 def test_a_version_is_known():
     assert bn.__version__.count(".") >= 2
+
+
+def test_modules_are_attributes_without_an_import_of_their_own():
+    done = subprocess.run(
+        [sys.executable, "-c", "import batchnorm as bn; print(bn.folding.__name__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "batchnorm.folding\n"

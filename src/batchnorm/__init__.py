@@ -5,6 +5,7 @@ A public name is imported on first use (PEP 562), and torch with it. `__init__.p
 
 import ast
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] (it read
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")  # a module without a public name, such as `folding`
     home = _HOMES[name]
     is_module = home == __name__  # `from batchnorm import errors`
     value = importlib.import_module(f"{home}.{name}") if is_module else getattr(importlib.import_module(home), name)
