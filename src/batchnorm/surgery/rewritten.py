@@ -85,7 +85,7 @@ class Rewritten:
 def normalize_and_apply(
     layer: nn.Module, input: Tensor, residual: Any = None, activation: str | None = None, slope: float = 0.01
 ) -> Any:
-    """What `activation(layer(input) + residual)` puts out, in one pass where the layer, shapes and dtypes allow it.
+    """The output of `activation(layer(input) + residual)`, in one pass where the layer, shapes and dtypes allow it.
 
     Rewritten forwards call it; their source names it.
     """
