@@ -77,14 +77,10 @@ class Unit:
         target = OBJECTS / f"{Path(self.file).stem}-{self._key(compiler, version)}.o"
         if target.exists():
             return target, False
-        partial = target.with_suffix(f".{os.getpid()}.{self.flags_hash()}.tmp")
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
         _run([*compiler, *self.flags, "-c", str(SOURCES / self.file), "-o", str(partial)])
         partial.replace(target)
         return target, True
-
-    def flags_hash(self) -> str:
-        """Tells builds of one file apart."""
-        return hashlib.sha256(" ".join(self.flags).encode()).hexdigest()[:8]
 
     def _key(self, compiler: tuple[str, ...], version: str) -> str:
         digest = hashlib.sha256(repr((compiler, version, self.file, self.flags)).encode())
