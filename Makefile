@@ -5,6 +5,9 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildcard csrc/*)
 
+# Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo lab bench test test-all lint docs sanitize clean
 .DEFAULT_GOAL := help
 
