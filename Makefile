@@ -8,7 +8,7 @@ BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildca
 # Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo lab bench test test-all lint docs sanitize clean
+.PHONY: demo lab bench test test-all models lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make bench     measure against the byte limit and against the others (runs/bench/report.html)"
 	@echo "make test      run the tests with coverage"
 	@echo "make test-all  run those marked slow too: the trainings that show each effect's direction"
+	@echo "make models    every operation on 45 architectures of other libraries (docs/models.md; some 5 GB of packages)"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      build docs/ into site/"
 	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -48,6 +49,14 @@ test: $(VENV)/dev
 
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+
+# torchvision goes with one torch alone, so both are pinned.
+.venv-models/models: constraints-models.txt $(BUILT_FROM)
+	@BATCHNORM_BUILDS=host $(PYTHON) scripts/environment.py .venv-models models constraints-models.txt
+	@touch $@
+
+models: .venv-models/models
+	.venv-models/bin/python benchmarks/models.py --json benchmarks/results/models.json --page docs/models.md
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -91,4 +100,4 @@ sanitize: build/fuzz $(VENV)/dev
 		LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) $(BIN)/python -m tests.hostile 3000 || exit 1; done
 
 clean:
-	rm -rf $(VENV) build site
+	rm -rf $(VENV) .venv-models build site

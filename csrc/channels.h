@@ -2,14 +2,16 @@
 //
 // With m the mean rounded to Real (float32, or float64 for float64 tensors) and d = x - m, the loops compute
 //
-//     z  = d · scale + offset              scale = rstd · weight        offset = bias - (mean - m) · scale
+//     z  = d · scale + (d · scale_rest + offset)
+//          scale + scale_rest = rstd · weight        offset = bias - (mean - m) · scale
 //     dx = g · grad_scale + ((d · rstd) · slope + level)
 //
 //          grad_scale = rstd · weight        slope = -grad_scale · mean(g·x̂)
 //          level = -grad_scale · mean(g) - slope · rstd · (mean - m)
 //
 // The subtraction comes first and what rounding m lost is put back through the offset, so a mean of 1e4 costs no digits; the form
-// x · scale + offset, one operation shorter, loses 5e-4 of the deviation there. d · rstd is a product of its own because
+// x · scale + offset, one operation shorter, loses 5e-4 of the deviation there. What rounding the scale to float32 loses, scale_rest
+// puts back: without it y would be off by up to 1.5 units in the last place, with it by 1. d · rstd is a product of its own because
 // rstd · slope underflows float32 for |x| = 1e25.
 //
 // Moments are sums about a shift K, which is 0 or a typical value of the channel (sums.h), the same for all its blocks:
@@ -49,7 +51,7 @@ INLINE const uint8_t* mask_of_sums(const Task& task) {
 // What a loop knows about its channel, in every lane (planar) or of one channel a lane (interleaved).
 template <class Vector>
 struct Channel {
-    Vector mean, scale, offset, grad_scale, rstd, slope, level;
+    Vector mean, scale, scale_rest, offset, grad_scale, rstd, slope, level;
 };
 
 // The numbers of one in some lanes, of the other in the rest.
@@ -57,8 +59,8 @@ template <class Vector>
 INLINE Channel<Vector> joined(const Channel<Vector>& one, const Channel<Vector>& other, Some lanes) {
     const auto both = [&](Vector Channel<Vector>::*number) { return within(one.*number, other.*number, lanes); };
     typedef Channel<Vector> Numbers;
-    return {both(&Numbers::mean), both(&Numbers::scale), both(&Numbers::offset), both(&Numbers::grad_scale),
-            both(&Numbers::rstd), both(&Numbers::slope), both(&Numbers::level)};
+    return {both(&Numbers::mean), both(&Numbers::scale), both(&Numbers::scale_rest), both(&Numbers::offset),
+            both(&Numbers::grad_scale), both(&Numbers::rstd), both(&Numbers::slope), both(&Numbers::level)};
 }
 
 // The numbers of `Channel` side by side, one place for each channel, or for each column of a matrix whose columns belong to channels.
@@ -67,13 +69,13 @@ class Table {
   public:
     typedef typename T::Real Real;
     typedef typename T::Vector Vector;
-    enum Number { mean, scale, offset, grad_scale, rstd, slope, level, all_numbers };
+    enum Number { mean, scale, scale_rest, offset, grad_scale, rstd, slope, level, all_numbers };
 
     // A vector past the end may be loaded, never used.
     explicit Table(int64_t places) : places(places), stride(divide_up(places + T::width, line) * line) {
         values = (Real*)aligned_alloc(cache_line, all_numbers * stride * sizeof(Real));
     }
-    // The numbers of places c0 ... c1 - 1 of another, each `copies` times; all of them, or the three that sums and a forward need.
+    // The numbers of places c0 ... c1 - 1 of another, each `copies` times; all of them, or the four that sums and a forward need.
     Table(const Table& other, int64_t c0, int64_t c1, int64_t copies, bool all) : Table((c1 - c0) * copies) {
         for (int number = 0; number < (all ? all_numbers : grad_scale); ++number)
             for (int64_t c = c0; c < c1; ++c) {
@@ -93,12 +95,12 @@ class Table {
     // Of one place, in every lane.
     INLINE Channel<Vector> of(int64_t place) const {
         const auto all = [&](int number) { return Vector{} + at(number, place); };
-        return {all(mean), all(scale), all(offset), all(grad_scale), all(rstd), all(slope), all(level)};
+        return {all(mean), all(scale), all(scale_rest), all(offset), all(grad_scale), all(rstd), all(slope), all(level)};
     }
     // Of one place a lane.
     INLINE Channel<Vector> from(int64_t place) const {
         const auto each = [&](int number) { return load_vector<Vector>(values + number * stride + place); };
-        return {each(mean), each(scale), each(offset), each(grad_scale), each(rstd), each(slope), each(level)};
+        return {each(mean), each(scale), each(scale_rest), each(offset), each(grad_scale), each(rstd), each(slope), each(level)};
     }
 
     const int64_t places;
@@ -194,7 +196,11 @@ class Channels {
     Doubles weight_of(int64_t c, Part part) const {
         return task.weight ? Float64::load(task.weight + c, part) : Doubles{} + 1.0;
     }
-    // What rounding the mean to Real loses.
+    // What rounding to Real loses; nothing of what is too large for Real.
+    static Doubles rest_of(Doubles values) {
+        const Doubles rest = values - Stored::rounded(values);
+        return rest - rest == 0.0 ? rest : Doubles{};
+    }
     template <class Part>
     Doubles rest_of_mean(int64_t c, Part part) const {
         const Doubles mean = Float64::load(task.mean + c, part);
@@ -214,6 +220,7 @@ class Channels {
         const Doubles bias = task.d ? Float64::load(task.d + c, part) * weight_of(c, part) + given : given;
         set(Numbers::mean, c, Float64::load(task.mean + c, part), part);
         set(Numbers::scale, c, scale, part);
+        set(Numbers::scale_rest, c, rest_of(scale), part);
         set(Numbers::offset, c, bias - (rest_of_mean(c, part) + rest) * scale, part);
     }
 
@@ -222,7 +229,8 @@ class Channels {
     void set_gate(int64_t c, Part part) {
         set_normalize(c, Doubles{}, part);
         if (!task.residual_is_output) return;
-        set(Numbers::scale, c, Doubles{}, part), set(Numbers::offset, c, Doubles{}, part);
+        set(Numbers::scale, c, Doubles{}, part), set(Numbers::scale_rest, c, Doubles{}, part);
+        set(Numbers::offset, c, Doubles{}, part);
     }
 
     template <class Part>

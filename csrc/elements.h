@@ -88,7 +88,9 @@ struct Elements {
 
     template <class Part>
     INLINE Vector pre_activation(int64_t i, Vector d, const Channel<Vector>& channel, Part part) const {
-        Vector z = d * channel.scale + channel.offset;
+        Vector offset = channel.offset;
+        if constexpr (T::rounds_scale) offset = multiply_add(bounded(d), channel.scale_rest, offset);  // infinity · 0 is NaN
+        Vector z = multiply_add(d, channel.scale, offset);
         if (with_residual == Residual::some || (with_residual == Residual::asked && residual)) z += T::load(residual + i, part);
         return z;
     }

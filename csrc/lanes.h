@@ -140,6 +140,21 @@ INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// The largest float32 for what is infinite. What becomes of NaN depends on the processor.
+INLINE Floats bounded(Floats values) {
+    constexpr float largest = 0x1.fffffep127f;
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    constexpr int smaller_magnitude_with_the_first_sign = 2;
+    return bits_as<Floats>(_mm512_range_ps(bits_as<__m512>(values), _mm512_set1_ps(largest), smaller_magnitude_with_the_first_sign));
+#elif defined(__AVX2__)
+    const __m256 below = _mm256_min_ps(bits_as<__m256>(values), _mm256_set1_ps(largest));
+    return bits_as<Floats>(_mm256_max_ps(below, _mm256_set1_ps(-largest)));
+#else
+    const Floats below = values > largest ? Floats{} + largest : values;
+    return below < -largest ? Floats{} - largest : below;
+#endif
+}
+
 // a + b, as a · 1 + b: the units that add are also those that convert, and wait while those that multiply are idle.
 INLINE Doubles plus(Doubles a, Doubles b) {
 #if defined(__AVX512F__)
@@ -217,7 +232,7 @@ struct Float32 {
     typedef Floats Vector;
     typedef Ints Mask;
     typedef BytePerFloat Bytes;
-    static constexpr bool is_common = true;
+    static constexpr bool is_common = true, rounds_scale = true;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
@@ -250,7 +265,7 @@ struct Float64 {
     typedef Doubles Vector;
     typedef Longs Mask;
     typedef BytePerDouble Bytes;
-    static constexpr bool is_common = false;
+    static constexpr bool is_common = false, rounds_scale = false;
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return load_vector<Vector>(from); }
@@ -286,7 +301,7 @@ struct ExactFloat32 {
     typedef Doubles Vector;
     typedef Longs Mask;
     typedef BytePerDouble Bytes;
-    static constexpr bool is_common = false;
+    static constexpr bool is_common = false, rounds_scale = false;
     static constexpr int width = Float64::width;
 
     static INLINE Vector load(const Element* from, Whole) {
@@ -338,6 +353,7 @@ struct Half {
     typedef Ints Mask;
     typedef BytePerFloat Bytes;
     static constexpr bool is_common = Format::is_common;
+    static constexpr bool rounds_scale = false;  // by less than the elements are rounded
     static constexpr int width = vector_bytes / sizeof(Real);
 
     static INLINE Vector load(const Element* from, Whole) { return Format::widen(load_vector<Halves>(from)); }

@@ -21,6 +21,8 @@ START = time.perf_counter()
 # Byte code is written by the first import: pip would compile all 12,000 files of torch and its like, of which few are used.
 PIP = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile", "--root-user-action=ignore")
 
+FIRST_IMPORTS = {"lab": "torch, batchnorm.cli.demo", "dev": "torch, batchnorm.cli.demo", "models": "torch, batchnorm"}
+
 
 def say(line: str) -> None:
     """With the time since the start."""
@@ -78,15 +80,16 @@ def main(folder: str, extra: str, constraints: str = "constraints.txt") -> None:
     if not python.exists():
         say(f"virtual environment {folder}")
         venv.create(environment, with_pip=True)
-    torch = next(line for line in (ROOT / constraints).read_text().splitlines() if line.startswith("torch=="))
+    pins = (ROOT / constraints).read_text().splitlines()
+    torch = [line for line in pins if line.startswith(("torch==", "torchvision=="))]
     compiling = compile_kernels(python)
     # torch goes first and by exact version: as a dependency it would be the newest build, with all of CUDA.
     pinned = ["--constraint", str(ROOT / constraints)]
-    run(f"installing {torch}, some 200 MB", [str(python), *PIP, *pinned, torch])
+    run(f"installing {' and '.join(torch)}, 200 MB or more", [str(python), *PIP, *pinned, *torch])
     compiling.result()
     run(f"installing batchnorm[{extra}]", [str(python), *PIP, *pinned, "--editable", f"{ROOT}[{extra}]"])
     # Where the variable forbids byte code, each later process would compile torch's modules anew: 4 s instead of 2.
-    run("first import", [str(python), "-c", "import torch, batchnorm.cli.demo"], PYTHONDONTWRITEBYTECODE="")
+    run("first import", [str(python), "-c", f"import {FIRST_IMPORTS[extra]}"], PYTHONDONTWRITEBYTECODE="")
     say("installed")
 
 
