@@ -62,15 +62,22 @@ void run_masked_planar(Task& task) {
 }
 
 // What is common in float32 and bfloat16 has loops of its own; all else shares the general ones, which ask for the activation at each
-// vector: float64, float16, planar masks. In the interleaved layout a mask leaves out rows, not lanes.
+// vector: float64 and float16, residuals under planar masks, and planar masks in bfloat16. In the interleaved layout a mask leaves out
+// rows, not lanes.
 template <class T>
 void run_storage(Task& task) {
     typedef AnyActivation<typename T::Vector> Any;
-    if (task.mask && !task.interleaved) return run_masked_planar<Elements<T, Any, Residual::asked, true>>(task);
+    const bool identity = task.activation == Activation::identity && !task.residual, relu = task.activation == Activation::relu;
+    if (task.mask && !task.interleaved) {
+        if constexpr (T::is_common && sizeof(typename T::Element) == sizeof(float)) {
+            if (identity) return run_masked_planar<Elements<T, Identity, Residual::none, true>>(task);
+            if (relu && !task.residual) return run_masked_planar<Elements<T, Relu, Residual::none, true>>(task);
+        }
+        return run_masked_planar<Elements<T, Any, Residual::asked, true>>(task);
+    }
     if constexpr (T::is_common) {
-        if (task.activation == Activation::identity && !task.residual)
-            return run_unmasked<Elements<T, Identity, Residual::none, false>>(task);
-        if (task.activation == Activation::relu)
+        if (identity) return run_unmasked<Elements<T, Identity, Residual::none, false>>(task);
+        if (relu)
             return task.residual ? run_unmasked<Elements<T, Relu, Residual::some, false>>(task)
                                  : run_unmasked<Elements<T, Relu, Residual::none, false>>(task);
     }
