@@ -3,20 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+WORKERS := -n 2 --dist worksteal
 BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildcard csrc/*)
 
 # Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo lab bench test test-all models lint docs sanitize clean
+.PHONY: demo lab bench test test-all coverage durations models lint docs sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train the tutorial's network with and without batch normalization (runs/demo/report.html)"
 	@echo "make lab       measure what is claimed of batch normalization (runs/lab/report.html)"
 	@echo "make bench     measure against the byte limit and against the others (runs/bench/report.html)"
-	@echo "make test      run the tests with coverage"
+	@echo "make test      run the tests"
 	@echo "make test-all  run those marked slow too: the trainings that show each effect's direction"
+	@echo "make coverage  run the tests and measure which lines they run"
 	@echo "make models    every operation on 45 architectures of other libraries (docs/models.md; some 5 GB of packages)"
 	@echo "make lint      ruff and pyright"
 	@echo "make docs      build docs/ into site/"
@@ -45,10 +47,19 @@ bench: $(VENV)/lab
 
 # Another torch: make test CONSTRAINTS=constraints-2.14.txt VENV=.venv-2.14
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest $(WORKERS)
+
+# Tracing lines costs half of the time again, so it is a command of its own.
+coverage: $(VENV)/dev
+	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term --cov-fail-under=95
+
+# Which tests take the longest, for the order in which they begin.
+durations: $(VENV)/dev
+	$(BIN)/python -m pytest $(WORKERS) --durations=0 --durations-min=1 > build/durations.txt
+	$(PYTHON) scripts/durations.py build/durations.txt tests/durations.json
 
 test-all: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+	BATCHNORM_ALL_EXAMPLES=1 $(BIN)/python -m pytest $(WORKERS) -m ''
 
 # torchvision goes with one torch alone, so both are pinned.
 .venv-models/models: constraints-models.txt $(BUILT_FROM)

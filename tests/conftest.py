@@ -1,9 +1,27 @@
-"""What every test starts from: one thread and a fixed seed."""
+"""What every test starts from: one thread and a fixed seed. And which of them begin."""
+
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from batchnorm import kernels
+
+
+# Seconds of the tests that take the longest. `make durations` writes them anew.
+DURATIONS = json.loads(Path(__file__).with_name("durations.json").read_text())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal the tests to the workers of xdist like cards, the longest first: each worker takes a stretch of the list, and at the end of
+    its own some of another's. No worker is left alone with a long one.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        items.sort(key=lambda item: -DURATIONS.get(item.nodeid, 0))
+        items[:] = [item for worker in range(workers) for item in items[worker::workers]]
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
 """One table of layers for every sweep (tests/test_sweep.py). Adding a layer or an option is adding a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pytest
 from torch import nn
 
 import batchnorm as bn
@@ -79,3 +80,15 @@ ROWS = [
         constants_from_input=True,
     ),
 ]
+
+
+ALIKE = {  # to a compiler or an exporter, one of the other rows
+    "BatchNorm1d-3d", "BatchNorm3d", "BatchNorm", "no-bias", "no-affine-no-tracking", "propagating", "ghost-remainder",
+    "renorm-at-once", *(f"relu-like-{name}" for name in ("relu6", "leaky_relu", "silu", "hardswish", "gelu")),
+}  # fmt: skip
+
+
+def each_kind(rows: Iterable[Row]) -> pytest.MarkDecorator:
+    """All rows, for what takes seconds: those that go the way of another one in `make test-all` alone."""
+    cases = [pytest.param(row, marks=pytest.mark.slow if row.name in ALIKE else ()) for row in rows]
+    return pytest.mark.parametrize("row", cases, ids=lambda row: row.name)

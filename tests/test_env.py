@@ -79,6 +79,7 @@ def test_json_is_whole():
     assert found["machine"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_the_clone_is_measured_if_asked(monkeypatch):
     measure = command.measure_clone
     monkeypatch.setattr(command, "measure_clone", lambda: measure(numel=1000, processes=1, clones=1))

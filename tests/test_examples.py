@@ -27,7 +27,11 @@ LAUNCHED = {  # in processes of their own: by a launcher, or because a framework
 }
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.name == "several_sizes.py" else ()) for path in EXAMPLES],
+    ids=lambda path: path.name,
+)
 def test_examples(path, capsys):
     assert len(path.read_text().splitlines()) < 60
     if path.name in LAUNCHED:

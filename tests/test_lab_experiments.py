@@ -63,7 +63,10 @@ def test_thirty_layers_of_sigmoids_learn_only_with_batch_normalization():
     assert gradients["plain"] < 1e-12 < 1e-2 < gradients["batch_norm"]
 
 
-@pytest.mark.parametrize("name", image_classification.NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "alexnet" else pytest.mark.slow) for name in image_classification.NETWORKS],
+)
 def test_image_networks_learn_sooner(name):
     data = digits.load(size=16)
     plain, normalized = (
@@ -74,6 +77,7 @@ def test_image_networks_learn_sooner(name):
 
 
 class TestBatchSize:
+    @pytest.mark.slow
     def test_groups_of_two_cost_and_moving_averages_bring_it_back(self):
         large, small, remedied = (
             batch_size.errors(part, "noise", size, seed=0, epochs=4)[1]
@@ -100,12 +104,14 @@ class TestBatchSize:
         assert batch_size.recovered(Results(by_arm), "noise") == ("renorm", pytest.approx(0.75))
 
 
+@pytest.mark.slow
 def test_early_population_statistics_are_far_better_than_running_ones():
     running, counted = (population.measure(arm, QUICK).values["early"] for arm in ("running", "population"))
     assert counted > 0.85
     assert running < counted - 0.05
 
 
+@pytest.mark.slow
 def test_noise_after_batch_normalization_keeps_its_benefit(monkeypatch):
     monkeypatch.setattr(smoothness, "RATES", (0.1,))
     measured = {arm: smoothness.measure(arm, QUICK).values for arm in smoothness.ARMS}
@@ -116,6 +122,7 @@ def test_noise_after_batch_normalization_keeps_its_benefit(monkeypatch):
     assert measured["batch_norm"]["usual_turn"] > measured["plain"]["usual_turn"]
 
 
+@pytest.mark.slow
 def test_few_images_are_learned_by_heart_and_better_with_batch_normalization():
     plain, normalized = (regularization.measure(arm, QUICK).values for arm in ("plain", "batch_norm"))
     assert plain["training"] == normalized["training"] == 1

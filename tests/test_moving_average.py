@@ -152,7 +152,7 @@ def test_what_it_refuses():
 
 
 @pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(backend, centered):
     """Forward, gradients and the windows that the backward writes, through warmup and after it."""
     torch.manual_seed(0)

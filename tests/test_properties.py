@@ -7,6 +7,7 @@ textbook, and leaves differentiation to autograd.
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -20,7 +21,12 @@ import batchnorm as bn
 from batchnorm import reference
 from tests.budget import assert_same_bits, assert_ulps, largest
 
-EXAMPLES = settings(deadline=None, derandomize=True, database=None)
+
+def examples(number):
+    """So many in `make test-all`, an eighth in `make test`; the same ones each time."""
+    fewer = 1 if os.environ.get("BATCHNORM_ALL_EXAMPLES") else 8
+    return settings(deadline=None, derandomize=True, database=None, max_examples=number // fewer)
+
 
 # Results are computed wide and rounded once: half an ulp, and for float32 a little more from what is not wider than need be. In
 # float64, which has nothing wider, a few operations of half an ulp each add up. Ulps are those of the largest term where terms
@@ -262,7 +268,7 @@ def is_single(call: Call) -> bool:
 # Against the composed reference.
 
 
-@settings(EXAMPLES, max_examples=4000)
+@examples(4000)
 @given(calls())
 def test_results_are_those_of_the_formula(call):
     if is_single(call):
@@ -309,7 +315,7 @@ def test_the_comparison_sees_a_change(change):
         assert_results_agree(ours(call), composed(changed), call)
 
 
-@settings(EXAMPLES, max_examples=400)
+@examples(400)
 @given(calls())
 def test_what_is_masked_changes_no_bit(call):
     assume(call.mask is not None and not is_single(call))
@@ -377,7 +383,7 @@ def trainings(draw) -> tuple[bn.BatchNorm, list[Step]]:
     return layer, [draw(steps(channels, generator)) for _ in range(draw(st.integers(1, 5)))]
 
 
-@settings(EXAMPLES, max_examples=400)
+@examples(400)
 @given(trainings())
 def test_buffers_after_several_steps(training):
     layer, batches = training
@@ -424,7 +430,7 @@ def batches(draw, dtype: torch.dtype = torch.float32) -> tuple[Tensor, torch.Gen
     return quarters(generator, *shape).to(dtype), generator
 
 
-@settings(EXAMPLES, max_examples=200)
+@examples(200)
 @given(batches())
 def test_the_order_of_the_batch_does_not_matter(batch):
     x, generator = batch
@@ -440,7 +446,7 @@ def assert_moments_agree(found: bn.Moments, expected: bn.Moments, x: Tensor) -> 
     assert_ulps("M2", found.m2, expected.m2, ULPS[torch.float64], largest(x) ** 2 * expected.count)
 
 
-@settings(EXAMPLES, max_examples=200)
+@examples(200)
 @given(batches(), st.lists(st.integers(-3, 12), min_size=13, max_size=13), st.booleans())
 def test_adding_a_constant_to_a_channel_does_not_matter(batch, exponents, negative):
     x, _ = batch
@@ -452,7 +458,7 @@ def test_adding_a_constant_to_a_channel_does_not_matter(batch, exponents, negati
     assert_ulps("y", bn.functional.normalize(shifted)[0], bn.functional.normalize(x)[0].double(), 1, scale=1.0)
 
 
-@settings(EXAMPLES, max_examples=300)
+@examples(300)
 @given(batches(torch.float64), st.data())
 def test_moments_of_any_split_merge_to_those_of_the_whole(batch, data):
     x, _ = batch
@@ -466,7 +472,7 @@ def test_moments_of_any_split_merge_to_those_of_the_whole(batch, data):
     assert_moments_agree(merged, bn.functional.normalize(x)[1], x)
 
 
-@settings(EXAMPLES, max_examples=200)
+@examples(200)
 @given(st.lists(batches(torch.float64).map(lambda batch: batch[0][:, :1]), min_size=3, max_size=3))
 def test_merging_is_associative_and_commutative(sets):
     a, b, c = (bn.functional.normalize(x)[1] for x in sets)

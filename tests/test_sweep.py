@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from tests.layer_table import ROWS, Row
+from tests.layer_table import ROWS, Row, each_kind
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 rows_of_torch = pytest.mark.parametrize("row", [row for row in ROWS if row.torchs], ids=lambda row: row.name)
@@ -57,8 +57,9 @@ def test_three_steps_equal_torchs(row, training, dtype):
     equal_states(state_of(ours), state_of(final))
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "entry by entry"])
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.constants_from_input], ids=lambda row: row.name)
-def test_gradcheck(row):
+def test_gradcheck(row, fast):
     layer = learned(row, dtype=torch.float64)
     x = sample(row, torch.float64).requires_grad_()
     names = [name for name, _ in layer.named_parameters()]
@@ -68,11 +69,11 @@ def test_gradcheck(row):
         return torch.func.functional_call(layer, state, (x,))
 
     inputs = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
-    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(call, inputs)
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=fast)
 
 
-@every_row
+@each_kind(ROWS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_compiles_in_one_graph(row, training):
     eager, compiled = learned(row).train(training), learned(row).train(training)
@@ -106,7 +107,7 @@ def test_exports_to_torchs_operator(row):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch.onnx uses what torch deprecates
-@pytest.mark.parametrize("activation", [None, "relu", "silu"], ids=str)
+@pytest.mark.parametrize("activation", [pytest.param(None, marks=pytest.mark.slow), "relu", "silu"], ids=str)
 def test_exports_to_onnx(activation):
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, activation=activation), nn.Conv2d(4, 2, 1), bn.BatchNorm2d(2)

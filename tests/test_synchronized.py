@@ -309,6 +309,7 @@ def test_autocast_sharded_parameters_and_checkpoints_in_compiled_code():
     on_replicas(surroundings, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_inductor_compiles_replicas_into_one_graph():
     on_replicas(inductor, 2)

@@ -18,7 +18,7 @@ from batchnorm.lab import extras
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import learning_rates
 from batchnorm.lab.result import Result, Training
-from batchnorm.lab.runner import prepare, run
+from batchnorm.lab.runner import all_stored, prepare, run
 from batchnorm.report.rows import summary_rows
 
 
@@ -72,6 +72,7 @@ def demo_command(
 
         write(out / "report.html", render(result))
     except KeyboardInterrupt:
+        finished = all_stored(jobs, out / "parts")
         _show(learning_rates.summarize(plan, dataset, finished, command), as_json)
         kept = f"{len(finished)} of {len(jobs)} trainings are finished and kept"
         click.echo(f"\nInterrupted; {kept}. Continue with:\n  {command}", err=True)

@@ -24,7 +24,7 @@ from batchnorm.lab import experiments, extras, outcome
 from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict
 from batchnorm.lab.fingerprint import data_version
 from batchnorm.lab.outcome import Damaged, Outcome
-from batchnorm.lab.runner import run
+from batchnorm.lab.runner import all_stored, run
 from batchnorm.lab.unit import Finished, Unit, measure
 from batchnorm.report.rows import comparison
 
@@ -188,6 +188,7 @@ def run_command(
                 description = f"{len(finished)} of {len(units)}, last {name}"
                 progress.update(task, advance=costs[name], description=description)
     except KeyboardInterrupt:
+        finished = all_stored(units, out / "units")
         _show(chosen, seeds, finished, command, as_json)
         kept = f"{len(finished)} of {len(units)} measurements are finished and kept"
         click.echo(f"\nInterrupted; {kept}. Continue with:\n  {command}", err=True)

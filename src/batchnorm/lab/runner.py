@@ -58,6 +58,11 @@ def stored(job: Job[R], directory: Path) -> R | None:
         return None
 
 
+def all_stored(jobs: Sequence[Job[R]], directory: Path) -> list[R]:
+    """The results that `run` left in `directory`, in the order of the jobs."""
+    return [result for job in jobs if (result := stored(job, directory)) is not None]
+
+
 def run(measure: Callable[[J], R], jobs: Sequence[J], directory: Path, workers: int) -> Generator[R, None, None]:
     """Yield every job's result: first those stored in `directory`, then the others as they finish, stored before.
 
