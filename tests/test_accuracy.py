@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import batchnorm as bn
 from batchnorm import reference
 from batchnorm.functional import normalize
+from batchnorm.moments import Moments
 from tests.budget import (
     assert_same_bits,
     assert_ulps,
@@ -416,13 +417,27 @@ def test_far_below_zero_an_activation_is_zero(dtype, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("by", ["mask", "groups"])
+@pytest.mark.parametrize("by", ["mask", "groups", "replicas"])
 def test_one_value_is_its_own_mean_and_has_no_gradient(dtype, by):
     torch.manual_seed(0)
-    x = (torch.randn(4, 3, 5) if by == "mask" else torch.randn(4, 3)).to(dtype).requires_grad_()
+    x = {"mask": torch.randn(4, 3, 5), "groups": torch.randn(4, 3), "replicas": torch.randn(1, 3)}[by].to(dtype)
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[1, 2] = True
-    options = {"mask": mask} if by == "mask" else {"group_size": 1}
-    y, _ = normalize(x, None, None, 1e-5, **options)
+    options = {"mask": {"mask": mask}, "groups": {"group_size": 1}, "replicas": {"reducer": OneOfTwo()}}[by]
+    x.requires_grad_()
+    y, _ = normalize(x, None, torch.ones(3, dtype=dtype), 1e-5, activation="relu", **options)
     y.backward(torch.randn_like(y))
     assert (x.grad == 0).all()
+    assert (y == (mask.unsqueeze(1) if by == "mask" else 1)).all()
+
+
+class OneOfTwo:
+    """Of two replicas, the one that has all the values there are."""
+
+    size = 2
+
+    def merge(self, moments):
+        return Moments(torch.tensor(float(moments.count), dtype=torch.float64), moments.mean, moments.m2)
+
+    def sum(self, sum_grad, sum_grad_xhat):
+        return sum_grad, sum_grad_xhat
