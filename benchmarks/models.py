@@ -174,11 +174,20 @@ ARCHITECTURES = {
         mask_time_prob=0.0,
     ),
     "monai/BasicUNet": of_monai("BasicUNet", volume, spatial_dims=3, norm="batch", features=(8, 8, 16, 32, 32, 8)),
-    "monai/DenseNet121": of_monai("DenseNet121", lambda: image(64, 2, 1), spatial_dims=2, in_channels=1, out_channels=3),
+    "monai/DenseNet121": of_monai(
+        "DenseNet121", lambda: image(64, 2, 1), spatial_dims=2, in_channels=1, out_channels=3
+    ),
     "monai/SegResNet": of_monai("SegResNet", volume, spatial_dims=3, norm="batch", out_channels=2),
     "monai/EfficientNetBN": of_monai("EfficientNetBN", image, model_name="efficientnet-b0", pretrained=False),
     "monai/UNet": of_monai(
-        "UNet", volume, spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2), norm="batch"
+        "UNet",
+        volume,
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        channels=(8, 16, 32),
+        strides=(2, 2),
+        norm="batch",
     ),
 }
 
@@ -223,7 +232,9 @@ def differs(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: floa
     """
     if found.keys() != wanted.keys():
         return f"{sorted(found.keys() ^ wanted.keys())[:3]} on one side only"
-    gradients = [float(value.abs().max()) for name, value in wanted.items() if name.startswith("gradient") and value.numel()]
+    gradients = [
+        float(value.abs().max()) for name, value in wanted.items() if name.startswith("gradient") and value.numel()
+    ]
     floor = 1e-3 * max(gradients, default=0.0)
     worst, words = 0.0, ""
     for name, value in wanted.items():
@@ -327,13 +338,13 @@ class Trial:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         found = step(twin, self.example)
         words = differs(dict(model.state_dict()), before, 0.0)
-        return f"the original moved: {words}" if words else differs(found, step(model, self.example), 0.0)
+        return f"the original changed: {words}" if words else differs(found, step(model, self.example), 0.0)
 
     def export(self) -> str:
         try:
             torch.export.export(copy.deepcopy(self.model).eval(), (self.example,))
-        except Exception as error:  # noqa: BLE001: whatever torch raises
-            raise CannotBeTried(f"torch.export refuses the model itself ({type(error).__name__})") from error
+        except Exception as error:  # whatever torch raises
+            raise NotTriedError(f"torch.export refuses the model itself ({type(error).__name__})") from error
         model = self.changed().eval()
         program = torch.export.export(model, (self.example,)).module()
         with torch.no_grad():
@@ -342,7 +353,7 @@ class Trial:
         return differs(*outputs, TOLERANCE)
 
 
-class CannotBeTried(Exception):
+class NotTriedError(Exception):
     """Not for a reason of ours."""
 
 
@@ -357,10 +368,12 @@ def run(name: str) -> Row:
         try:
             words = getattr(trial, operation)()
             trial.row.cells[operation] = f"wrong: {words}" if words else "right"
-        except CannotBeTried as reason:
+        except NotTriedError as reason:
             trial.row.cells[operation] = f"not tried: {reason}"
-        except Exception as error:  # noqa: BLE001: it is what is looked for
-            trial.row.cells[operation] = f"wrong: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        except Exception as error:  # it is what is looked for
+            trial.row.cells[operation] = (
+                f"wrong: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            )
     trial.row.seconds = round(time.perf_counter() - start, 1)
     return trial.row
 
@@ -409,9 +422,14 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Other people's models",
         "",
-        f"{len(rows)} architectures with random weights, each compared in float64 with the same model of torch's layers: outputs,",
-        "gradients of all parameters and all buffers after a training step (`convert`, `fuse`, `freeze`, within 10⁻⁹ of the largest value),",
-        "outputs in inference (`fold` within 10⁻⁸, `export` within 10⁻⁹), bit for bit (`revert`, and a deep copy against its original).",
+        f"{len(rows)} architectures with random weights, compared in float64 with the same model made of torch's layers:",
+        "",
+        "| operation | what is compared | tolerance |",
+        "|---|---|---|",
+        "| `convert`, `fuse`, `freeze` | outputs, all gradients and all buffers of a training step | 10⁻⁹ of the largest value |",
+        "| `fold`, `export` | outputs in inference | 10⁻⁸, 10⁻⁹ of the largest value |",
+        "| `revert` | classes, outputs, gradients and buffers | none: the same bits |",
+        "| `deepcopy` | a step of the copy and of its original, and that neither changes the other | none: the same bits |",
         "",
         f"`make models` makes this page again, in about half an hour on two cores. It was made with {of}.",
         "",
@@ -419,7 +437,9 @@ def page(result: dict[str, Any]) -> str:
         "|---|---|---|---|" + "---|" * len(OPERATIONS),
     ]
     for row in rows:
-        cells = [sign(row["cells"].get(operation, row["cells"].get("build", "wrong: nothing"))) for operation in OPERATIONS]
+        cells = [
+            sign(row["cells"].get(operation, row["cells"].get("build", "wrong: nothing"))) for operation in OPERATIONS
+        ]
         counts = f"{row['converted']}/{row['total']} | {row['fused']} | {row['folded']}/{row['fold_total']}"
         lines.append(f"| {row['name']} | {counts} | " + " | ".join(cells) + " |")
     lines += ["", "`fused` counts the batch norms that apply the activation or addition after them.", ""]
@@ -458,7 +478,10 @@ def main() -> None:
             given.json.write_text(json.dumps(result, indent=1) + "\n")
         wrong = "; ".join(f"{operation} {cell}" for operation, cell in row["cells"].items() if cell != "right")
         counts = f"converted {row['converted']}/{row['total']}, fused {row['fused']}, folded {row['folded']}/{row['fold_total']}"
-        print(f"[{time.perf_counter() - start:5.0f} s] {number}/{len(names)} {name}: {counts}; {wrong or 'all right'}", flush=True)
+        print(
+            f"[{time.perf_counter() - start:5.0f} s] {number}/{len(names)} {name}: {counts}; {wrong or 'all right'}",
+            flush=True,
+        )
     if given.page:
         given.page.write_text(page(result))
     sys.exit(any(is_wrong(rows[name]) for name in names))

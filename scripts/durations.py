@@ -1,4 +1,9 @@
-"""Which tests take the longest, from what `pytest --durations=0` printed: `python3 scripts/durations.py build/durations.txt tests/durations.json`."""
+"""Which tests take the longest, from what `pytest --durations=0` printed.
+
+    python3 scripts/durations.py build/durations.txt tests/durations.json
+
+`make durations` calls it.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import torch
 
 from batchnorm import kernels
 
-
 # Seconds of the tests that take the longest. `make durations` writes them anew.
 DURATIONS = json.loads(Path(__file__).with_name("durations.json").read_text())
 

@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "logs",
     "files",
+    "torch_state",
     "moments",
     "reference",
     "kernels",

@@ -57,7 +57,9 @@ def test_three_steps_equal_torchs(row, training, dtype):
     equal_states(state_of(ours), state_of(final))
 
 
-@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "entry by entry"])
+@pytest.mark.parametrize(
+    "fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "entry by entry"]
+)
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.constants_from_input], ids=lambda row: row.name)
 def test_gradcheck(row, fast):
     layer = learned(row, dtype=torch.float64)

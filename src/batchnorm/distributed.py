@@ -19,12 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports] (a C module)
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ReplicaError, StateError
-from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
@@ -33,6 +31,7 @@ from batchnorm.surgery.exchange import convert_layers
 from batchnorm.surgery.report import Report
 from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import slots_of
+from batchnorm.torch_state import differentiated_by_torch, is_legacy_batched
 
 GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
 _FORWARD, _BACKWARD = 0, 1
@@ -117,7 +116,7 @@ class Replicas:
         try:
             dist.all_reduce(table, group=self._process_group)
         except (RuntimeError, ValueError) as error:
-            if is_legacy_batchedtensor(table):
+            if is_legacy_batched(table):
                 raise StateError(
                     f"{self.layer}: a batch of gradients cannot cross replicas, but is_grads_batched=True (vectorize=True) asks "
                     "for it; use torch.func.vmap over torch.func.vjp"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from batchnorm.errors import ArgumentError, StateError
 from batchnorm.folding.concrete import ConcreteTracer
 from batchnorm.folding.flow import Shapes
 from batchnorm.surgery.tracing import IsLeaf, Tracer
+from batchnorm.torch_state import compiler_is_loaded
 
 
 class Call(NamedTuple):
@@ -109,7 +109,7 @@ class Record:
 
     def _run(self, handles: list[Any]) -> Any:
         # compiled code does not heed hooks that came later
-        compiled = "torch._dynamo" in sys.modules
+        compiled = compiler_is_loaded()
         try:
             with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
                 return call(self._model, self._args, self._kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import exported, joint, reduction
-from batchnorm.functional.autograd import Normalize, differentiated_by_torch, distinct, exporting, needs_grad
+from batchnorm.functional.autograd import Normalize, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
     check_eps,
     check_input,
@@ -46,6 +46,7 @@ from batchnorm.functional.running import counter_on, move_running_statistics
 from batchnorm.kernels import Activation, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
+from batchnorm.torch_state import differentiated_by_torch
 
 __all__ = [
     "Reducer",

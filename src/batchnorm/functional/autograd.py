@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm import kernels, memory
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Renormalization, eager
 from batchnorm.moments import Moments
-
-
-def differentiated_by_torch() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from batchnorm.torch_state import differentiated_by_torch
 
 
 def exporting() -> bool:

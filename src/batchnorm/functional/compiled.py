@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import Any
 
 import torch
 
+from batchnorm.torch_state import compiler_is_loaded
+
 
 def eager() -> Any:
     """A context in which compiled code runs as written: it does not see hooks that came after it, and cannot wait for other threads."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading the compiler takes seconds
+    if not compiler_is_loaded():
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

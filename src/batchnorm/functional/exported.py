@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from batchnorm.kernels import Epilogue
 from batchnorm.moments import Moments
+from batchnorm.torch_state import constant_while_compiling
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,6 +49,7 @@ def to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+@constant_while_compiling  # strict export drops warnings otherwise
 def warn_of_plain_operations(reason: str) -> None:
     """Say why a layer in training mode is not exported as torch's operator."""
     warnings.warn(
@@ -55,10 +57,6 @@ def warn_of_plain_operations(reason: str) -> None:
         f"find no batch norm: {reason}; export the model after model.eval(), or use what torch's batch norm can",
         stacklevel=2,
     )
-
-
-# What `torch.compiler.assume_constant_result` does, without its seconds of import: strict export drops warnings otherwise.
-warn_of_plain_operations._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def constants(moments: Moments) -> Moments:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._C import _autograd as autograd_in_c  # pyright: ignore[reportAttributeAccessIssue] (a C module)
+
+from batchnorm.torch_state import graph_task, saved_tensors_hooks
 
 
 class _Said(threading.local):
@@ -25,12 +26,12 @@ _said = _Said()
 
 def recomputing() -> bool:
     """Whether the forward that runs now is a recomputation: it happens during a backward, or `recomputation` says so."""
-    return torch._C._current_graph_task_id() != -1 if _said.active is None else _said.active
+    return graph_task() != -1 if _said.active is None else _said.active
 
 
 def may_be_recomputed() -> bool:
     """Whether the forward that runs now looks like a checkpoint's: nothing is recorded, or hooks take what is saved."""
-    return not torch.is_grad_enabled() or autograd_in_c._top_saved_tensors_default_hooks(False) is not None
+    return not torch.is_grad_enabled() or saved_tensors_hooks() is not None
 
 
 @contextmanager

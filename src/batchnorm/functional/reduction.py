@@ -80,7 +80,9 @@ def backward(
     sums = kernel.reduce_grad(dy, x, mean, rstd, epilogue)
     divisor = at_least_one(0 if count is None else count)
     total, total_xhat = reducer.sum(*sums)
-    if count is not None:  # one value is its own mean: x̂ is 0 whatever x is, and of the differences only their rounding would be left
+    if (
+        count is not None
+    ):  # one value is its own mean: x̂ is 0 whatever x is, and of the differences only their rounding would be left
         rstd = rstd * (count != 1)
     dx, dresidual = kernel.input_grad(dy, x, mean, rstd, epilogue, (total / divisor, total_xhat / divisor))
     return Backward(dx, dresidual, *sums)

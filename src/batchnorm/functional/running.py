@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue] (a C module)
-from torch._C._functorch import TransformType  # pyright: ignore[reportMissingImports] (a C module)
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from batchnorm.errors import StateError
-from batchnorm.functional.autograd import differentiated_by_torch, exporting
+from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_momentum, check_widths
 from batchnorm.functional.parts import parts_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import cpu
 from batchnorm.moments import Moments
+from batchnorm.torch_state import (
+    differentiated_by_torch,
+    is_batched,
+    is_functional,
+    only_gradient_levels,
+    outside_transforms,
+    static_address,
+    tangent_level,
+    tracks_gradient,
+    unwrapped,
+)
 
 
 def move_running_statistics(
@@ -112,12 +120,11 @@ def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
         return before
     if torch.compiler.is_compiling():
         return torch.zeros((), dtype=torch.int64, device=device)
-    with temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+    with outside_transforms(), torch.inference_mode(False):
         if before is not None and not before.is_meta and device.type != "meta":
             return before.to(device)
         counter = torch.zeros((), dtype=torch.int64, device=device)
-    # What `torch._dynamo.mark_static_address` does, without its seconds of import: CUDA graphs refuse code that writes other tensors.
-    counter._dynamo_static_input_type = "unguarded"  # pyright: ignore[reportAttributeAccessIssue]
+    static_address(counter)
     return counter
 
 
@@ -127,8 +134,8 @@ def _count(counter: Tensor, skipped: Tensor) -> None:
         counter.add_(skipped)
         return
     skipped = _without_levels(skipped)
-    if not functorch.is_functionaltensor(skipped):  # `torch.func.functionalize` lets a call write its arguments alone
-        with temporarily_clear_interpreter_stack():
+    if not is_functional(skipped):  # `torch.func.functionalize` lets a call write its arguments alone
+        with outside_transforms():
             counter.add_(skipped.sum())
 
 
@@ -138,21 +145,19 @@ def _write(buffer: Tensor, value: Tensor) -> None:
     That refuses to write to a tensor it did not get as an argument. A buffer holds values, never gradients: what is written is
     what lies below the gradient levels.
     """
-    if forward_ad._current_level >= 0:
+    if tangent_level() >= 0:
         value = forward_ad.unpack_dual(value).primal
-    if not differentiated_by_torch() or not _only_gradient_levels():
+    if not differentiated_by_torch() or not only_gradient_levels():
         buffer.copy_(value)
         return
-    with temporarily_clear_interpreter_stack():
+    with outside_transforms():
         _below_gradient_levels(buffer).copy_(_below_gradient_levels(value))
 
 
 def _check_writable(buffer: Tensor, value: Tensor) -> None:
     if not differentiated_by_torch():
         return
-    if functorch.is_batchedtensor(_below_gradient_levels(value)) > functorch.is_batchedtensor(
-        _below_gradient_levels(buffer)
-    ):
+    if is_batched(_below_gradient_levels(value)) > is_batched(_below_gradient_levels(buffer)):
         raise StateError(
             "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
             "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
@@ -160,20 +165,13 @@ def _check_writable(buffer: Tensor, value: Tensor) -> None:
         )
 
 
-def _only_gradient_levels() -> bool:
-    """Whether every active `torch.func` transform is one that differentiates: grad, vjp, jvp."""
-    return all(
-        level.key() in (TransformType.Grad, TransformType.Jvp) for level in retrieve_all_functorch_interpreters()
-    )
-
-
 def _without_levels(value: Tensor) -> Tensor:
-    while functorch.is_gradtrackingtensor(value) or functorch.is_batchedtensor(value):
-        value = functorch.get_unwrapped(value)
+    while tracks_gradient(value) or is_batched(value):
+        value = unwrapped(value)
     return value
 
 
 def _below_gradient_levels(value: Tensor) -> Tensor:
-    while functorch.is_gradtrackingtensor(value):
-        value = functorch.get_unwrapped(value)
+    while tracks_gradient(value):
+        value = unwrapped(value)
     return value

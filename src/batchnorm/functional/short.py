@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels, memory
-from batchnorm.functional.autograd import differentiated_by_torch, gradients
+from batchnorm.functional.autograd import gradients
 from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Correction, Epilogue, cpu
 from batchnorm.kernels.contract import values_per_channel
+from batchnorm.torch_state import differentiated_by_torch
 
 
 class Step(NamedTuple):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments, at_least_one
+from batchnorm.torch_state import is_fake, transforms_active
 
 name = "eager"
 
@@ -205,7 +205,7 @@ def _of_group(epilogue: Epilogue, x: Tensor, cut: slice) -> Epilogue:
 
 def _can_gather(x: Tensor) -> bool:
     """Whether the values that a mask counts can be taken out: how many there are must be known at once."""
-    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if x.is_meta or torch.compiler.is_compiling() or transforms_active():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and not is_fake(x)
 

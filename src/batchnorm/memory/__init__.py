@@ -29,11 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _autograd as autograd_in_c  # pyright: ignore[reportAttributeAccessIssue] (a C module)
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.memory.saver import Saver, is_foreign
+from batchnorm.torch_state import differentiated_by_torch, disabled_torch_function, saved_tensors_hooks
 
 
 class _Mode(TorchFunctionMode):
@@ -71,9 +70,8 @@ def _steps_aside() -> bool:
     """Whether nothing is saved, or others see to it."""
     return (
         not torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or autograd_in_c._top_saved_tensors_default_hooks(False) is not None
+        or differentiated_by_torch()
+        or saved_tensors_hooks() is not None
         or torch.jit.is_tracing()
     )
 
@@ -167,7 +165,7 @@ def recorded(function: Callable[..., Any], *args: Any) -> Any:
     saver = None if torch.compiler.is_compiling() else _thread.saver
     if saver is None or _steps_aside() or is_foreign(args[0]):
         return function(*args)
-    with torch._C.DisableTorchFunction(), saver.hooks():
+    with disabled_torch_function(), saver.hooks():
         return function(*args)
 
 

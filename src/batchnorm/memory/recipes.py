@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import Variable
 
 from batchnorm.errors import StateError
+from batchnorm.torch_state import graph_task, outside_transforms, queue_callback, transforms_active
 
 
 class Place(NamedTuple):
@@ -95,11 +94,9 @@ class Recipe:
                 self._waiting.discard(reference)
             if not self._waiting:
                 self._result = None
-            elif (
-                self._result is None and torch._C._current_graph_task_id() != -1
-            ):  # during a backward, which has an end
+            elif self._result is None and graph_task() != -1:  # during a backward, which has an end
                 self._result = result
-                Variable._execution_engine.queue_callback(functools.partial(_forget, weakref.ref(self)))
+                queue_callback(functools.partial(_forget, weakref.ref(self)))
             return result
 
     def _compute(self) -> Tensor:
@@ -164,8 +161,8 @@ def _as_in_forward() -> Iterator[None]:
     """The circumstances of a recipe, whatever those of the backward are."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if torch._C._are_functorch_transforms_active():  # a batch of gradients: the recipe's tensors are not batched
-            stack.enter_context(temporarily_clear_interpreter_stack())
+        if transforms_active():  # a batch of gradients: the recipe's tensors are not batched
+            stack.enter_context(outside_transforms())
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, ShapeError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with, recomputing
-from batchnorm.functional.autograd import differentiated_by_torch
 from batchnorm.functional.checks import mask_along_channels
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.recompute import recomputing_now
@@ -22,6 +21,7 @@ from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Kept, Layer, check_kept
 from batchnorm.statistics.shared import check_call, reducer_of, train_or_infer
+from batchnorm.torch_state import differentiated_by_torch
 
 _FORWARD = ("running_mean_window", "running_var_window")
 _BACKWARD = ("running_mean_gradient", "running_var_gradient")

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from batchnorm.functional.autograd import differentiated_by_torch, exporting
+from batchnorm.functional.autograd import exporting
 from batchnorm.functional.recompute import may_be_recomputed, recomputing
 from batchnorm.statistics.contract import Layer, owner_of
+from batchnorm.torch_state import differentiated_by_torch
 
 _Found = TypeVar("_Found", bound=tuple[Tensor, ...])
 

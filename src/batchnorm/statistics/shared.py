@@ -19,7 +19,7 @@ from batchnorm.functional import (
     recomputing,
     short,
 )
-from batchnorm.functional.autograd import differentiated_by_torch, exporting
+from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_eps, check_input, check_momentum, epilogue_of
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
 from batchnorm.kernels import Renormalization
@@ -27,6 +27,7 @@ from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Applying, Layer
 from batchnorm.statistics.one_batch import in_one_batch, joined, moves_here
+from batchnorm.torch_state import differentiated_by_torch
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from batchnorm.errors import StateError
+from batchnorm.torch_state import saved_tensors_hooks
 
 _CONTAINERS = (list, tuple, set, collections.deque)
 
@@ -21,8 +22,7 @@ def modes() -> tuple[Any, ...]:
     """What context managers set that operators heed, and that a graph does not hold."""
     nesting = torch.autocast_increment_nesting()  # also of those that change nothing today
     torch.autocast_decrement_nesting()
-    private: Any = torch._C
-    hooks = private._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saved_tensors_hooks(while_tracing=True)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting, hooks
 
 

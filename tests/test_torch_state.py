@@ -1,0 +1,115 @@
+"""The private names of torch stand in one file, and say what they did when they were taken."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import batchnorm
+from batchnorm import torch_state
+
+ROOT = Path(batchnorm.__file__).parent
+PRIVATE = re.compile(r"torch\._(?!_)|from torch\._|forward_ad\._|_execution_engine|\._dynamo_")
+ELSEWHERE = {"bench/providers.py"}  # patches functorch's configuration for one measurement
+
+
+def test_they_stand_in_one_file():
+    found = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if PRIVATE.search(path.read_text())}
+    assert found == {"torch_state.py", *ELSEWHERE}
+
+
+def test_transforms():
+    x = torch.ones(3)
+    assert not torch_state.differentiated_by_torch()
+
+    def gradient(x):
+        assert torch_state.transforms_active()
+        assert torch_state.differentiated_by_torch()
+        assert torch_state.only_gradient_levels()
+        assert torch_state.tracks_gradient(x)
+        with torch_state.outside_transforms():
+            assert not torch_state.transforms_active()
+        assert not torch_state.tracks_gradient(torch_state.unwrapped(x))
+        return x.sum()
+
+    def mapped(x):
+        assert torch_state.is_batched(x)
+        assert not torch_state.only_gradient_levels()
+        return x + 1
+
+    def functional(x):
+        assert torch_state.is_functional(x)
+        return x + 1
+
+    assert torch.equal(torch.func.grad(gradient)(x), torch.ones(3))
+    torch.vmap(mapped)(x)
+    torch.func.functionalize(functional)(x)
+    assert torch_state.tangent_level() == -1
+    with forward_ad.dual_level():
+        assert torch_state.tangent_level() == 0
+        assert torch_state.differentiated_by_torch()
+        assert not torch_state.transforms_active()
+
+
+def test_a_batch_of_gradients_is_a_legacy_one():
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(torch_state.is_legacy_batched(grad)))
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    assert seen == [True]
+
+
+def test_backward():
+    assert torch_state.graph_task() == -1
+    x, ended = torch.ones(3, requires_grad=True), []
+
+    def hook(_):
+        assert torch_state.graph_task() != -1
+        torch_state.queue_callback(lambda: ended.append(True))
+        assert not ended
+
+    y = x * 2
+    y.register_hook(hook)
+    y.sum().backward()
+    assert ended == [True]
+
+
+def test_hooks_of_saved_tensors():
+    assert torch_state.saved_tensors_hooks() is None
+    pack, unpack = (lambda x: x), (lambda x: x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert torch_state.saved_tensors_hooks()[:2] == (pack, unpack)
+        assert torch_state.saved_tensors_hooks(while_tracing=True)[:2] == (pack, unpack)
+
+
+def test_functions_of_torch_that_nobody_overrides():
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
+    with Mode(), torch_state.disabled_torch_function():
+        torch.ones(3) + 1
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_marks_for_the_compiler_are_those_it_sets_itself(public):
+    tensor, function = torch.ones(3), lambda: 1
+    if public:
+        torch._dynamo.mark_static_address(tensor)
+        torch.compiler.assume_constant_result(function)
+        assert torch_state.compiler_is_loaded()
+    else:
+        torch_state.static_address(tensor)
+        torch_state.constant_while_compiling(function)
+    assert function._dynamo_marked_constant is True
+    assert tensor._dynamo_static_input_type in ("unguarded", "guarded")
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        assert torch_state.is_fake(torch.ones(3))
+    assert not torch_state.is_fake(torch.ones(3))
