@@ -24,7 +24,6 @@ ORDER = [
     "functional",
     "statistics",
     "layers",
-    "lazy",
     "interop",
     "surgery",
     "distributed",

@@ -206,7 +206,7 @@ CONSTRUCTOR_CASES = {
     "axis-batch": (lambda: bn.BatchNorm(3, channel_axis=0), InputError, "other than 0"),
     "axis-text": (lambda: bn.BatchNorm(3, channel_axis="last"), ArgumentError, "channel_axis must be an int"),
     "axis-bool": (lambda: bn.BatchNorm(3, channel_axis=True), ArgumentError, "channel_axis must be an int"),
-    "statistics-class": (lambda: layer(statistics=bn.statistics.Running), InputError, "part of batchnorm.statistics"),
+    "statistics-class": (lambda: layer(statistics=bn.statistics.Running), InputError, "must be a statistics source"),
     "variance": (
         lambda: layer(running_variance="sample"),
         InputError,
@@ -214,7 +214,7 @@ CONSTRUCTOR_CASES = {
     ),
     "on-single": (lambda: layer(on_single="ignore"), InputError, "on_single must be one of"),
     "on-nonfinite": (lambda: layer(on_nonfinite=None), InputError, "on_nonfinite must be one of"),
-    "statistics": (lambda: layer(statistics="running"), InputError, r"part of batchnorm.statistics such as Batch\(\)"),
+    "statistics": (lambda: layer(statistics="running"), InputError, r"must be a statistics source such as batchnorm.statistics.Batch\(\)"),
 }
 
 

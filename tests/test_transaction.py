@@ -19,7 +19,7 @@ from tests.networks import FrozenBatchNorm2d, settle
 
 PACKAGE = Path(bn.__file__).parent
 FILES = tuple(
-    str(PACKAGE / name) for name in ("surgery", "layers", "lazy", "memory", "distributed", "agreement", "population")
+    str(PACKAGE / name) for name in ("surgery", "layers", "memory", "distributed", "agreement", "population")
 )
 CLEANING_UP = tuple(str(PACKAGE / "surgery" / name) for name in ("transaction.py", "guards.py"))
 

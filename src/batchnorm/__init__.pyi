@@ -18,9 +18,9 @@ from batchnorm.layers import BatchNorm as BatchNorm
 from batchnorm.layers import BatchNorm1d as BatchNorm1d
 from batchnorm.layers import BatchNorm2d as BatchNorm2d
 from batchnorm.layers import BatchNorm3d as BatchNorm3d
-from batchnorm.lazy import LazyBatchNorm1d as LazyBatchNorm1d
-from batchnorm.lazy import LazyBatchNorm2d as LazyBatchNorm2d
-from batchnorm.lazy import LazyBatchNorm3d as LazyBatchNorm3d
+from batchnorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
+from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
+from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.memory import save_memory as save_memory
 from batchnorm.moments import Moments as Moments
 from batchnorm.population import recalibrate as recalibrate

@@ -32,7 +32,7 @@ def convert(
 
     Args:
         model: changed in place; it may be the layer itself.
-        statistics: a part of `batchnorm.statistics` for every layer, those that are ours already too; None leaves them theirs. Frozen
+        statistics: a statistics source for every layer, those that are ours already too; None leaves them theirs. Frozen
             layers stay frozen, and get it when they are unfrozen.
         fuse: go on with `batchnorm.fuse`, for speed: batch norms apply the activations and additions that follow them. Without it
             activations stay modules of their own, which other tools may hook.
@@ -42,7 +42,7 @@ def convert(
 
     Raises:
         ArgumentError: if model is not a module.
-        InputError: if statistics is not a part.
+        InputError: if statistics is not a statistics source.
     """
     slots = slots_of(model)
     warn_of_hand_written("convert", slots)

@@ -16,8 +16,18 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm import memory
-from batchnorm.layers import OPTIONS, STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_statistics
-from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.layers import (
+    OPTIONS,
+    STATISTICS,
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    check_statistics,
+)
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running, Statistics
 from batchnorm.surgery import frozen

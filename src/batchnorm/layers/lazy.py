@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from batchnorm.layers import STATISTICS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers.layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers.state import STATISTICS
 from batchnorm.statistics import kept_by
 
 

@@ -1,0 +1,313 @@
+"""The layers: options, checks of the input, and the call.
+
+`BatchNorm` takes input of any rank. `BatchNorm1d`, `2d` and `3d` check the rank as torch's do and are instances of torch's classes,
+so that code asking `isinstance(module, nn.BatchNorm2d)` finds them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import init
+
+from batchnorm import memory
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.functional import Reducer, check_residual, mask_of
+from batchnorm.functional.checks import mask_along_channels
+from batchnorm.kernels import Activation, parse
+from batchnorm.layers.nested import normalize_nested
+from batchnorm.layers.state import LayerState
+from batchnorm.statistics import Applying, Batch, Statistics
+
+_CHOICES = {
+    "running_variance": ("unbiased", "biased"),
+    "on_single": ("error", "running", "skip"),
+    "on_nonfinite": ("skip", "propagate", "error"),
+    "padded": ("zero", "input"),
+}
+OPTIONS = (
+    "activation",
+    "statistics",
+    "channel_axis",
+    "reducer",
+    *_CHOICES,
+    "save_memory",
+)  # what a layer of ours has beyond torch's
+
+
+class BatchNorm(LayerState):
+    """Batch normalization over every axis but the channel's (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+        y = activation(weight · (x - mean) / sqrt(variance + eps) + bias + residual)
+
+    In training, mean and variance are those of the batch (the variance is biased), and they update the running statistics. In
+    inference they are the running statistics. State, names and defaults are torch's; checkpoints load in both directions.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance; in units of x squared.
+        momentum: the weight of the new batch in the running statistics; None gives all batches the same weight.
+        affine: learn weight (gamma) and bias (beta), (C,) each.
+        track_running_stats: have running statistics; without them inference normalizes by the batch too.
+        device: of parameters and buffers.
+        dtype: of parameters and input. Running statistics are float32 where it is narrower (see `keep_wide_statistics`).
+        bias: learn beta beside gamma.
+        activation: applied in the same pass: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", or torch's module.
+        statistics: the statistics source, from `batchnorm.statistics`; None is `Batch()`.
+        channel_axis: the axis of the channels; -1 for (N, L, C) or (N, H, W, C).
+        running_variance: "unbiased" (torch, and the paper's section 3.1) or "biased" (Keras, Flax, ONNX).
+        on_single: what one value per channel does in training: "error" (torch), "running" normalizes it by the running statistics,
+            "skip" by its own (its output is the bias); neither updates the running statistics. If a mask leaves one value, "error"
+            acts as "skip": an error would have to wait for the device.
+        on_nonfinite: what a batch with NaN or Inf does to the running statistics: "skip" leaves them and counts the batch in
+            `num_nonfinite_batches`, "propagate" is torch's, "error" raises (which waits for the device; in compiled code,
+            under `torch.func` and on the meta device, where waiting is impossible, it acts as "skip").
+        padded: the output at positions that mask or lengths exclude: "zero", or the "input" itself.
+
+    Attributes:
+        weight, bias: (C,) parameters or None; `gamma` and `beta` are the same objects.
+        running_mean, running_var: (C,) buffers or None.
+        num_batches_tracked: 0-d int64 buffer, how many batches updated the running statistics.
+        num_nonfinite_batches: 0-d int64 tensor or None, how many batches were skipped; not a buffer and not in the state_dict.
+        reducer: merges the batch statistics with those of other replicas, see `batchnorm.synchronize`; None for none.
+        save_memory: whether the output is computed again in the backward, in a model that `convert(save_memory=True)` prepared.
+        keep_wide_statistics: set it to False before `.half()` or `.bfloat16()` to let the running statistics be cast too.
+
+    Shape:
+        input (N, C, *S) with the channels on `channel_axis`; output the same. residual: input's shape. mask: bool, (N, *S) or
+        broadcastable to it, True counts; where False, output and gradient are 0 (see `padded`). lengths: (N,), integers: the number
+        of valid positions along the last non-channel axis. A nested tensor of torch.jagged layout has no padding; gaps between its
+        samples (`torch.nested.narrow`) do not count. Its residual is a nested tensor with the same offsets.
+
+    Raises:
+        InputError: on a rank or an option out of range; on one value per channel in training.
+        ShapeError: on sizes that do not fit together.
+        DTypeError: on integer input.
+    """
+
+    activation: Activation | None = None
+    channel_axis: int = 1
+    running_variance: str = "unbiased"
+    on_single: str = "error"
+    on_nonfinite: str = "skip"
+    padded: str = "zero"
+    reducer: Reducer | None = None
+    save_memory: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | nn.Module | Activation | None = None,
+        statistics: Statistics | None = None,
+        channel_axis: int = 1,
+        running_variance: str = "unbiased",
+        on_single: str = "error",
+        on_nonfinite: str = "skip",
+        padded: str = "zero",
+    ) -> None:
+        num_features = _integer(num_features, "num_features")
+        if num_features < 1:
+            raise InputError(f"num_features must be at least 1, but got {num_features}; it is the number of channels")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            self.bias = None
+        self._set_options(
+            activation=parse(activation),
+            statistics=Batch() if statistics is None else statistics,
+            channel_axis=channel_axis,
+            running_variance=running_variance,
+            on_single=on_single,
+            on_nonfinite=on_nonfinite,
+            padded=padded,
+        )
+        self._prepare_buffers()
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The tutorial's name of `weight`."""
+        return self.weight
+
+    @property
+    def beta(self) -> Tensor | None:
+        """The tutorial's name of `bias`."""
+        return self.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__({"gamma": "weight", "beta": "bias"}.get(name, name), value)
+        if name == "statistics":
+            self._match_buffers_to_source()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__({"gamma": "weight", "beta": "bias"}.get(name, name))
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
+        if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
+            path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
+            named = (("residual", residual), ("mask", mask), ("lengths", lengths))
+            given = {name: value for name, value in named if value is not None}
+            proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
+            return proxy if activation is None else activation(proxy)
+        self._check_input_dim(input)
+        if memory.passes_over(self.save_memory):
+            with memory.passing_over():
+                return self._normalize(input, residual, mask, lengths, activation)
+        return self._normalize(input, residual, mask, lengths, activation)
+
+    def _normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
+    ) -> Tensor:
+        if input.is_nested:
+            if mask is not None or lengths is not None:
+                raise ArgumentError("a nested input has no padding, but a mask or lengths came with it; leave them out")
+            return normalize_nested(
+                lambda x, beside, counted: self._normalize_dense(x, beside, counted, None, activation),
+                input,
+                residual,
+                self._axis(input),
+            )
+        if self.channel_axis == 1:
+            return self._normalize_dense(input, residual, mask, lengths, activation)
+        axis = self._axis(input)
+        if residual is not None:
+            check_residual(residual, input)
+            residual = residual.movedim(axis, 1)
+        return self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths, activation).movedim(1, axis)
+
+    def _normalize_dense(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
+    ) -> Tensor:
+        if lengths is not None:
+            mask = mask_of(lengths, mask, x)
+        seen: Any = self if activation is None else Applying(self, activation)
+        y = self.statistics(seen, x, residual, mask)
+        if mask is None or self.padded == "zero":
+            return y
+        return torch.where(mask_along_channels(mask, x), y, x)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, running statistics as new."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Torch's, and our options where they differ from the default."""
+        options = [
+            f"{name}={value if name == 'activation' else repr(value)}"
+            for name in OPTIONS
+            if (value := getattr(self, name)) != getattr(BatchNorm, name)
+        ]
+        return ", ".join([super().extra_repr(), *options])
+
+    def _axis(self, input: Tensor) -> int:
+        """The channel axis, counted from the front."""
+        if not -input.dim() <= self.channel_axis < input.dim():
+            raise InputError(f"channel_axis={self.channel_axis} is out of range for {input.dim()}D input")
+        axis = self.channel_axis % input.dim()
+        if axis == 0:
+            raise InputError(
+                f"channel_axis={self.channel_axis} of {input.dim()}D input is axis 0, the batch's; name another axis"
+            )
+        return axis
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if _rank(input) < 2:
+            raise InputError(
+                f"expected input of at least 2D, (N, C, *S) (got {input.dim()}D input); add the missing axis with unsqueeze"
+            )
+
+    def _set_options(self, **options: Any) -> None:
+        for name, choices in _CHOICES.items():
+            if options[name] not in choices:
+                raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {options[name]!r}")
+        options["channel_axis"] = _integer(options["channel_axis"], "channel_axis")
+        if options["channel_axis"] == 0:
+            raise InputError("channel_axis must be an axis other than 0, the batch's, but got 0")
+        check_statistics(options["statistics"])
+        for name, value in options.items():
+            setattr(self, name, value)
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """`BatchNorm` of (N, C) or (N, C, L) input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _expect_rank(input, 2, 3)
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """`BatchNorm` of (N, C, H, W) input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _expect_rank(input, 4)
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """`BatchNorm` of (N, C, D, H, W) input."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _expect_rank(input, 5)
+
+
+def check_statistics(statistics: Any) -> None:
+    """Check that `statistics` is a statistics source.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not callable(statistics) or isinstance(statistics, type):
+        raise InputError(
+            f"statistics must be a statistics source such as batchnorm.statistics.Batch() or Running(), but got {statistics!r}"
+        )
+
+
+def _expect_rank(input: Tensor, *ranks: int) -> None:
+    if _rank(input) not in ranks:
+        wanted = " or ".join(f"{rank}D" for rank in ranks)
+        raise InputError(
+            f"expected {wanted} input (got {input.dim()}D input); reshape it, or use batchnorm.BatchNorm, which takes any rank"
+        )
+
+
+def _rank(input: Tensor) -> int:
+    if not isinstance(input, Tensor):
+        raise ArgumentError(f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor")
+    return input.dim()
+
+
+def _integer(value: Any, name: str) -> int:
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        return operator.index(value)
+    raise ArgumentError(f"{name} must be an int, but got {value!r}")

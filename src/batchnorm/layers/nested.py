@@ -1,0 +1,65 @@
+"""Nested tensors of jagged layout: the positions of all samples form one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import ArgumentError, InputError, ShapeError
+
+
+def normalize_nested(
+    normalize: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    input: Tensor,
+    residual: Tensor | None,
+    channel_axis: int,
+) -> Tensor:
+    """Normalize a nested tensor as one batch (M, C, *rest) of its positions.
+
+    Args:
+        normalize: takes x, the residual and a mask (M, *rest) or None, and returns y, of x's shape.
+        input: nested, of jagged layout.
+        residual: nested, with the same offsets, or None.
+        channel_axis: counted from the front of the nested shape.
+
+    Raises:
+        ArgumentError: on another layout.
+        InputError: if the channel axis is the ragged one.
+        ShapeError: if the residual has other offsets.
+    """
+    if input.layout != torch.jagged:
+        raise ArgumentError(
+            f"a nested input must have the layout torch.jagged, but has {input.layout}; build it with "
+            "torch.nested.nested_tensor(..., layout=torch.jagged)"
+        )
+    jagged: Any = input
+    axis, ragged = channel_axis - 1, jagged._ragged_idx - 1  # of the values, which have no batch axis
+    if axis == ragged:
+        raise InputError(
+            f"the channels must be on an axis of one size, but axis {axis + 1} is the ragged one of {input.shape}; set channel_axis"
+        )
+
+    def as_batch(nested: Tensor) -> Tensor:
+        return nested.values().movedim((ragged, axis), (0, 1))
+
+    if residual is not None:
+        if not residual.is_nested or residual.shape != input.shape:  # the ragged size stands for the offsets
+            raise ShapeError(
+                "the residual of a nested input must be nested, with the same offsets, but it is not; build it from the input's offsets"
+            )
+        residual = as_batch(residual)
+    x, offsets, held = as_batch(input), jagged.offsets(), jagged.lengths()  # (M, C, *rest)
+    between = None if held is None else _within(offsets, held, x.shape[0]).view(-1, *[1] * (x.dim() - 2))
+    y = normalize(x, residual, between).movedim((0, 1), (ragged, axis))
+    return torch.nested.nested_tensor_from_jagged(y, offsets, held, jagged_dim=ragged + 1)
+
+
+def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:
+    """Which positions belong to a sample, (M,) bool, where the samples of a nested tensor have gaps between them."""
+    steps = torch.zeros(positions + 1, dtype=offsets.dtype, device=offsets.device)
+    ones = torch.ones_like(lengths, dtype=offsets.dtype)
+    starts = offsets[:-1]  # (N,)
+    return steps.index_add(0, starts, ones).index_add(0, starts + lengths, -ones)[:-1].cumsum(0) > 0

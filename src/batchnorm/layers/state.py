@@ -1,0 +1,173 @@
+"""What a layer stores: wide running statistics, the buffers of its statistics source, the counter of skipped batches, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+
+from batchnorm.functional import counter_on
+from batchnorm.logs import logger
+from batchnorm.statistics import Batch, Statistics, kept_by
+
+STATISTICS = ("running_mean", "running_var")
+_OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # how the names of a source's buffers begin
+
+
+class LayerState(_BatchNorm):
+    """The buffers of a layer, and how they are cast, loaded and reset."""
+
+    statistics: Statistics = Batch()
+    keep_wide_statistics: bool = True
+    _nonfinite_batches: Tensor | None = None
+
+    @property
+    def num_nonfinite_batches(self) -> Tensor | None:
+        """How many batches were skipped, 0-d int64; None if the layer has no `num_batches_tracked`.
+
+        It is not a buffer, because a layer of torch's has none to pair it with: averages of weights that were made before `convert`
+        pair the buffers of two models, and tools that load a model from the meta device look for a value of each buffer. Where
+        `num_batches_tracked` was created, moved or loaded without this counter, it starts at 0.
+        """
+        beside, counter = self._buffers.get("num_batches_tracked"), self._nonfinite_batches
+        if beside is None:
+            return None
+        if counter is None or counter.device != beside.device:
+            counter = self._nonfinite_batches = counter_on(beside.device, counter)
+        return counter
+
+    @num_nonfinite_batches.deleter
+    def num_nonfinite_batches(self) -> None:
+        self.__dict__.pop("_nonfinite_batches", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "num_nonfinite_batches" in self._buffers:  # pickled when it was one
+            self._nonfinite_batches = self._buffers.pop("num_nonfinite_batches")
+            self._non_persistent_buffers_set.discard("num_nonfinite_batches")
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, counters 0."""
+        super().reset_running_stats()
+        self._reset_nonfinite_counter()
+        for name, kept in kept_by(self.statistics).items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.copy_(kept.start(self._buffers[kept.like]))  # pyright: ignore[reportArgumentType] (where one is, so is the other)
+
+    def _prepare_buffers(self) -> None:
+        """Create what torch's layer lacks: wide running statistics, the source's buffers, the counter of skipped batches."""
+        self._match_buffers_to_source()
+        self._widen_statistics({})
+        self._reset_nonfinite_counter()
+
+    def _reset_nonfinite_counter(self) -> None:
+        beside = self._buffers.get("num_batches_tracked")
+        self._nonfinite_batches = None if beside is None else counter_on(beside.device)
+
+    def _match_buffers_to_source(self) -> None:
+        """Register the buffers of the statistics source, with its initial values, and remove those of another source."""
+        wanted = kept_by(self.statistics)
+        for name in [name for name in self._buffers if name.startswith(_OF_SOURCES) and name not in wanted]:
+            del self._buffers[name]
+        for name, kept in wanted.items():
+            source, buffer = self._buffers.get(kept.like), self._buffers.get(name)
+            if source is None or (buffer is not None and _fits(buffer, source)):
+                continue
+            if isinstance(source, UninitializedBuffer):
+                self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
+            else:
+                self.register_buffer(name, kept.start(source).clone())
+
+    def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
+        """Set running statistics of fewer than 32 bits per component back to float32, from `originals` where they hold them.
+
+        A running mean in bfloat16 stalls: with momentum 0.001 and data of mean 10 it never exceeds 4.
+        """
+        for name in (*STATISTICS, *kept_by(self.statistics)):
+            buffer = self._buffers.get(name)
+            if (
+                not self.keep_wide_statistics
+                or buffer is None
+                or isinstance(buffer, UninitializedBuffer)
+                or _is_wide(buffer)
+            ):
+                continue
+            source = originals.get(name, buffer)
+            dtype = torch.promote_types(source.dtype, torch.float32)
+            self._buffers[name] = source.to(device=buffer.device, dtype=dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        names = (*STATISTICS, *kept_by(self.statistics))
+        originals = {name: buffer for name in names if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        self._widen_statistics(originals)
+        beside = self._buffers.get("num_batches_tracked")
+        if beside is not None:
+            self._nonfinite_batches = counter_on(beside.device, self._nonfinite_batches)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load torch's checkpoints, and the tutorial's: `gamma`, `beta`, no counter, perhaps no running statistics."""
+        if prefix + "gamma" in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "gamma")
+            if prefix + "beta" in state_dict:
+                state_dict[prefix + "bias"] = state_dict.pop(prefix + "beta")
+            lacking = [name for name in (*STATISTICS, "num_batches_tracked") if prefix + name not in state_dict]
+            for name in lacking:
+                if self._buffers.get(name) is not None:
+                    state_dict[prefix + name] = self._buffers[name]
+            if "running_mean" in lacking:
+                logger.warning(
+                    "%s: the checkpoint has gamma and beta but no running statistics; the layer keeps its own. "
+                    "Run the training data through it in training mode before inference",
+                    prefix.rstrip(".") or type(self).__name__,
+                )
+        self._match_checkpoint_to_source(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._widen_statistics({})
+        self._reset_nonfinite_counter()  # the checkpoint does not have it
+
+    def _match_checkpoint_to_source(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Fit a checkpoint of another statistics source: add the buffers that it lacks, with initial values, and drop the others."""
+        wanted = kept_by(self.statistics)
+        for name, kept in wanted.items():
+            source, given = state_dict.get(prefix + kept.like), state_dict.get(prefix + name)
+            if kept.like == "num_batches_tracked" and source is None:  # older than the counter, which then stays
+                source = self.num_batches_tracked
+            other_window = given is not None and kept.rows is not None and given.shape[:1] != (kept.rows,)
+            if source is not None and (given is None or other_window):
+                state_dict[prefix + name] = kept.start(source).clone()  # with assign=True it becomes the buffer itself
+        more = [key for key in state_dict if key.startswith(tuple(prefix + kept for kept in _OF_SOURCES))]
+        for key in more:
+            if key.removeprefix(prefix) not in wanted:
+                del state_dict[key]
+                logger.info(
+                    "%s: left out of the checkpoint, it belongs to a statistics source that this layer does not have",
+                    key,
+                )
+
+
+def _fits(buffer: Tensor, source: Tensor) -> bool:
+    """Whether a source's buffer has the layer's number of channels; if not, it starts with initial values."""
+    lazy = isinstance(buffer, UninitializedBuffer) or isinstance(source, UninitializedBuffer)
+    return lazy or source.dim() == 0 or buffer.shape[-1:] == source.shape[-1:]
+
+
+def _is_wide(values: Tensor) -> bool:
+    """Whether each number, or each component of a complex one, has at least 32 bits."""
+    return values.element_size() >= (8 if values.is_complex() else 4)
