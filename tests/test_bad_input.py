@@ -214,7 +214,11 @@ CONSTRUCTOR_CASES = {
     ),
     "on-single": (lambda: layer(on_single="ignore"), InputError, "on_single must be one of"),
     "on-nonfinite": (lambda: layer(on_nonfinite=None), InputError, "on_nonfinite must be one of"),
-    "statistics": (lambda: layer(statistics="running"), InputError, r"must be a statistics source such as batchnorm.statistics.Batch\(\)"),
+    "statistics": (
+        lambda: layer(statistics="running"),
+        InputError,
+        r"must be a statistics source such as batchnorm.statistics.Batch\(\)",
+    ),
 }
 
 

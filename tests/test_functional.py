@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm import Moments
-from batchnorm.functional import batch_norm, move_running_statistics, normalize, normalize_with
+from batchnorm.functional import batch_norm, normalize, normalize_with, update_running_statistics
 from batchnorm.kernels import Activation, parse
 
 ACTIVATIONS = {
@@ -293,17 +293,17 @@ def test_momentum_may_be_a_tensor():
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_move_running_statistics_skips_what_is_not_finite():
+def test_update_running_statistics_skips_what_is_not_finite():
     good = Moments(4, torch.ones(2), torch.ones(2))
     for bad in (
         Moments(4, torch.tensor([1.0, float("nan")]), torch.ones(2)),
         Moments(4, torch.ones(2), torch.tensor([1e39, 1.0]).double()),
     ):
         buffers = torch.zeros(2), torch.ones(2)
-        assert not move_running_statistics(*buffers, bad, skip_nonfinite=True)
+        assert not update_running_statistics(*buffers, bad, skip_nonfinite=True)
         assert torch.equal(torch.stack(buffers), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-        assert move_running_statistics(*buffers, good, skip_nonfinite=True)
-        assert move_running_statistics(*buffers, bad) is None
+        assert update_running_statistics(*buffers, good, skip_nonfinite=True)
+        assert update_running_statistics(*buffers, bad) is None
         assert not torch.stack(buffers).isfinite().all()
 
 

@@ -405,11 +405,11 @@ def test_running_statistics(dtype, unbiased, skip, masked_count, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "update_running", counted)
-            found = bn.functional.move_running_statistics(
+            found = bn.functional.update_running_statistics(
                 *buffers, Moments(count, mean, m2), 0.1, unbiased=unbiased, skip_nonfinite=skip
             )
-            patch.setattr(cpu, "moves", lambda *_: False)
-            expected = bn.functional.move_running_statistics(
+            patch.setattr(cpu, "takes_update", lambda *_: False)
+            expected = bn.functional.update_running_statistics(
                 *plain, Moments(count, mean, m2), 0.1, unbiased=unbiased, skip_nonfinite=skip
             )
         assert len(calls) == 1

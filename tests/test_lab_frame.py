@@ -185,7 +185,13 @@ def strange(job):
 class TestFingerprint:
     def test_code_is_what_an_experiment_imports_and_nothing_else(self):
         reached = {str(path.relative_to(PACKAGE)) for path in fingerprint._reached("batchnorm.lab.experiments.depth")}
-        assert {"lab/experiments/depth.py", "lab/train.py", "lab/networks.py", "layers/layer.py", "kernels/cpu.py"} <= reached
+        assert {
+            "lab/experiments/depth.py",
+            "lab/train.py",
+            "lab/networks.py",
+            "layers/layer.py",
+            "kernels/cpu.py",
+        } <= reached
         assert {
             "lab/experiments/lr_range.py",
             "lab/runner.py",

@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm import functional
 from batchnorm.errors import DTypeError, InputError, ShapeError
-from batchnorm.functional import short
+from batchnorm.functional import fast_path
 from batchnorm.kernels import Epilogue, Renormalization, cpu, eager
 from batchnorm.statistics import Renorm, recomputed
 from tests.budget import assert_same_bits
 from tests.test_kernels_cpu import ACTIVATIONS, DTYPES, LAYOUTS, SHAPES, close, epilogue, tensors
 
 needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-SHORT, LONG = "NormalizeShortBackward", "NormalizeBackward"
+FAST, GENERAL = "NormalizeAtOnceBackward", "NormalizeBackward"
 
 
 def renormalization_of(C, r_max=1.5, d_max=0.4, dtype=torch.float32) -> Renormalization:
@@ -118,7 +118,7 @@ def test_what_is_not_finite_stays_in_its_channel(bad):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", ["short", "residual", "plain torch"])
+@pytest.mark.parametrize("way", ["fast path", "residual", "plain torch"])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_derivatives_of_both_orders(monkeypatch, activation, way, layout):
     """r and d depend on x, so numerical derivatives are no measure; the formula's are."""
@@ -131,11 +131,11 @@ def test_derivatives_of_both_orders(monkeypatch, activation, way, layout):
     nn.init.uniform_(layer.weight)
     x, dy, residual = tensors((5, 3, 4), torch.float64, layout)
     given = (x.requires_grad_(), layer.weight, layer.bias)
-    residual = None if way == "short" else residual.requires_grad_()
+    residual = None if way == "fast path" else residual.requires_grad_()
     given = given if residual is None else (*given, residual)
     y = layer(x) if residual is None else layer(x, residual)
     if cpu.unavailable() is None:
-        assert y.grad_fn.name() == (SHORT if way == "short" else LONG)
+        assert y.grad_fn.name() == (FAST if way == "fast path" else GENERAL)
     function = {None: None, "relu": torch.relu, "silu": nn.functional.silu}[activation]
     expected = by_formula(x, layer.weight, layer.bias, layer.eps, renormalization, function, residual)
     torch.testing.assert_close(y, expected)
@@ -178,9 +178,9 @@ def test_the_short_way_is_the_long_one(monkeypatch, options, warmup, batches):
         make = partial(bn.BatchNorm, shape[1], dtype=own, statistics=part, **options)
         ways, found = trained(make, shape, dtype, last, batches)
         with monkeypatch.context() as patch:
-            patch.setattr(short, "take", lambda *_: None)
+            patch.setattr(fast_path, "steps_for", lambda *_: None)
             other_ways, expected = trained(make, shape, dtype, last, batches)
-        assert (ways, other_ways) == ({SHORT}, {LONG})
+        assert (ways, other_ways) == ({FAST}, {GENERAL})
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(
                 ours, theirs, rtol=2 * torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0, atol=1e-12
@@ -194,7 +194,7 @@ def test_plain_torch_says_the_same(monkeypatch):
         _, found = trained(make, (4, 5, 7), torch.float64, False, 0, **given)
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "refuses", lambda *_: "not wanted")
-            patch.setattr(short, "take", lambda *_: None)
+            patch.setattr(fast_path, "steps_for", lambda *_: None)
             _, expected = trained(make, (4, 5, 7), torch.float64, False, 0, **given)
         torch.testing.assert_close(found, expected)
 

@@ -233,7 +233,7 @@ def test_convert_gives_every_layer_the_part_and_revert_takes_it_back():
     assert type(model[1]) is nn.BatchNorm1d
     assert model[3].statistics == Renorm()
     torch.testing.assert_close(dict(model.state_dict()), state)
-    with pytest.raises(InputError, match="must be a part"):
+    with pytest.raises(InputError, match="must be a statistics source"):
         bn.convert(model, statistics=Renorm)
     assert type(model[1]) is nn.BatchNorm1d
 

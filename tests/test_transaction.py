@@ -18,9 +18,7 @@ from batchnorm.surgery import transaction, walk
 from tests.networks import FrozenBatchNorm2d, settle
 
 PACKAGE = Path(bn.__file__).parent
-FILES = tuple(
-    str(PACKAGE / name) for name in ("surgery", "layers", "memory", "distributed", "agreement", "population")
-)
+FILES = tuple(str(PACKAGE / name) for name in ("surgery", "layers", "memory", "distributed", "agreement", "population"))
 CLEANING_UP = tuple(str(PACKAGE / "surgery" / name) for name in ("transaction.py", "guards.py"))
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "is_fake",
     "is_functional",
     "is_legacy_batched",
+    "is_tracing",
     "only_gradient_levels",
     "outside_transforms",
     "queue_callback",
@@ -42,6 +43,9 @@ __all__ = [
 
 # Whether a transform of `torch.func` (grad, vjp, jvp, vmap, functionalize) is active.
 transforms_active = torch._C._are_functorch_transforms_active
+
+# Whether `torch.jit.trace` runs.
+is_tracing = torch._C._is_tracing
 
 # The id of the backward that runs in this thread; -1 outside of one.
 graph_task = torch._C._current_graph_task_id

@@ -136,7 +136,7 @@ def test_node_by_functions(node_cases, name):
         return
     y, moments = bn.functional.normalize(node.x, node.weight, node.bias, node.eps)
     running_mean, running_var = node.mean.clone(), node.variance.clone()
-    bn.functional.move_running_statistics(running_mean, running_var, moments, 1 - node.momentum, unbiased=False)
+    bn.functional.update_running_statistics(running_mean, running_var, moments, 1 - node.momentum, unbiased=False)
     node.check(y, running_mean, running_var)
 
 

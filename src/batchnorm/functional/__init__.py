@@ -42,7 +42,7 @@ from batchnorm.functional.parts import (
 )
 from batchnorm.functional.recompute import recomputation, recomputing
 from batchnorm.functional.reduction import Reducer
-from batchnorm.functional.running import counter_on, move_running_statistics
+from batchnorm.functional.running import counter_on, update_running_statistics
 from batchnorm.kernels import Activation, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
@@ -58,11 +58,11 @@ __all__ = [
     "is_single_value",
     "mask_of",
     "moments",
-    "move_running_statistics",
     "normalize",
     "normalize_with",
     "recomputation",
     "recomputing",
+    "update_running_statistics",
 ]
 
 
@@ -124,7 +124,7 @@ def batch_norm(
             input, weight, bias, eps, activation=activation, residual=residual, mask=mask, reducer=reducer
         )
         if running_mean is not None and running_var is not None:
-            move_running_statistics(running_mean, running_var, moments, momentum)
+            update_running_statistics(running_mean, running_var, moments, momentum)
         return output
     if running_mean is None or running_var is None:
         raise StateError(

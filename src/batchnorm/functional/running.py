@@ -1,32 +1,20 @@
-"""Running statistics: one step of the moving averages, from eager code, compiled code and torch.func alike."""
+"""Running statistics: one update of the moving averages, and the counter of skipped batches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from batchnorm.errors import StateError
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_momentum, check_widths
 from batchnorm.functional.parts import parts_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
-from batchnorm.kernels import cpu
+from batchnorm.kernels import Running, Update, eager, select_update
 from batchnorm.moments import Moments
-from batchnorm.torch_state import (
-    differentiated_by_torch,
-    is_batched,
-    is_functional,
-    only_gradient_levels,
-    outside_transforms,
-    static_address,
-    tangent_level,
-    tracks_gradient,
-    unwrapped,
-)
+from batchnorm.torch_state import outside_transforms, static_address
 
 
-def move_running_statistics(
+def update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
     moments: Moments,
@@ -34,25 +22,25 @@ def move_running_statistics(
     *,
     unbiased: bool = True,
     skip_nonfinite: bool = False,
-    counters: cpu.Counters = (None, None),
+    counters: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor | None:
-    """One step of the moving averages, in place: running = (1 - momentum) · running + momentum · batch.
+    """Update running statistics in place: running = (1 - momentum) · running + momentum · batch.
 
-    Computed in the moments' dtype and rounded once. Where a mask leaves fewer than two values, or the batch is empty, nothing
-    moves: there is no variance to learn from. In a recomputation (`recompute.recomputing`) nothing moves either: the step was taken
-    when the forward ran for the first time. No host synchronization.
+    Computed in the moments' dtype and rounded once. An empty batch, or one value per channel under a mask, updates nothing: it has no
+    variance to learn from. A recomputation (`recompute.recomputing`) updates nothing either, because the forward did when it ran
+    first. Never waits for the device.
 
     Args:
         running_mean: (C,), any floating dtype.
         running_var: (C,), any floating dtype.
         moments: of the batch.
         momentum: the weight of the batch; a number or a 0-d tensor.
-        unbiased: follow the unbiased variance (torch, and the paper's section 3.1) or the biased one (Keras, Flax).
-        skip_nonfinite: let a batch pass by whose statistics are not finite in the buffers' dtype, whole or not at all.
-        counters: 0-d int64 tensors that count the batches that moved the statistics, and those that were skipped.
+        unbiased: use the unbiased variance (torch, and the paper's section 3.1) or the biased one (Keras, Flax).
+        skip_nonfinite: update neither buffer if the batch's statistics are not finite in the buffers' dtype.
+        counters: 0-d int64 tensors that count the batches that updated the statistics, and those that were skipped.
 
     Returns:
-        0-d bool, whether the statistics were finite; None if that was not asked for.
+        0-d bool, whether the statistics were finite; None without skip_nonfinite.
 
     Raises:
         ArgumentError, ShapeError: on a momentum that is no number, on buffers of another number of channels; nothing is written.
@@ -66,52 +54,16 @@ def move_running_statistics(
     if running_mean.is_complex() or moments.mean.is_complex():
         running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
         moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
-    if (
-        isinstance(momentum, float)
-        and cpu.moves(running_mean, running_var, moments, counters)
-        and not differentiated_by_torch()
-        and not exporting()  # a trace counts values by tensors
-    ):
-        finite = cpu.update_running(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite, counters)
-        return finite if skip_nonfinite else None
-    return _move_by_torch(running_mean, running_var, moments, momentum, unbiased, skip_nonfinite, counters)
-
-
-@torch.no_grad()
-def _move_by_torch(
-    running_mean: Tensor,
-    running_var: Tensor,
-    moments: Moments,
-    momentum: float | Tensor,
-    unbiased: bool,
-    skip_nonfinite: bool,
-    counters: cpu.Counters,
-) -> Tensor | None:
-    count = moments.count
-    pairs = ((running_mean, moments.mean), (running_var, moments.variance(unbiased=unbiased)))
-    finite = first = None
-    moves = None if isinstance(count, int) else count > 1
-    if skip_nonfinite:
-        finite = torch.stack([value.to(running.dtype).isfinite().all() for running, value in pairs]).all()
-        moves = finite if moves is None else moves & finite
-    if torch.compiler.is_compiling() and not exporting():  # whether this is a recomputation shows when the code runs
-        first = ~recomputing_now(moments.mean)
-        moves = first if moves is None else moves & first
-    steps = []
-    for running, value in pairs:
-        old = running.to(value.dtype)
-        step = (1 - momentum) * old + momentum * value
-        steps.append((running, step if moves is None else torch.where(moves, step, old)))
-    moved, skipped = counters
-    if moved is not None:
-        steps.append((moved, moved + (1 if moves is None else moves)))
-    for buffer, value in steps:
-        _check_writable(buffer, value)
-    for buffer, value in steps:
-        _write(buffer, value)
-    if skipped is not None and finite is not None and not exporting():  # exported programs write buffers alone
-        _count(skipped, ~finite if first is None else ~finite & first)
-    return finite
+    batches, skipped = counters
+    unless = None
+    if exporting():
+        skipped = None  # exported programs write buffers alone
+    elif torch.compiler.is_compiling():  # whether this is a recomputation shows when the code runs
+        unless = recomputing_now(moments.mean)
+    running = Running(running_mean, running_var, batches, skipped)
+    update = Update(momentum, unbiased, skip_nonfinite, unless)
+    kernel = eager if exporting() else select_update(running, moments, update)  # a trace counts values by tensors
+    return kernel.update_running(running, moments, update)
 
 
 def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
@@ -126,52 +78,3 @@ def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
         counter = torch.zeros((), dtype=torch.int64, device=device)
     static_address(counter)
     return counter
-
-
-def _count(counter: Tensor, skipped: Tensor) -> None:
-    """Add 1 if the batch was skipped (0-d bool). Under `torch.vmap` the counter is one for all slices, and counts each."""
-    if not differentiated_by_torch():
-        counter.add_(skipped)
-        return
-    skipped = _without_levels(skipped)
-    if not is_functional(skipped):  # `torch.func.functionalize` lets a call write its arguments alone
-        with outside_transforms():
-            counter.add_(skipped.sum())
-
-
-def _write(buffer: Tensor, value: Tensor) -> None:
-    """`buffer.copy_(value)` of a buffer found writable, also from inside `torch.func.grad`.
-
-    That refuses to write to a tensor it did not get as an argument. A buffer holds values, never gradients: what is written is
-    what lies below the gradient levels.
-    """
-    if tangent_level() >= 0:
-        value = forward_ad.unpack_dual(value).primal
-    if not differentiated_by_torch() or not only_gradient_levels():
-        buffer.copy_(value)
-        return
-    with outside_transforms():
-        _below_gradient_levels(buffer).copy_(_below_gradient_levels(value))
-
-
-def _check_writable(buffer: Tensor, value: Tensor) -> None:
-    if not differentiated_by_torch():
-        return
-    if is_batched(_below_gradient_levels(value)) > is_batched(_below_gradient_levels(buffer)):
-        raise StateError(
-            "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
-            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
-            "call batchnorm.functional.normalize, which returns the moments"
-        )
-
-
-def _without_levels(value: Tensor) -> Tensor:
-    while tracks_gradient(value) or is_batched(value):
-        value = unwrapped(value)
-    return value
-
-
-def _below_gradient_levels(value: Tensor) -> Tensor:
-    while tracks_gradient(value):
-        value = unwrapped(value)
-    return value

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from batchnorm.kernels import cpu, eager
 from batchnorm.kernels.activation import Activation, from_module, parse
-from batchnorm.kernels.contract import Backward, Epilogue, Groups, Kernel
+from batchnorm.kernels.contract import Backward, Epilogue, Groups, Kernel, Running, Step, Steps, Update
 from batchnorm.kernels.correction import Correction, Renormalization
+from batchnorm.moments import Moments
 
 KERNELS: tuple[Kernel, ...] = (cpu, eager)
 
@@ -20,6 +21,23 @@ def select(x: Tensor, epilogue: Epilogue) -> Kernel:
     raise AssertionError("eager refuses nothing")
 
 
+def select_update(running: Running, moments: Moments, update: Update) -> Kernel:
+    """The first kernel of `KERNELS` that updates these running statistics."""
+    for kernel in KERNELS:
+        if kernel.takes_update(running, moments, update):
+            return kernel
+    raise AssertionError("eager takes every update")
+
+
+def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
+    """The one-operator calls of the first kernel of `KERNELS` that has some for these tensors."""
+    for kernel in KERNELS:
+        steps = kernel.steps_for(x, running_mean)
+        if steps is not None:
+            return steps
+    return None
+
+
 __all__ = [
     "KERNELS",
     "Activation",
@@ -29,7 +47,13 @@ __all__ = [
     "Groups",
     "Kernel",
     "Renormalization",
+    "Running",
+    "Step",
+    "Steps",
+    "Update",
     "from_module",
     "parse",
     "select",
+    "select_update",
+    "steps_for",
 ]

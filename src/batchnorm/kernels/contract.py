@@ -21,6 +21,7 @@ A mask is boolean and broadcasts against (N, 1, *S); where it is False nothing i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -97,13 +98,79 @@ class Backward(NamedTuple):
     sum_grad_xhat: Tensor
 
 
+class Running(NamedTuple):
+    """The buffers of a layer that training updates in place.
+
+    Attributes:
+        mean: running mean, (C,).
+        variance: running variance, (C,).
+        batches: how many batches updated them, 0-d int64, or None.
+        skipped: how many batches were not finite and did not, 0-d int64, or None.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor | None = None
+    skipped: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """How a batch updates running statistics: running = (1 - momentum) · running + momentum · batch.
+
+    Attributes:
+        momentum: the weight of the batch; a number or a 0-d tensor.
+        unbiased: whether the batch's variance is divided by count - 1.
+        skip_nonfinite: leave both buffers alone if the batch's statistics are not finite in their dtype.
+        unless: 0-d bool, True where nothing is updated; None is False.
+    """
+
+    momentum: float | Tensor = 0.1
+    unbiased: bool = True
+    skip_nonfinite: bool = False
+    unless: Tensor | None = None
+
+
+class Step(NamedTuple):
+    """A layer's call as one operator, and its backward as another: what a call on a tensor of a few kilobytes needs.
+
+    Attributes:
+        forward: takes x, weight, bias, what of the layer's buffers and options it needs, eps, and the activation as `activation_code` gives
+            it; returns y and the statistics saved for backward, (2, C) mean and rstd or (4, C) with r and d. Both are empty if it does
+            not take the call, and then nothing was written.
+        backward: takes dy, x, the statistics, weight, bias, the activation and whether dx is wanted; returns dx, dweight and dbias.
+        constant_statistics: whether the statistics are constants in the backward.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    constant_statistics: bool
+
+
+class Steps(NamedTuple):
+    """The steps of a kernel.
+
+    Attributes:
+        training: `Kernel.forward` and `Kernel.update_running`.
+        renormalization: `Kernel.forward_renormalized` and `Kernel.update_running`.
+        inference: `Kernel.infer`.
+        activation_code: the number and the slope of an activation, as the operators take them.
+        kernel: whose verbs the backward uses where it is itself differentiated.
+    """
+
+    training: Step
+    renormalization: Step
+    inference: Step
+    activation_code: Callable[[Activation | None], tuple[int, float]]
+    kernel: Kernel
+
+
 def values_per_channel(x: Tensor) -> int:
     """How many values of x (N, C, *S) share a mean."""
     return x.numel() // x.shape[1] if x.shape[1] else 0
 
 
 class Kernel(Protocol):
-    """One implementation of the verbs. `kernels.select` asks each in turn whether it takes a call."""
+    """One implementation of the verbs. `kernels.select` asks each in turn whether it takes a call, and so do its siblings."""
 
     name: str
 
@@ -167,4 +234,19 @@ class Kernel(Protocol):
         groups: Groups | None = None,
     ) -> Backward:
         """`reduce_grad` and `input_grad`, fused; `count` is None where the statistics are constants, which those of groups are not."""
+        ...
+
+    def takes_update(self, running: Running, moments: Moments, update: Update) -> bool:
+        """Whether `update_running` takes these buffers and moments."""
+        ...
+
+    def update_running(self, running: Running, moments: Moments, update: Update) -> Tensor | None:
+        """Update the running statistics in place and count the batch; 0-d bool, whether its statistics were finite, if that was asked for.
+
+        Computed in the moments' dtype and rounded once. A count of less than 2 that only the device knows updates nothing.
+        """
+        ...
+
+    def steps_for(self, x: Tensor, running_mean: Tensor) -> Steps | None:
+        """The kernel's one-operator calls, if it has any for these tensors."""
         ...

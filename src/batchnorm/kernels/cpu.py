@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm.errors import StateError
 from batchnorm.kernels.activation import Activation
-from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
+from batchnorm.kernels.contract import Backward, Epilogue, Groups, Running, Step, Steps, Update, values_per_channel
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
+from batchnorm.torch_state import differentiated_by_torch
 
 name = "cpu"
-
-Counters = tuple[
-    Tensor | None, Tensor | None
-]  # of batches that moved the statistics, and of those that were not finite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -190,38 +186,37 @@ def backward(
     return Backward(dx if needs_input_grad else None, dresidual if wants_dresidual else None, sum_grad, sum_grad_xhat)
 
 
-def moves(running_mean: Tensor, running_var: Tensor, moments: Moments, counters: Counters) -> bool:
-    """Whether `update_running` takes these buffers. A compiler does better with the plain operators: it fuses them."""
-    dtype = running_mean.dtype
+def takes_update(running: Running, moments: Moments, update: Update) -> bool:
+    """A compiler does better with plain operators, which it fuses."""
+    mean, variance, *counters = running
     return (
         _unavailable is None
-        and (dtype is torch.float32 or dtype is torch.float64)
-        and running_var.dtype is dtype
+        and isinstance(update.momentum, float)
+        and update.unless is None
+        and (mean.dtype is torch.float32 or mean.dtype is torch.float64)
+        and variance.dtype is mean.dtype
         and moments.mean.dtype is torch.float64
-        and running_mean.is_cpu
-        and running_var.is_cpu
+        and mean.is_cpu
+        and variance.is_cpu
         and moments.mean.is_cpu
-        and (counters[0] is None or (counters[0].is_cpu and counters[0].dtype is torch.int64))
-        and (counters[1] is None or (counters[1].is_cpu and counters[1].dtype is torch.int64))
+        and all(counter is None or (counter.is_cpu and counter.dtype is torch.int64) for counter in counters)
         and not torch.compiler.is_compiling()
+        and not differentiated_by_torch()
     )
 
 
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    moments: Moments,
-    momentum: float,
-    unbiased: bool,
-    skip_nonfinite: bool,
-    counters: Counters,
-) -> Tensor:
-    """`functional.move_running_statistics` in one call, for buffers that `moves`; whether the statistics were finite, 0-d bool."""
+def update_running(running: Running, moments: Moments, update: Update) -> Tensor | None:
     count, mean, m2 = moments
     masked, whole = (count, 0.0) if isinstance(count, Tensor) else (None, float(count))
-    return torch.ops.batchnorm.update_running.default(
-        running_mean, running_var, *counters, mean, m2, masked, whole, momentum, unbiased, skip_nonfinite
+    momentum, unbiased, skip_nonfinite, _ = update
+    finite = torch.ops.batchnorm.update_running.default(
+        *running, mean, m2, masked, whole, momentum, unbiased, skip_nonfinite
     )
+    return finite if skip_nonfinite else None
+
+
+def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
+    return _STEPS if x.is_cpu and running_mean.is_cpu else None
 
 
 def unavailable() -> str | None:
@@ -350,24 +345,21 @@ _FAKES = {
 _unavailable, _instruction_set, _builds = _load()
 
 
-def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """One that is called as its schema says, without torch's frame around it: it costs as much as a tiny tensor's arithmetic."""
-    if _unavailable is None:
-        return getattr(torch.ops.batchnorm, name).default._op
+def _steps() -> Steps:
+    """Operators that are called as their schemas say, without torch's frame around them: it costs as much as a tiny tensor's arithmetic."""
+    operators = torch.ops.batchnorm
+    training, training_backward = operators.training_step.default._op, operators.training_step_backward.default._op
+    inference, inference_backward = operators.inference_step.default._op, operators.inference_step_backward.default._op
+    return Steps(
+        Step(training, training_backward, False),
+        Step(operators.renormalization_step.default._op, training_backward, False),
+        Step(inference, inference_backward, True),
+        code,
+        sys.modules[__name__],  # pyright: ignore[reportArgumentType] (a module is a kernel)
+    )
 
-    def missing(*_: object) -> tuple[Tensor, ...]:
-        raise StateError(
-            f"the operator {name} needs the C++ kernels: {_unavailable}; ask kernels.cpu.unavailable() first"
-        )
 
-    return missing
-
-
-# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), or mean, rstd, r and d (4, C); both empty where they do not take it, which
-# they find out faster than Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
-training_step, training_step_backward = _operator("training_step"), _operator("training_step_backward")
-renormalization_step = _operator("renormalization_step")
-inference_step, inference_step_backward = _operator("inference_step"), _operator("inference_step_backward")
+_STEPS = None if _unavailable is not None else _steps()
 _warned = _unavailable is None
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.contract import Backward, Epilogue, Groups, values_per_channel
+from batchnorm.kernels.buffers import check_writable, count_in, write
+from batchnorm.kernels.contract import Backward, Epilogue, Groups, Running, Steps, Update, values_per_channel
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.torch_state import is_fake, transforms_active
@@ -104,6 +105,42 @@ def backward(
         return Backward(None, _residual_grad(grad, epilogue), *sums)
     mean_grads = None if count is None else (sums[0] / at_least_one(count), sums[1] / at_least_one(count))
     return Backward(*_input_grad(x, grad, normalized, rstd, epilogue, mean_grads), *sums)
+
+
+def takes_update(running: Running, moments: Moments, update: Update) -> bool:  # noqa: ARG001 (the contract's signature)
+    """Always."""
+    return True
+
+
+@torch.no_grad()
+def update_running(running: Running, moments: Moments, update: Update) -> Tensor | None:
+    count = moments.count
+    pairs = ((running.mean, moments.mean), (running.variance, moments.variance(unbiased=update.unbiased)))
+    finite, happens = None, None if isinstance(count, int) else count > 1
+    if update.skip_nonfinite:
+        finite = torch.stack([value.to(buffer.dtype).isfinite().all() for buffer, value in pairs]).all()
+        happens = finite if happens is None else happens & finite
+    if update.unless is not None:
+        happens = ~update.unless if happens is None else happens & ~update.unless
+    writes = []
+    for buffer, value in pairs:
+        old = buffer.to(value.dtype)
+        new = (1 - update.momentum) * old + update.momentum * value
+        writes.append((buffer, new if happens is None else torch.where(happens, new, old)))
+    if running.batches is not None:
+        writes.append((running.batches, running.batches + (1 if happens is None else happens)))
+    for buffer, value in writes:
+        check_writable(buffer, value)
+    for buffer, value in writes:
+        write(buffer, value)
+    if running.skipped is not None and finite is not None:
+        count_in(running.skipped, ~finite if update.unless is None else ~finite & ~update.unless)
+    return finite
+
+
+def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:  # noqa: ARG001 (the contract's signature)
+    """None: each verb is many operators."""
+    return None
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

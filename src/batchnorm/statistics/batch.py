@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from batchnorm.functional import short
 from batchnorm.statistics.contract import Layer
-from batchnorm.statistics.shared import by_replicas, train_or_infer, train_shortly
+from batchnorm.statistics.shared import by_replicas, train_on_fast_path, train_or_infer
 
 
 @dataclass(frozen=True)
@@ -19,5 +18,5 @@ class Batch:
     """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        y = train_shortly(short.TRAINING, layer, x, residual, mask)
+        y = train_on_fast_path("training", layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, by_replicas) if y is None else y

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import moments, recomputing, short
+from batchnorm.functional import moments, recomputing
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.recomputed import Buffers
-from batchnorm.statistics.shared import by_batch, by_replicas, reducer_of, train_or_infer, train_shortly
+from batchnorm.statistics.shared import by_batch, by_replicas, reducer_of, train_on_fast_path, train_or_infer
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Renorm:
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:
             return train_or_infer(layer, x, residual, mask, by_replicas)
-        y = self._shortly(layer, x, residual, mask)
+        y = self._on_fast_path(layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, self._corrected) if y is None else y
 
-    def _shortly(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        take = partial(
-            train_shortly,
-            short.RENORMALIZATION,
+    def _on_fast_path(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        call = partial(
+            train_on_fast_path,
+            "renormalization",
             layer,
             x,
             residual,
@@ -73,12 +73,12 @@ class Renorm:
             bounds=(self.r_max, self.d_max, self.warmup),
         )
         if not (layer.training and recomputed.matters()):
-            return take()
+            return call()
         mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
         if torch.is_grad_enabled() or recomputing() or mean is None or variance is None or batches is None:
             return None
         before = Buffers(mean, variance, batches).copy()
-        return take(seen=lambda statistics: recomputed.remember(layer, statistics[0], statistics[1], before))
+        return call(observe=lambda statistics: recomputed.remember(layer, statistics[0], statistics[1], before))
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
         """r_max and d_max after so many batches, both 0-d float64."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from batchnorm.errors import InputError, StateError
 from batchnorm.functional import (
     Reducer,
     check_several_values,
+    fast_path,
     is_single_value,
-    move_running_statistics,
     normalize,
     normalize_with,
     recomputing,
-    short,
+    update_running_statistics,
 )
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_eps, check_input, check_momentum, epilogue_of
@@ -74,9 +74,9 @@ def train_or_infer(
         y = torch.where(torch.as_tensor(several, device=y.device), y, by_running_statistics(layer, x, residual, mask))
     if moves and running_mean is not None and running_var is not None and moves_here():
         if accumulates and accumulating() and not recomputing():
-            add(running_mean, moments, lambda merged: _move(layer, running_mean, running_var, merged))
+            add(running_mean, moments, lambda merged: _update(layer, running_mean, running_var, merged))
         else:
-            _move(layer, running_mean, running_var, moments)
+            _update(layer, running_mean, running_var, moments)
     return y
 
 
@@ -122,18 +122,25 @@ def _by_torchs_operator(
     return by_torch(x, mean, variance, layer.eps, epilogue, True, 0.0 if momentum is None else momentum)
 
 
-def train_shortly(
-    step: short.Step,
+def train_on_fast_path(
+    kind: Literal["training", "renormalization"],
     layer: Layer,
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
     bounds: tuple[float, ...] = (),
-    seen: Callable[[Tensor], None] | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
-    """What a part makes of x in training, the short way; None where that is not the way.
+    """The layer's output in training, computed by one operator, or None if the call takes the general path.
 
-    `bounds` are what the step takes beside the buffers and how they move; `seen` is as in `short.take`.
+    Args:
+        kind: the name of the step in `kernels.Steps`.
+        layer: as the source sees it.
+        x: (N, C, *S).
+        residual: the general path takes it.
+        mask: the general path takes it.
+        bounds: what the step takes beside the buffers and how a batch updates them.
+        observe: receives the batch's statistics if no gradient is recorded.
     """
     activation = layer.activation
     if isinstance(layer, Applying):
@@ -145,21 +152,24 @@ def train_shortly(
         return None
     if layer.reducer is not None or accumulating() or in_one_batch():
         return None
-    parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
+    parameters, buffers = (
+        layer._parameters,
+        layer._buffers,
+    )  # an attribute look-up of each would cost half a microsecond
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, variance = buffers["running_mean"], buffers["running_var"]
         batches = buffers["num_batches_tracked"]
     except KeyError:  # pruned or parametrized: computed, and found by attribute alone
         return None
-    if mean is None or variance is None:
+    if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
         return None
-    skipped: Any = layer._nonfinite_batches  # found like this for the same reason
-    if skipped is None or not skipped.is_cpu:  # it follows the others when it is asked for
+    skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
+    if skipped is None or not skipped.is_cpu:
         skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
-    return short.take(step, x, weight, bias, activation, layer.eps, running, seen)
+    return fast_path.call(steps, getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
 
 
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
@@ -199,7 +209,7 @@ def reducer_of(layer: Layer) -> Reducer | None:
 
 def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     if residual is None and mask is None:
-        y = _infer_shortly(layer, x)
+        y = _infer_on_fast_path(layer, x)
         if y is not None:
             return y
     if layer.running_mean is None or layer.running_var is None:
@@ -219,26 +229,29 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
     )
 
 
-def _infer_shortly(layer: Layer, x: Tensor) -> Tensor | None:
-    """What the running statistics make of x, the short way; None where that is not the way."""
+def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
+    """The layer's output by its running statistics, computed by one operator, or None if the call takes the general path."""
     activation = layer.activation
     if isinstance(layer, Applying):
         layer = layer.owner
     if not isinstance(layer, nn.Module):
         return None
-    parameters, buffers = layer._parameters, layer._buffers  # found by attribute, each would cost half a microsecond
+    parameters, buffers = (
+        layer._parameters,
+        layer._buffers,
+    )  # an attribute look-up of each would cost half a microsecond
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, variance = buffers["running_mean"], buffers["running_var"]
     except KeyError:  # pruned or parametrized: computed, and found by attribute alone
         return None
-    if mean is None or variance is None:
+    if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
         return None
-    return short.take(short.INFERENCE, x, weight, bias, activation, layer.eps, (mean, variance))
+    return fast_path.call(steps, steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
-def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:
-    """Move the running statistics by one batch and count it, unless it is empty or not finite; no host synchronization."""
+def _update(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:
+    """Update the running statistics by one batch and count it, unless it is empty or not finite. Never waits for the device."""
     counter = layer.num_batches_tracked
     momentum = layer.momentum
     if momentum is None:  # the mean of all batches so far: the n-th weighs 1/n
@@ -246,7 +259,7 @@ def _move(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mome
             raise StateError("momentum=None averages over all batches and needs the counter num_batches_tracked")
         momentum = 1.0 / (counter + 1).to(moments.mean.dtype)
     raises = layer.on_nonfinite == "error" and _can_wait_for(running_mean)
-    finite = move_running_statistics(
+    finite = update_running_statistics(
         running_mean,
         running_var,
         moments,

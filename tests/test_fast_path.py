@@ -1,4 +1,4 @@
-"""The short way of a layer's call: it is taken where it should be, and comes to the same bits as the long one."""
+"""The fast path of a layer's call: it is taken where it should be, with the same bits as the general path."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -11,14 +11,14 @@ from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.errors import InputError, ShapeError
-from batchnorm.functional import short
+from batchnorm.functional import fast_path
 from batchnorm.kernels import cpu
 from tests.budget import assert_same_bits
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 SHAPES = [(2, 4, 3, 3), (1, 3, 5), (9, 33), (4, 1, 7), (40, 6, 12, 13)]
-LONG, SHORT = "NormalizeBackward", "NormalizeShortBackward"
+GENERAL, FAST = "NormalizeBackward", "NormalizeAtOnceBackward"
 
 
 def data(shape, dtype=torch.float32, last=False, seed=0):
@@ -42,19 +42,19 @@ def outcome(layer, x, dy):
     """How it went, y, all gradients, all buffers, and the counter of skipped batches."""
     y = layer(x)
     inputs = [value for value in (x, *layer.parameters()) if value.requires_grad]
-    way = y.grad_fn.name() if inputs else None
+    path = y.grad_fn.name() if inputs else None
     grads = torch.autograd.grad(y, inputs, dy) if inputs else ()
     skipped = [] if layer.num_nonfinite_batches is None else [layer.num_nonfinite_batches]
-    return way, [y.detach(), *grads, *layer.buffers(), *skipped]
+    return path, [y.detach(), *grads, *layer.buffers(), *skipped]
 
 
-def both_ways(monkeypatch, make, x, dy):
-    """The short way's outcome and the long one's, of layers made alike."""
-    short_one = outcome(make(), x, dy)
+def both_paths(monkeypatch, make, x, dy):
+    """The outcomes of the fast path and of the general path, of layers made alike."""
+    fast = outcome(make(), x, dy)
     with monkeypatch.context() as patch:
-        patch.setattr(short, "take", lambda *_: None)
-        long_one = outcome(make(), x, dy)
-    return short_one, long_one
+        patch.setattr(fast_path, "steps_for", lambda *_: None)
+        general = outcome(make(), x, dy)
+    return fast, general
 
 
 OPTIONS = [
@@ -75,12 +75,12 @@ def test_to_the_same_bits(monkeypatch, options, training, last):
     dtypes = [(dtype, torch.float32) for dtype in cpu.DTYPES if dtype != torch.float64] + [(torch.float64,) * 2]
     for shape, (dtype, own) in product(SHAPES, dtypes):
         make = partial(layer_of, shape[1], training, dtype=own, **options)
-        (way, found), (other_way, expected) = both_ways(monkeypatch, make, *data(shape, dtype, last))
-        assert (way, other_way) == (SHORT, LONG)
+        (path, found), (other_path, expected) = both_paths(monkeypatch, make, *data(shape, dtype, last))
+        assert (path, other_path) == (FAST, GENERAL)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.dtype == theirs.dtype
             assert ours.stride() == theirs.stride()
-            assert_same_bits(way, ours, theirs)
+            assert_same_bits(path, ours, theirs)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext], ids=lambda c: c.__name__)
@@ -88,7 +88,7 @@ def test_nothing_recorded(monkeypatch, context):
     x, dy = data((8, 5, 3))
     frozen = layer_of(5).requires_grad_(False)
     with context():
-        (_, found), (_, expected) = both_ways(monkeypatch, lambda: frozen, x.detach(), dy)
+        (_, found), (_, expected) = both_paths(monkeypatch, lambda: frozen, x.detach(), dy)
         assert frozen.num_batches_tracked == 2
     assert_same_bits("y", found[0], expected[0])
 
@@ -104,10 +104,10 @@ def test_gradients_of_one_alone(monkeypatch, wanted):
             parameter.requires_grad_(name == wanted)
         return layer
 
-    (way, found), (_, expected) = both_ways(monkeypatch, make, x, dy)
-    assert way == SHORT
+    (path, found), (_, expected) = both_paths(monkeypatch, make, x, dy)
+    assert path == FAST
     for ours, theirs in zip(found, expected, strict=True):
-        assert_same_bits(way, ours, theirs)
+        assert_same_bits(path, ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_gradients_of_one_alone(monkeypatch, wanted):
     ids=range(3),
 )
 def test_gradient_in_any_layout(monkeypatch, dy):
-    (way, found), (_, expected) = both_ways(monkeypatch, partial(layer_of, 5), data((8, 5, 4))[0], dy)
-    assert way == SHORT
+    (path, found), (_, expected) = both_paths(monkeypatch, partial(layer_of, 5), data((8, 5, 4))[0], dy)
+    assert path == FAST
     for ours, theirs in zip(found, expected, strict=True):
-        assert_same_bits(way, ours, theirs)
+        assert_same_bits(path, ours, theirs)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -128,8 +128,8 @@ def test_batches_that_are_not_finite(monkeypatch, poison, on_nonfinite):
     x, dy = data((8, 5, 3))
     with torch.no_grad():
         x[2, 3, 1] = poison
-    (way, found), (_, expected) = both_ways(monkeypatch, partial(layer_of, 5, on_nonfinite=on_nonfinite), x, dy)
-    assert way == SHORT
+    (path, found), (_, expected) = both_paths(monkeypatch, partial(layer_of, 5, on_nonfinite=on_nonfinite), x, dy)
+    assert path == FAST
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     *_, moved, skipped = found
@@ -168,29 +168,29 @@ UNUSUAL = {
 @pytest.mark.parametrize("case", UNUSUAL)
 def test_what_is_unusual_goes_the_long_way(case):
     make, x, given = UNUSUAL[case]
-    assert make()(x, **given).grad_fn.name() == LONG
+    assert make()(x, **given).grad_fn.name() == GENERAL
 
 
 @pytest.mark.parametrize("case", ["a residual", "a mask", "gaps", "wider parameters", "a pruned weight"])
 def test_what_is_unusual_in_inference_goes_the_long_way(case):
     make, x, given = UNUSUAL[case]
-    assert make().eval()(x, **given).grad_fn.name() == LONG
+    assert make().eval()(x, **given).grad_fn.name() == GENERAL
 
 
 def test_a_frozen_layer_takes_the_short_way():
     layer = layer_of(3, statistics=bn.statistics.Running())
     before = [value.clone() for value in layer.buffers()]
-    assert layer(X).grad_fn.name() == SHORT
+    assert layer(X).grad_fn.name() == FAST
     assert all(map(torch.equal, before, layer.buffers()))
 
 
 def test_subclasses_go_the_long_way():
-    assert layer_of(3)(X.as_subclass(Tagged)).grad_fn.name() == LONG
+    assert layer_of(3)(X.as_subclass(Tagged)).grad_fn.name() == GENERAL
 
 
 def test_moved_elsewhere_the_long_way_has_the_word():
     layer = layer_of(3).to("meta")
-    assert layer(X.to("meta")).grad_fn.name() == LONG
+    assert layer(X.to("meta")).grad_fn.name() == GENERAL
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_refusals_leave_the_buffers_alone(break_it, error):
 def test_differentiated_twice(activation, training):
     layer = layer_of(3, training, dtype=torch.float64, activation=activation)
     x = data((4, 3, 2), torch.float64)[0]
-    assert layer(x).grad_fn.name() == SHORT
+    assert layer(x).grad_fn.name() == FAST
 
     def run(x, weight, bias):
         layer.weight, layer.bias = None, None
