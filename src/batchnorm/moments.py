@@ -7,7 +7,8 @@ Two sets of moments merge exactly (Chan, Golub & LeVeque 1983, "Algorithms for c
     mean = mean_a + (mean_b - mean_a) * n_b / n
     M2   = M2_a + M2_b + (mean_b - mean_a)^2 * n_a * n_b / n
 
-No `E[x^2] - E[x]^2` anywhere: it loses every digit once the mean is large beside the deviation.
+For float32 input the C++ kernels take M2 as sum(x^2) - sum(x)^2 / n in one pass, in float64, which has 29 bits to spare. Where this cancels
+more than 12 of them, sum(x^2) / M2 > 4096, a second pass sums about the mean (`csrc/sums.h`). `eager` always takes two passes.
 """
 
 from __future__ import annotations
