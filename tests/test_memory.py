@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from batchnorm import memory
 from batchnorm.kernels import KERNELS, cpu
 from batchnorm.lab.allocation import saved_bytes
 from batchnorm.lab.networks import resnet50
+from batchnorm.memory import contexts
 from batchnorm.memory.recipes import Recipe
 from batchnorm.memory.saver import DEPTH
 from tests.layer_table import ROWS
@@ -296,7 +296,7 @@ class TestMemory:
                 recomputed.clear()
                 assert recipes
                 assert all(recipe() is None for recipe in recipes)
-                assert not memory._thread.saver._entries
+                assert not contexts._thread.saver._entries
         finally:
             gc.enable()
 
@@ -309,7 +309,7 @@ class TestMemory:
                 if index in (4, 19):
                     gc.collect()
                     counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-            assert not memory._thread.saver._entries
+            assert not contexts._thread.saver._entries
         assert counts[1] <= counts[0]  # other tests leave things that go meanwhile
 
     def test_chains_are_cut(self, recomputed):
@@ -540,7 +540,7 @@ class TestComposition:
         model = network()
         with bn.save_memory(), torch.no_grad():
             model(sample())
-            assert not memory._thread.saver._entries
+            assert not contexts._thread.saver._entries
         with bn.save_memory(), torch.inference_mode():
             model.eval()(sample())
 
@@ -565,12 +565,12 @@ class TestContext:
         with bn.save_memory():
             with bn.save_memory():
                 pass
-            assert memory._thread.saver is not None
+            assert contexts._thread.saver is not None
             assert torch.autograd.graph.saved_tensors_hooks is not None
-        assert memory._thread.saver is None
+        assert contexts._thread.saver is None
         with pytest.raises(ZeroDivisionError), bn.save_memory():
             raise ZeroDivisionError
-        assert memory._thread.saver is None
+        assert contexts._thread.saver is None
         assert not torch.overrides._get_current_function_mode_stack()
 
     def test_is_a_decorator(self, recomputed):
@@ -636,13 +636,13 @@ class TestConvert:
         model = bn.convert(torchs(), save_memory=True)
         with pytest.raises(RuntimeError):
             model(torch.randn(1, 5, 8, 8))
-        assert memory._thread.saver is None
+        assert contexts._thread.saver is None
         assert not torch.overrides._get_current_function_mode_stack()
 
     def test_parts_of_a_converted_model_are_as_ever(self, recomputed):
         model = bn.convert(torchs(), save_memory=True)
         step(model, call=lambda x: model[3:](model[:3](x)))
-        assert memory._thread.saver is None
+        assert contexts._thread.saver is None
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="without the C++ kernels")
