@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from batchnorm.distributed import Replicas
 from batchnorm.errors import ArgumentError, ReplicaError, StateError
-from batchnorm.functional.parts import parts_of_buffer
+from batchnorm.functional.components import components_of_buffer
 from batchnorm.layers import STATISTICS
 from batchnorm.logs import logger
 from batchnorm.merging import kept_of, merged
@@ -103,7 +103,7 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
         }  # (W, *shape) each
         for key, value in merged(layer, of_all).items():
             buffer = states[name][key]
-            (parts_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
+            (components_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
         logger.info("average_buffers: merged %s over ranks %s", name, list(replicas.ranks))
     return model
 
@@ -170,7 +170,7 @@ def _state(layer: _BatchNorm) -> dict[str, Tensor]:
 
 
 def _numbers(value: Tensor) -> Tensor:
-    return (parts_of_buffer(value) if value.is_complex() else value).double()
+    return (components_of_buffer(value) if value.is_complex() else value).double()
 
 
 def _bytes(value: Tensor) -> bytes:

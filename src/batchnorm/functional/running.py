@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_momentum, check_widths
-from batchnorm.functional.parts import parts_of_buffer
+from batchnorm.functional.components import components_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import Running, Update, eager, select_update
 from batchnorm.moments import Moments
@@ -52,8 +52,8 @@ def update_running_statistics(
     check_momentum(momentum)
     check_widths({"running_mean": running_mean, "running_var": running_var}, moments.mean.shape[0])
     if running_mean.is_complex() or moments.mean.is_complex():
-        running_mean, running_var = parts_of_buffer(running_mean), parts_of_buffer(running_var)
-        moments = Moments(count, parts_of_buffer(moments.mean), parts_of_buffer(moments.m2))
+        running_mean, running_var = components_of_buffer(running_mean), components_of_buffer(running_var)
+        moments = Moments(count, components_of_buffer(moments.mean), components_of_buffer(moments.m2))
     batches, skipped = counters
     unless = None
     if exporting():

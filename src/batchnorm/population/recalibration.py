@@ -32,7 +32,7 @@ from batchnorm.distributed import Replicas
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import is_single_value, moments
 from batchnorm.functional.compiled import eager
-from batchnorm.functional.parts import parts_as_channels, parts_of_buffer
+from batchnorm.functional.components import components_as_channels, components_of_buffer
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.moments import Moments
@@ -169,7 +169,7 @@ class _Watched:
     def see(self, x: Tensor, mask: Tensor | None) -> None:
         """Pool one call's input (N, C, *S)."""
         if x.is_complex():
-            x = parts_as_channels(x)
+            x = components_as_channels(x)
         batch = moments(x, mask)
         policy = getattr(self.layer, "on_nonfinite", "error")
         if policy != "propagate" and not bool((batch.mean.isfinite() & batch.m2.isfinite()).all()):
@@ -185,7 +185,7 @@ class _Watched:
 
     def nothing(self) -> Moments:
         mean = self.kept.running_mean
-        values = (parts_of_buffer(mean) if mean.is_complex() else mean).new_zeros(1, dtype=torch.float64)
+        values = (components_of_buffer(mean) if mean.is_complex() else mean).new_zeros(1, dtype=torch.float64)
         C = mean.numel() * (2 if mean.is_complex() else 1)
         return Moments(0, values.expand(C), values.expand(C))
 
@@ -202,7 +202,7 @@ class _Watched:
             return
         variance = pooled.variance(unbiased=getattr(self.layer, "running_variance", "unbiased") == "unbiased")
         for buffer, value in ((layer.running_mean, pooled.mean), (layer.running_var, variance)):
-            (parts_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
+            (components_of_buffer(buffer) if buffer.is_complex() else buffer).copy_(value)
         if layer.momentum is None and layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(calls)
         counter = getattr(self.layer, "num_nonfinite_batches", None)
