@@ -119,6 +119,12 @@ def of_monai(cls: str, example: Callable[[], Any], **options: Any) -> Architectu
     return Architecture("MONAI", build)
 
 
+def video() -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.video.r3d_18(weights=None), torch.randn(2, 3, 4, 32, 32)
+
+
 def volume() -> Tensor:
     return image(16, 2, 1, 3)
 
@@ -126,7 +132,6 @@ def volume() -> Tensor:
 ARCHITECTURES = {
     "resnet18": of_torchvision("resnet18"),
     "resnext50_32x4d": of_torchvision("resnext50_32x4d"),
-    "vgg11_bn": of_torchvision("vgg11_bn"),
     "densenet121": of_torchvision("densenet121"),
     "googlenet": of_torchvision("googlenet", 64, init_weights=False),
     "inception_v3": of_torchvision("inception_v3", 80, init_weights=False),
@@ -136,6 +141,7 @@ ARCHITECTURES = {
     "mnasnet1_0": of_torchvision("mnasnet1_0"),
     "shufflenet_v2_x1_0": of_torchvision("shufflenet_v2_x1_0"),
     "regnet_y_400mf": of_torchvision("regnet_y_400mf"),
+    "r3d_18": Architecture("torchvision", video),
     "deeplabv3_resnet50": of_torchvision("segmentation.deeplabv3_resnet50"),
     "lraspp_mobilenet_v3_large": of_torchvision("segmentation.lraspp_mobilenet_v3_large"),
     "timm/mobilenetv3_large_100": of_timm("mobilenetv3_large_100"),

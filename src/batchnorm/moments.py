@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 
     Attributes:
         count: values per channel; an int, or a 0-d float64 tensor where a mask decides it.
-        mean: (C,), float64 where the device has it; of complex input complex, one part each.
+        mean: (C,), float64 where the device has it; complex for complex input, one component for each.
         m2: (C,), the same dtype: the sum of (x - mean)^2.
     """
 
