@@ -134,7 +134,7 @@ ARCHITECTURES = {
     "resnext50_32x4d": of_torchvision("resnext50_32x4d"),
     "densenet121": of_torchvision("densenet121"),
     "googlenet": of_torchvision("googlenet", 64, init_weights=False),
-    "inception_v3": of_torchvision("inception_v3", 80, init_weights=False),
+    "inception_v3": of_torchvision("inception_v3", 80, init_weights=False, aux_logits=False),
     "mobilenet_v2": of_torchvision("mobilenet_v2"),
     "mobilenet_v3_large": of_torchvision("mobilenet_v3_large"),
     "efficientnet_b0": of_torchvision("efficientnet_b0"),
@@ -234,7 +234,8 @@ def step(model: nn.Module, example: Any) -> dict[str, Tensor]:
 def differs(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> str:
     """The largest difference beyond the tolerance, in words; "" if there is none.
 
-    A gradient that is zero but for rounding (of a bias before a batch norm) is compared with the model's largest one.
+    A gradient that is zero but for rounding (of a bias before a batch norm) is compared with the model's largest one, and a running mean
+    that is zero but for rounding (of what follows a batch norm without a bias) with the running deviation.
     """
     if found.keys() != wanted.keys():
         return f"{sorted(found.keys() ^ wanted.keys())[:3]} on one side only"
@@ -248,7 +249,11 @@ def differs(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: floa
             continue
         if not torch.equal(found[name].isfinite(), value.isfinite()):
             return f"{name} is finite on one side only"
-        scale = max(float(value.abs().max()), floor if name.startswith("gradient") else 0.0, 1e-30)
+        scale = max(float(value.abs().max()), 1e-30)
+        if name.startswith("gradient"):
+            scale = max(scale, floor)
+        elif name.endswith("running_mean"):
+            scale = max(scale, float(wanted[name.removesuffix("mean") + "var"].max()) ** 0.5)
         error = float((found[name].double() - value.double()).abs().nan_to_num(0.0).max()) / scale
         if error > max(tolerance, worst):
             worst, words = error, f"{name} is off by {error:.1e}"
