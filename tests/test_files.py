@@ -69,6 +69,17 @@ class TestPlace:
         assert Path("sub/target").read_text() == "new"
         assert names(folder / "sub") == ["target"]
 
+    def test_hard_links_stay_one_file(self):
+        Path("one").write_text("old")
+        os.link("one", "other")
+        write(Path("one"), "new")
+        assert Path("other").read_text() == "new"
+        assert Path("one").samefile("other")
+        with pytest.raises(RuntimeError), whole(Path("one")) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+        assert Path("other").read_text() == "new"
+
     def test_a_link_to_nothing_yet(self):
         os.symlink("target", "link")
         assert not check_file(Path("link"))

@@ -97,14 +97,14 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path with the suffix of `path`. Its content becomes that of `path`, unless the block raises.
 
-    A regular file is replaced at once and keeps its mode and, where allowed, its owner. A link stays, and its target is replaced. What
-    is neither, such as a device or a pipe, stays and is written into.
+    A regular file is replaced at once and keeps its mode and, where allowed, its owner. A symbolic link stays, and its target is replaced.
+    A device, a pipe, or a file with several hard links stays and is written into, after the block.
 
     Raises:
         OSError: `path` cannot be written, or is a folder.
     """
     target, status = _target(path)
-    if status is not None and not stat.S_ISREG(status.st_mode):
+    if status is not None and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):
         with tempfile.TemporaryDirectory() as directory:
             temporary = Path(directory, f"content{path.suffix}")
             yield temporary
