@@ -147,7 +147,13 @@ LAYER_CASES = {
         TypeError,
         "residual must be complex",
     ),
-    "complex-into-real": (layer, (X.to(torch.complex64),), DTypeError, TypeError, "running statistics must be complex for complex input"),
+    "complex-into-real": (
+        layer,
+        (X.to(torch.complex64),),
+        DTypeError,
+        TypeError,
+        "running statistics must be complex for complex input",
+    ),
     "no-running": (
         lambda: layer(track_running_stats=False, statistics=bn.statistics.Running()),
         (X,),
