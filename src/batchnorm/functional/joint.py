@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from batchnorm import kernels
 from batchnorm.errors import StateError
 from batchnorm.functional.autograd import counted, kept_of_residual
-from batchnorm.functional.reduction import Reducer
+from batchnorm.functional.reduction import Reducer, rstd_for_input_grad
 from batchnorm.kernels import Correction, Epilogue, Kernel, Renormalization
 from batchnorm.moments import Moments, at_least_one
 
@@ -129,7 +129,8 @@ class _Enter(torch.autograd.Function):
         sums = Moments.of_row(total)
         means = sums.mean / at_least_one(count), sums.m2 / at_least_one(count)
         assert call.rstd is not None
-        dx, dresidual = call.kernel.input_grad(dy, x, mean, call.rstd, epilogue, means)
+        rstd = rstd_for_input_grad(call.rstd, count)
+        dx, dresidual = call.kernel.input_grad(dy, x, mean, rstd, epilogue, means)
         if ctx.linear and ctx.needs_input_grad[1]:
             dresidual = counted(dy, mask)
         return dx, dresidual if ctx.needs_input_grad[1] else None, None, None, None, None

@@ -80,9 +80,11 @@ def backward(
     sums = kernel.reduce_grad(dy, x, mean, rstd, epilogue)
     divisor = at_least_one(0 if count is None else count)
     total, total_xhat = reducer.sum(*sums)
-    if (
-        count is not None
-    ):  # one value is its own mean: x̂ is 0 whatever x is, and of the differences only their rounding would be left
-        rstd = rstd * (count != 1)
-    dx, dresidual = kernel.input_grad(dy, x, mean, rstd, epilogue, (total / divisor, total_xhat / divisor))
+    means = total / divisor, total_xhat / divisor
+    dx, dresidual = kernel.input_grad(dy, x, mean, rstd_for_input_grad(rstd, count), epilogue, means)
     return Backward(dx, dresidual, *sums)
+
+
+def rstd_for_input_grad(rstd: Tensor, count: int | Tensor | None) -> Tensor:
+    """rstd, or 0 if the statistics are those of one value: it is its own mean, so dx is 0, and the formula would leave rounding."""
+    return rstd if count is None else rstd * (count != 1)
