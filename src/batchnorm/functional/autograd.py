@@ -1,9 +1,9 @@
-"""The one autograd node over the kernels' verbs, and which calls go another way."""
+"""The autograd node over the kernels, and the conditions under which a call needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from batchnorm import kernels, memory
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
-from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Renormalization, eager
+from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Renormalization, Step, eager
+from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch
 
@@ -32,86 +33,143 @@ def needs_grad(input: Tensor, epilogue: Epilogue) -> bool:
     )
 
 
-def distinct(input: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
-    """The epilogue's fields as `Normalize` takes them; while compiling no tensor comes twice, which Dynamo cannot trace."""
-    fields = [epilogue.weight, epilogue.bias, epilogue.residual, epilogue.mask, epilogue.activation]
-    if torch.compiler.is_compiling():
-        seen = [input]
-        for i, value in enumerate(fields[:3]):
-            if isinstance(value, Tensor):
-                fields[i] = value.view_as(value) if any(value is other for other in seen) else value
-                seen.append(value)
-    return tuple(fields)
+def distinct(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`others` as arguments of `Normalize`: while compiling, no tensor comes twice, which Dynamo cannot trace."""
+    if not torch.compiler.is_compiling():
+        return others
+    earlier: list[Tensor] = [x]
+    found: list[Tensor | None] = []
+    for value in others:
+        found.append(value.view_as(value) if value is not None and any(value is other for other in earlier) else value)
+        if value is not None:
+            earlier.append(value)
+    return tuple(found)
+
+
+class Call(NamedTuple):
+    """What a call of `Normalize` knows beside the tensors that may need a gradient.
+
+    Attributes:
+        eps: added to the variance.
+        activation: applied last, or None.
+        mask: bool, (N, 1, *S), or None.
+        constants: mean and variance, (C,) each, that normalize x; None takes the statistics of the batch.
+        known: the moments of the batch, where they are known.
+        renormalization: corrects the result toward running statistics, or None.
+        reducer: merges the moments with those of other replicas, or None.
+        groups: of samples with statistics of their own, or None.
+    """
+
+    eps: float
+    activation: Activation | None = None
+    mask: Tensor | None = None
+    constants: tuple[Tensor, Tensor] | None = None
+    known: Moments | None = None
+    renormalization: Renormalization | None = None
+    reducer: Reducer | None = None
+    groups: Groups | None = None
+
+
+class StepCall(NamedTuple):
+    """A call of `Normalize` that one operator computes.
+
+    Attributes:
+        step: the operator, and that of its backward.
+        arguments: of the operator, after x, weight and bias.
+        code: the activation as the operators take it.
+        eps, activation: as in `Call`, for a backward that is itself differentiated.
+        kernel: for the same.
+    """
+
+    step: Step
+    arguments: tuple[Any, ...]
+    code: tuple[int, float]
+    eps: float
+    activation: Activation | None
+    kernel: Kernel
+
+    reducer = groups = mask = None
+
+
+class Saved(NamedTuple):
+    """What `Normalize` saves for backward, in this order, each (C,) if nothing else is said.
+
+    Attributes:
+        x: (N, C, *S).
+        mean, rstd: that normalized x.
+        weight: or None.
+        bias: or None, also if no gradient depends on it because there is no activation.
+        residual, output: of the `Epilogue`.
+        mask: of the call.
+        count: values per channel where only the device knows it, 0-d or (G,), or None.
+        r, d: of batch renormalization, or None.
+    """
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    output: Tensor | None
+    mask: Tensor | None
+    count: Tensor | None = None
+    r: Tensor | None = None
+    d: Tensor | None = None
 
 
 class Normalize(torch.autograd.Function):
-    """The one autograd node: running statistics given are constants; None means the batch's own, which may be known already.
+    """The one autograd node: y of a call, and the moments of its batch, which are not differentiable.
 
-    Beside the bounds r_max and d_max it is the batch's own too, corrected toward the running statistics.
+    Of a `StepCall` it is y alone, or None if the operator does not take the call.
     """
 
     @staticmethod
-    def forward(  # the epilogue's fields come one by one: autograd only sees tensors that are arguments themselves
-        ctx: Any,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        eps: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: Activation | None,
-        reducer: Reducer | None,
-        groups: Groups | None = None,
-        known_count: int | Tensor | None = None,
-        known_mean: Tensor | None = None,
-        known_m2: Tensor | None = None,
-        r_max: Tensor | None = None,
-        d_max: Tensor | None = None,
-    ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
-        epilogue = Epilogue(weight, bias, residual, mask, activation)
-        kernel = kernels.select(x, epilogue)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call | StepCall
+    ) -> Any:
+        ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
+        if type(call) is StepCall:
+            ctx.materialize_grads = False  # `set_materialize_grads` without its frame
+            y, statistics = call.step.forward(x, weight, bias, *call.arguments)
+            if not y.numel():
+                return None
+            ctx.save_for_backward(x, statistics, weight, None if call.activation is None else bias)
+            return y
+        assert type(call) is Call
         ctx.set_materialize_grads(False)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        kept_bias = None if activation is None else bias  # without an activation no gradient depends on it
-        ctx.kernel, ctx.eps, ctx.activation = kernel, eps, activation
-        ctx.reducer, ctx.groups = reducer, groups
-        renormalization = None
-        if running_mean is not None and running_var is not None and r_max is not None and d_max is not None:
-            renormalization = Renormalization(running_mean, running_var, r_max, d_max)
-        elif running_mean is not None and running_var is not None:
+        epilogue = Epilogue(weight, bias, residual, call.mask, call.activation)
+        ctx.kernel = kernel = kernels.select(x, epilogue)
+        bias = None if call.activation is None else bias
+        if call.constants is not None:
             ctx.count = None
-            y, mean, rstd = kernel.infer(x, running_mean, running_var, eps, epilogue)
+            y, mean, rstd = kernel.infer(x, *call.constants, call.eps, epilogue)
             _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
-            ctx.save_for_backward(x, mean, rstd, weight, kept_bias, *kept_of_residual(epilogue, y), mask, *[None] * 3)
+            ctx.save_for_backward(*Saved(x, mean, rstd, weight, bias, *saved_of_residual(epilogue, y), call.mask))
             return y, None, None, None
-        known = None
-        if known_count is not None and known_mean is not None and known_m2 is not None:
-            known = Moments(
-                known_count, known_mean.view_as(known_mean), known_m2.view_as(known_m2)
-            )  # outputs: not the inputs
+        known, renormalization = call.known, call.renormalization
+        if known is not None:  # outputs are not the inputs
+            known = known._replace(mean=known.mean.view_as(known.mean), m2=known.m2.view_as(known.m2))
         y, moments, rstd, correction = reduction.forward(
-            kernel, x, eps, epilogue, reducer, groups, known, renormalization
+            kernel, x, call.eps, epilogue, call.reducer, call.groups, known, renormalization
         )
-        masked_count = moments.count if isinstance(moments.count, Tensor) else None
-        ctx.count = None if masked_count is not None else moments.count
-        kept = kept_of_residual(epilogue, y)
-        if reducer is None and known is None:
+        if call.reducer is None and known is None:
             if memory.recording() is not None and renormalization is not None:
                 renormalization = renormalization.copy()
-            _remember(
-                y,
-                x,
-                epilogue,
-                lambda x, given: reduction.forward(kernel, x, eps, given, None, groups, None, renormalization)[0],
-            )
+
+            def again(x: Tensor, given: Epilogue) -> Tensor:
+                return reduction.forward(kernel, x, call.eps, given, None, call.groups, None, renormalization)[0]
         else:
-            _remember(
-                y, x, epilogue, lambda x, given: kernel.normalize(x, moments.mean, rstd, given.corrected(correction))
-            )
-        r_and_d = correction or (None, None)
-        ctx.save_for_backward(x, moments.mean, rstd, weight, kept_bias, *kept, mask, masked_count, *r_and_d)
+
+            def again(x: Tensor, given: Epilogue) -> Tensor:
+                return kernel.normalize(x, moments.mean, rstd, given.corrected(correction))
+
+        _remember(y, x, epilogue, again)
+        count = moments.count if isinstance(moments.count, Tensor) else None
+        ctx.count = None if count is not None else moments.count
+        r, d = correction or (None, None)
+        beside = saved_of_residual(epilogue, y)
+        ctx.save_for_backward(*Saved(x, moments.mean, rstd, weight, bias, *beside, call.mask, count, r, d))
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 
@@ -119,17 +177,36 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]  # the moments are not differentiable
         if dy is None:
-            return (None,) * 16
-        x, mean, rstd, weight, bias, residual, output, mask, masked_count, r, d = ctx.saved_tensors
-        epilogue = Epilogue(weight, bias, residual, mask, ctx.activation, output)
-        count = ctx.count if masked_count is None else masked_count
-        correction = None if r is None else Correction(r, d)
+            return (None,) * 5
+        call = ctx.call
+        if type(call) is StepCall:
+            if not (torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling()):
+                wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
+                x, statistics, weight, bias = ctx.saved_tensors
+                dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *call.code, wants_dx)
+                dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
+                return dx, dweight, dbias if wants_dbias else None, None, None
+            saved = _saved_of_step(ctx)
+        else:
+            saved = Saved(*ctx.saved_tensors)
+        activation = call.activation
+        epilogue = Epilogue(saved.weight, saved.bias, saved.residual, saved.mask, activation, saved.output)
+        count = ctx.count if saved.count is None else saved.count
+        correction = None if saved.r is None or saved.d is None else Correction(saved.r, saved.d)
         dx, dweight, dbias, dresidual = gradients(
-            ctx, dy, x, mean, rstd, epilogue, count, ctx.needs_input_grad[5], correction
+            ctx, dy, saved.x, saved.mean, saved.rstd, epilogue, count, ctx.needs_input_grad[2], correction
         )
-        if ctx.activation is None and ctx.needs_input_grad[6]:
-            dresidual = counted(dy, mask)
-        return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 9
+        if activation is None and ctx.needs_input_grad[3]:
+            dresidual = counted(dy, saved.mask)
+        return dx, dweight, dbias, dresidual, None
+
+
+def _saved_of_step(ctx: Any) -> Saved:
+    """What the general path would have saved."""
+    x, statistics, weight, bias = ctx.saved_tensors
+    mean, rstd, *r_and_d = statistics.unbind()
+    ctx.kernel, ctx.count = ctx.call.kernel, None if ctx.call.step.constant_statistics else values_per_channel(x)
+    return Saved(x, mean, rstd, weight, bias, None, None, None, None, *(r_and_d or (None, None)))
 
 
 def _remember(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:
@@ -164,12 +241,12 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and residual, from the node's kernel or such that can be differentiated again.
 
-    `count` is None where the statistics are constants. Of its node it takes `kernel`, `eps`, `bias_dtype`, `reducer` and `groups`.
+    `count` is None where the statistics are constants. Of its node it takes `call`, `kernel` and `bias_dtype`.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         given = (mean, rstd) if count is None else None
         dx, dweight, dbias, dresidual = _differentiable_backward(
-            dy, x, given, ctx.eps, epilogue, ctx.reducer, ctx.groups, correction
+            dy, x, given, ctx.call.eps, epilogue, ctx.call.reducer, ctx.call.groups, correction
         )
         if epilogue.activation is None and wants_dbias:
             dbias = counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
@@ -184,12 +261,12 @@ def gradients(
         epilogue.corrected(correction),
         count,
         ctx.needs_input_grad[0],
-        ctx.reducer,
-        ctx.groups,
+        ctx.call.reducer,
+        ctx.call.groups,
     )
     if correction is not None:
         sum_grad_xhat = correction.weight_grad(sum_grad, sum_grad_xhat)
-    if ctx.groups is not None:  # each (G, C)
+    if ctx.call.groups is not None:  # each (G, C)
         sum_grad, sum_grad_xhat = sum_grad.sum(0), sum_grad_xhat.sum(0)
     dweight = None if epilogue.weight is None else sum_grad_xhat.to(epilogue.weight.dtype)
     dbias = None if ctx.bias_dtype is None else sum_grad.to(ctx.bias_dtype)
@@ -200,7 +277,7 @@ def counted(dy: Tensor, mask: Tensor | None) -> Tensor:
     return dy if mask is None else torch.where(mask, dy, 0)
 
 
-def kept_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def saved_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
     if epilogue.residual is None or epilogue.activation is None:
         return None, None

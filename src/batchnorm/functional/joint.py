@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from batchnorm import kernels
 from batchnorm.errors import StateError
-from batchnorm.functional.autograd import counted, kept_of_residual
+from batchnorm.functional.autograd import counted, saved_of_residual
 from batchnorm.functional.reduction import Reducer, rstd_for_input_grad
 from batchnorm.kernels import Correction, Epilogue, Kernel, Renormalization
 from batchnorm.moments import Moments, at_least_one
@@ -173,7 +173,7 @@ class _Leave(torch.autograd.Function):
         assert call.rstd is not None
         epilogue = Epilogue(weight, bias, residual, mask, activation)
         y = call.kernel.normalize(x, Moments.of_row(pooled).mean, call.rstd, epilogue.corrected(call.correction))
-        ctx.save_for_backward(x, weight, None if activation is None else bias, *kept_of_residual(epilogue, y), mask)
+        ctx.save_for_backward(x, weight, None if activation is None else bias, *saved_of_residual(epilogue, y), mask)
         return y
 
     @staticmethod

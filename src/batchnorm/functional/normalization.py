@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
 from batchnorm.functional import exported, joint, reduction
-from batchnorm.functional.autograd import Normalize, distinct, exporting, needs_grad
+from batchnorm.functional.autograd import Call, Normalize, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
     check_eps,
     check_input,
@@ -189,13 +189,8 @@ def normalize(
         )
         found = exported.constants(found)
     elif needs_grad(input, epilogue):
-        running, rest = (None, None), (groups, *(moments or ())) if groups or moments else ()
-        if renormalization is not None:
-            *running, r_max, d_max = renormalization
-            rest = (None, *(moments or (None, None, None)), r_max, d_max)
-        output, *values = memory.recorded(
-            Normalize.apply, input, *running, eps, *distinct(input, epilogue), reducer, *rest
-        )
+        call = Call(eps, epilogue.activation, epilogue.mask, None, moments, renormalization, reducer, groups)
+        output, *values = memory.recorded(Normalize.apply, input, *distinct(input, *epilogue[:3]), call)
         found = Moments(*values)
     else:
         kernel = kernels.select(input, epilogue)
@@ -251,7 +246,8 @@ def normalize_with(
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
     if needs_grad(input, epilogue):
-        return memory.recorded(Normalize.apply, input, mean, variance, eps, *distinct(input, epilogue), None)[0]
+        call = Call(eps, epilogue.activation, epilogue.mask, (mean, variance))
+        return memory.recorded(Normalize.apply, input, *distinct(input, *epilogue[:3]), call)[0]
     return kernels.select(input, epilogue).infer(input, mean, variance, eps, epilogue)[0]
 
 
