@@ -4,7 +4,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 WORKERS := -n 2 --dist worksteal
-BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildcard csrc/*)
+CSRC := $(wildcard csrc/*.* csrc/*/*)
+BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(CSRC)
 
 # Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
@@ -78,7 +79,7 @@ docs: $(VENV)/dev
 	$(BIN)/mkdocs build --quiet
 
 # The builds of scripts/kernels.py; `make -j sanitize` compiles them side by side.
-SANITIZE := -std=c++17 -O1 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math \
+SANITIZE := -Icsrc -std=c++17 -O1 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZED := baseline_float baseline_half
 ifeq ($(shell uname -m),x86_64)
@@ -88,13 +89,13 @@ FLAGS_x86_64_v3 := -march=x86-64-v3
 FLAGS_x86_64_v4 := -march=x86-64-v4
 FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16
 
-build/fuzz_%_float.o: $(wildcard csrc/*)
+build/fuzz_%_float.o: $(CSRC)
 	@mkdir -p build
-	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels_float.cpp -o $@
+	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels/kernels_float.cpp -o $@
 
-build/fuzz_%_half.o: $(wildcard csrc/*)
+build/fuzz_%_half.o: $(CSRC)
 	@mkdir -p build
-	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels_half.cpp -o $@
+	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels/kernels_half.cpp -o $@
 
 build/fuzz: $(FUZZED:%=build/fuzz_%.o)
 	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp $^ -o $@

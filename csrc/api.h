@@ -1,5 +1,5 @@
-// What the three parts of the library tell each other: torch_shim.cpp (torch's tensors) fills a Task, dispatch.cpp picks the
-// build for this processor, kernels.h (built once per instruction set) runs it.
+// The interface between the layers of the library: torch/ (torch's tensors) fills a Task, dispatch.cpp picks the build for this
+// processor, kernels/ (built once for each instruction set) runs it.
 #pragma once
 
 #include <stdint.h>

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "api.h"
-#include "counted.h"
+#include "kernels/counted.h"
 #include "threads.h"
 
 namespace batchnorm {

@@ -11,7 +11,7 @@
 #endif
 
 namespace batchnorm {
-namespace {  // each build keeps its own copy, see lanes.h
+namespace {  // each build keeps its own copy, see simd/types.h
 
 // Runs body(0 ... tasks - 1) on up to `threads` threads; the caller alone where one will do, without waking another.
 template <class Body>

@@ -37,7 +37,7 @@ FLAGS = (
 # Apple's clang has no OpenMP; the kernels use the standard library's threads there.
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 
-FLOAT, HALF = "kernels_float.cpp", "kernels_half.cpp"
+FLOAT, HALF = "kernels/kernels_float.cpp", "kernels/kernels_half.cpp"
 V4 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 
 
@@ -78,7 +78,7 @@ class Unit:
         if target.exists():
             return target, False
         partial = target.with_suffix(f".{os.getpid()}.tmp")
-        _run([*compiler, *self.flags, "-c", str(SOURCES / self.file), "-o", str(partial)])
+        _run([*compiler, *self.flags, f"-I{SOURCES}", "-c", str(SOURCES / self.file), "-o", str(partial)])
         partial.replace(target)
         return target, True
 
@@ -142,7 +142,7 @@ def units(sets: tuple[InstructionSet, ...]) -> list[Unit]:
         if file in each.files
         for flags in [(*common, *each.flags, f"-DBATCHNORM_ISA={each.namespace}")]
     ]
-    return [*kernels, Unit("torch_shim.cpp", "operators", common), Unit("dispatch.cpp", "dispatch", common)]
+    return [*kernels, Unit("torch/torch_shim.cpp", "operators", common), Unit("dispatch.cpp", "dispatch", common)]
 
 
 def compile_all(sets: tuple[InstructionSet, ...]) -> list[Path]:

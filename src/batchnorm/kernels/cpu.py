@@ -1,7 +1,7 @@
 """The verbs in C++ for the CPU: csrc/, compiled into one library beside this file and registered as operators `batchnorm::*`.
 
-Memory is read and written as often as the formulas ask for and no oftener; csrc/planar.h and csrc/interleaved.h say how. The library
-picks a build for the processor when it is loaded. It needs no particular torch: torch_shim.cpp finds what it uses at run time.
+Memory is read and written as often as the formulas ask for and no oftener; csrc/kernels/planar.h and interleaved.h say how. The library
+picks a build for the processor when it is loaded. It needs no particular torch: csrc/torch/torch_shim.cpp finds what it uses at run time.
 """
 
 from __future__ import annotations
@@ -363,8 +363,8 @@ def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return missing
 
 
-# A layer's call, see csrc/steps.h: y, and mean and rstd (2, C), or mean, rstd, r and d (4, C); both empty where they do not take it, which
-# they find out faster than Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
+# A layer's call, see csrc/torch/steps.h: y, and mean and rstd (2, C), or mean, rstd, r and d (4, C); both empty where they do not take it,
+# which they find out faster than Python could; backward dx, dweight, dbias, the last two in the parameters' dtype.
 training_step, training_step_backward = _operator("training_step"), _operator("training_step_backward")
 renormalization_step = _operator("renormalization_step")
 inference_step, inference_step_backward = _operator("inference_step"), _operator("inference_step_backward")

@@ -10,7 +10,7 @@
 // Under a mask the chunks are of counted rows; those that join are copied side by side where they are not.
 #pragma once
 
-#include "columns.h"
+#include "kernels/columns.h"
 
 namespace {
 
@@ -82,7 +82,7 @@ class Interleaved {
     void map_backwards() const {
         parallel(task.threads, chunks, [&](int64_t number) {
             map_chunk(chunks - 1 - number);
-            if (task.stream) end_streaming();
+            if (task.stream) Simd::flush();
         });
     }
 
@@ -99,7 +99,7 @@ class Interleaved {
         return divide_up(shortest_row, task.C);
     }
 
-    double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Some{1})[0]; }
+    double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Partial{1})[0]; }
 
     // Rows m0 ... m1 - 1 as rows of the joint length, and what is left of them.
     template <class Body>

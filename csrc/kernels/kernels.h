@@ -2,8 +2,8 @@
 // each of them is built once for every instruction set, with BATCHNORM_ISA as the namespace of its entry.
 #pragma once
 
-#include "interleaved.h"
-#include "planar.h"
+#include "kernels/interleaved.h"
+#include "kernels/planar.h"
 
 namespace {
 

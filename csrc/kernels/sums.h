@@ -8,11 +8,28 @@
 // float64: about a typical value, and every sum keeps what its rounding loses: there is no digit to spare.
 #pragma once
 
-#include "lanes.h"
+#include "simd/storage.h"
 
 namespace {
 
 constexpr int64_t vectors_of_block = 8;
+
+// The lanes of a vector of float32 in float64, in order.
+struct Wide {
+    Doubles low, high;
+
+    INLINE explicit Wide(Floats values) {
+        HalfOfFloats halves[2];
+        memcpy(halves, &values, sizeof values);
+        low = Simd::widen(halves[0]), high = Simd::widen(halves[1]);
+    }
+};
+
+INLINE double total(Doubles lanes) {
+    double sum = 0.0;
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) sum += lanes[lane];
+    return sum;
+}
 
 // What a reduction takes of a vector: Σ g and Σ g · x; Σ x and Σ x²; or Σ (x - center) and Σ (x - center)². In the first, x is
 // x - mean unless `grads_about_zero`, which saves the sums of large tensors a subtraction in float64.
@@ -52,19 +69,19 @@ struct Sums {
     Doubles value[2] = {}, product[2] = {};
 
     INLINE void add(SquareTermValues<Floats> term, Floats) {
-        const Wide<Floats> x(term.x);
-        value[0] = plus(x.low, value[0]), value[1] = plus(x.high, value[1]);
+        const Wide x(term.x);
+        value[0] = Simd::plus(x.low, value[0]), value[1] = Simd::plus(x.high, value[1]);
         product[0] += x.low * x.low, product[1] += x.high * x.high;
     }
     INLINE void add(DeviationTermValues<Floats> term, Floats center) {
-        const Wide<Floats> x(term.x), wide(center);
+        const Wide x(term.x), wide(center);
         const Doubles low = x.low - wide.low, high = x.high - wide.high;
         value[0] += low, value[1] += high;
         product[0] += low * low, product[1] += high * high;
     }
     INLINE void add(GradTermValues<Floats> term, Floats) {
-        const Wide<Floats> g(term.g), x(term.x);
-        value[0] = plus(g.low, value[0]), value[1] = plus(g.high, value[1]);
+        const Wide g(term.g), x(term.x);
+        value[0] = Simd::plus(g.low, value[0]), value[1] = Simd::plus(g.high, value[1]);
         product[0] += g.low * x.low, product[1] += g.high * x.high;
     }
     INLINE void add(const Sums& other) {
@@ -79,14 +96,13 @@ struct Sums {
     }
 };
 
-template <class Format>
-struct Sums<Half<Format>> : Sums<Float32> {
+struct SumsOfHalfPrecision : Sums<Float32> {
     static constexpr bool about_zero = false, may_overflow = true;
     static constexpr double worst_cancellation = 16.0;
     static constexpr int64_t vectors_together = vectors_of_block;
 
     struct Block {
-        Sums &all, &unused;
+        Sums<Float32> &all, &unused;
         Floats value = {}, product = {};
 
         INLINE void add(DeviationTermValues<Floats> term, Floats center, int64_t) {
@@ -94,12 +110,16 @@ struct Sums<Half<Format>> : Sums<Float32> {
             value += d, product += d * d;
         }
         INLINE void end() {
-            const Wide<Floats> values(value), products(product);
+            const Wide values(value), products(product);
             all.value[0] += values.low, all.value[1] += values.high;
             all.product[0] += products.low, all.product[1] += products.high;
         }
     };
 };
+template <>
+struct Sums<BFloat16> : SumsOfHalfPrecision {};
+template <>
+struct Sums<Float16> : SumsOfHalfPrecision {};
 
 // A sum that keeps what its rounding loses (Knuth's two-sum).
 template <class Real>

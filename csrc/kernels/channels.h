@@ -31,7 +31,7 @@
 #include <stdlib.h>
 
 #include "api.h"
-#include "sums.h"
+#include "kernels/sums.h"
 
 namespace {
 
@@ -56,7 +56,7 @@ struct Channel {
 
 // The numbers of one in some lanes, of the other in the rest.
 template <class Vector>
-INLINE Channel<Vector> joined(const Channel<Vector>& one, const Channel<Vector>& other, Some lanes) {
+INLINE Channel<Vector> joined(const Channel<Vector>& one, const Channel<Vector>& other, Partial lanes) {
     const auto both = [&](Vector Channel<Vector>::*number) { return within(one.*number, other.*number, lanes); };
     typedef Channel<Vector> Numbers;
     return {both(&Numbers::mean), both(&Numbers::scale), both(&Numbers::scale_rest), both(&Numbers::offset),
@@ -130,7 +130,7 @@ class Channels {
     void begin(int64_t c0, int64_t c1, const Typical& typical) {
         if (!takes_moments()) return for_lanes(c0, c1, [&](int64_t c, auto part) { set_gate(c, part); });
         if (Sums<T>::about_zero) return;
-        for (int64_t c = c0; c < c1; ++c) set_shift(c, Doubles{} + typical(c), Some{1});
+        for (int64_t c = c0; c < c1; ++c) set_shift(c, Doubles{} + typical(c), Partial{1});
     }
 
     // What becomes of the sums. Whether some channels, now `is_open`, are to be summed again, about a better K; none if these were
@@ -176,11 +176,11 @@ class Channels {
 
     bool takes_moments() const { return task.verb == Verb::moments || task.verb == Verb::forward; }
 
-    // body(c, Whole) for eight channels, body(c, Some) for what is left.
+    // body(c, Whole) for eight channels, body(c, Partial) for what is left.
     template <class Body>
     static INLINE void for_lanes(int64_t c, int64_t c1, const Body& body) {
         for (; c + Float64::width <= c1; c += Float64::width) body(c, Whole{});
-        if (c < c1) body(c, Some{(int)(c1 - c)});
+        if (c < c1) body(c, Partial{(int)(c1 - c)});
     }
 
     template <class Part>
@@ -245,7 +245,7 @@ class Channels {
         Float64::store(task.mean + c, mean, part);
         Float64::store(task.m2 + c, m2, part);
         if (task.verb == Verb::forward) {
-            const Doubles sigma = square_root(m2 / count + task.eps);
+            const Doubles sigma = Simd::square_root(m2 / count + task.eps);
             Float64::store(task.rstd + c, 1.0 / sigma, part);
             if (task.r) set_correction(c, mean, sigma, part);
             const Doubles taken = mean - shift;
@@ -253,10 +253,10 @@ class Channels {
         }
         if (again) return false;
         bool more = false;
-        for (int lane = 0; lane < lanes_of_part<Float64>(part); ++lane) more |= open[c + lane] = cancels[lane] != 0;
+        for (int lane = 0; lane < part.end_of(Float64::width); ++lane) more |= open[c + lane] = cancels[lane] != 0;
         if (!more) return false;
-        for (int lane = 0; lane < lanes_of_part<Float64>(part); ++lane)
-            if (open[c + lane]) set_shift(c + lane, Doubles{} + mean[lane], Some{1});
+        for (int lane = 0; lane < part.end_of(Float64::width); ++lane)
+            if (open[c + lane]) set_shift(c + lane, Doubles{} + mean[lane], Partial{1});
         return true;
     }
 
@@ -266,7 +266,7 @@ class Channels {
             const Doubles raised = value < low ? Doubles{} + low : value;
             return raised > high ? Doubles{} + high : raised;
         };
-        const Doubles running_rstd = 1.0 / square_root(Float64::load(task.running_var + c, part) + task.eps);
+        const Doubles running_rstd = 1.0 / Simd::square_root(Float64::load(task.running_var + c, part) + task.eps);
         const Doubles distance = mean - Float64::load(task.running_mean + c, part);
         Float64::store(task.r + c, clip(sigma * running_rstd, 1.0 / task.r_max, task.r_max), part);
         Float64::store(task.d + c, clip(distance * running_rstd, -task.d_max, task.d_max), part);

@@ -7,7 +7,7 @@
 #include <string.h>
 
 namespace batchnorm {
-namespace {  // each build keeps its own copy, see lanes.h
+namespace {  // each build keeps its own copy, see simd/types.h
 
 constexpr int word_positions = 8;
 constexpr uint64_t all_counted = 0x0101010101010101u;

@@ -4,7 +4,7 @@
 // Eight rows share one load of the numbers, and one trip of their sums to memory and back.
 #pragma once
 
-#include "elements.h"
+#include "kernels/elements.h"
 
 namespace {
 
@@ -35,7 +35,7 @@ INLINE void sum_block_of_rows(const Table<T>& table, const Rows& rows, int64_t j
     typename Term::Block block = {here, here};
     int64_t i = rows.first + j;
     UNROLLED
-    for (int64_t row = 0; row < vectors_of_block; ++row) term.fetch(i + (vectors_of_block + row) * rows.stride, 1);
+    for (int64_t row = 0; row < vectors_of_block; ++row) term.prefetch(i + (vectors_of_block + row) * rows.stride, 1);
     for_block<Term>([&](int64_t row) INLINED {
         block.add(term(i, channel, Whole{}), channel.mean, row);
         i += rows.stride;
@@ -59,7 +59,7 @@ void sum_columns(const Task& task, const Table<T>& table, const Rows& all, const
             } else {
                 for (; j + T::width <= j1; j += T::width) sum_rows(table, rows, j, count, term, Whole{}, sums);
             }
-            if (j < j1) sum_rows(table, rows, j, count, term, Some{(int)(j1 - j)}, sums);
+            if (j < j1) sum_rows(table, rows, j, count, term, Partial{(int)(j1 - j)}, sums);
             rows.count -= count, rows.first += count * rows.stride;
         }
     }
@@ -79,7 +79,7 @@ NOINLINE void map_whole_columns(
             for (int64_t j = at_most(j0, last);; j = at_most(j + T::width, last)) {
                 const Channel<typename T::Vector> channel = table.from(j);
                 UNROLLED
-                for (int64_t second = 0; second < rows_of_map; ++second) map.fetch(first + j + second * stride + ahead, 1);
+                for (int64_t second = 0; second < rows_of_map; ++second) map.prefetch(first + j + second * stride + ahead, 1);
                 UNROLLED
                 for (int64_t second = 0; second < rows_of_map; ++second) {
                     const int64_t i = first + j + second * stride;
@@ -104,7 +104,7 @@ void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool
     if (rows.columns < T::width) {
         const Channel<typename T::Vector> channel = table.from(0);
         for (int64_t row = 0; row < rows.count; ++row)
-            map_few(rows.first + row * rows.stride, 0, channel, Some{(int)rows.columns}, map, out);
+            map_few(rows.first + row * rows.stride, 0, channel, Partial{(int)rows.columns}, map, out);
         return;
     }
     const int64_t whole = stream ? rows.columns / T::width * T::width : 0;

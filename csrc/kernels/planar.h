@@ -8,7 +8,7 @@
 // Under a mask the chunks are of counted values, see counted_vectors.h.
 #pragma once
 
-#include "counted_vectors.h"
+#include "kernels/counted_vectors.h"
 
 namespace {
 
@@ -69,7 +69,7 @@ class Planar {
             const int64_t next = from_memory && number + task.threads < tasks ? block * S * task.threads : 0;
             reduce_block(c0, c1);
             map_span(c0, c1, {0, N, 0, S}, next);
-            if (task.stream) end_streaming();
+            if (task.stream) Simd::flush();
         });
     }
 
@@ -120,7 +120,7 @@ class Planar {
                 for (int64_t row = 0; row < portion->rows; ++row)
                     for (int64_t s = portion->begin; s < portion->end; s += T::width) {
                         const bool stays = (c - c0) * S + s + near < block;
-                        term.fetch(first + row * C * S + s + near + (stays ? 0 : samples_ahead - block), 1);
+                        term.prefetch(first + row * C * S + s + near + (stays ? 0 : samples_ahead - block), 1);
                     }
                 sums[c - c0] = with_vectors(*portion, first, channels.table.of(c), term, sums[c - c0]);
             }
@@ -153,12 +153,12 @@ class Planar {
                 for (; s < S; s += T::width) {
                     int64_t known = S - s;
                     for (int64_t other = c + 1; known < T::width && other < c1; ++other, known += S)
-                        channel = joined(channel, channels.table.of(other), Some{(int)known});
+                        channel = joined(channel, channels.table.of(other), Partial{(int)known});
                     if (known < T::width) {
-                        map_few(plane + s, s, channel, Some{(int)known}, here, out);
+                        map_few(plane + s, s, channel, Partial{(int)known}, here, out);
                         continue;
                     }
-                    here.fetch(plane + s + ahead, 1);
+                    here.prefetch(plane + s + ahead, 1);
                     const auto written = here(plane + s, s, channel, Whole{});
                     stream ? out.stream(plane + s, written) : out.store(plane + s, written, Whole{});
                 }
@@ -190,7 +190,7 @@ class Planar {
             const int64_t c0 = rest % blocks * block, n0 = rest / blocks * samples;
             const Span span = {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)};
             map_span(c0, at_most(c0 + block, C), span, 0);
-            if (task.stream) end_streaming();
+            if (task.stream) Simd::flush();
         });
     }
 
@@ -206,7 +206,7 @@ class Planar {
     }
 
     NOINLINE double value(int64_t n, int64_t c, int64_t s) const {
-        return (double)T::load((const Element*)task.x + (n * C + c) * S + s, Some{1})[0];
+        return (double)T::load((const Element*)task.x + (n * C + c) * S + s, Partial{1})[0];
     }
 
     int64_t channels_per_task(int tensors) const {
@@ -318,18 +318,18 @@ class Planar {
         Sums<T> even = even_sums, odd = odd_sums;
         int64_t j = 0;
         for (; j + vectors_of_block * width <= count; j += vectors_of_block * width) {
-            term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
+            term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
             typename Term::Block block = {even, odd};
             for_block<Term>([&](int64_t vector) INLINED {
                 block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector);
             });
             block.end();
         }
-        term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
+        term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
         typename Term::Block block = {even, odd};
         for (; j + width <= count; j += width) block.add(term(i + j, channel, Whole{}), channel.mean, 0);
         if (j < count) {
-            const Some rest = {(int)(count - j)};
+            const Partial rest = {(int)(count - j)};
             block.add(term(i + j, channel, rest), channel.mean, 1);
         }
         block.end();
@@ -354,7 +354,7 @@ class Planar {
     template <class Map, class Out>
     INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, int64_t next, const Out out) const {
         constexpr int64_t width = T::width;
-        if (count < width) return map_few(i, m, channel, Some{(int)count}, map, out);
+        if (count < width) return map_few(i, m, channel, Partial{(int)count}, map, out);
         const int64_t head = task.stream ? out.to_alignment(i) : -1, last = count - width;
         int64_t j = 0, step = width;
         if (head >= 0 && head <= last) {
@@ -371,7 +371,7 @@ class Planar {
 
     template <bool stream, class Map, class Out>
     static INLINE void map_vector(int64_t i, int64_t m, const Channel<Vector>& channel, int64_t ahead, const Map& map, const Out& out) {
-        map.fetch(i + ahead, 1);
+        map.prefetch(i + ahead, 1);
         if constexpr (stream) {
             out.stream(i, map(i, m, channel, Whole{}));
         } else {

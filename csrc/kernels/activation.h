@@ -5,7 +5,7 @@
 #pragma once
 
 #include "api.h"
-#include "lanes.h"
+#include "simd/storage.h"
 
 namespace {
 

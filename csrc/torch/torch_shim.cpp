@@ -7,7 +7,7 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
-#include "tensors.h"
+#include "torch/tensors.h"
 
 namespace {
 
@@ -461,7 +461,7 @@ void update_running(Word* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-#include "steps.h"
+#include "torch/steps.h"
 
 namespace {
 

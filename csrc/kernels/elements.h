@@ -1,9 +1,9 @@
 // What happens to one vector of elements; planar.h and interleaved.h say in which order the vectors come.
 #pragma once
 
-#include "activation.h"
-#include "channels.h"
-#include "counted.h"
+#include "kernels/activation.h"
+#include "kernels/channels.h"
+#include "kernels/counted.h"
 #include "threads.h"
 
 namespace {
@@ -61,13 +61,13 @@ struct Elements {
 
     // Asks for what will be read of the `count` vectors from `i` on.
     template <bool of_x_alone>
-    INLINE void fetch_vectors(int64_t i, int count) const {
+    INLINE void prefetch_vectors(int64_t i, int count) const {
         UNROLLED
         for (int vector = 0; vector < count; ++vector) {
             const int64_t at = i + vector * T::width;
-            fetch(x + at);
-            if constexpr (!of_x_alone) fetch(dy + at);
-            if constexpr (!of_x_alone && has_residual) fetch(residual + at);
+            prefetch(x + at);
+            if constexpr (!of_x_alone) prefetch(dy + at);
+            if constexpr (!of_x_alone && has_residual) prefetch(residual + at);
         }
     }
 
@@ -89,8 +89,8 @@ struct Elements {
     template <class Part>
     INLINE Vector pre_activation(int64_t i, Vector d, const Channel<Vector>& channel, Part part) const {
         Vector offset = channel.offset;
-        if constexpr (T::rounds_scale) offset = multiply_add(bounded(d), channel.scale_rest, offset);  // infinity · 0 is NaN
-        Vector z = multiply_add(d, channel.scale, offset);
+        if constexpr (T::rounds_scale) offset = Simd::multiply_add(Simd::bounded(d), channel.scale_rest, offset);  // infinity · 0 is NaN
+        Vector z = Simd::multiply_add(d, channel.scale, offset);
         if (with_residual == Residual::some || (with_residual == Residual::asked && residual)) z += T::load(residual + i, part);
         return z;
     }
@@ -122,7 +122,7 @@ struct MomentTerm {
     const typename E::Unmasked elements;
 
     static MomentTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
     template <class Part>
     INLINE auto operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
@@ -144,7 +144,7 @@ struct GradTerm {
     const typename E::Unmasked elements;
 
     static GradTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
     template <class Part>
     INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
@@ -177,7 +177,7 @@ struct NormalizeMap {
 
     static NormalizeMap of(const Task& task) { return {E(task)}; }
     NormalizeMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
     template <class Part>
     INLINE Written<typename E::Vector> operator()(
@@ -195,7 +195,7 @@ struct InputGradMap {
 
     static InputGradMap of(const Task& task) { return {E(task)}; }
     InputGradMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
     template <class Part>
     INLINE Written<typename E::Vector> operator()(
@@ -203,7 +203,7 @@ struct InputGradMap {
         const auto d = elements.deviation(i, channel, part);
         const typename E::Vector nothing = {};
         const auto g = elements.counted(elements.grad(i, d, channel, part), nothing, m, part);
-        const auto dx = multiply_add(g, channel.grad_scale, multiply_add(d * channel.rstd, channel.slope, channel.level));
+        const auto dx = Simd::multiply_add(g, channel.grad_scale, Simd::multiply_add(d * channel.rstd, channel.slope, channel.level));
         return {elements.counted(dx, nothing, m, part), g};
     }
 };
@@ -241,7 +241,7 @@ struct Outputs {
 
 // Less than a vector.
 template <class Vector, class Map, class Out>
-NOINLINE void map_few(int64_t i, int64_t m, const Channel<Vector>& channel, Some part, const Map& map, const Out& out) {
+NOINLINE void map_few(int64_t i, int64_t m, const Channel<Vector>& channel, Partial part, const Map& map, const Out& out) {
     out.store(i, map(i, m, channel, part), part);
 }
 

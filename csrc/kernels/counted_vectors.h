@@ -3,7 +3,7 @@
 // changes no sum.
 #pragma once
 
-#include "columns.h"
+#include "kernels/columns.h"
 
 namespace {
 
@@ -13,7 +13,7 @@ class CountedVectors {
     // A vector, `at` elements after the beginning of its portion's first row, and so many whole ones right after it.
     struct Vectors {
         int64_t at;
-        Some lanes;
+        Partial lanes;
         int32_t whole;
     };
     // What is summed of one channel before the next one's turn: vectors first ... last - 1, all of them between places `begin` and
@@ -48,7 +48,7 @@ class CountedVectors {
         for (int64_t place = run.first, end = run.first + run.count; place < end;) {
             Portion& portion = portion_for(chunk, run.row, place);
             const int count = (int)at_most(T::width - lane, end - place);
-            Vectors here = {(run.row - portion.row) * stride + place - lane, Some::between(lane, lane + count), 0};
+            Vectors here = {(run.row - portion.row) * stride + place - lane, Partial::between(lane, lane + count), 0};
             lane = (lane + count) % T::width, place += count, --room;
             if (!lane) here.whole = (int32_t)at_most((end - place) / T::width, room);
             place += here.whole * T::width, room -= here.whole;
