@@ -1,21 +1,22 @@
 // A layer's call as one operator: in training `forward` and `update_running`, in inference `infer`, and for both a `backward` with the
 // gradients in the parameters' dtype. A tiny tensor costs what the calls around its kernels cost: two where there were four, and no
 // conversion by the autograd engine.
-// A part of torch_shim.cpp, whose classes it uses.
 #pragma once
 
 #include <math.h>
 
 #include <optional>
 
+#include "torch/running.h"
+
 namespace {
 
-bool is_float32_or_float64(const Tensor& tensor) {
+inline bool is_float32_or_float64(const Tensor& tensor) {
     return tensor.dtype == dtypes[(int)Dtype::float32] || tensor.dtype == dtypes[(int)Dtype::float64];
 }
 
 // The usual case, whose arguments nothing is wrong with: the rest goes the long way, which has words for it.
-bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
+inline bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
     if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
@@ -29,7 +30,7 @@ bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
     return is_vector(weight, weight) && (!bias || is_vector(bias, weight)) && (weight.dtype != wide || x.dtype == wide);
 }
 
-bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
+inline bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
 
 // One call of a layer: y, and for the backward mean and rstd, (2, C); renormalized r and d too, (4, C).
 struct LayerCall {
@@ -51,11 +52,11 @@ struct LayerCall {
         task.mean = statistics.data<double>(), task.rstd = task.mean + C;
         if (renormalized) task.r = task.rstd + C, task.d = task.r + C;
     }
-    void leave_in(Word* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
+    void leave_in(StableIValue* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
 };
 
 // Where they do not take a call, both operators leave two empty tensors, and nothing was touched.
-void decline(Word* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
+inline void decline(StableIValue* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
 
 // The bounds of batch renormalization after so many batches: `Renorm.bounds`.
 struct Bounds {
@@ -74,7 +75,7 @@ struct Bounds {
 };
 
 template <bool renormalized>
-void training_step(Word* stack, uint64_t, uint64_t) {
+void run_training_step(StableIValue* stack) {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     Running running(arguments);
@@ -104,7 +105,21 @@ void training_step(Word* stack, uint64_t, uint64_t) {
     layer.leave_in(stack);
 }
 
-void inference_step(Word* stack, uint64_t, uint64_t) {
+#define STEP_ARGUMENTS \
+    "Tensor x, Tensor? weight, Tensor? bias, " RUNNING_ARGUMENTS ", float momentum, bool unbiased, bool skip_nonfinite, "
+
+OPERATOR(training_step, STEP_ARGUMENTS "float eps, " ACTIVATION_ARGUMENTS, "(Tensor, Tensor)") { run_training_step<false>(stack); }
+
+OPERATOR(renormalization_step,
+         STEP_ARGUMENTS "float r_max, float d_max, float warmup, float eps, " ACTIVATION_ARGUMENTS,
+         "(Tensor, Tensor)") {
+    run_training_step<true>(stack);
+}
+
+OPERATOR(inference_step,
+         "Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
+         ACTIVATION_ARGUMENTS,
+         "(Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
@@ -117,7 +132,7 @@ void inference_step(Word* stack, uint64_t, uint64_t) {
 }
 
 // Float64 values in the dtype of `like`, float32 or float64.
-Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
+inline Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
     Tensor tensor = Tensor::vector(C, like.dtype);
     const auto round = [&](auto* narrow) {
 #pragma omp simd
@@ -129,7 +144,7 @@ Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
 
 // dx, dweight and dbias of what one of the two took.
 template <bool constant_statistics>
-void step_backward(Word* stack, uint64_t, uint64_t) {
+void run_step_backward(StableIValue* stack) {
     Arguments arguments(stack);
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), statistics = arguments.tensor();
@@ -169,5 +184,11 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
     stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();
 }
+
+#define STEP_BACKWARD_ARGUMENTS \
+    "Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, " ACTIVATION_ARGUMENTS ", bool wants_dx"
+
+OPERATOR(training_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor)") { run_step_backward<false>(stack); }
+OPERATOR(inference_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor)") { run_step_backward<true>(stack); }
 
 }  // namespace
