@@ -1,7 +1,16 @@
 // AVX-512 F, BW, DQ and VL, and BF16 where it is there: vectors of 64 bytes.
 #pragma once
 
+// gcc 12 finds its own _mm512_undefined_pd uninitialized.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #include "simd/generic.h"
 
