@@ -1,7 +1,6 @@
 // The activations of kernels/activation.py on vectors: `value(z)`, and `grad(dy, z)` = dy · activation'(z).
 //
-// At a kink, and for NaN, they do what torch does: the comparisons are written so that NaN takes the branch of the positive numbers.
-// relu and no activation have a type of their own; the others share one with a switch, whose branch never changes within a call.
+// At a kink and for NaN the results are torch's: the comparisons are written so that NaN takes the branch of positive numbers.
 #pragma once
 
 #include "api.h"
@@ -13,7 +12,7 @@ using batchnorm::Activation;
 using batchnorm::Task;
 
 struct Identity {
-    static constexpr int64_t unrolled = 8;  // vectors of a sum, an even number
+    static constexpr int64_t unrolled = 8;  // vectors of a sum's loop, an even number
     static constexpr bool needs_z = false;
     explicit Identity(const Task&) {}
     template <class Vector>
@@ -40,8 +39,8 @@ struct Relu {
     }
 };
 
-// e^x = 2^n · e^r, |r| <= ln(2) / 2, with the Taylor-like polynomial of Cephes' expf: below 2 ulp of float32. Clamped at 88.3, before it
-// overflows; 0 below -87.3, before it becomes subnormal; NaN passes.
+// e^x = 2^n · e^r, |r| <= ln(2) / 2, with the polynomial of Cephes' expf: the error is below 2 ulp of float32. x is clamped at 88.3, before
+// the result overflows; below -87.3, before the result becomes subnormal, it is 0; NaN stays NaN.
 INLINE Floats exponential(Floats x) {
     const auto vanishes = x < -87.3f;
     x = x > 88.3f ? Floats{} + 88.3f : x;
@@ -83,7 +82,7 @@ INLINE Floats error_function(Floats x) {
     return magnitude > 0.927734375f ? far : near;
 }
 
-// float64 is not made for speed: the C library, lane by lane; clamped for the same reason.
+// float64 calls the C library for each lane, which is slow; clamped for the same reasons.
 INLINE Doubles exponential(Doubles x) {
     const auto vanishes = x < -708.0;
     x = x > 708.0 ? Doubles{} + 708.0 : x;
@@ -95,7 +94,8 @@ INLINE Doubles error_function(Doubles x) {
     return x;
 }
 
-// Not inlined: with e^x in every loop the library would take minutes to build.
+// Any activation, chosen by a switch whose branch never changes within a call. All but identity and relu are not inlined: with e^x in
+// every loop the library would take minutes to compile.
 template <class Vector>
 struct AnyActivation {
     static constexpr int64_t unrolled = 2;
@@ -106,8 +106,8 @@ struct AnyActivation {
 
     explicit AnyActivation(const Task& task) : kind(task.activation), slope((Real)task.slope) {}
 
-    // sigmoid(z), and 1 - sigmoid(z) to its own last digit: z multiplies it in the derivatives. 0 and 1 from where e^-z is clamped: z times
-    // the clamped value would grow again.
+    // sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are 0 and 1 where e^-z is
+    // clamped: z times the clamped value would grow again.
     struct Sigmoid {
         Vector value, rest;
 

@@ -27,7 +27,8 @@ struct Avx512 : Generic<Avx512> {
         return bits_as<Longs>(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(bits_as<int64_t>(values))));
     }
 
-    // An instruction by name: gcc contracts a · b + c under a mask in whole vectors but not in partial ones, whose product it rounds.
+    // An intrinsic, because gcc contracts a · b + c under a mask to one instruction in whole vectors but not in partial ones, which would
+    // then round the product.
     template <class Vector>
     static INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
         if constexpr (sizeof(a[0]) == sizeof(float)) {

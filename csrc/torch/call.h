@@ -1,4 +1,4 @@
-// One call of a verb on torch's tensors: what every operator needs to fill a Task.
+// One call of a verb on torch's tensors: the pieces from which every operator fills a Task.
 #pragma once
 
 #include <string.h>
@@ -11,12 +11,12 @@
 
 namespace {
 
-// Fresh memory of several megabytes comes without pages, and a fault for every 4 KB costs more than the kernel: 103 MB took 40 to
-// 80 ms of faults, 9 ms with huge pages. Memory that the allocator reuses has its pages, and the call then costs a microsecond.
+// Newly mapped memory has no pages yet, and a page fault for every 4 KB costs more than the kernel: 103 MB took 40 to 80 ms of faults, 9 ms
+// with huge pages. Memory that the allocator reuses has its pages; madvise then costs a microsecond.
 constexpr int64_t bytes_worth_huge_pages = 4 << 20;
 constexpr uint64_t huge_page = 2 << 20;
 
-// Outputs below fit the cache, where the next operator finds them.
+// Smaller outputs fit the cache, where the next operator finds them.
 constexpr int64_t bytes_worth_streaming = 8 << 20;
 
 inline void use_huge_pages(const Tensor& tensor, int64_t bytes) {
@@ -30,7 +30,7 @@ inline void use_huge_pages(const Tensor& tensor, int64_t bytes) {
 #endif
 }
 
-// How x lies in memory. One channel, or planes of one value, make the layouts the same.
+// The layout of x in memory. With one channel, or planes of one value, it is both.
 struct Layout {
     bool planar = true, interleaved = true;
 
@@ -48,7 +48,7 @@ struct Layout {
     }
 };
 
-// One call on x: its sizes and layout, and what is read and written beside it.
+// One call on x: a Task with its sizes and layout, to which the operator adds the other tensors.
 class Call {
   public:
     Call(Verb verb, const Tensor& x) : x(x) {
@@ -64,10 +64,10 @@ class Call {
         task.threads = (int)threads;
     }
 
-    // `tensor` where it lies as x does; otherwise a copy that does.
-    const void* beside(Tensor& tensor) {
+    // The data of `tensor`, which becomes a copy in x's layout if it has another.
+    const void* in_layout_of_x(Tensor& tensor) {
         if (!tensor) return nullptr;
-        if (!tensor.lies_as(x)) {
+        if (!tensor.has_layout_of(x)) {
             expect(tensor.has_sizes_of(x) && is_floating(tensor.dtype), "dy and the residual must be as x");
             Tensor copy = x.empty_like();
             use_huge_pages(copy, copy.values() * element_size());
@@ -76,8 +76,8 @@ class Call {
         }
         return tensor.data<void>();
     }
-    // To be called before smaller tensors are allocated: they would be cut from what the last call's output left, and this one would
-    // lie elsewhere, out of the cache.
+    // A new tensor like x. To be called before smaller tensors are allocated: they would take a piece of the memory that the last call's
+    // output left in the cache, and this one would get other memory.
     Tensor output() {
         Tensor tensor = x.empty_like();
         const int64_t bytes = tensor.values() * element_size();
@@ -98,7 +98,7 @@ class Call {
         task.activation = (Activation)code;
         task.slope = arguments.number();
     }
-    // Groups of `size` samples, the last one of what is left.
+    // Groups of `size` samples; the last one has the samples that are left.
     void set_groups(int64_t groups, int64_t size) {
         const int64_t N = x.sizes[0];
         expect(groups >= 1 && size >= 1 && (!N || (groups <= N && size <= N && (groups - 1) * size < N)), "groups must divide the samples");
@@ -132,7 +132,7 @@ class Call {
     }
 };
 
-// weight, bias, residual, mask, activation, slope, residual_is_output: the end of every verb's arguments but those of `moments`.
+// EPILOGUE_ARGUMENTS, which all verbs but `moments` take.
 struct Epilogue {
     Tensor weight, bias, residual, mask;
     ChannelValues weights, biases;
@@ -146,13 +146,13 @@ struct Epilogue {
           biases(bias, C) {
         call.task.weight = weights;
         call.task.bias = biases;
-        call.task.residual = call.beside(residual);
+        call.task.residual = call.in_layout_of_x(residual);
         call.set_mask(mask);
         call.set_activation(arguments);
     }
 };
 
-// Values per channel: those of x, or those the mask counts.
+// The values per channel: those of x, or those that the mask counts.
 inline double count_of(const Tensor& x, const Tensor& masked_count) {
     if (masked_count) return ChannelValues::number(masked_count);
     return x.sizes[1] ? (double)(x.values() / x.sizes[1]) : 0.0;
@@ -166,7 +166,7 @@ inline Tensor channel_vector(const Tensor& x) {
 
 inline Tensor nothing(const Tensor& x) { return Tensor::vector(0, x.dtype); }
 
-// (G, C)
+// One vector of C values for each group, (G, C).
 inline Tensor group_vectors(const Tensor& x, int64_t groups) {
     const int64_t sizes[] = {groups, x.sizes[1]}, strides[] = {x.sizes[1], 1};
     Tensor vectors = Tensor::empty(2, sizes, strides, dtypes[(int)Dtype::float64]);
@@ -174,6 +174,7 @@ inline Tensor group_vectors(const Tensor& x, int64_t groups) {
     return vectors;
 }
 
+// Statistics that are constants: mean and rstd from running ones.
 inline void set_constant(Task& task, const Tensor& running_mean, const Tensor& running_var, double eps, int64_t C) {
     const ChannelValues means(running_mean, C), variances(running_var, C);
     for (int64_t c = 0; c < C; ++c) task.mean[c] = means[c], task.rstd[c] = 1.0 / __builtin_sqrt(variances[c] + eps);

@@ -5,10 +5,11 @@
 
 namespace {
 
-// running = (1 - momentum) · running + momentum · batch, for both buffers or, if the batch's would not be finite, for neither.
+// running = (1 - momentum) · running + momentum · batch, for both buffers. With `skip_nonfinite`, neither is updated if a statistic of the
+// batch is not finite as Real. Returns whether all are finite.
 template <class Real>
-inline bool move(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
-          double divisor, double momentum, bool moves, bool skip_nonfinite) {
+bool update(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
+          double divisor, double momentum, bool enabled, bool skip_nonfinite) {
     const Scratch variances = scratch(C);
     double* variance = variances.get();
     int bad = 0;
@@ -18,8 +19,8 @@ inline bool move(const Tensor& running_mean, const Tensor& running_var, const do
         const Real narrow_mean = (Real)mean[c], narrow_variance = (Real)variance[c];
         bad |= !(narrow_mean - narrow_mean == 0) | !(narrow_variance - narrow_variance == 0);
     }
-    if (!moves || (skip_nonfinite && bad)) return !bad;
-    const auto follow = [&](const Tensor& running, const double* batch) {
+    if (!enabled || (skip_nonfinite && bad)) return !bad;
+    const auto update_one = [&](const Tensor& running, const double* batch) {
         Real* values = running.data<Real>();
         const auto step = [&](Real value, double next) { return (Real)((1.0 - momentum) * (double)value + momentum * next); };
         if (const int64_t stride = running.strides[0]; stride != 1) {
@@ -29,7 +30,7 @@ inline bool move(const Tensor& running_mean, const Tensor& running_var, const do
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) values[c] = step(values[c], batch[c]);
     };
-    follow(running_mean, mean), follow(running_var, variance);
+    update_one(running_mean, mean), update_one(running_var, variance);
     return !bad;
 }
 
@@ -37,7 +38,7 @@ inline bool move(const Tensor& running_mean, const Tensor& running_var, const do
     "Tensor(a!) running_mean, Tensor(b!) running_var, " \
     "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches"
 
-// A layer's buffers, and how they follow the batches.
+// A layer's running statistics and counters.
 struct Running {
     Tensor mean, variance, moved_batches, nonfinite_batches;
 
@@ -47,25 +48,26 @@ struct Running {
           moved_batches(arguments.optional_tensor()),
           nonfinite_batches(arguments.optional_tensor()) {}
 
-    // They are written where they lie.
+    // Checks them before they are written.
     void check(int64_t C) const {
         for (const Tensor* running : {&mean, &variance}) {
             expect(running->rank == 1 && running->sizes[0] == C, "running statistics must be (C,)");
             expect(running->dtype == mean.dtype, "running statistics must have one dtype");
         }
         const int32_t dtype = mean.dtype;
-        expect(dtype == dtypes[(int)Dtype::float32] || dtype == dtypes[(int)Dtype::float64], "running statistics must be float32 or float64");
+        const bool has_kernel = dtype == dtypes[(int)Dtype::float32] || dtype == dtypes[(int)Dtype::float64];
+        expect(has_kernel, "running statistics must be float32 or float64");
         for (const Tensor* counter : {&moved_batches, &nonfinite_batches})
             expect(!*counter || (counter->dtype == int64 && counter->values() == 1), "a counter must be one int64");
     }
 
-    // Moves them by one batch and counts it; whether its statistics were finite.
-    bool follow(const double* batch_mean, const double* m2, int64_t C, double count, bool moves, double momentum,
-                bool unbiased, bool skip_nonfinite) {
+    // Updates them by the statistics of one batch, and the counters. Returns whether the statistics were finite.
+    bool update_by(const double* batch_mean, const double* m2, int64_t C, double count, bool enabled, double momentum,
+                   bool unbiased, bool skip_nonfinite) {
         const double divisor = unbiased ? count - 1.0 : count;
-        const auto step = mean.dtype == dtypes[(int)Dtype::float32] ? move<float> : move<double>;
-        const bool finite = step(mean, variance, batch_mean, m2, C, divisor > 1.0 ? divisor : 1.0, momentum, moves, skip_nonfinite);
-        if (moved_batches && moves && (finite || !skip_nonfinite)) ++*moved_batches.data<int64_t>();
+        const auto step = mean.dtype == dtypes[(int)Dtype::float32] ? update<float> : update<double>;
+        const bool finite = step(mean, variance, batch_mean, m2, C, divisor > 1.0 ? divisor : 1.0, momentum, enabled, skip_nonfinite);
+        if (moved_batches && enabled && (finite || !skip_nonfinite)) ++*moved_batches.data<int64_t>();
         if (nonfinite_batches && skip_nonfinite && !finite) ++*nonfinite_batches.data<int64_t>();
         return finite;
     }
@@ -87,7 +89,7 @@ OPERATOR(update_running,
     const double count = masked_count ? ChannelValues::number(masked_count) : whole_count;
     Tensor finite = Tensor::empty(0, nullptr, nullptr, boolean);
     *finite.data<bool>() =
-        running.follow(means, m2s, C, count, !masked_count || count > 1.0, momentum, unbiased, skip_nonfinite);
+        running.update_by(means, m2s, C, count, !masked_count || count > 1.0, momentum, unbiased, skip_nonfinite);
     stack[0] = finite.release();
 }
 

@@ -1,6 +1,6 @@
-// A layer's call as one operator: in training `forward` and `update_running`, in inference `infer`, and for both a `backward` with the
-// gradients in the parameters' dtype. A tiny tensor costs what the calls around its kernels cost: two where there were four, and no
-// conversion by the autograd engine.
+// The fast path: a layer's call as one operator. In training it is `forward` and `update_running`, in inference `infer`; the backward of
+// both gives the gradients in the parameters' dtype. The time of a tiny tensor is the time of the calls around its kernels: here they are
+// two instead of four, and the autograd engine converts nothing.
 #pragma once
 
 #include <math.h>
@@ -15,8 +15,9 @@ inline bool is_float32_or_float64(const Tensor& tensor) {
     return tensor.dtype == dtypes[(int)Dtype::float32] || tensor.dtype == dtypes[(int)Dtype::float64];
 }
 
-// The usual case, whose arguments nothing is wrong with: the rest goes the long way, which has words for it.
-inline bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
+// Whether the fast path takes these arguments. The general path takes all others, and raises the errors.
+inline bool takes_fast_path(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
     if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
@@ -32,7 +33,8 @@ inline bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 
 inline bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
 
-// One call of a layer: y, and for the backward mean and rstd, (2, C); renormalized r and d too, (4, C).
+// One call of a layer. It returns y and the statistics for the backward: mean and rstd, (2, C), or mean, rstd, r and d, (4, C), of batch
+// renormalization.
 struct LayerCall {
     const int64_t C;
     const ChannelValues weights, biases;
@@ -52,13 +54,13 @@ struct LayerCall {
         task.mean = statistics.data<double>(), task.rstd = task.mean + C;
         if (renormalized) task.r = task.rstd + C, task.d = task.r + C;
     }
-    void leave_in(StableIValue* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
+    void return_on(StableIValue* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
 };
 
-// Where they do not take a call, both operators leave two empty tensors, and nothing was touched.
+// Returns two empty tensors for a call that the fast path does not take; nothing was written.
 inline void decline(StableIValue* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
 
-// The bounds of batch renormalization after so many batches: `Renorm.bounds`.
+// The bounds of r and d in batch renormalization, which widen with the number of batches, see `Renorm.bounds`.
 struct Bounds {
     const double r_max, d_max, warmup;
 
@@ -84,7 +86,7 @@ void run_training_step(StableIValue* stack) {
     std::optional<Bounds> bounds;
     if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
-    if (!is_usual(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
+    if (!takes_fast_path(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
         !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches) ||
         (renormalized && !running.moved_batches))
         return decline(stack, x);
@@ -101,8 +103,8 @@ void run_training_step(StableIValue* stack) {
     task.count = count_of(x, {});
     task.m2 = m2.get();
     layer.call.run();
-    running.follow(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
-    layer.leave_in(stack);
+    running.update_by(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
+    layer.return_on(stack);
 }
 
 #define STEP_ARGUMENTS \
@@ -124,11 +126,11 @@ OPERATOR(inference_step,
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
-    if (!is_usual(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
+    if (!takes_fast_path(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
     LayerCall layer(Verb::normalize, x, weight, bias, eps, arguments);
     set_constant(layer.call.task, running_mean, running_var, eps, layer.C);
     layer.call.run();
-    layer.leave_in(stack);
+    layer.return_on(stack);
 }
 
 // Float64 values in the dtype of `like`, float32 or float64.
@@ -142,7 +144,7 @@ inline Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
     return tensor;
 }
 
-// dx, dweight and dbias of what one of the two took.
+// The backward of both operators: dx, dweight and dbias.
 template <bool constant_statistics>
 void run_step_backward(StableIValue* stack) {
     Arguments arguments(stack);
@@ -161,11 +163,11 @@ void run_step_backward(StableIValue* stack) {
     const bool wants_dx = arguments.flag();
     Tensor dx = wants_dx ? call.output() : nothing(x);
     const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
-    task.dy = call.beside(dy);
+    task.dy = call.in_layout_of_x(dy);
     task.mean = statistics.data<double>(), task.rstd = task.mean + C;
     task.count = constant_statistics ? 0.0 : count_of(x, {});
     task.weight = weights, task.bias = biases;
-    // Renormalized: x̂ · r + d takes the place of x̂, see kernels/correction.py.
+    // Batch renormalization: x̂ · r + d replaces x̂, see kernels/correction.py.
     const double* const r = rows == 4 ? task.rstd + C : nullptr;
     const double* const d = r ? r + C : nullptr;
     const Scratch corrected_weight = scratch(r ? C : 0), corrected_bias = scratch(r ? C : 0);

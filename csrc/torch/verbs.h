@@ -112,7 +112,7 @@ OPERATOR(infer,
     stack[0] = y.release(), stack[1] = mean.release(), stack[2] = rstd.release();
 }
 
-// What the three verbs of the backward share: dy, x, mean, rstd first, the epilogue last.
+// The arguments that the verbs of the backward share: dy, x, mean and rstd.
 struct BackwardCall {
     Tensor dy, x, mean, rstd;
     Call call;
@@ -126,7 +126,7 @@ struct BackwardCall {
           call(verb, x),
           means(mean, x.sizes[1]),
           rstds(rstd, x.sizes[1]) {
-        call.task.dy = call.beside(dy);
+        call.task.dy = call.in_layout_of_x(dy);
         call.task.mean = means, call.task.rstd = rstds;
     }
 };
@@ -208,7 +208,7 @@ OPERATOR(backward_groups,
         expect(fits && given->sizes[0] == groups && given->sizes[1] == x.sizes[1], "the statistics of groups must be (G, C) in float64");
     }
     call.set_groups(groups, size);
-    call.task.dy = call.beside(dy);
+    call.task.dy = call.in_layout_of_x(dy);
     call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
     const Epilogue epilogue(arguments, x.sizes[1], call);
     call.task.residual_is_output = arguments.flag();
