@@ -8,8 +8,17 @@ namespace batchnorm {
 
 enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
 
-// The order is that of `ACTIVATIONS` in kernels/cpu.py.
-enum class Activation : int32_t { identity, relu, relu6, leaky_relu, silu, hardswish, gelu, gelu_tanh };
+// The activations, in the order of `ACTIVATIONS` in kernels/cpu.py. kernels/activation.h has the formula of each; without it, a row here
+// does not compile.
+#define ACTIVATIONS(ROW) ROW(identity) ROW(relu) ROW(relu6) ROW(leaky_relu) ROW(silu) ROW(hardswish) ROW(gelu) ROW(gelu_tanh)
+
+#define ENUMERATOR(name) name,
+enum class Activation : int32_t { ACTIVATIONS(ENUMERATOR) };
+#undef ENUMERATOR
+
+#define PLUS_ONE(name) +1
+constexpr int activations = ACTIVATIONS(PLUS_ONE);
+#undef PLUS_ONE
 
 enum class Verb : int32_t { moments, normalize, reduce_grad, input_grad, forward, backward };
 

@@ -94,7 +94,7 @@ uint64_t fuzz_one() {
     task.residual_is_output = backward && task.residual && numbers() % 2;
     if (numbers() % 2) task.mask = (uint8_t*)mask.data();
     task.count = (double)(task.N * task.S), task.eps = 1e-5;
-    task.activation = (Activation)(numbers() % 8), task.slope = 0.01;
+    task.activation = (Activation)(numbers() % activations), task.slope = 0.01;
     task.stream = numbers() % 2;
     task.group_size = one_of({1, 2, 5});
     task.groups = numbers() % 3 ? 0 : task.N / task.group_size;

@@ -1,4 +1,4 @@
-// The activations of kernels/activation.py on vectors: `value(z)`, and `grad(dy, z)` = dy · activation'(z).
+// The activations of kernels/activation.py on vectors.
 //
 // At a kink and for NaN the results are torch's: the comparisons are written so that NaN takes the branch of positive numbers.
 #pragma once
@@ -10,34 +10,6 @@ namespace {
 
 using batchnorm::Activation;
 using batchnorm::Task;
-
-struct Identity {
-    static constexpr int64_t unrolled = 8;  // vectors of a sum's loop, an even number
-    static constexpr bool needs_z = false;
-    explicit Identity(const Task&) {}
-    template <class Vector>
-    INLINE Vector value(Vector z) const {
-        return z;
-    }
-    template <class Vector>
-    INLINE Vector grad(Vector dy, Vector) const {
-        return dy;
-    }
-};
-
-struct Relu {
-    static constexpr int64_t unrolled = 8;
-    static constexpr bool needs_z = true;
-    explicit Relu(const Task&) {}
-    template <class Vector>
-    INLINE Vector value(Vector z) const {
-        return z <= 0 ? Vector{} : z;
-    }
-    template <class Vector>
-    INLINE Vector grad(Vector dy, Vector z) const {
-        return z <= 0 ? Vector{} : dy;
-    }
-};
 
 // e^x = 2^n · e^r, |r| <= ln(2) / 2, with the polynomial of Cephes' expf: the error is below 2 ulp of float32. x is clamped at 88.3, before
 // the result overflows; below -87.3, before the result becomes subnormal, it is 0; NaN stays NaN.
@@ -94,101 +66,177 @@ INLINE Doubles error_function(Doubles x) {
     return x;
 }
 
+template <class Vector>
+using LaneOf = __typeof__(Vector{}[0] + 0);
+
+// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are 0 and 1 where e^-z is
+// clamped: z times the clamped value would grow again.
+template <class Vector>
+struct Sigmoid {
+    typedef LaneOf<Vector> Real;
+    Vector value, rest;
+
+    INLINE explicit Sigmoid(Vector z) {
+        const Vector e = exponential(-z);
+        const auto far = z < Real(sizeof(Real) == 4 ? -88.3 : -708);
+        value = Real(1) / (Real(1) + e);
+        rest = far ? Vector{} + Real(1) : e * value;
+        value = far ? Vector{} : value;
+    }
+};
+
+// The formulas of an activation: value(z, slope), and grad(dy, z, slope) = dy · activation'(z). `slope` is that of leaky_relu.
+template <Activation kind, class Vector>
+struct Formula;
+
+template <class Vector>
+struct Formula<Activation::identity, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) { return z; }
+    static INLINE Vector grad(Vector dy, Vector, Real) { return dy; }
+};
+
+template <class Vector>
+struct Formula<Activation::relu, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) { return z <= 0 ? Vector{} : z; }
+    static INLINE Vector grad(Vector dy, Vector z, Real) { return z <= 0 ? Vector{} : dy; }
+};
+
+template <class Vector>
+struct Formula<Activation::relu6, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) {
+        const Vector top = Vector{} + Real(6), below = z <= 0 ? Vector{} : z;
+        return below >= 6 ? top : below;
+    }
+    static INLINE Vector grad(Vector dy, Vector z, Real) {
+        const Vector above = z <= 0 ? Vector{} : dy;
+        return z >= 6 ? Vector{} : above;
+    }
+};
+
+template <class Vector>
+struct Formula<Activation::leaky_relu, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real slope) {
+        const Vector sloped = z * slope;
+        return z > 0 ? z : sloped;
+    }
+    static INLINE Vector grad(Vector dy, Vector z, Real slope) {
+        const Vector sloped = dy * slope;
+        return z > 0 ? dy : sloped;
+    }
+};
+
+// z · sigmoid(z)
+template <class Vector>
+struct Formula<Activation::silu, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) { return z * Sigmoid<Vector>(z).value; }
+    static INLINE Vector grad(Vector dy, Vector z, Real) {
+        const Sigmoid<Vector> gate(z);
+        return dy * (gate.value * (Real(1) + z * gate.rest));
+    }
+};
+
+// z · relu6(z + 3) / 6
+template <class Vector>
+struct Formula<Activation::hardswish, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) {
+        const Vector middle = z * (z + Real(3)) * Real(1.0 / 6.0), above = z >= 3 ? z : middle;
+        return z <= -3 ? Vector{} : above;
+    }
+    static INLINE Vector grad(Vector dy, Vector z, Real) {
+        const Vector middle = dy * (z * Real(1.0 / 3.0) + Real(0.5)), above = z < 3 ? middle : dy;
+        return z <= -3 ? Vector{} : above;
+    }
+};
+
+// z · Φ(z), with the normal distribution Φ(z) = 0.5 (1 + erf(z / sqrt(2)))
+template <class Vector>
+struct Formula<Activation::gelu, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) { return z * distribution(z); }
+    static INLINE Vector grad(Vector dy, Vector z, Real) {
+        const Vector density = exponential(Real(-0.5) * z * z) * Real(0.39894228040143268);
+        return dy * (distribution(z) + z * density);
+    }
+
+  private:
+    static INLINE Vector distribution(Vector z) { return Real(0.5) + Real(0.5) * error_function(z * Real(0.70710678118654752)); }
+};
+
+// z · 0.5 (1 + tanh(u)) = z · sigmoid(2u), u = sqrt(2/π) (z + 0.044715 z³)
+template <class Vector>
+struct Formula<Activation::gelu_tanh, Vector> {
+    typedef LaneOf<Vector> Real;
+    static INLINE Vector value(Vector z, Real) { return z * gate_of(z).value; }
+    static INLINE Vector grad(Vector dy, Vector z, Real) {
+        const Sigmoid<Vector> gate = gate_of(z);
+        const Vector slope_of_2u = twice + twice * Real(3 * 0.044715) * (z * z);
+        return dy * (gate.value * (Real(1) + z * gate.rest * slope_of_2u));
+    }
+
+  private:
+    static constexpr Real twice = Real(1.5957691216057308);  // 2 sqrt(2/π)
+    static INLINE Sigmoid<Vector> gate_of(Vector z) { return Sigmoid<Vector>(z * (twice + twice * Real(0.044715) * (z * z))); }
+};
+
+// An activation that is known at compile time.
+template <Activation kind>
+struct Known {
+    static constexpr int64_t unrolled = 8;  // vectors of a sum's loop, an even number
+    static constexpr bool needs_z = kind != Activation::identity;
+
+    explicit Known(const Task&) {}
+    template <class Vector>
+    INLINE Vector value(Vector z) const {
+        return Formula<kind, Vector>::value(z, 0);
+    }
+    template <class Vector>
+    INLINE Vector grad(Vector dy, Vector z) const {
+        return Formula<kind, Vector>::grad(dy, z, 0);
+    }
+};
+
 // Any activation, chosen by a switch whose branch never changes within a call. All but identity and relu are not inlined: with e^x in
 // every loop the library would take minutes to compile.
 template <class Vector>
 struct AnyActivation {
     static constexpr int64_t unrolled = 2;
-    typedef __typeof__(Vector{}[0] + 0) Real;
     static constexpr bool needs_z = true;
-    Activation kind;
-    Real slope;
+    const Activation kind;
+    const LaneOf<Vector> slope;
 
-    explicit AnyActivation(const Task& task) : kind(task.activation), slope((Real)task.slope) {}
-
-    // sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are 0 and 1 where e^-z is
-    // clamped: z times the clamped value would grow again.
-    struct Sigmoid {
-        Vector value, rest;
-
-        INLINE explicit Sigmoid(Vector z) {
-            const Vector e = exponential(-z);
-            const auto far = z < Real(sizeof(Real) == 4 ? -88.3 : -708);
-            value = Real(1) / (Real(1) + e);
-            rest = far ? Vector{} + Real(1) : e * value;
-            value = far ? Vector{} : value;
-        }
-    };
-    // 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3)
-    static INLINE Sigmoid tanh_gate(Vector z) {
-        const Real twice = Real(1.5957691216057308);
-        return Sigmoid(z * (twice + twice * Real(0.044715) * (z * z)));
-    }
-    static INLINE Vector normal_distribution(Vector z) {
-        return Real(0.5) + Real(0.5) * error_function(z * Real(0.70710678118654752));
-    }
+    explicit AnyActivation(const Task& task) : kind(task.activation), slope((LaneOf<Vector>)task.slope) {}
 
     INLINE Vector value(Vector z) const {
-        if (kind == Activation::identity) return z;
-        if (kind == Activation::relu) return z <= 0 ? Vector{} : z;
+        if (kind == Activation::identity) return Formula<Activation::identity, Vector>::value(z, slope);
+        if (kind == Activation::relu) return Formula<Activation::relu, Vector>::value(z, slope);
         return other_value(z);
     }
     INLINE Vector grad(Vector dy, Vector z) const {
-        if (kind == Activation::identity) return dy;
-        if (kind == Activation::relu) return z <= 0 ? Vector{} : dy;
+        if (kind == Activation::identity) return Formula<Activation::identity, Vector>::grad(dy, z, slope);
+        if (kind == Activation::relu) return Formula<Activation::relu, Vector>::grad(dy, z, slope);
         return other_grad(dy, z);
     }
 
   private:
     NOINLINE Vector other_value(Vector z) const {
-        switch (kind) {
-            case Activation::relu6: {
-                const Vector top = Vector{} + Real(6), below = z <= 0 ? Vector{} : z;
-                return below >= 6 ? top : below;
-            }
-            case Activation::leaky_relu: {
-                const Vector sloped = z * slope;
-                return z > 0 ? z : sloped;
-            }
-            case Activation::silu: return z * Sigmoid(z).value;
-            case Activation::hardswish: {
-                const Vector middle = z * (z + Real(3)) * Real(1.0 / 6.0), above = z >= 3 ? z : middle;
-                return z <= -3 ? Vector{} : above;
-            }
-            case Activation::gelu: return z * normal_distribution(z);
-            default: return z * tanh_gate(z).value;
-        }
+#define CASE(name) \
+    case Activation::name: return Formula<Activation::name, Vector>::value(z, slope);
+        switch (kind) { ACTIVATIONS(CASE) }
+#undef CASE
+        __builtin_unreachable();
     }
-
     NOINLINE Vector other_grad(Vector dy, Vector z) const {
-        switch (kind) {
-            case Activation::relu6: {
-                const Vector above = z <= 0 ? Vector{} : dy;
-                return z >= 6 ? Vector{} : above;
-            }
-            case Activation::leaky_relu: {
-                const Vector sloped = dy * slope;
-                return z > 0 ? dy : sloped;
-            }
-            case Activation::silu: {
-                const Sigmoid gate(z);
-                return dy * (gate.value * (Real(1) + z * gate.rest));
-            }
-            case Activation::hardswish: {
-                const Vector middle = dy * (z * Real(1.0 / 3.0) + Real(0.5)), above = z < 3 ? middle : dy;
-                return z <= -3 ? Vector{} : above;
-            }
-            case Activation::gelu: {
-                const Vector density = exponential(Real(-0.5) * z * z) * Real(0.39894228040143268);
-                return dy * (normal_distribution(z) + z * density);
-            }
-            default: {
-                const Sigmoid gate = tanh_gate(z);
-                const Real twice = Real(1.5957691216057308);
-                const Vector slope_of_u = twice + twice * Real(3 * 0.044715) * (z * z);
-                return dy * (gate.value * (Real(1) + z * gate.rest * slope_of_u));
-            }
-        }
+#define CASE(name) \
+    case Activation::name: return Formula<Activation::name, Vector>::grad(dy, z, slope);
+        switch (kind) { ACTIVATIONS(CASE) }
+#undef CASE
+        __builtin_unreachable();
     }
 };
 

@@ -26,7 +26,7 @@ bool goes_forward(const Task& task) {
 
 // Moments do not depend on the epilogue: all activations share their loops.
 template <class E>
-using Plain = Elements<typename E::T, Identity, Residual::none, E::has_mask>;
+using Plain = Elements<typename E::T, Known<Activation::identity>, Residual::none, E::has_mask>;
 
 template <class E>
 void run_unmasked(Task& task) {
@@ -67,6 +67,8 @@ void run_masked_planar(Task& task) {
 template <class T>
 void run_storage(Task& task) {
     typedef AnyActivation<typename T::Vector> Any;
+    typedef Known<Activation::identity> Identity;
+    typedef Known<Activation::relu> Relu;
     const bool identity = task.activation == Activation::identity && !task.residual, relu = task.activation == Activation::relu;
     if (task.mask && !task.interleaved) {
         if constexpr (T::is_common && sizeof(typename T::Element) == sizeof(float)) {

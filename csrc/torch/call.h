@@ -94,7 +94,7 @@ class Call {
     }
     void set_activation(Arguments& arguments) {
         const int64_t code = arguments.integer();
-        expect(code >= 0 && code <= (int64_t)Activation::gelu_tanh, "there is no such activation");
+        expect(code >= 0 && code < activations, "there is no such activation");
         task.activation = (Activation)code;
         task.slope = arguments.number();
     }
