@@ -4,7 +4,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 WORKERS := -n 2 --dist worksteal
-BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(wildcard csrc/*)
+CSRC := $(wildcard csrc/*.* csrc/*/*)
+BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(CSRC)
 
 # Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
@@ -25,13 +26,16 @@ help:
 	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean     remove the virtual environment and what was built"
 
+# A warning of the C++ compiler is an error in what the tests run; with a compiler that has new warnings: make test BATCHNORM_WERROR=
+$(VENV)/dev build/fuzz sanitize: export BATCHNORM_WERROR ?= 1
+
 # The demonstration and the laboratory need the kernels for this processor alone; the tests compare those for all.
 $(VENV)/lab: $(BUILT_FROM)
 	@BATCHNORM_BUILDS=host $(PYTHON) scripts/environment.py $(VENV) lab $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/dev: $(BUILT_FROM)
-	@BATCHNORM_BUILDS=all $(PYTHON) scripts/environment.py $(VENV) dev $(CONSTRAINTS)
+	@BATCHNORM_BUILDS=all BATCHNORM_REQUIRE_KERNELS=1 $(PYTHON) scripts/environment.py $(VENV) dev $(CONSTRAINTS)
 	@touch $@ $(VENV)/lab
 
 demo: $(VENV)/lab
@@ -77,27 +81,10 @@ lint: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/mkdocs build --quiet
 
-# The builds of scripts/kernels.py; `make -j sanitize` compiles them side by side.
-SANITIZE := -std=c++17 -O1 -g -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math \
-	-fsanitize=address,undefined -fno-sanitize-recover=all
-FUZZED := baseline_float baseline_half
-ifeq ($(shell uname -m),x86_64)
-FUZZED += x86_64_v3_float x86_64_v3_half x86_64_v4_float x86_64_v4_half x86_64_v4_bf16_half
-endif
-FLAGS_x86_64_v3 := -march=x86-64-v3
-FLAGS_x86_64_v4 := -march=x86-64-v4
-FLAGS_x86_64_v4_bf16 := -march=x86-64-v4 -mavx512bf16
+SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-build/fuzz_%_float.o: $(wildcard csrc/*)
-	@mkdir -p build
-	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels_float.cpp -o $@
-
-build/fuzz_%_half.o: $(wildcard csrc/*)
-	@mkdir -p build
-	$(CXX) $(SANITIZE) $(FLAGS_$*) -DBATCHNORM_ISA=$* -c csrc/kernels_half.cpp -o $@
-
-build/fuzz: $(FUZZED:%=build/fuzz_%.o)
-	$(CXX) $(SANITIZE) csrc/fuzz.cpp csrc/dispatch.cpp $^ -o $@
+build/fuzz: scripts/kernels.py $(CSRC)
+	CXXFLAGS="$(SANITIZERS)" BATCHNORM_BUILDS=all BATCHNORM_REQUIRE_KERNELS=1 $(PYTHON) scripts/kernels.py --fuzzer $@
 
 # Each build that this processor can run; then wrong arguments straight at the operators.
 sanitize: build/fuzz $(VENV)/dev

@@ -1,5 +1,5 @@
-// What the three parts of the library tell each other: torch_shim.cpp (torch's tensors) fills a Task, dispatch.cpp picks the
-// build for this processor, kernels.h (built once per instruction set) runs it.
+// The interface between the layers of the library: torch/ (torch's tensors) fills a Task, dispatch.cpp picks the build for this
+// processor, kernels/ (built once for each instruction set) runs it.
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,17 @@ namespace batchnorm {
 
 enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
 
-// The order is that of `ACTIVATIONS` in kernels/cpu.py.
-enum class Activation : int32_t { identity, relu, relu6, leaky_relu, silu, hardswish, gelu, gelu_tanh };
+// The activations, in the order of `ACTIVATIONS` in kernels/cpu.py. kernels/activation.h has the formula of each; without it, a row here
+// does not compile.
+#define ACTIVATIONS(ROW) ROW(identity) ROW(relu) ROW(relu6) ROW(leaky_relu) ROW(silu) ROW(hardswish) ROW(gelu) ROW(gelu_tanh)
+
+#define ENUMERATOR(name) name,
+enum class Activation : int32_t { ACTIVATIONS(ENUMERATOR) };
+#undef ENUMERATOR
+
+#define PLUS_ONE(name) +1
+constexpr int activations = ACTIVATIONS(PLUS_ONE);
+#undef PLUS_ONE
 
 enum class Verb : int32_t { moments, normalize, reduce_grad, input_grad, forward, backward };
 
@@ -25,8 +34,8 @@ struct Task {
     const void* residual;     // x's layout, or null
     bool residual_is_output;  // in backward: `residual` holds y, and the derivative is read off it
     const uint8_t* mask;      // (N, S), or null
-    int64_t counted;          // how many of the N · S positions the mask lets through; `run` finds out
-    void* output;             // y or dx; null where dx is not asked for
+    int64_t counted;          // how many of the N · S positions the mask counts; set by `run`
+    void* output;             // y or dx; null if dx is not needed
     void* dresidual;          // or null
 
     const double* weight;  // (C,), or null for 1
@@ -39,19 +48,19 @@ struct Task {
     const double* mean_grad;       // (C,), read by input_grad; null where the statistics are constants
     const double* mean_grad_xhat;  // (C,), likewise
 
-    // So many groups of `group_size` samples, the last one of all that are left, each with statistics of its own: mean and what
-    // follows it are then (groups, C). Up to 1: the samples are one group.
+    // Groups of `group_size` samples, each normalized with its own statistics; the last group has the samples that are left. With more
+    // than one group, mean and the vectors after it are (groups, C).
     int64_t groups, group_size;
-    double* counts;  // (groups,), written where there are groups: what takes the place of `count`
+    double* counts;  // (groups,), written: the values per channel that each group counts, instead of `count`
 
-    // In forward x̂ · r + d takes the place of x̂ where r is not null: batch renormalization, see channels.h.
+    // Batch renormalization, in forward if r is not null: x̂ · r + d replaces x̂, see kernels/channels.h.
     const double* running_mean;  // (C,), likewise the next
     const double* running_var;
     double r_max, d_max;
     double* r;  // (C,), written, likewise the next
     double* d;
 
-    double count;  // values per channel that the mask lets through; 0 in backward: the statistics are constants
+    double count;  // values per channel that the mask counts; 0 in backward: the statistics are constants
     double eps;
     Activation activation;
     double slope;  // of leaky_relu
@@ -60,10 +69,10 @@ struct Task {
     bool stream;  // write around the cache
 };
 
-// Runs on the fastest build this processor has, with at most `task.threads` threads.
+// Runs a task on the fastest build for this processor, with at most `task.threads` threads.
 void run(Task& task);
 
-// The name of that build; null where the library has none for this processor.
+// The name of that build; null if the library has none for this processor.
 const char* instruction_set();
 // The name of build `number` of this library, the fastest first, whether this processor runs it or not; null after the last.
 const char* build_name(int number);

@@ -1,16 +1,15 @@
-// Picks, once, the build of the kernels for this processor, and for each call how many threads it is worth and whether its output
-// should go around the cache.
+// Chooses the build of the kernels for this processor, once, and the number of threads for each call.
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "api.h"
-#include "counted.h"
+#include "kernels/counted.h"
 #include "threads.h"
 
 namespace batchnorm {
 
-// What one instruction set's build offers; null where the library was made without it.
+// The functions of one instruction set's build; null where the library was linked without it.
 #if defined(__x86_64__)
 #define MAYBE __attribute__((weak))
 #else
@@ -40,7 +39,7 @@ struct Build {
     bool usable() const { return exists() && supported; }
 };
 
-// BATCHNORM_INSTRUCTION_SET names a slower one than the processor has, for tests.
+// Tests set BATCHNORM_INSTRUCTION_SET to choose a slower build than the fastest.
 bool wanted(const char* name) {
     const char* asked = getenv("BATCHNORM_INSTRUCTION_SET");
     return !asked || !strcmp(asked, name);
@@ -78,14 +77,14 @@ const Builds builds = known_builds();
 Build fastest_build() {
     for (const Build& build : builds)
         if (build.usable() && wanted(build.name)) return build;
-    for (const Build& build : builds)  // the one wanted is not to be had
+    for (const Build& build : builds)  // the wanted one does not run here
         if (build.usable()) return build;
     return {};
 }
 
 const Build build = fastest_build();
 
-// A child forked from a process that has used OpenMP's threads has none of them, and waits for them for ever.
+// A forked child does not have the OpenMP threads of its parent, and would wait for them forever.
 bool forked = false;
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -102,22 +101,22 @@ void run_group(Task& task) {
 }
 
 template <class Pointer>
-void move(Pointer& pointer, int64_t bytes) {
+void advance(Pointer& pointer, int64_t bytes) {
     if (pointer) pointer = (Pointer)((char*)pointer + bytes);
 }
 
-// Samples are outermost in both layouts: a group is a piece of every tensor.
+// Samples are the outermost axis of both layouts, so a group is a contiguous slice of every tensor.
 Task group_of(const Task& task, int64_t number) {
     Task group = task;
     const int64_t first = number * task.group_size, size = task.dtype == Dtype::float64 ? 8 : task.dtype == Dtype::float32 ? 4 : 2;
     const int64_t values = first * task.C * task.S * size, channels = number * task.C * (int64_t)sizeof(double);
     group.groups = 0;
     group.N = number + 1 < task.groups ? task.group_size : task.N - first;
-    move(group.x, values), move(group.dy, values), move(group.residual, values);
-    move(group.output, values), move(group.dresidual, values), move(group.mask, first * task.S);
-    move(group.mean, channels), move(group.m2, channels), move(group.rstd, channels);
-    move(group.sum_grad, channels), move(group.sum_grad_xhat, channels);
-    move(group.mean_grad, channels), move(group.mean_grad_xhat, channels);
+    advance(group.x, values), advance(group.dy, values), advance(group.residual, values);
+    advance(group.output, values), advance(group.dresidual, values), advance(group.mask, first * task.S);
+    advance(group.mean, channels), advance(group.m2, channels), advance(group.rstd, channels);
+    advance(group.sum_grad, channels), advance(group.sum_grad_xhat, channels);
+    advance(group.mean_grad, channels), advance(group.mean_grad_xhat, channels);
     const int64_t positions = group.N * group.S, count = group.mask ? counted(group.mask, positions) : positions;
     if (task.counts) task.counts[number] = (double)count;
     group.count = count > 1 ? (double)count : 1.0;
@@ -130,12 +129,12 @@ void run(Task& task) {
     if (forked) task.threads = 1;
     if (task.groups <= 1) return run_group(task);
     const int64_t rounds = (task.groups + task.threads - 1) / task.threads;
-    // A thread for each group, unless they would wait for one another more than half as long as they work.
-    const bool apart = task.threads > 1 && rounds * task.threads * 2 <= task.groups * 3 &&
+    // A thread for each group, unless the threads would be idle more than half as long as they work.
+    const bool group_per_thread = task.threads > 1 && rounds * task.threads * 2 <= task.groups * 3 &&
                        task.N * task.C * task.S >= 2 * values_worth_a_thread;
-    parallel(apart ? task.threads : 1, task.groups, [&](int64_t number) {
+    parallel(group_per_thread ? task.threads : 1, task.groups, [&](int64_t number) {
         Task group = group_of(task, number);
-        if (apart) group.threads = 1;
+        if (group_per_thread) group.threads = 1;
         run_group(group);
     });
 }

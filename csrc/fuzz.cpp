@@ -1,6 +1,6 @@
-// Every verb on random shapes, under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`). Each tensor is a heap block of
-// exactly its size, at every alignment its dtype allows; or it begins or ends at a page that nobody may touch, which finds masked loads
-// and stores too. Two threads must give one thread's bits.
+// Runs every verb on random shapes under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`). Each tensor is a heap block of
+// exactly its size, at any alignment that its dtype allows, or it begins or ends at an inaccessible page, which catches masked loads and
+// stores too. The results must be bit-identical on one, two and three threads.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +21,7 @@ int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[nu
 
 constexpr int64_t page = 4096;
 
-// `size` bytes that begin `shift` bytes into a heap block and end where it does, or that lie between pages of no access.
+// `size` bytes: the end of a heap block, from byte `shift` on, or a mapping that begins or ends at an inaccessible page.
 class Block {
   public:
     Block(int64_t size, int64_t shift) : size(size) {
@@ -40,7 +40,7 @@ class Block {
     Block(const Block&) = delete;
 
     void* data() { return first; }
-    // value(i) and some noise.
+    // value(i) plus noise.
     template <class Value>
     void fill(const Value& value, Dtype dtype, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
@@ -62,7 +62,7 @@ class Block {
     int64_t size, mapped = 0;
 };
 
-// What every thread count gave: a hash of all results.
+// Runs one random call on one, two and three threads; returns the hash of its results.
 uint64_t fuzz_one() {
     Task task = {};
     task.verb = (Verb)(numbers() % 6);
@@ -78,7 +78,7 @@ uint64_t fuzz_one() {
     const bool backward = task.verb == Verb::backward || task.verb == Verb::input_grad || task.verb == Verb::reduce_grad;
     const int64_t shift = numbers() % 2 ? 64 : size * (numbers() % 32);
     Block x(values * size, shift), dy(values * size, shift), residual(values * size, shift), mask(task.N * task.S, 0);
-    // Some channels lie so far away that their sums are taken again.
+    // The mean of some channels is so large that their sums are computed again.
     const double far = (double)one_of({3, 1000, 100000});
     const auto mean_of = [&](int64_t i) { return (task.interleaved ? i : i / task.S) % task.C % 3 ? 3.0 : far; };
     x.fill(mean_of, task.dtype, values);
@@ -94,7 +94,7 @@ uint64_t fuzz_one() {
     task.residual_is_output = backward && task.residual && numbers() % 2;
     if (numbers() % 2) task.mask = (uint8_t*)mask.data();
     task.count = (double)(task.N * task.S), task.eps = 1e-5;
-    task.activation = (Activation)(numbers() % 8), task.slope = 0.01;
+    task.activation = (Activation)(numbers() % activations), task.slope = 0.01;
     task.stream = numbers() % 2;
     task.group_size = one_of({1, 2, 5});
     task.groups = numbers() % 3 ? 0 : task.N / task.group_size;
@@ -140,7 +140,7 @@ uint64_t fuzz_one() {
 
 }  // namespace
 
-// `fuzz CALLS` looks for faults; `fuzz CALLS hashes` prints a line for each call too, for comparing two commits.
+// `fuzz CALLS` looks for faults; `fuzz CALLS hashes` also prints a hash for each call, to compare two commits.
 int main(int, char** arguments) {
     const int runs = arguments[1] ? atoi(arguments[1]) : 1000;
     const bool hashes = arguments[1] && arguments[2];

@@ -1,5 +1,5 @@
-// Threads: OpenMP's, which are torch's own where both were built by compilers of one kind; the standard library's where there is no OpenMP
-// (Apple's clang).
+// Threads: OpenMP's, which are shared with torch if both were built for the same OpenMP library; the standard library's where there is no
+// OpenMP (Apple's clang).
 #pragma once
 
 #include <stdint.h>
@@ -11,9 +11,9 @@
 #endif
 
 namespace batchnorm {
-namespace {  // each build keeps its own copy, see lanes.h
+namespace {  // each build has its own copy, see simd/types.h
 
-// Runs body(0 ... tasks - 1) on up to `threads` threads; the caller alone where one will do, without waking another.
+// Runs body(0 ... tasks - 1) on up to `threads` threads. If one is enough, the caller runs them and wakes no thread.
 template <class Body>
 void parallel(int threads, int64_t tasks, const Body& body) {
     if (threads > tasks) threads = (int)tasks;

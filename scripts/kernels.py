@@ -2,9 +2,11 @@
 
 `setup.py` calls `build`. `python scripts/kernels.py` fills the object cache alone, which the Makefile does while pip installs torch;
 with a path it links the library too, for those who work on csrc/: `python scripts/kernels.py src/batchnorm/kernels/_cpu.so`.
+`python scripts/kernels.py --fuzzer build/fuzz` links the program of csrc/fuzz.cpp, with the same flags.
 An object is compiled once: build/objects/ holds each under a key of its sources, flags and compiler.
 
     BATCHNORM_BUILDS   `all`: a build for each instruction set; `host`: the one that this processor runs. Default: `all`
+    BATCHNORM_WERROR   not empty: a warning is an error. The Makefile sets it; an installation must survive a newer compiler's warnings
     CXX, CXXFLAGS      the compiler, and flags to add
 """
 
@@ -33,11 +35,15 @@ FLAGS = (
     "-ffp-contract=fast",  # a · b + c in one rounding
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
 )
 # Apple's clang has no OpenMP; the kernels use the standard library's threads there.
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 
-FLOAT, HALF = "kernels_float.cpp", "kernels_half.cpp"
+FLOAT, HALF = "kernels/kernels_float.cpp", "kernels/kernels_half.cpp"
+# The files that call the kernels: the library of operators, and the program that looks for faults.
+OPERATORS, FUZZER = "torch/torch_shim.cpp", "fuzz.cpp"
 V4 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 
 
@@ -78,7 +84,7 @@ class Unit:
         if target.exists():
             return target, False
         partial = target.with_suffix(f".{os.getpid()}.tmp")
-        _run([*compiler, *self.flags, "-c", str(SOURCES / self.file), "-o", str(partial)])
+        _run([*compiler, *self.flags, f"-I{SOURCES}", "-c", str(SOURCES / self.file), "-o", str(partial)])
         partial.replace(target)
         return target, True
 
@@ -132,9 +138,15 @@ def host() -> tuple[InstructionSet, ...]:
     return (v4, bf16) if "__AVX512BF16__" in macros else (v4,)
 
 
-def units(sets: tuple[InstructionSet, ...]) -> list[Unit]:
-    """What has to be compiled, the slowest first."""
-    common = (*FLAGS, *OPENMP, *os.environ.get("CXXFLAGS", "").split())
+def common_flags() -> tuple[str, ...]:
+    """Those of every file and instruction set."""
+    werror = ("-Werror",) if os.environ.get("BATCHNORM_WERROR") else ()
+    return (*FLAGS, *werror, *OPENMP, *os.environ.get("CXXFLAGS", "").split())
+
+
+def units(sets: tuple[InstructionSet, ...], caller: str = OPERATORS) -> list[Unit]:
+    """Everything to compile, the slowest first: the kernels and the two files on top of them."""
+    common = common_flags()
     kernels = [
         Unit(file, f"{each.name}, {'float32 and float64' if file is FLOAT else 'bfloat16 and float16'}", flags)
         for file in (FLOAT, HALF)
@@ -142,10 +154,10 @@ def units(sets: tuple[InstructionSet, ...]) -> list[Unit]:
         if file in each.files
         for flags in [(*common, *each.flags, f"-DBATCHNORM_ISA={each.namespace}")]
     ]
-    return [*kernels, Unit("torch_shim.cpp", "operators", common), Unit("dispatch.cpp", "dispatch", common)]
+    return [*kernels, Unit(caller, Path(caller).stem, common), Unit("dispatch.cpp", "dispatch", common)]
 
 
-def compile_all(sets: tuple[InstructionSet, ...]) -> list[Path]:
+def compile_all(sets: tuple[InstructionSet, ...], caller: str = OPERATORS) -> list[Path]:
     """Compile what is not in the cache, as many files at a time as there are processors, and say so; the objects."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
     start, command = time.perf_counter(), compiler()
@@ -160,20 +172,21 @@ def compile_all(sets: tuple[InstructionSet, ...]) -> list[Path]:
     names = " and ".join(each.name for each in sets)
     _say(f"C++ kernels for {names}{'' if len(sets) == len(INSTRUCTION_SETS) else ', this processor'}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_one, units(sets)))
+        return list(pool.map(compile_one, units(sets, caller)))
 
 
-def build(library: Path, sets: tuple[InstructionSet, ...]) -> None:
-    """Compile and link.
+def build(target: Path, sets: tuple[InstructionSet, ...], caller: str = OPERATORS) -> None:
+    """Compile and link the library, or the fuzzer.
 
     Raises:
         RuntimeError: the compiler failed; the message has what it printed.
         FileNotFoundError: there is no compiler.
     """
-    objects = compile_all(sets)
-    library.parent.mkdir(parents=True, exist_ok=True)
+    objects = compile_all(sets, caller)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shared = ["-shared"] if caller == OPERATORS else []
     extra = os.environ.get("CXXFLAGS", "").split()
-    _run([*compiler(), "-shared", *map(str, objects), *OPENMP, *extra, "-o", str(library)])
+    _run([*compiler(), *shared, *map(str, objects), *OPENMP, *extra, "-o", str(target)])
 
 
 def _run(command: list[str]) -> str:
@@ -190,7 +203,9 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) > 1:
+        if sys.argv[1:2] == ["--fuzzer"]:
+            build(Path(sys.argv[2]), chosen(), FUZZER)
+        elif len(sys.argv) > 1:
             build(Path(sys.argv[1]), chosen())
         else:
             compile_all(chosen())

@@ -72,6 +72,34 @@ def test_a_failed_compilation_leaves_no_object(small):
     assert not list((small.folder / "objects").iterdir())
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_a_warning_is_an_error_where_we_say_so_alone(small, monkeypatch):
+    (small.folder / "csrc" / "one.cpp").write_text("int one() { int unused; return 1; }\n")
+    monkeypatch.delenv("BATCHNORM_WERROR", raising=False)
+    assert small(*kernels.common_flags())[1]
+    monkeypatch.setenv("BATCHNORM_WERROR", "1")
+    with pytest.raises(RuntimeError, match="unused"):
+        small(*kernels.common_flags())
+
+
+TARGETS = {"avx2.h": "x86_64_v3", "avx512.h": "x86_64_v4"}
+HEADERS = sorted(path.relative_to(kernels.SOURCES).as_posix() for path in kernels.SOURCES.rglob("*.h"))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("header", HEADERS)
+def test_every_header_stands_alone(header, monkeypatch):
+    monkeypatch.setenv("BATCHNORM_WERROR", "1")
+    namespace = TARGETS.get(Path(header).name, "baseline")
+    target = next((each for each in kernels.INSTRUCTION_SETS if each.namespace == namespace), None)
+    if target is None:
+        pytest.skip(f"this processor is no {namespace}")
+    command = [*kernels.compiler(), *kernels.common_flags(), *target.flags, f"-I{kernels.SOURCES}"]
+    alone = [*command, "-fsyntax-only", "-include", header, "-x", "c++", os.devnull]
+    done = subprocess.run(alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_which_builds(monkeypatch):
     monkeypatch.delenv("BATCHNORM_BUILDS", raising=False)
     assert kernels.chosen() == kernels.chosen("all") == kernels.INSTRUCTION_SETS

@@ -1,7 +1,7 @@
 """The verbs in C++ for the CPU: csrc/, compiled into one library beside this file and registered as operators `batchnorm::*`.
 
-Memory is read and written as often as the formulas ask for and no oftener; csrc/planar.h and csrc/interleaved.h say how. The library
-picks a build for the processor when it is loaded. It needs no particular torch: torch_shim.cpp finds what it uses at run time.
+Memory is read and written as often as the formulas ask for and no oftener; csrc/kernels/planar.h and interleaved.h say how. The library
+picks a build for the processor when it is loaded. It needs no particular torch: csrc/torch/torch_shim.cpp finds what it uses at run time.
 """
 
 from __future__ import annotations
@@ -29,45 +29,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The order is that of `enum class Activation` in csrc/api.h.
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
 _CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
-
-_ACTIVATION = "int activation, float slope"
-_EPILOGUE = f"Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, {_ACTIVATION}"
-_SCHEMAS = (
-    "moments(Tensor x, Tensor? mask, Tensor? count) -> (Tensor, Tensor)",
-    f"forward(Tensor x, Tensor? count, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "forward_renormalized(Tensor x, Tensor? count, float eps, Tensor running_mean, Tensor running_var, Tensor r_max, Tensor d_max, "
-    f"{_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"infer(Tensor x, Tensor running_mean, Tensor running_var, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
-    f"normalize(Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}) -> Tensor",
-    f"reduce_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_EPILOGUE}, bool residual_is_output)"
-    " -> (Tensor, Tensor)",
-    "input_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, "
-    f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual) -> (Tensor, Tensor)",
-    "backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, "
-    f"{_EPILOGUE}, bool residual_is_output, bool wants_dresidual, bool wants_dx) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"forward_groups(Tensor x, int groups, int size, float eps, {_EPILOGUE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"backward_groups(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, int size, {_EPILOGUE}, "
-    "bool residual_is_output, bool wants_dresidual, bool wants_dx) -> (Tensor, Tensor, Tensor, Tensor)",
-    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? moved_batches, "
-    "Tensor(d!)? nonfinite_batches, Tensor mean, Tensor m2, Tensor? masked_count, "
-    "float count, float momentum, bool unbiased, bool skip_nonfinite) -> Tensor",
-    "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
-    f"float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
-    "renormalization_step(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches, float momentum, bool unbiased, bool skip_nonfinite, "
-    f"float r_max, float d_max, float warmup, float eps, {_ACTIVATION}) -> (Tensor, Tensor)",
-    f"inference_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, {_ACTIVATION})"
-    " -> (Tensor, Tensor)",
-    *(
-        f"{step}_backward(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, {_ACTIVATION}, bool wants_dx)"
-        " -> (Tensor, Tensor, Tensor)"
-        for step in ("training_step", "inference_step")
-    ),
-)
-
-# Their names in `torch.ops.batchnorm`.
-OPERATORS = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
 
 
 def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
@@ -271,22 +232,33 @@ def _load() -> tuple[str | None, str | None, tuple[str, ...]]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the C++ kernels could not be loaded: {error}", None, ()
-    for function in (library.batchnorm_register, library.batchnorm_instruction_set, library.batchnorm_build_name):
+    for function in (
+        library.batchnorm_register,
+        library.batchnorm_schema,
+        library.batchnorm_instruction_set,
+        library.batchnorm_build_name,
+    ):
         function.restype = ctypes.c_char_p
-    names = (library.batchnorm_build_name(number) for number in itertools.count())
-    found = tuple(name.decode() for name in itertools.takewhile(lambda name: name is not None, names))
+    found = _texts(library.batchnorm_build_name)
     running = library.batchnorm_instruction_set()
     if running is None:
         other = f"the C++ kernels were built for {' and '.join(found)}, which this processor does not run"
         return f"{other}; install with BATCHNORM_BUILDS=all", None, found
-    for schema in _SCHEMAS:
-        torch.library.define(f"batchnorm::{schema.partition('(')[0]}", schema[schema.index("(") :])
+    schemas = {schema.partition("(")[0]: schema for schema in _texts(library.batchnorm_schema)}
+    for operator, schema in schemas.items():
+        torch.library.define(f"batchnorm::{operator}", schema.removeprefix(operator))
     problem = library.batchnorm_register()
     if problem is not None:
         return f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", None, found
-    for verb, fake in _FAKES.items():
-        torch.library.register_fake(f"batchnorm::{verb}", fake)
+    for operator in schemas:
+        torch.library.register_fake(f"batchnorm::{operator}", _FAKES[operator])
     return None, running.decode(), found
+
+
+def _texts(function: Any) -> tuple[str, ...]:
+    """What a function of the library returns for 0, 1, 2 ..., until it returns null."""
+    texts = (function(number) for number in itertools.count())
+    return tuple(text.decode() for text in itertools.takewhile(lambda text: text is not None, texts))
 
 
 def _like(x: Tensor) -> Tensor:
@@ -308,7 +280,8 @@ def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> t
     return dx, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
 
 
-# What the operators return, for tracing: shapes, strides and dtypes without values.
+# What the operators return, for tracing: shapes, strides and dtypes without values. Their schemas stand in csrc/torch/, beside their
+# functions.
 _FAKES = {
     "moments": lambda x, *_: (_channels(x), _channels(x)),
     "forward": lambda x, *_: (_like(x), _channels(x), _channels(x), _channels(x)),
@@ -341,6 +314,9 @@ _FAKES = {
     "training_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
     "inference_step_backward": lambda _, x, *rest: _step_backward(x, *rest),
 }
+
+# Their names in `torch.ops.batchnorm`.
+OPERATORS = tuple(_FAKES)
 
 _unavailable, _instruction_set, _builds = _load()
 

@@ -1,23 +1,23 @@
-// x as (N, C, S): a channel is N rows of S neighbors, C · S apart.
+// Loops over x as (N, C, S): a channel is N rows of S contiguous values, C · S apart.
 //
-// A task takes a channel, or a block of channels when planes are small, through both passes, so that the second one finds x in the
-// cache: one read and one write of memory. The blocks also make long runs of short rows (7x7 planes are 196 bytes). When there
-// are too few channels for the threads, the channel itself is cut instead, and the passes are apart.
+// A thread takes a channel, or a block of channels if planes are small, through both passes, so that the second pass finds x in the
+// cache: memory is read once and written once. Blocks also make long runs of short rows (7x7 planes are 196 bytes). If there are too few
+// channels for the threads, each channel is cut into chunks that the threads share, and the second pass begins after the first.
 //
-// Sums are the same in every case: a channel is cut into chunks of at most 64K values, by N and S alone, which are added in order.
-// Under a mask the chunks are of counted values, see counted_vectors.h.
+// The sums are the same in every case: a channel is cut into chunks of at most 64K values, which depend on N and S alone, and the sums of
+// the chunks are added in order. Under a mask a chunk holds counted values, see counted_vectors.h.
 #pragma once
 
-#include "counted_vectors.h"
+#include "kernels/counted_vectors.h"
 
 namespace {
 
 constexpr int64_t block_channels = 64;       // their sums, 16 KB on the stack, stay in the first-level cache
 constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes read: half of a 1 MB second-level cache
-constexpr int64_t short_plane = 128;         // values; shorter planes are taken side by side, as columns
+constexpr int64_t short_plane = 128;         // values; blocks of shorter planes are seen as columns
 constexpr int64_t most_joined = 4 * short_plane;
 constexpr int64_t most_columns = 4096;
-constexpr int64_t bytes_ahead = 8192;  // of what is read, asked for before
+constexpr int64_t prefetch_bytes = 8192;     // from what is read to what is prefetched
 
 // Rows n0 ... n1 - 1 and in each the elements s0 ... s1 - 1.
 struct Span {
@@ -30,7 +30,7 @@ class Planar {
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
     typedef void (Planar::*Sum)(int64_t c0, int64_t c1, int64_t chunk, double* values, double* products) const;
-    // What differs from call to call; the rest is compiled once for each storage type.
+    // The loops that are compiled for each kind of call; the rest is compiled once for each storage type.
     struct Loops {
         ColumnLoops<T> columns;  // without a mask
         Sum sum, sum_again;      // as `columns`
@@ -53,11 +53,11 @@ class Planar {
         chunks = task.mask ? counted.portions.chunks : divide_up(N, rows) * chunks_of_row;
         const bool many_rows = N >= vectors_of_block, short_rows = many_rows && S < short_plane;
         sums_by_columns = short_rows && !task.mask;
-        // Around the cache only whole lines go well, and the ends of such rows are a good part of them.
+        // Only whole cache lines are written well around the cache, and the ends of short rows are not whole lines.
         maps_by_columns = short_rows || S < T::width || (many_rows && task.stream && S < most_joined && S * sizeof(Element) % cache_line);
     }
 
-    // Both passes over one block of channels after the other.
+    // Runs both passes over each block of channels.
     void fused() {
         const int64_t block = channels_per_task(tensors_of_both(task)), tasks = divide_up(C, block);
         if (too_few(tasks)) {
@@ -69,7 +69,7 @@ class Planar {
             const int64_t next = from_memory && number + task.threads < tasks ? block * S * task.threads : 0;
             reduce_block(c0, c1);
             map_span(c0, c1, {0, N, 0, S}, next);
-            if (task.stream) end_streaming();
+            if (task.stream) Simd::flush();
         });
     }
 
@@ -85,7 +85,7 @@ class Planar {
         map_in_order();
     }
 
-    // The sums of one chunk of channels c0 ... c1 - 1.
+    // Computes the sums of one chunk of channels c0 ... c1 - 1.
     template <class Term>
     void sum_rows(int64_t c0, int64_t c1, int64_t number, double* values, double* products) const {
         const Term term = Term::of(task);
@@ -105,7 +105,7 @@ class Planar {
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
 
-    // The same under a mask: portion by portion, each in all channels: as it lies.
+    // The same under a mask: each portion in all channels before the next portion, which is the order of memory.
     template <class Term>
     void sum_counted(int64_t c0, int64_t c1, int64_t number, double* values, double* products) const {
         const Term term = Term::of(task);
@@ -115,14 +115,14 @@ class Planar {
         for (auto portion = counted.portions.begin(number); portion < counted.portions.end(number); ++portion)
             for (int64_t c = c0; c < c1; ++c) {
                 const int64_t first = (portion->row * C + c) * S;
-                // What does not count is asked for as well: the map will read it, and memory gives neighbors faster than what lies
-                // apart (14x14 planes took 6.5 ns a line without, 3.2 with it).
+                // Positions that do not count are prefetched too: the map will read them, and contiguous reads are faster (14x14 planes
+                // took 6.5 ns a line without this, 3.2 ns with it).
                 for (int64_t row = 0; row < portion->rows; ++row)
                     for (int64_t s = portion->begin; s < portion->end; s += T::width) {
                         const bool stays = (c - c0) * S + s + near < block;
-                        term.fetch(first + row * C * S + s + near + (stays ? 0 : samples_ahead - block), 1);
+                        term.prefetch(first + row * C * S + s + near + (stays ? 0 : samples_ahead - block), 1);
                     }
-                sums[c - c0] = with_vectors(*portion, first, channels.table.of(c), term, sums[c - c0]);
+                sums[c - c0] = add_vectors(*portion, first, channels.table.of(c), term, sums[c - c0]);
             }
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
@@ -136,8 +136,8 @@ class Planar {
                 map_row((n * C + c) * S + span.s0, n * S + span.s0, span.s1 - span.s0, channels.table.of(c), map, next, out);
     }
 
-    // Short planes under a mask, sample by sample, in whole vectors over the borders of channels. As columns each vector would need the
-    // numbers of its columns, and a mask of its own, from memory: 14x14 planes took 1.8 times what they take without a mask, and so 1.0.
+    // Maps short planes under a mask, in whole vectors that may span several channels. As columns, each vector would load the numbers and
+    // the mask of its columns from memory: then 14x14 planes took 1.8 times as long as without a mask, now they take as long.
     template <class Map>
     void map_joined(int64_t c0, int64_t c1, const Span& span, bool stream, int64_t ahead) const {
         uint8_t mask[most_joined + T::width];
@@ -153,12 +153,12 @@ class Planar {
                 for (; s < S; s += T::width) {
                     int64_t known = S - s;
                     for (int64_t other = c + 1; known < T::width && other < c1; ++other, known += S)
-                        channel = joined(channel, channels.table.of(other), Some{(int)known});
+                        channel = joined(channel, channels.table.of(other), Partial{(int)known});
                     if (known < T::width) {
-                        map_few(plane + s, s, channel, Some{(int)known}, here, out);
+                        map_partial(plane + s, s, channel, Partial{(int)known}, here, out);
                         continue;
                     }
-                    here.fetch(plane + s + ahead, 1);
+                    here.prefetch(plane + s + ahead, 1);
                     const auto written = here(plane + s, s, channel, Whole{});
                     stream ? out.stream(plane + s, written) : out.store(plane + s, written, Whole{});
                 }
@@ -167,7 +167,7 @@ class Planar {
     }
 
   private:
-    static constexpr int64_t ahead = bytes_ahead / sizeof(Element);
+    static constexpr int64_t ahead = prefetch_bytes / sizeof(Element);
 
     Task& task;
     const Loops loops;
@@ -176,10 +176,11 @@ class Planar {
     const CountedVectors<T> counted;
     int64_t rows, row_values, chunks_of_row, chunks;
     bool sums_by_columns, maps_by_columns;
-    // Then the next block is asked for while one is mapped. The last cache is near enough without, and allows larger blocks: longer runs.
+    // x exceeds the last-level cache: the next block is prefetched while one is mapped. A smaller x needs no prefetching, and blocks may
+    // be larger, which makes longer runs.
     const bool from_memory;
 
-    // A map alone runs through memory as it lies.
+    // A map alone runs in the order of memory.
     void map_in_order() const {
         const int64_t in_order = at_most(at_least(chunk_values / at_least(S, 1), 1), C);
         const int64_t block = maps_by_columns ? channels_per_task(1) : in_order, blocks = divide_up(C, block);
@@ -190,11 +191,11 @@ class Planar {
             const int64_t c0 = rest % blocks * block, n0 = rest / blocks * samples;
             const Span span = {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)};
             map_span(c0, at_most(c0 + block, C), span, 0);
-            if (task.stream) end_streaming();
+            if (task.stream) Simd::flush();
         });
     }
 
-    // A typical value of the channel, from its first row: the quarters of it.
+    // A typical value of the channel, taken from the quarters of its first row.
     double typical(int64_t c) const {
         if (task.mask) {
             if (!task.counted) return 0.0;
@@ -206,7 +207,7 @@ class Planar {
     }
 
     NOINLINE double value(int64_t n, int64_t c, int64_t s) const {
-        return (double)T::load((const Element*)task.x + (n * C + c) * S + s, Some{1})[0];
+        return (double)T::load((const Element*)task.x + (n * C + c) * S + s, Partial{1})[0];
     }
 
     int64_t channels_per_task(int tensors) const {
@@ -219,7 +220,7 @@ class Planar {
         return at_least(at_most(block, most_columns / S) / lines * lines, lines);  // whole cache lines
     }
 
-    // Whether threads would wait for one another more than half as long as they work.
+    // Whether the threads would be idle more than half as long as they work, and the channels can be cut.
     bool too_few(int64_t tasks) const {
         return task.threads > 1 && divide_up(tasks, task.threads) * task.threads * 2 > tasks * 3 && chunks > 1;
     }
@@ -235,7 +236,7 @@ class Planar {
         sum_chunks(c0, c1, false, values, products);
         if (!channels.finish(c0, c1, values, products, false)) return;
         for (int64_t c = c0; c < c1; ++c) {
-            if (!channels.is_open(c)) continue;
+            if (!channels.is_unfinished(c)) continue;
             sum_chunks(c, c + 1, true, values, products);
             channels.finish(c, c + 1, values, products, true);
         }
@@ -266,7 +267,7 @@ class Planar {
         }
     }
 
-    // Chunk by chunk on all threads, then the same additions in the same order as in `sum_chunks`.
+    // Computes the sums of the chunks on all threads, then adds them in the order of `sum_chunks`.
     void reduce_split() {
         double* sums = (double*)malloc(2 * C * (chunks + 1) * sizeof(double));
         double *values = sums + 2 * C * chunks, *products = values + C;
@@ -274,7 +275,7 @@ class Planar {
         const auto sum_all = [&](bool again) {
             parallel(task.threads, C * chunks, [&](int64_t number) {
                 const int64_t c = number / chunks;
-                if (again && !channels.is_open(c)) return;
+                if (again && !channels.is_unfinished(c)) return;
                 sum_chunk(c, c + 1, number % chunks, again, sums + 2 * number, sums + 2 * number + 1);
             });
             for (int64_t c = 0; c < C; ++c) {
@@ -287,18 +288,18 @@ class Planar {
         if (channels.finish(0, C, values, products, false)) {
             sum_all(true);
             for (int64_t c = 0; c < C; ++c)
-                if (channels.is_open(c)) channels.finish(c, c + 1, values + c, products + c, true);
+                if (channels.is_unfinished(c)) channels.finish(c, c + 1, values + c, products + c, true);
         }
         free(sums);
     }
 
     template <class Term>
-    INLINE Sums<T> with_vectors(
+    INLINE Sums<T> add_vectors(
         const typename CountedVectors<T>::Portion& portion, int64_t first, Channel<Vector> channel, const Term term, Sums<T> sums) const {
-        const auto add = [&](int64_t i, auto part) INLINED {
+        const auto add = [&](int64_t i, auto lanes) INLINED {
             typename Term::Block block = {sums, sums};
-            block.add(term(i, channel, part), channel.mean, 0);
-            block.end();
+            block.add(term(i, channel, lanes), channel.mean, 0);
+            block.flush();
         };
         for (auto vectors = counted.begin(portion); vectors < counted.end(portion); ++vectors) {
             int64_t i = first + vectors->at;
@@ -308,8 +309,8 @@ class Planar {
         return sums;
     }
 
-    // Adds a row to the sums of its even and of its odd vectors; `left` elements of x are read from i on, those after them lie `jump`
-    // further on.
+    // Adds a row to the sums of its even and of its odd vectors. For prefetching: `left` elements are contiguous from i on, and what is read
+    // after them lies `jump` elements further on.
     template <class Term>
     static INLINE void sum_row(
         int64_t i, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term, Sums<T>& even_sums,
@@ -318,21 +319,21 @@ class Planar {
         Sums<T> even = even_sums, odd = odd_sums;
         int64_t j = 0;
         for (; j + vectors_of_block * width <= count; j += vectors_of_block * width) {
-            term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
+            term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
             typename Term::Block block = {even, odd};
             for_block<Term>([&](int64_t vector) INLINED {
                 block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector);
             });
-            block.end();
+            block.flush();
         }
-        term.fetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
+        term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
         typename Term::Block block = {even, odd};
         for (; j + width <= count; j += width) block.add(term(i + j, channel, Whole{}), channel.mean, 0);
         if (j < count) {
-            const Some rest = {(int)(count - j)};
+            const Partial rest = {(int)(count - j)};
             block.add(term(i + j, channel, rest), channel.mean, 1);
         }
-        block.end();
+        block.flush();
         even_sums = even, odd_sums = odd;
     }
 
@@ -349,12 +350,12 @@ class Planar {
         loops.columns.map(task, Table<T>(channels.table, c0, c1, S, true), rows, task.stream && aligned, ahead);
     }
 
-    // Where a row is not whole vectors, its last vector overlaps the one before it; around the cache, its first one the second, so that
-    // those are aligned. A map may write an element twice.
+    // If a row is not whole vectors, its last vector overlaps the one before it. When streaming, the first vector overlaps the second
+    // instead, so that the others are aligned. A map may write an element twice.
     template <class Map, class Out>
     INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, int64_t next, const Out out) const {
         constexpr int64_t width = T::width;
-        if (count < width) return map_few(i, m, channel, Some{(int)count}, map, out);
+        if (count < width) return map_partial(i, m, channel, Partial{(int)count}, map, out);
         const int64_t head = task.stream ? out.to_alignment(i) : -1, last = count - width;
         int64_t j = 0, step = width;
         if (head >= 0 && head <= last) {
@@ -371,7 +372,7 @@ class Planar {
 
     template <bool stream, class Map, class Out>
     static INLINE void map_vector(int64_t i, int64_t m, const Channel<Vector>& channel, int64_t ahead, const Map& map, const Out& out) {
-        map.fetch(i + ahead, 1);
+        map.prefetch(i + ahead, 1);
         if constexpr (stream) {
             out.stream(i, map(i, m, channel, Whole{}));
         } else {

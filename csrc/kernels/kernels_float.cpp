@@ -1,13 +1,9 @@
 // float32 and float64, for one instruction set.
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-constexpr int64_t exact_values = 4096;  // one microsecond of float64 arithmetic
-#else
-constexpr int64_t exact_values = INT64_MAX;
-#endif
+constexpr int64_t exact_values = Simd::multiply_add_rounds_once ? 4096 : INT64_MAX;  // 4096 take one microsecond in float64
 
 void run_float(Task& task) {
     if (task.dtype == Dtype::float64) return run_storage<Float64>(task);

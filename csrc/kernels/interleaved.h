@@ -1,16 +1,16 @@
-// x as (M, C): M = N · S rows, in each row the channels side by side; every lane is a channel of its own.
+// Loops over x as (M, C): M = N · S rows of C channels. Every lane of a vector belongs to another channel.
 //
-// Rows are cut into chunks that depend on M and C alone. The reduction gives each chunk's sums, which are added in order; then the
-// map runs over the chunks backwards, so that what the reduction read last is found in the cache. x is read twice from memory
-// where it exceeds the cache: a row holds all channels, and none is complete before the last row.
+// The rows are cut into chunks, whose size depends on M and C alone. The reduction computes each chunk's sums, which are added in order.
+// The map then runs over the chunks backwards, so that the cache still holds what the reduction read last. An x that exceeds the cache is
+// read twice from memory: a row holds all channels, so no channel is complete before the last row.
 //
-// Several rows count as one where C is small or odd: k rows of C channels are one row of k · C, aligned and longer than a vector,
-// and channel c has k sums, which are added at the end of the chunk.
+// Where C is small or odd, several rows are joined: k rows of C channels are one row of k · C columns, aligned and longer than a vector.
+// Channel c then has k sums, which are added at the end of the chunk.
 //
-// Under a mask the chunks are of counted rows; those that join are copied side by side where they are not.
+// Under a mask a chunk holds counted rows. Rows to be joined that are not contiguous are copied first.
 #pragma once
 
-#include "columns.h"
+#include "kernels/columns.h"
 
 namespace {
 
@@ -50,7 +50,7 @@ class Interleaved {
         if (channels.finish(0, C, sums, sums + C, false)) {
             sum_chunks(loops.sum_again, chunks, sums);
             for (int64_t c = 0; c < C; ++c)
-                if (channels.is_open(c)) channels.finish(c, c + 1, sums + c, sums + C + c, true);
+                if (channels.is_unfinished(c)) channels.finish(c, c + 1, sums + c, sums + C + c, true);
         }
         free(sums);
     }
@@ -82,11 +82,11 @@ class Interleaved {
     void map_backwards() const {
         parallel(task.threads, chunks, [&](int64_t number) {
             map_chunk(chunks - 1 - number);
-            if (task.stream) end_streaming();
+            if (task.stream) Simd::flush();
         });
     }
 
-    // A typical value of the channel, from four rows.
+    // A typical value of the channel, taken from four rows.
     double typical(int64_t c) const {
         if (task.mask) return task.counted ? value(runs.begin(0)->first, c) : 0.0;
         return Channels<T>::middle(value(0, c), value(M / 4, c), value(M / 2, c), value(M / 4 * 3, c));
@@ -99,9 +99,9 @@ class Interleaved {
         return divide_up(shortest_row, task.C);
     }
 
-    double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Some{1})[0]; }
+    double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Partial{1})[0]; }
 
-    // Rows m0 ... m1 - 1 as rows of the joint length, and what is left of them.
+    // body(rows) for rows m0 ... m1 - 1 as joined rows, then for the rest as one shorter row.
     template <class Body>
     void for_rows(int64_t m0, int64_t m1, const Body& body) const {
         const int64_t length = C * channels.copies, whole = (m1 - m0) / channels.copies;
@@ -110,7 +110,7 @@ class Interleaved {
         if (m0 < m1) body(Rows{m0 * C, 1, length, (m1 - m0) * C});
     }
 
-    // body(m0, m1, counted) for each run of rows that count or do not.
+    // body(m0, m1, counted) for each run of rows that count, and of rows that do not.
     template <class Body>
     void for_counted_and_not(int64_t m, int64_t end, const Body& body) const {
         if (!task.mask) return body(m, end, true);
@@ -122,7 +122,7 @@ class Interleaved {
         }
     }
 
-    // The sums of a chunk: (2, C), Σ value and Σ product.
+    // Computes the sums of a chunk: Σ value and Σ product, (2, C).
     void sum_chunk(decltype(ColumnLoops<T>::sum) sum, int64_t chunk, double* totals) const {
         const int64_t length = C * channels.copies, vectors = divide_up(length, T::width);
         Sums<T>* sums = (Sums<T>*)aligned_alloc(cache_line, vectors * sizeof(Sums<T>));
@@ -131,7 +131,7 @@ class Interleaved {
             sum_counted(sum, chunk, sums);
         } else {
             for_rows(chunk * rows, at_most((chunk + 1) * rows, M),
-                     [&](const Rows& some) { sum(task, channels.table, some, {}, sums); });
+                     [&](const Rows& taken) { sum(task, channels.table, taken, {}, sums); });
         }
         double* columns = (double*)malloc(2 * vectors * T::width * sizeof(double));
         double* products = columns + vectors * T::width;
@@ -141,7 +141,7 @@ class Interleaved {
             memcpy(totals, columns, C * sizeof(double)), memcpy(totals + C, products, C * sizeof(double));
         } else {
             for (int64_t c = 0; c < C; ++c) {
-                ExactSum<double> value, product;
+                CompensatedSum<double> value, product;
                 for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
                 totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
             }
@@ -150,8 +150,8 @@ class Interleaved {
         free(sums);
     }
 
-    // The counted rows of a chunk, as if they lay side by side: what a run leaves over waits for the next one, of rows that join and of
-    // rows that are added up together.
+    // Sums the counted rows of a chunk as if they were contiguous. Rows at the end of a run that do not fill a joined row, or a block of
+    // joined rows, are copied and wait for the rows of the next run.
     void sum_counted(decltype(ColumnLoops<T>::sum) sum, int64_t chunk, Sums<T>* sums) const {
         const int64_t joint = channels.copies, length = C * joint, together = joint * Sums<T>::vectors_together;
         const Copies<T> copies = {(Element*)malloc(tensors_of_a_sum * C * together * sizeof(Element)), C * together};
@@ -159,12 +159,12 @@ class Interleaved {
         const auto wait = [&](int64_t m, int64_t count) {
             const void* const tensors[tensors_of_a_sum] = {task.x, task.dy, task.residual};
             for (int tensor = 0; tensor < tensors_of_both(task); ++tensor)
-                memcpy(copies.first + tensor * copies.apart + waiting * C, (const Element*)tensors[tensor] + m * C,
+                memcpy(copies.first + tensor * copies.stride + waiting * C, (const Element*)tensors[tensor] + m * C,
                        count * C * sizeof(Element));
             waiting += count;
         };
         const auto sum_waiting = [&] {
-            for_rows(0, waiting, [&](const Rows& some) { sum(task, channels.table, some, copies, sums); });
+            for_rows(0, waiting, [&](const Rows& taken) { sum(task, channels.table, taken, copies, sums); });
             waiting = 0;
         };
         for (const Run* run = runs.begin(chunk); run < runs.end(chunk); ++run) {
@@ -192,7 +192,7 @@ class Interleaved {
         for_counted_and_not(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
-            for_rows(m0, m1, [&](const Rows& some) { loops.map(task, channels.table, some, stream, rows_of_map * some.stride); });
+            for_rows(m0, m1, [&](const Rows& taken) { loops.map(task, channels.table, taken, stream, rows_of_map * taken.stride); });
         });
     }
 };

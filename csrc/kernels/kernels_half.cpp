@@ -1,5 +1,5 @@
 // bfloat16 and float16, for one instruction set.
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace batchnorm::BATCHNORM_ISA {
 

@@ -1,28 +1,28 @@
-// The counted values of a planar tensor as vectors, the same ones in every channel. They are summed as if they lay side by side: each
-// run of them goes on in the lane in which the one before it ended, and a vector takes nothing but its lanes. The 0 in the others
-// changes no sum.
+// The counted values of a planar tensor as vectors, which are the same in every channel. They are summed as if they were contiguous: each
+// run continues in the lane after the end of the run before it. So most runs begin and end in partial vectors; the 0 in their other
+// lanes changes no sum.
 #pragma once
 
-#include "columns.h"
+#include "kernels/columns.h"
 
 namespace {
 
 template <class T>
 class CountedVectors {
   public:
-    // A vector, `at` elements after the beginning of its portion's first row, and so many whole ones right after it.
+    // A partial vector, which begins `at` elements after its portion's first row, and `whole` vectors right after it.
     struct Vectors {
         int64_t at;
-        Some lanes;
+        Partial lanes;
         int32_t whole;
     };
-    // What is summed of one channel before the next one's turn: vectors first ... last - 1, all of them between places `begin` and
-    // `end` of so many rows.
+    // The unit that is summed in one channel before the next channel: vectors first ... last - 1, which lie in elements begin ... end - 1
+    // of `rows` rows from `row` on.
     struct Portion {
         int64_t row, rows, begin, end, first, last;
     };
 
-    // Rows of S places; from one to the next it is `stride` elements. No mask: nothing.
+    // Rows have S elements and begin `stride` elements apart. Without a mask there are no vectors.
     CountedVectors(const uint8_t* mask, int64_t N, int64_t S, int64_t stride, int64_t counted)
         : portions(mask, counted, chunk_values), rows_together(at_least(together / at_least(S, 1), 1)), S(S), stride(stride) {
         if (!mask) return;
@@ -33,11 +33,11 @@ class CountedVectors {
     const Vectors* end(const Portion& portion) const { return vectors.items + portion.last; }
 
     batchnorm::Chunked<Portion> portions;
-    const int64_t rows_together;  // at most, in a portion
+    const int64_t rows_together;  // the most rows of a portion
 
   private:
-    static constexpr int64_t most_vectors = 64;  // in a portion
-    static constexpr int64_t together = 256;     // values; rows of less share a portion
+    static constexpr int64_t most_vectors = 64;  // of a portion
+    static constexpr int64_t together = 256;     // shorter rows share a portion
 
     const int64_t S, stride;
     batchnorm::List<Vectors> vectors;
@@ -48,7 +48,7 @@ class CountedVectors {
         for (int64_t place = run.first, end = run.first + run.count; place < end;) {
             Portion& portion = portion_for(chunk, run.row, place);
             const int count = (int)at_most(T::width - lane, end - place);
-            Vectors here = {(run.row - portion.row) * stride + place - lane, Some::between(lane, lane + count), 0};
+            Vectors here = {(run.row - portion.row) * stride + place - lane, Partial::between(lane, lane + count), 0};
             lane = (lane + count) % T::width, place += count, --room;
             if (!lane) here.whole = (int32_t)at_most((end - place) / T::width, room);
             place += here.whole * T::width, room -= here.whole;

@@ -1,33 +1,34 @@
-// Tensors as rows of columns: every column belongs to one channel, whose numbers stand in a table at the column's place. That is how an
-// interleaved tensor lies, and how short planes are taken: a block of channels is B · S columns, a sample is a row.
+// Loops over tensors seen as rows of columns. Every column belongs to one channel; a table holds the channel's numbers at the column's
+// place. An interleaved tensor has this layout. Planar tensors with short planes are seen so too: a sample is a row, and a block of B
+// channels is B · S columns.
 //
-// Eight rows share one load of the numbers, and one trip of their sums to memory and back.
+// The numbers of a vector of columns are loaded, and its sums loaded and stored, once for eight rows.
 #pragma once
 
-#include "elements.h"
+#include "kernels/elements.h"
 
 namespace {
 
 constexpr int64_t rows_of_map = 2;
-constexpr int64_t tile_columns = 1024;  // whose numbers and sums stay in the first-level cache
+constexpr int64_t tile_columns = 1024;  // their numbers and sums stay in the first-level cache
 
-// Rows of `columns` elements; the first begins at element `first` of x, each `stride` after the one before.
+// `count` rows of `columns` elements; the first begins at element `first` of x, each next one `stride` elements later.
 struct Rows {
     int64_t first, count, stride, columns;
 };
 
 // Adds `count` rows, at most `vectors_of_block`, to the sums of the columns of one vector.
-template <class T, class Term, class Part>
-INLINE void sum_rows(const Table<T>& table, const Rows& rows, int64_t j, int64_t count, const Term& term, Part part, Sums<T>* sums) {
+template <class T, class Term, class Lanes>
+INLINE void sum_rows(const Table<T>& table, const Rows& rows, int64_t j, int64_t count, const Term& term, Lanes lanes, Sums<T>* sums) {
     const Channel<typename T::Vector> channel = table.from(j);
     Sums<T> here = sums[j / T::width];
     typename Term::Block block = {here, here};
-    for (int64_t row = 0; row < count; ++row) block.add(term(rows.first + j + row * rows.stride, channel, part), channel.mean, 0);
-    block.end();
+    for (int64_t row = 0; row < count; ++row) block.add(term(rows.first + j + row * rows.stride, channel, lanes), channel.mean, 0);
+    block.flush();
     sums[j / T::width] = here;
 }
 
-// The same for `vectors_of_block` rows and whole vectors, while the rows after them are prefetched.
+// The same for `vectors_of_block` rows and a whole vector; prefetches the rows after them.
 template <class T, class Term>
 INLINE void sum_block_of_rows(const Table<T>& table, const Rows& rows, int64_t j, const Term& term, Sums<T>* sums) {
     const Channel<typename T::Vector> channel = table.from(j);
@@ -35,16 +36,16 @@ INLINE void sum_block_of_rows(const Table<T>& table, const Rows& rows, int64_t j
     typename Term::Block block = {here, here};
     int64_t i = rows.first + j;
     UNROLLED
-    for (int64_t row = 0; row < vectors_of_block; ++row) term.fetch(i + (vectors_of_block + row) * rows.stride, 1);
+    for (int64_t row = 0; row < vectors_of_block; ++row) term.prefetch(i + (vectors_of_block + row) * rows.stride, 1);
     for_block<Term>([&](int64_t row) INLINED {
         block.add(term(i, channel, Whole{}), channel.mean, row);
         i += rows.stride;
     });
-    block.end();
+    block.flush();
     sums[j / T::width] = here;
 }
 
-// Adds the rows to the sums of their columns, of which a vector of `sums` has one a lane. Where there are `copies`, the rows are theirs.
+// Adds the rows to the sums of their columns: each lane of `sums` belongs to a column. If there are `copies`, rows are read from them.
 template <class T, class Term>
 void sum_columns(const Task& task, const Table<T>& table, const Rows& all, const Copies<T>& copies, Sums<T>* sums) {
     const Term term = Term::of(task, copies);
@@ -59,14 +60,14 @@ void sum_columns(const Task& task, const Table<T>& table, const Rows& all, const
             } else {
                 for (; j + T::width <= j1; j += T::width) sum_rows(table, rows, j, count, term, Whole{}, sums);
             }
-            if (j < j1) sum_rows(table, rows, j, count, term, Some{(int)(j1 - j)}, sums);
+            if (j < j1) sum_rows(table, rows, j, count, term, Partial{(int)(j1 - j)}, sums);
             rows.count -= count, rows.first += count * rows.stride;
         }
     }
 }
 
-// Maps columns `begin` ... `end` - 1; what lies `ahead` of each element is prefetched. Where they are not whole vectors, the last vector
-// overlaps the one before it: a map may write an element twice. An odd row counts as two at one place.
+// Maps columns `begin` ... `end` - 1, and prefetches `ahead` elements ahead. If they are not whole vectors, the last vector overlaps the
+// one before it: a map may write an element twice. The last of an odd number of rows is mapped twice.
 template <bool stream, class T, class Map, class Out>
 NOINLINE void map_whole_columns(
     const Table<T>& table, const Rows& all, int64_t begin, int64_t end, int64_t ahead, const Map& given, const Out& given_out) {
@@ -79,7 +80,7 @@ NOINLINE void map_whole_columns(
             for (int64_t j = at_most(j0, last);; j = at_most(j + T::width, last)) {
                 const Channel<typename T::Vector> channel = table.from(j);
                 UNROLLED
-                for (int64_t second = 0; second < rows_of_map; ++second) map.fetch(first + j + second * stride + ahead, 1);
+                for (int64_t second = 0; second < rows_of_map; ++second) map.prefetch(first + j + second * stride + ahead, 1);
                 UNROLLED
                 for (int64_t second = 0; second < rows_of_map; ++second) {
                     const int64_t i = first + j + second * stride;
@@ -96,7 +97,7 @@ NOINLINE void map_whole_columns(
     }
 }
 
-// Maps rows, around the cache where that is asked for: then they begin at a vector's alignment.
+// Maps rows. With `stream`, whole vectors are written around the cache; every row must then begin at an aligned address.
 template <class T, class Map>
 void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool stream, int64_t ahead) {
     const Map map = Map::of(task);
@@ -104,7 +105,7 @@ void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool
     if (rows.columns < T::width) {
         const Channel<typename T::Vector> channel = table.from(0);
         for (int64_t row = 0; row < rows.count; ++row)
-            map_few(rows.first + row * rows.stride, 0, channel, Some{(int)rows.columns}, map, out);
+            map_partial(rows.first + row * rows.stride, 0, channel, Partial{(int)rows.columns}, map, out);
         return;
     }
     const int64_t whole = stream ? rows.columns / T::width * T::width : 0;
@@ -113,7 +114,7 @@ void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool
         map_whole_columns<false>(table, rows, whole ? rows.columns - T::width : 0, rows.columns, ahead, map, out);
 }
 
-// What differs from call to call; the loops around them are compiled once for each storage type.
+// The loops that are compiled for each kind of call; their callers are compiled once for each storage type.
 template <class T>
 struct ColumnLoops {
     void (*sum)(const Task&, const Table<T>&, const Rows&, const Copies<T>&, Sums<T>*);

@@ -1,21 +1,23 @@
-// A layer's call as one operator: in training `forward` and `update_running`, in inference `infer`, and for both a `backward` with the
-// gradients in the parameters' dtype. A tiny tensor costs what the calls around its kernels cost: two where there were four, and no
-// conversion by the autograd engine.
-// A part of torch_shim.cpp, whose classes it uses.
+// The fast path: a layer's call as one operator. In training it is `forward` and `update_running`, in inference `infer`; the backward of
+// both gives the gradients in the parameters' dtype. The time of a tiny tensor is the time of the calls around its kernels: here they are
+// two instead of four, and the autograd engine converts nothing.
 #pragma once
 
 #include <math.h>
 
 #include <optional>
 
+#include "torch/running.h"
+
 namespace {
 
-bool is_float32_or_float64(const Tensor& tensor) {
+inline bool is_float32_or_float64(const Tensor& tensor) {
     return tensor.dtype == dtypes[(int)Dtype::float32] || tensor.dtype == dtypes[(int)Dtype::float64];
 }
 
-// The usual case, whose arguments nothing is wrong with: the rest goes the long way, which has words for it.
-bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
+// Whether the fast path takes these arguments. The general path takes all others, and raises the errors.
+inline bool takes_fast_path(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
     if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
@@ -29,9 +31,10 @@ bool is_usual(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
     return is_vector(weight, weight) && (!bias || is_vector(bias, weight)) && (weight.dtype != wide || x.dtype == wide);
 }
 
-bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
+inline bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
 
-// One call of a layer: y, and for the backward mean and rstd, (2, C); renormalized r and d too, (4, C).
+// One call of a layer. It returns y and the statistics for the backward: mean and rstd, (2, C), or mean, rstd, r and d, (4, C), of batch
+// renormalization.
 struct LayerCall {
     const int64_t C;
     const ChannelValues weights, biases;
@@ -51,13 +54,13 @@ struct LayerCall {
         task.mean = statistics.data<double>(), task.rstd = task.mean + C;
         if (renormalized) task.r = task.rstd + C, task.d = task.r + C;
     }
-    void leave_in(Word* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
+    void return_on(StableIValue* stack) { stack[0] = y.release(), stack[1] = statistics.release(); }
 };
 
-// Where they do not take a call, both operators leave two empty tensors, and nothing was touched.
-void decline(Word* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
+// Returns two empty tensors for a call that the fast path does not take; nothing was written.
+inline void decline(StableIValue* stack, const Tensor& x) { stack[0] = nothing(x).release(), stack[1] = nothing(x).release(); }
 
-// The bounds of batch renormalization after so many batches: `Renorm.bounds`.
+// The bounds of r and d in batch renormalization, which widen with the number of batches, see `Renorm.bounds`.
 struct Bounds {
     const double r_max, d_max, warmup;
 
@@ -74,7 +77,7 @@ struct Bounds {
 };
 
 template <bool renormalized>
-void training_step(Word* stack, uint64_t, uint64_t) {
+void run_training_step(StableIValue* stack) {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     Running running(arguments);
@@ -83,7 +86,7 @@ void training_step(Word* stack, uint64_t, uint64_t) {
     std::optional<Bounds> bounds;
     if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
-    if (!is_usual(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
+    if (!takes_fast_path(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
         !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches) ||
         (renormalized && !running.moved_batches))
         return decline(stack, x);
@@ -100,24 +103,38 @@ void training_step(Word* stack, uint64_t, uint64_t) {
     task.count = count_of(x, {});
     task.m2 = m2.get();
     layer.call.run();
-    running.follow(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
-    layer.leave_in(stack);
+    running.update_by(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
+    layer.return_on(stack);
 }
 
-void inference_step(Word* stack, uint64_t, uint64_t) {
+#define STEP_ARGUMENTS \
+    "Tensor x, Tensor? weight, Tensor? bias, " RUNNING_ARGUMENTS ", float momentum, bool unbiased, bool skip_nonfinite, "
+
+OPERATOR(training_step, STEP_ARGUMENTS "float eps, " ACTIVATION_ARGUMENTS, "(Tensor, Tensor)") { run_training_step<false>(stack); }
+
+OPERATOR(renormalization_step,
+         STEP_ARGUMENTS "float r_max, float d_max, float warmup, float eps, " ACTIVATION_ARGUMENTS,
+         "(Tensor, Tensor)") {
+    run_training_step<true>(stack);
+}
+
+OPERATOR(inference_step,
+         "Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
+         ACTIVATION_ARGUMENTS,
+         "(Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
-    if (!is_usual(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
+    if (!takes_fast_path(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
     LayerCall layer(Verb::normalize, x, weight, bias, eps, arguments);
     set_constant(layer.call.task, running_mean, running_var, eps, layer.C);
     layer.call.run();
-    layer.leave_in(stack);
+    layer.return_on(stack);
 }
 
 // Float64 values in the dtype of `like`, float32 or float64.
-Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
+inline Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
     Tensor tensor = Tensor::vector(C, like.dtype);
     const auto round = [&](auto* narrow) {
 #pragma omp simd
@@ -127,9 +144,9 @@ Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
     return tensor;
 }
 
-// dx, dweight and dbias of what one of the two took.
+// The backward of both operators: dx, dweight and dbias.
 template <bool constant_statistics>
-void step_backward(Word* stack, uint64_t, uint64_t) {
+void run_step_backward(StableIValue* stack) {
     Arguments arguments(stack);
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), statistics = arguments.tensor();
@@ -146,11 +163,11 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     const bool wants_dx = arguments.flag();
     Tensor dx = wants_dx ? call.output() : nothing(x);
     const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
-    task.dy = call.beside(dy);
+    task.dy = call.in_layout_of_x(dy);
     task.mean = statistics.data<double>(), task.rstd = task.mean + C;
     task.count = constant_statistics ? 0.0 : count_of(x, {});
     task.weight = weights, task.bias = biases;
-    // Renormalized: x̂ · r + d takes the place of x̂, see kernels/correction.py.
+    // Batch renormalization: x̂ · r + d replaces x̂, see kernels/correction.py.
     const double* const r = rows == 4 ? task.rstd + C : nullptr;
     const double* const d = r ? r + C : nullptr;
     const Scratch corrected_weight = scratch(r ? C : 0), corrected_bias = scratch(r ? C : 0);
@@ -169,5 +186,11 @@ void step_backward(Word* stack, uint64_t, uint64_t) {
     stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
     stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();
 }
+
+#define STEP_BACKWARD_ARGUMENTS \
+    "Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, " ACTIVATION_ARGUMENTS ", bool wants_dx"
+
+OPERATOR(training_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor)") { run_step_backward<false>(stack); }
+OPERATOR(inference_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor)") { run_step_backward<true>(stack); }
 
 }  // namespace

@@ -1,21 +1,39 @@
-// What the reductions add up, and how exactly: for each storage type the cheapest sums whose error nobody sees.
+// The sums that the reductions compute. Each storage type has the cheapest ones whose error does not show in the results.
 //
-// float32: in float64, of which 29 digits are to spare. Products are exact there, and so the squares may be taken about zero, up to a
-//     mean of 64 deviations, which costs 12 digits.
-// half: the moments in float32 about a typical value of the channel, eight vectors at a time, whose sums are added in float64. Where that
-//     overflows, at deviations beyond 1e19, or cancels, the sums are taken again as those of float32. The gradients' are always those: float32
-//     parameters see what float32 products round.
-// float64: about a typical value, and every sum keeps what its rounding loses: there is no digit to spare.
+// float32: float64 sums. float64 has 29 bits more than float32, so products are exact, and squares may be taken about zero. Subtracting
+//     the squared mean then cancels up to 12 bits, at a mean of 64 standard deviations; beyond that the sums are computed again about the
+//     mean.
+// half precision: the moments are float32 sums about a typical value of the channel over eight vectors at a time; these are added up in
+//     float64. Where they overflow (deviations beyond 1e19) or cancel, the sums are computed again as for float32. The sums of gradients
+//     are always those of float32, because rounded products would show in the gradients of float32 parameters.
+// float64: compensated sums about a typical value, because float64 has no bits to spare.
 #pragma once
 
-#include "lanes.h"
+#include "simd/storage.h"
 
 namespace {
 
 constexpr int64_t vectors_of_block = 8;
 
-// What a reduction takes of a vector: Σ g and Σ g · x; Σ x and Σ x²; or Σ (x - center) and Σ (x - center)². In the first, x is
-// x - mean unless `grads_about_zero`, which saves the sums of large tensors a subtraction in float64.
+// The lanes of a vector of float32 in float64, in order.
+struct Wide {
+    Doubles low, high;
+
+    INLINE explicit Wide(Floats values) {
+        HalfOfFloats halves[2];
+        memcpy(halves, &values, sizeof values);
+        low = Simd::widen(halves[0]), high = Simd::widen(halves[1]);
+    }
+};
+
+INLINE double total(Doubles lanes) {
+    double sum = 0.0;
+    for (int lane = 0; lane < vector_bytes / 8; ++lane) sum += lanes[lane];
+    return sum;
+}
+
+// The terms that a reduction adds for one vector, which also name the sums: Σ g and Σ g · x; Σ x and Σ x²; or Σ (x - center) and
+// Σ (x - center)². In the first, x stands for x - mean unless `grads_about_zero`, which saves a subtraction in float64.
 template <class Vector>
 struct GradTermValues {
     Vector g, x;
@@ -29,7 +47,7 @@ struct DeviationTermValues {
     Vector x;
 };
 
-// Takes up to eight vectors in a row, which belong to the even or to the odd sums by their number.
+// Adds up to eight consecutive vectors, alternately to two sums, so that an addition need not wait for the one before it.
 template <class S>
 struct EvenAndOdd {
     S &even, &odd;
@@ -38,33 +56,33 @@ struct EvenAndOdd {
     INLINE void add(const Term& term, Center center, int64_t number) {
         (number % 2 ? odd : even).add(term, center);
     }
-    INLINE void end() {}
+    INLINE void flush() {}
 };
 
-// Both sums, lane by lane, and what adds a `Block` of vectors to them.
+// The two sums of a reduction in each lane. A `Block` adds the moments of up to eight vectors to them.
 template <class T>
 struct Sums {
-    typedef EvenAndOdd<Sums> Block;  // of the first moments
+    typedef EvenAndOdd<Sums> Block;  // when the moments are summed for the first time
     static constexpr bool about_zero = true, grads_about_zero = true, may_overflow = false;
-    static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, from where the sums are taken again about the mean
-    static constexpr int64_t vectors_together = 1;        // that are added up before they join the others
+    static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, above which the sums are computed again about the mean
+    static constexpr int64_t vectors_together = 1;        // added up in one block before they join the other sums
 
     Doubles value[2] = {}, product[2] = {};
 
     INLINE void add(SquareTermValues<Floats> term, Floats) {
-        const Wide<Floats> x(term.x);
-        value[0] = plus(x.low, value[0]), value[1] = plus(x.high, value[1]);
+        const Wide x(term.x);
+        value[0] = Simd::plus(x.low, value[0]), value[1] = Simd::plus(x.high, value[1]);
         product[0] += x.low * x.low, product[1] += x.high * x.high;
     }
     INLINE void add(DeviationTermValues<Floats> term, Floats center) {
-        const Wide<Floats> x(term.x), wide(center);
+        const Wide x(term.x), wide(center);
         const Doubles low = x.low - wide.low, high = x.high - wide.high;
         value[0] += low, value[1] += high;
         product[0] += low * low, product[1] += high * high;
     }
     INLINE void add(GradTermValues<Floats> term, Floats) {
-        const Wide<Floats> g(term.g), x(term.x);
-        value[0] = plus(g.low, value[0]), value[1] = plus(g.high, value[1]);
+        const Wide g(term.g), x(term.x);
+        value[0] = Simd::plus(g.low, value[0]), value[1] = Simd::plus(g.high, value[1]);
         product[0] += g.low * x.low, product[1] += g.high * x.high;
     }
     INLINE void add(const Sums& other) {
@@ -79,31 +97,34 @@ struct Sums {
     }
 };
 
-template <class Format>
-struct Sums<Half<Format>> : Sums<Float32> {
+struct SumsOfHalfPrecision : Sums<Float32> {
     static constexpr bool about_zero = false, may_overflow = true;
     static constexpr double worst_cancellation = 16.0;
     static constexpr int64_t vectors_together = vectors_of_block;
 
     struct Block {
-        Sums &all, &unused;
+        Sums<Float32> &all, &unused;
         Floats value = {}, product = {};
 
         INLINE void add(DeviationTermValues<Floats> term, Floats center, int64_t) {
             const Floats d = term.x - center;
             value += d, product += d * d;
         }
-        INLINE void end() {
-            const Wide<Floats> values(value), products(product);
+        INLINE void flush() {
+            const Wide values(value), products(product);
             all.value[0] += values.low, all.value[1] += values.high;
             all.product[0] += products.low, all.product[1] += products.high;
         }
     };
 };
+template <>
+struct Sums<BFloat16> : SumsOfHalfPrecision {};
+template <>
+struct Sums<Float16> : SumsOfHalfPrecision {};
 
-// A sum that keeps what its rounding loses (Knuth's two-sum).
+// A compensated sum: `lost` adds up the rounding errors of `sum` (Knuth's two-sum).
 template <class Real>
-struct ExactSum {
+struct CompensatedSum {
     Real sum = {}, lost = {};
 
     INLINE void add(Real term) {
@@ -111,28 +132,28 @@ struct ExactSum {
         lost += (sum - (next - added)) + (term - added);
         sum = next;
     }
-    INLINE void add(const ExactSum& other) {
+    INLINE void add(const CompensatedSum& other) {
         add(other.sum);
         lost += other.lost;
     }
-    // Of the lanes of a vector.
+    // The sum over the lanes of a vector.
     INLINE double total() const {
-        ExactSum<double> all;
+        CompensatedSum<double> all;
         for (int lane = 0; lane < vector_bytes / 8; ++lane) all.add(sum[lane]);
         for (int lane = 0; lane < vector_bytes / 8; ++lane) all.lost += lost[lane];
         return all.sum + all.lost;
     }
 };
 
-// With the rounding of x - mean and of the sums kept, they are as good as torch's at any mean and scale.
+// The rounding errors of x - center are compensated too: so the moments are as accurate as torch's at any mean and scale.
 template <>
 struct Sums<Float64> {
     typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = false, grads_about_zero = false, may_overflow = false;
-    static constexpr double worst_cancellation = 1.0001;  // the mean, K + a rounded number, would feel more
+    static constexpr double worst_cancellation = 1.0001;  // more would show in the mean, which is K plus a rounded number
     static constexpr int64_t vectors_together = 1;
 
-    ExactSum<Doubles> value, product;
+    CompensatedSum<Doubles> value, product;
 
     INLINE void add(DeviationTermValues<Doubles> term, Doubles center) {
         const Doubles d = term.x - center, taken = term.x - d;
@@ -181,12 +202,12 @@ struct Sums<ExactFloat32> {
     }
 };
 
-// Sums of neighbors, of which each vector has kept what it lost.
+// The compensated sum of `count` consecutive values.
 INLINE double total_of(const double* values, int64_t count) {
-    ExactSum<Doubles> lanes;
+    CompensatedSum<Doubles> lanes;
     int64_t i = 0;
     for (; i + vector_bytes / 8 <= count; i += vector_bytes / 8) lanes.add(load_vector<Doubles>(values + i));
-    ExactSum<double> rest;
+    CompensatedSum<double> rest;
     for (; i < count; ++i) rest.add(values[i]);
     return total(lanes.sum) + (rest.sum + (total(lanes.lost) + rest.lost));
 }

@@ -1,9 +1,9 @@
-// The verbs of kernels/contract.py over both layouts, for each storage type. Two files run it, kernels_float.cpp and kernels_half.cpp, and
-// each of them is built once for every instruction set, with BATCHNORM_ISA as the namespace of its entry.
+// Runs the verbs of kernels/contract.py on both layouts. kernels_float.cpp and kernels_half.cpp call it for their storage types; each of
+// them is compiled once for every instruction set, with BATCHNORM_ISA as the namespace of its entry.
 #pragma once
 
-#include "interleaved.h"
-#include "planar.h"
+#include "kernels/interleaved.h"
+#include "kernels/planar.h"
 
 namespace {
 
@@ -24,9 +24,9 @@ bool goes_forward(const Task& task) {
     return task.verb == Verb::moments || task.verb == Verb::normalize || task.verb == Verb::forward;
 }
 
-// Moments know nothing of what follows: all activations share their loops.
+// Moments do not depend on the epilogue: all activations share their loops.
 template <class E>
-using Plain = Elements<typename E::T, Identity, Residual::none, E::has_mask>;
+using Plain = Elements<typename E::T, Known<Activation::identity>, Residual::none, E::has_mask>;
 
 template <class E>
 void run_unmasked(Task& task) {
@@ -61,27 +61,29 @@ void run_masked_planar(Task& task) {
     }
 }
 
-// What is common in float32 and bfloat16 has loops of its own; all else shares the general ones, which ask for the activation at each
-// vector: float64 and float16, residuals under planar masks, and planar masks in bfloat16. In the interleaved layout a mask leaves out
-// rows, not lanes.
+// The frequent epilogues have loops of their own in float32 and bfloat16: none, relu, and without a planar mask residual and relu. All
+// other calls share general loops, which check the activation for each vector: float64, float16, residuals under planar masks, and planar
+// masks in bfloat16. In the interleaved layout a mask leaves out whole rows, so it needs no loops of its own.
 template <class T>
 void run_storage(Task& task) {
     typedef AnyActivation<typename T::Vector> Any;
+    typedef Known<Activation::identity> Identity;
+    typedef Known<Activation::relu> Relu;
     const bool identity = task.activation == Activation::identity && !task.residual, relu = task.activation == Activation::relu;
     if (task.mask && !task.interleaved) {
         if constexpr (T::is_common && sizeof(typename T::Element) == sizeof(float)) {
             if (identity) return run_masked_planar<Elements<T, Identity, Residual::none, true>>(task);
             if (relu && !task.residual) return run_masked_planar<Elements<T, Relu, Residual::none, true>>(task);
         }
-        return run_masked_planar<Elements<T, Any, Residual::asked, true>>(task);
+        return run_masked_planar<Elements<T, Any, Residual::optional, true>>(task);
     }
     if constexpr (T::is_common) {
         if (identity) return run_unmasked<Elements<T, Identity, Residual::none, false>>(task);
         if (relu)
-            return task.residual ? run_unmasked<Elements<T, Relu, Residual::some, false>>(task)
+            return task.residual ? run_unmasked<Elements<T, Relu, Residual::given, false>>(task)
                                  : run_unmasked<Elements<T, Relu, Residual::none, false>>(task);
     }
-    run_unmasked<Elements<T, Any, Residual::asked, false>>(task);
+    run_unmasked<Elements<T, Any, Residual::optional, false>>(task);
 }
 
 }  // namespace

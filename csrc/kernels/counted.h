@@ -1,5 +1,6 @@
-// What a mask counts. Sums under a mask are taken over the counted values alone, side by side, so that no bit of them depends on what
-// else there is, or on how much of it: each value's lane and place in the order follow from the counted ones before it.
+// The positions that a mask counts. Sums under a mask add the counted values as if they were contiguous: the lane and the order in which
+// a value is added depend only on the counted values before it. So padding changes no bit of a sum, whatever it holds and however long
+// it is.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +8,7 @@
 #include <string.h>
 
 namespace batchnorm {
-namespace {  // each build keeps its own copy, see lanes.h
+namespace {  // each build has its own copy, see simd/types.h
 
 constexpr int word_positions = 8;
 constexpr uint64_t all_counted = 0x0101010101010101u;
@@ -18,7 +19,7 @@ inline uint64_t mask_word(const uint8_t* mask) {
     return word;
 }
 
-// How many of so many positions count.
+// How many of the first `positions` positions count.
 inline int64_t counted(const uint8_t* mask, int64_t positions) {
     int64_t count = 0, m = 0;
     for (; m + word_positions <= positions; m += word_positions) {
@@ -33,7 +34,7 @@ inline int64_t counted(const uint8_t* mask, int64_t positions) {
     return count;
 }
 
-// The first position from `m` on that counts, or does not; `end` if there is none.
+// The first position from `m` on that counts (or, without `counts`, that does not); `end` if there is none.
 inline int64_t next(const uint8_t* mask, int64_t m, int64_t end, bool counts) {
     const uint64_t others = counts ? 0 : all_counted;
     while (m + word_positions <= end && mask_word(mask + m) == others) m += word_positions;
@@ -41,7 +42,7 @@ inline int64_t next(const uint8_t* mask, int64_t m, int64_t end, bool counts) {
     return m;
 }
 
-// Positions of one row that count: `first` is a place in the row.
+// Consecutive positions of one row that count; `first` is an index in the row.
 struct Run {
     int64_t row, first, count;
 };
@@ -80,7 +81,7 @@ class List {
     int64_t room = 0;
 };
 
-// Items chunk by chunk. A mask of nothing makes one chunk without any, no mask makes no chunk.
+// A list of items in chunks. A mask that counts nothing makes one empty chunk; without a mask there is no chunk.
 template <class Item>
 class Chunked {
   public:
@@ -92,7 +93,7 @@ class Chunked {
     Chunked(const Chunked&) = delete;
     Chunked& operator=(const Chunked&) = delete;
 
-    // To the last chunk so far, or to the one after it.
+    // Adds an item to the last chunk so far, or to the next one.
     void add(int64_t chunk, Item item) {
         list.add(item);
         ends[chunk + 1] = list.count;
@@ -105,7 +106,7 @@ class Chunked {
 
   private:
     List<Item> list;
-    int64_t* ends;  // one place on
+    int64_t* ends;  // ends[chunk + 1] is the end of a chunk, and ends[chunk] its beginning
 };
 
 }  // namespace

@@ -1,25 +1,27 @@
-// Torch's tensors by its stable C interface, and the words in which an operator receives them. A part of torch_shim.cpp.
+// Torch's tensors through its stable C interface, and the arguments of an operator.
 #pragma once
 
+#include <stdint.h>
 #include <string.h>
 
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "api.h"
+#include "torch/operators.h"
 
 namespace {
 
 using namespace batchnorm;
 
-typedef uint64_t Word;
 typedef void* Handle;
 
-// Each is looked up by its own name; an error code other than 0 is a failure.
+// The functions of libtorch that are used; each is looked up by its name. A result other than 0 is an error.
 #define TORCH_FUNCTIONS(_)                                                                                            \
     _(aoti_torch_library_init_impl, int32_t, const char*, const char*, const char*, uint32_t, Handle*)                \
-    _(aoti_torch_library_impl, int32_t, Handle, const char*, void (*)(Word*, uint64_t, uint64_t))                     \
+    _(aoti_torch_library_impl, int32_t, Handle, const char*, void (*)(StableIValue*, uint64_t, uint64_t))                     \
     _(aoti_torch_get_data_ptr, int32_t, Handle, void**)                                                               \
     _(aoti_torch_get_sizes, int32_t, Handle, int64_t**)                                                               \
     _(aoti_torch_get_strides, int32_t, Handle, int64_t**)                                                             \
@@ -44,33 +46,33 @@ typedef void* Handle;
 TORCH_FUNCTIONS(DECLARE)
 #undef DECLARE
 
-int32_t (*torch_delete_stable_ivalue)(Word*);  // since 2.13; before, `delete`
+int32_t (*torch_delete_stable_ivalue)(StableIValue*);  // since 2.13; before, `delete`
 
 int32_t cpu, dtypes[4], boolean, int64;
 
-void check(int32_t error, const char* what) {
+inline void check(int32_t error, const char* what) {
     if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
 }
 
-// What a caller from Python could get wrong: its arguments are checked before anything is read or written.
-void expect(bool holds, const char* invariant) {
+// Checks an argument, which a caller from Python could get wrong, before anything is read or written.
+inline void expect(bool holds, const char* invariant) {
     if (!holds) throw std::invalid_argument(std::string("batchnorm: ") + invariant);
 }
 
-bool is_floating(int32_t dtype) {
+inline bool is_floating(int32_t dtype) {
     for (const int32_t known : dtypes)
         if (dtype == known) return true;
     return false;
 }
 
-// Of the dtypes that are read here; 0 of the others.
-int64_t element_size_of(int32_t dtype) {
+// The bytes of an element of the dtypes that are read here; 0 for others.
+inline int64_t element_size_of(int32_t dtype) {
     if (dtype == dtypes[(int)Dtype::float64] || dtype == int64) return 8;
     if (dtype == dtypes[(int)Dtype::float32]) return 4;
     return is_floating(dtype) ? 2 : dtype == boolean;
 }
 
-// An owned tensor, or none.
+// A tensor that this object owns, or none.
 class Tensor {
   public:
     Tensor() = default;
@@ -82,7 +84,7 @@ class Tensor {
         aoti_torch_get_dtype(handle, &dtype);
         rank = (int)dimensions;
     }
-    // An argument: on the CPU, and within its storage, which others may have freed (FSDP does).
+    // An argument, which must be on the CPU and lie within its storage: others may have freed that (FSDP does).
     static Tensor argument(Handle handle) {
         Tensor tensor(handle);
         int32_t device = -1;
@@ -116,8 +118,8 @@ class Tensor {
     Tensor empty_like() const { return empty(rank, sizes, strides, dtype); }
 
     explicit operator bool() const { return handle; }
-    Word release() {
-        const Word word = (Word)handle;
+    StableIValue release() {
+        const StableIValue word = (StableIValue)handle;
         handle = nullptr;
         return word;
     }
@@ -142,7 +144,7 @@ class Tensor {
             if (sizes[axis] > 1 && strides[axis] != stride) return false;
         return true;
     }
-    bool lies_as(const Tensor& other) const {
+    bool has_layout_of(const Tensor& other) const {
         if (dtype != other.dtype || rank != other.rank) return false;
         for (int axis = 0; axis < rank; ++axis)
             if (sizes[axis] != other.sizes[axis] || (sizes[axis] > 1 && strides[axis] != other.strides[axis])) return false;
@@ -164,13 +166,13 @@ class Tensor {
     }
 };
 
-// Arguments one after the other.
+// Takes the arguments of an operator from its stack, in the order of its schema.
 class Arguments {
   public:
-    explicit Arguments(Word* stack) : at(stack) {}
+    explicit Arguments(StableIValue* stack) : at(stack) {}
     Tensor tensor() { return Tensor::argument((Handle)*at++); }
     Tensor optional_tensor() {
-        Word* boxed = (Word*)*at++;
+        StableIValue* boxed = (StableIValue*)*at++;
         if (!boxed) return {};
         Tensor tensor = Tensor::argument((Handle)*boxed);
         if (torch_delete_stable_ivalue) {
@@ -193,14 +195,14 @@ class Arguments {
     }
 
   private:
-    Word* at;
+    StableIValue* at;
 };
 
-// Memory that is written before it is read; never null.
+// Uninitialized memory; never null.
 typedef std::unique_ptr<double[]> Scratch;
-Scratch scratch(int64_t values) { return Scratch(new double[values + 1]); }
+inline Scratch scratch(int64_t values) { return Scratch(new double[values + 1]); }
 
-// Channel values in float64: their own memory where they are that already.
+// The values of a (C,) tensor in float64: the tensor's own memory if it is float64 and contiguous, otherwise a copy.
 class ChannelValues {
   public:
     ChannelValues(const Tensor& tensor, int64_t C) {
@@ -223,7 +225,7 @@ class ChannelValues {
     }
     operator double*() const { return values; }
 
-    // A 0-d tensor.
+    // The value of a tensor of one element.
     static double number(const Tensor& tensor) {
         expect(tensor.values() == 1 && is_floating(tensor.dtype), "a count or a bound must be one floating number");
         return read(tensor, 0);

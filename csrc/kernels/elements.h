@@ -1,27 +1,27 @@
-// What happens to one vector of elements; planar.h and interleaved.h say in which order the vectors come.
+// The computation on one vector of elements; planar.h and interleaved.h loop over the vectors.
 #pragma once
 
-#include "activation.h"
-#include "channels.h"
-#include "counted.h"
+#include "kernels/activation.h"
+#include "kernels/channels.h"
+#include "kernels/counted.h"
 #include "threads.h"
 
 namespace {
 
 using batchnorm::parallel;
 
-constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, that are summed by one thread
+constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, in a sum that one thread computes
 
-enum class Residual { none, some, asked };  // known to the compiler, or asked about for each vector
+enum class Residual { none, given, optional };  // known at compile time, or checked for each vector
 
-// Copies of x, dy and the residual, in this order, `apart` elements from one to the next.
+// Copies of x, dy and the residual, in this order; each begins `stride` elements after the one before.
 template <class T>
 struct Copies {
     typename T::Element* first = nullptr;
-    int64_t apart = 0;
+    int64_t stride = 0;
 };
 
-// The tensors of one call, and the elementwise formulas over them. `i` is the place of an element in x, `m` in the mask.
+// The tensors of one call, and the elementwise formulas over them. `i` is the index of an element in x, `m` its index in the mask.
 template <class Storage, class Act, Residual with_residual, bool masked>
 struct Elements {
     typedef Storage T;
@@ -45,61 +45,61 @@ struct Elements {
     Elements(const Element* x, const Element* dy, const Element* residual, Act activation)
         : x(x), dy(dy), residual(residual), mask(nullptr), mask_end(nullptr), activation(activation) {}
 
-    // The same under another mask.
+    // The same elements under another mask.
     Elements under(const uint8_t* other, const uint8_t* other_end) const {
         Elements elements = *this;
         elements.mask = other, elements.mask_end = other_end;
         return elements;
     }
-    // The same where every element counts.
+    // The same elements without a mask.
     Unmasked unmasked() const { return {x, dy, residual, activation}; }
-    // And over copies, if there are any.
+    // The same without a mask, read from the copies if there are any.
     Unmasked over(const Copies<T>& copies) const {
         if (!copies.first) return unmasked();
-        return {copies.first, copies.first + copies.apart, residual ? copies.first + 2 * copies.apart : nullptr, activation};
+        return {copies.first, copies.first + copies.stride, residual ? copies.first + 2 * copies.stride : nullptr, activation};
     }
 
-    // Asks for what will be read of the `count` vectors from `i` on.
+    // Prefetches `count` vectors of each tensor from `i` on.
     template <bool of_x_alone>
-    INLINE void fetch_vectors(int64_t i, int count) const {
+    INLINE void prefetch_vectors(int64_t i, int count) const {
         UNROLLED
         for (int vector = 0; vector < count; ++vector) {
             const int64_t at = i + vector * T::width;
-            fetch(x + at);
-            if constexpr (!of_x_alone) fetch(dy + at);
-            if constexpr (!of_x_alone && has_residual) fetch(residual + at);
+            prefetch(x + at);
+            if constexpr (!of_x_alone) prefetch(dy + at);
+            if constexpr (!of_x_alone && has_residual) prefetch(residual + at);
         }
     }
 
-    // A select, not a product: 0 · NaN is NaN, and padding may hold anything.
-    template <class Part>
-    INLINE Vector counted(Vector values, Vector others, int64_t m, Part part) const {
+    // `values` where the mask counts an element, else `others`. Selected, not multiplied by 0: padding may hold NaN.
+    template <class Lanes>
+    INLINE Vector counted(Vector values, Vector others, int64_t m, Lanes lanes) const {
         if constexpr (!has_mask) return values;
-        if constexpr (!Part::is_whole) {  // byte by byte only where the mask ends
-            if (mask + m + T::width > mask_end) return lanes_of<T>(mask + m, part) ? values : others;
+        if constexpr (!Lanes::is_whole) {  // byte by byte at the end of the mask alone
+            if (mask + m + T::width > mask_end) return lanes_of<T>(mask + m, lanes) ? values : others;
         }
         return lanes_of<T>(mask + m, Whole{}) ? values : others;
     }
 
-    template <class Part>
-    INLINE Vector deviation(int64_t i, const Channel<Vector>& channel, Part part) const {
-        return T::load(x + i, part) - channel.mean;
+    template <class Lanes>
+    INLINE Vector deviation(int64_t i, const Channel<Vector>& channel, Lanes lanes) const {
+        return T::load(x + i, lanes) - channel.mean;
     }
 
-    template <class Part>
-    INLINE Vector pre_activation(int64_t i, Vector d, const Channel<Vector>& channel, Part part) const {
+    template <class Lanes>
+    INLINE Vector pre_activation(int64_t i, Vector d, const Channel<Vector>& channel, Lanes lanes) const {
         Vector offset = channel.offset;
-        if constexpr (T::rounds_scale) offset = multiply_add(bounded(d), channel.scale_rest, offset);  // infinity · 0 is NaN
-        Vector z = multiply_add(d, channel.scale, offset);
-        if (with_residual == Residual::some || (with_residual == Residual::asked && residual)) z += T::load(residual + i, part);
+        if constexpr (T::rounds_scale) offset = Simd::multiply_add(Simd::bounded(d), channel.scale_rest, offset);  // infinity · 0 is NaN
+        Vector z = Simd::multiply_add(d, channel.scale, offset);
+        if (with_residual == Residual::given || (with_residual == Residual::optional && residual)) z += T::load(residual + i, lanes);
         return z;
     }
 
-    template <class Part>
-    INLINE Vector grad(int64_t i, Vector d, const Channel<Vector>& channel, Part part) const {
-        const Vector dy_here = T::load(dy + i, part);
+    template <class Lanes>
+    INLINE Vector grad(int64_t i, Vector d, const Channel<Vector>& channel, Lanes lanes) const {
+        const Vector dy_here = T::load(dy + i, lanes);
         if constexpr (!Act::needs_z) return dy_here;
-        return activation.grad(dy_here, pre_activation(i, d, channel, part));
+        return activation.grad(dy_here, pre_activation(i, d, channel, lanes));
     }
 };
 
@@ -112,8 +112,8 @@ struct Choose<false, A, B> {
     typedef B Type;
 };
 
-// Sums under a mask are given what counts alone, so their terms know no mask.
-// The second time, `again`, they are taken about the mean that the first sums gave.
+// The terms of the reductions. Under a mask the loops pass only elements that count, so the terms ignore the mask.
+// `again`: the second sums, about the mean that the first sums gave.
 template <class E, bool again>
 struct MomentTerm {
     typedef typename Choose<again, EvenAndOdd<Sums<typename E::T>>, typename Sums<typename E::T>::Block>::Type Block;
@@ -122,16 +122,16 @@ struct MomentTerm {
     const typename E::Unmasked elements;
 
     static MomentTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
-    template <class Part>
-    INLINE auto operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
+    template <class Lanes>
+    INLINE auto operator()(int64_t i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         typedef typename E::Vector Vector;
-        const Vector x = E::T::load(elements.x + i, part);
+        const Vector x = E::T::load(elements.x + i, lanes);
         if constexpr (Sums<typename E::T>::about_zero && !again) {
             return SquareTermValues<Vector>{x};
         } else {
-            return DeviationTermValues<Vector>{within(x, channel.mean, part)};
+            return DeviationTermValues<Vector>{within(x, channel.mean, lanes)};
         }
     }
 };
@@ -144,13 +144,13 @@ struct GradTerm {
     const typename E::Unmasked elements;
 
     static GradTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
-    template <class Part>
-    INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Part part) const {
-        const auto x = E::T::load(elements.x + i, part);
+    template <class Lanes>
+    INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+        const auto x = E::T::load(elements.x + i, lanes);
         const auto d = x - channel.mean;
-        const auto g = within(elements.grad(i, d, channel, part), typename E::Vector{}, part);
+        const auto g = within(elements.grad(i, d, channel, lanes), typename E::Vector{}, lanes);
         return {g, Sums<typename E::T>::grads_about_zero ? x : d};
     }
 };
@@ -164,7 +164,7 @@ INLINE void for_block(const Body& body) {
     }
 }
 
-// A map writes one tensor, or two where it gives dresidual as well.
+// The results of a map for one vector: y, or dx and dresidual.
 template <class Vector>
 struct Written {
     Vector first, second;
@@ -177,13 +177,13 @@ struct NormalizeMap {
 
     static NormalizeMap of(const Task& task) { return {E(task)}; }
     NormalizeMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<true>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
-    template <class Part>
+    template <class Lanes>
     INLINE Written<typename E::Vector> operator()(
-        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
-        const auto z = elements.pre_activation(i, elements.deviation(i, channel, part), channel, part);
-        const auto y = elements.counted(elements.activation.value(z), typename E::Vector{}, m, part);
+        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+        const auto z = elements.pre_activation(i, elements.deviation(i, channel, lanes), channel, lanes);
+        const auto y = elements.counted(elements.activation.value(z), typename E::Vector{}, m, lanes);
         return {y, y};
     }
 };
@@ -195,20 +195,20 @@ struct InputGradMap {
 
     static InputGradMap of(const Task& task) { return {E(task)}; }
     InputGradMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
-    INLINE void fetch(int64_t i, int count) const { elements.template fetch_vectors<false>(i, count); }
+    INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
-    template <class Part>
+    template <class Lanes>
     INLINE Written<typename E::Vector> operator()(
-        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Part part) const {
-        const auto d = elements.deviation(i, channel, part);
+        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+        const auto d = elements.deviation(i, channel, lanes);
         const typename E::Vector nothing = {};
-        const auto g = elements.counted(elements.grad(i, d, channel, part), nothing, m, part);
-        const auto dx = multiply_add(g, channel.grad_scale, multiply_add(d * channel.rstd, channel.slope, channel.level));
-        return {elements.counted(dx, nothing, m, part), g};
+        const auto g = elements.counted(elements.grad(i, d, channel, lanes), nothing, m, lanes);
+        const auto dx = Simd::multiply_add(g, channel.grad_scale, Simd::multiply_add(d * channel.rstd, channel.slope, channel.level));
+        return {elements.counted(dx, nothing, m, lanes), g};
     }
 };
 
-// Where a map writes: `first` is y or dx. Of `two`, `second` is dresidual, and either may be null.
+// The tensors that a map writes: `first` is y or dx. With `two`, `second` is dresidual, and either may be null.
 template <class T, bool two>
 struct Outputs {
     typename T::Element *first, *second;
@@ -216,10 +216,10 @@ struct Outputs {
     explicit Outputs(const Task& task)
         : first((typename T::Element*)task.output), second((typename T::Element*)task.dresidual) {}
 
-    template <class Part>
-    INLINE void store(int64_t i, const Written<typename T::Vector>& values, Part part) const {
-        if (!two || first) T::store(first + i, values.first, part);
-        if (two && second) T::store(second + i, values.second, part);
+    template <class Lanes>
+    INLINE void store(int64_t i, const Written<typename T::Vector>& values, Lanes lanes) const {
+        if (!two || first) T::store(first + i, values.first, lanes);
+        if (two && second) T::store(second + i, values.second, lanes);
     }
     INLINE void stream(int64_t i, const Written<typename T::Vector>& values) const {
         if (!two || first) T::stream(first + i, values.first);
@@ -239,15 +239,15 @@ struct Outputs {
     }
 };
 
-// Less than a vector.
+// Maps a partial vector.
 template <class Vector, class Map, class Out>
-NOINLINE void map_few(int64_t i, int64_t m, const Channel<Vector>& channel, Some part, const Map& map, const Out& out) {
-    out.store(i, map(i, m, channel, part), part);
+NOINLINE void map_partial(int64_t i, int64_t m, const Channel<Vector>& channel, Partial lanes, const Map& map, const Out& out) {
+    out.store(i, map(i, m, channel, lanes), lanes);
 }
 
 constexpr int tensors_of_a_sum = 3;  // x, dy and the residual
 
-// How many tensors both passes of a call read.
+// How many tensors of x's size both passes of a call read.
 inline int tensors_of_both(const Task& task) { return task.dy ? task.residual ? 3 : 2 : 1; }
 
 }  // namespace

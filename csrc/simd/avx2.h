@@ -1,0 +1,59 @@
+// AVX2, with FMA and F16C: vectors of 32 bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd/generic.h"
+
+namespace {
+
+struct Avx2 : Generic<Avx2> {
+    // One instruction each, for which gcc 12 writes up to eight when given __builtin_convertvector.
+    static INLINE Doubles widen(HalfOfFloats values) { return bits_as<Doubles>(_mm256_cvtps_pd(bits_as<__m128>(values))); }
+    static INLINE HalfOfFloats narrow(Doubles values) { return bits_as<HalfOfFloats>(_mm256_cvtpd_ps(bits_as<__m256d>(values))); }
+    static INLINE Words widen(Halves values) { return bits_as<Words>(_mm256_cvtepu16_epi32(bits_as<__m128i>(values))); }
+    static INLINE Halves narrow(Words values) {
+        const __m256i words = bits_as<__m256i>(values);
+        return bits_as<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    }
+    static INLINE Ints widen(BytePerFloat values) {
+        return bits_as<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(values))));
+    }
+    static INLINE Longs widen(BytePerDouble values) {
+        return bits_as<Longs>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bits_as<int32_t>(values))));
+    }
+
+    static INLINE Doubles square_root(Doubles values) { return bits_as<Doubles>(_mm256_sqrt_pd(bits_as<__m256d>(values))); }
+    static INLINE Floats bounded(Floats values) {
+        const __m256 below = _mm256_min_ps(bits_as<__m256>(values), _mm256_set1_ps(largest));
+        return bits_as<Floats>(_mm256_max_ps(below, _mm256_set1_ps(-largest)));
+    }
+
+    // Masked stores take as long as the stack.
+    template <class Vector, class Element>
+    static INLINE Vector load_partial(const Element* from, Partial lanes) {
+        if constexpr (sizeof(Element) == 8) {
+            return bits_as<Vector>(_mm256_maskload_pd(from, bits_as<__m256i>(lanes_within<Longs>(lanes))));
+        } else if constexpr (sizeof(Element) == 4 && sizeof(Vector) == 32) {
+            return bits_as<Vector>(_mm256_maskload_ps(from, bits_as<__m256i>(lanes_within<Ints>(lanes))));
+        } else {
+            return Generic::load_partial<Vector>(from, lanes);
+        }
+    }
+
+    template <class Vector>
+    static INLINE void stream(void* to, Vector values) {
+        if constexpr (sizeof(Vector) == 32) {
+            _mm256_stream_si256((__m256i*)to, bits_as<__m256i>(values));
+        } else {
+            Generic::stream(to, values);
+        }
+    }
+
+    static INLINE Floats widen_float16(Halves halves) { return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(halves))); }
+    static INLINE Halves narrow_to_float16(Floats values) {
+        return bits_as<Halves>(_mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+};
+
+}  // namespace
