@@ -16,7 +16,7 @@ from batchnorm.errors import ArgumentError, ReplicaError, StateError
 from batchnorm.functional.components import components_of_buffer
 from batchnorm.layers import STATISTICS
 from batchnorm.logs import logger
-from batchnorm.merging import kept_of, merged
+from batchnorm.merging import merged, source_buffers
 from batchnorm.statistics import Running
 from batchnorm.surgery import batch_norms
 from batchnorm.surgery.transaction import transactional
@@ -71,7 +71,7 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
 
     The same goes for each domain of `Domains`, by its own batches. Each row of the windows of `MovingAverage` becomes that of the
     replicas' batches together, as far as they have seen that many; rows of the gradient average over the replicas that had one. Buffers of
-    any other source (`Kept`) are merged by the same rules, which follow from what they are `like`.
+    any other source (`SourceBuffer`) are merged by the same rules, which follow from what they are `like`.
 
     For replicas whose layers normalize by their own batches (no `synchronize`), before a checkpoint or an evaluation. Frozen layers, and
     those without running statistics, are left.
@@ -165,7 +165,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def _state(layer: _BatchNorm) -> dict[str, Tensor]:
     """What is merged of a layer, by name: its running statistics, its counters and what its source keeps."""
-    names = (*STATISTICS, "num_batches_tracked", *kept_of(layer), "num_nonfinite_batches")
+    names = (*STATISTICS, "num_batches_tracked", *source_buffers(layer), "num_nonfinite_batches")
     return {name: value for name in names if (value := getattr(layer, name, None)) is not None}
 
 

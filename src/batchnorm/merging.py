@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.statistics import Kept, kept_by
+from batchnorm.statistics import SourceBuffer, buffers_of
 
 _COUNTER = "num_batches_tracked"
 
 
-def kept_of(layer: _BatchNorm) -> dict[str, Kept]:
+def source_buffers(layer: _BatchNorm) -> dict[str, SourceBuffer]:
     """The buffers that the source of a layer keeps in it; none in torch's layers."""
     statistics = getattr(layer, "statistics", None)
-    return {} if statistics is None else kept_by(statistics)
+    return {} if statistics is None else buffers_of(statistics)
 
 
 def merged(layer: _BatchNorm, tables: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def merged(layer: _BatchNorm, tables: dict[str, Tensor]) -> dict[str, Tensor]:
 
 class _Rules:
     def __init__(self, layer: _BatchNorm, tables: dict[str, Tensor]) -> None:
-        self._momentum, self._kept, self._tables = layer.momentum, kept_of(layer), tables
+        self._momentum, self._kept, self._tables = layer.momentum, source_buffers(layer), tables
 
     def merged(self, name: str) -> Tensor:
         table = self._tables[name]

@@ -155,7 +155,7 @@ class _Watched:
         self.name, self.layer, self.bit = name, layer, bit
         self.kept: Any = layer  # whose buffers are written
         if isinstance(layer, BatchNorm) and isinstance(layer.statistics, Domains):
-            self.kept = layer.statistics.seen_by(layer)
+            self.kept = layer.statistics.in_domain(layer)
         self.final = False
         self.forced = False  # it waits for itself: take what it sees now
         self.begin_pass()
