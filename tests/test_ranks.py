@@ -236,7 +236,7 @@ def agree(rank):
     ]
     assert agreement.differences[0].largest == pytest.approx(0.25)
     assert "0.weight: ranks [1] differ from the first, by up to 0.25" in str(agreement)
-    with pytest.raises(ReplicaError, match=r"ranks \[1\] are not those of rank 0"):
+    with pytest.raises(ReplicaError, match=r"those of ranks \[1\] differ from rank 0"):
         bn.replicas_agree(nn.Linear(3, 2 + rank))
     with pytest.raises(ArgumentError):
         bn.replicas_agree(3)
