@@ -350,11 +350,11 @@ def test_parts_are_measured_beside_plain_batch_normalization():
     assert names == ["copy", "eager", "ours", "ghost", "renorm", "mask"]
     with torch.enable_grad():
         plain = providers.Ours().prepare(one, given)()
-        for part in providers.PARTS:
-            found = part.prepare(one, given)()
+        for provider in providers.SOURCES:
+            found = provider.prepare(one, given)()
             assert [value.shape for value in found] == [value.shape for value in plain]
             assert not torch.equal(found[0], plain[0])
-    assert all(part.refuses(case(direction="inference")) for part in providers.PARTS)
+    assert all(provider.refuses(case(direction="inference")) for provider in providers.SOURCES)
     rows = next(run.run([one], providers.find(["ours", "mask"]), 0.01, 1))
     assert {row.provider: row.max_error is None for row in rows} == {
         "copy": True,

@@ -229,7 +229,7 @@ class TestDemo:
         kept = parts(tmp_path)
         assert 2 <= len(kept) < 6
         flat = " ".join(errors.split())
-        assert f"{len(kept)} of 6 trainings are finished and kept. Continue with: batchnorm demo" in flat
+        assert f"{len(kept)} of 6 trainings are finished and stored. Continue with: batchnorm demo" in flat
 
         process = start(*arguments, "--json")
         output, errors = process.communicate(timeout=300)

@@ -58,7 +58,7 @@ def test_the_plan_is_a_tree(folder):
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines == [
         "mynet:model  Sequential",
-        "├── 1  Bottleneck → calls its batch norms with what they apply",
+        "├── 1  Bottleneck → calls its batch norms with fused operations",
         "│   ├── body  Sequential",
         "│   │   ├── 1  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",
         "│   │   ├── 4  BatchNorm2d → batchnorm.BatchNorm2d, applies relu",

@@ -119,7 +119,7 @@ def test_named_inputs(folder):
         (("mynet:model", "--input", "mynet", "--out", "model.pt"), "package.module:name"),
         (
             ("mynet:model", "--input", "1x3x6x5", "--out", "out.pt", "--tolerance", "0"),
-            "must put out what the model does",
+            "must return what the model returns",
         ),
         (("mynet:Branching", "--input", "2x3", "--out", "out.pt2"), "--fixed-batch"),
     ],

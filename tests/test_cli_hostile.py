@@ -234,7 +234,7 @@ def test_lazy_layers_and_what_a_factory_prints(folder):
     assert (result.exit_code, result.stdout) == (2, "")
     printed, error = result.stderr.splitlines()
     assert printed == "building"
-    assert "a lazy layer must have seen its first input" in error
+    assert "a lazy layer must have had its first input" in error
 
 
 OUTCOME = {

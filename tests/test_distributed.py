@@ -183,7 +183,7 @@ def dying(rank, size):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
-    with pytest.raises(ReplicaError, match=r"batch norm second: all of ranks \[0, 1.*not heard from: \[.*1"):
+    with pytest.raises(ReplicaError, match=r"batch norm second: all of ranks \[0, 1.*no answer: \[.*1"):
         model["second"](y)
     assert time.monotonic() - start < 20
 
@@ -192,7 +192,7 @@ def fewer_layers(rank, size):
     """Rank 1 leaves a layer out and waits elsewhere: an error within the timeout."""
     layer = bn.synchronize(nn.ModuleDict({"one": nn.BatchNorm1d(3)}), impatient(1))["one"]
     if rank == 0:
-        with pytest.raises(ReplicaError, match=r"batch norm one: .*ranks \[0, 1\].*not heard from: \[1\]"):
+        with pytest.raises(ReplicaError, match=r"batch norm one: .*ranks \[0, 1\].*no answer: \[1\]"):
             layer(torch.randn(4, 3))
         dist.distributed_c10d._get_default_store().set("raised", "")
     else:

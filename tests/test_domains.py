@@ -186,9 +186,9 @@ def test_names_that_cannot_be_buffers(names):
 def test_what_domains_refuse():
     with pytest.raises(ArgumentError, match="sequence of strings"):
         Domains("real")
-    with pytest.raises(ArgumentError, match="within must be a part"):
+    with pytest.raises(ArgumentError, match="within must be a statistics source"):
         Domains(("a", "b"), Domains(("c", "d")))
-    with pytest.raises(ArgumentError, match="named by a string"), bn.domain(1):
+    with pytest.raises(ArgumentError, match="must be a string"), bn.domain(1):
         pass
     layer = bn.BatchNorm1d(3, statistics=BOTH)
     with bn.domain("painted"), pytest.raises(InputError, match="one of the layer's, 'real', 'fake'"):

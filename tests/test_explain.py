@@ -110,14 +110,14 @@ def test_scalars_of_other_libraries_are_numbers(kind):
 @pytest.mark.parametrize("name", ["gamma", "beta", "eps", "momentum"])
 @pytest.mark.parametrize("value", ["a", "1", None, 1j, [1.0], torch.ones(2), np.ones(2)], ids=repr)
 def test_what_is_no_number_is_named(name, value):
-    with pytest.raises(ArgumentError, match=f"^{name} must be one real number, got .*: give"):
+    with pytest.raises(ArgumentError, match=f"^{name} must be one real number, but got .*; give"):
         explain([1, 2], **{name: value})
 
 
 @pytest.mark.parametrize("name", ["values", "grad_output"])
 @pytest.mark.parametrize("value", ["a", 3.0, ["a", "b"], [None, 1], {1, 2}, {}, object(), [[1], [2, 3]], [10**400, 1]])
 def test_what_is_no_row_is_named(name, value):
-    with pytest.raises(InputError, match=f"^{name} must be .*: "):
+    with pytest.raises(InputError, match=f"^{name} must be .*; "):
         explain(**{"values": [1, 2], name: value})
 
 
@@ -156,10 +156,10 @@ def test_the_table_is_aligned():
         ({"values": [1e200, -1e200]}, "small enough"),
         ({"values": [1.0, 2.0], "eps": 0.0}, "eps must be above 0"),
         ({"values": [1.0, 2.0], "eps": math.nan}, "eps must be a finite"),
-        ({"values": [1.0, 2.0], "momentum": 1.5}, "momentum must be from 0 to 1"),
+        ({"values": [1.0, 2.0], "momentum": 1.5}, "momentum, the weight of the new value, must be from 0 to 1"),
         ({"values": [1.0, 2.0], "gamma": math.inf}, "gamma must be a finite"),
         ({"values": [1.0, 2.0], "beta": 10**400}, "beta must be a finite"),
-        ({"values": [1.0, 2.0], "grad_output": [1.0]}, "one number per value; got 1 for 2"),
+        ({"values": [1.0, 2.0], "grad_output": [1.0]}, "one number per value, but got 1 for 2"),
     ],
 )
 def test_bad_input_says_what_came(arguments, message):

@@ -90,9 +90,9 @@ def test_ours_with_activation_and_options():
 def test_channels_of_linear_layers_and_batch_norms_in_3d_are_different_ones():
     """torch's own folding is silently wrong here."""
     _, report = folded(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(5)), normal(2, 5, 4), batch_norms=1)
-    assert "the channels are on axis 1 of 3, which is not that of 0, a Linear" in report.left["1"]
+    assert "the channels are on axis 1 of 3, which is not the channel axis of 0, a Linear" in report.left["1"]
     _, report = folded(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(4, 3)), normal(2, 5, 4), batch_norms=1)
-    assert "which is not that of 1, a Linear" in report.left["0"]
+    assert "which is not the channel axis of 1, a Linear" in report.left["0"]
     _, report = folded(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), normal(2, 5, 4), batch_norms=1)
 
 
@@ -125,7 +125,7 @@ def test_one_padding_for_several_convolutions_or_none():
     assert (type(found.norm), found.a.padding, found.b.padding) == (ChannelPad, (0, 0), (0, 0))
     model.b = nn.Conv2d(3, 4, 1)
     _, report = folded(model, normal(2, 3, 5, 5), batch_norms=1)
-    assert report.left["norm"].endswith("a pads, and others would be padded with it")
+    assert report.left["norm"].endswith("a pads, and other layers would be padded too")
 
 
 def test_one_after_the_other():
@@ -204,9 +204,9 @@ def test_after_an_addition_and_after_a_concatenation():
         (lambda m, x: m.norm(m.conv(m.conv(x))), "conv is called several times"),
         (lambda m, x: m.norm(m.conv(m.norm(x))), "it is called several times"),
         (lambda m, x: m.norm(m.conv(x) * m.conv.weight.sum()), "before it is mul"),
-        (lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum(), "conv has weights that others read"),
+        (lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum(), "conv has weights that other code reads"),
         (lambda m, x: m.norm(x.abs()).relu(), "before it is abs; after it is relu"),
-        (lambda m, x: m.conv(m.norm(x)) + m.norm.weight.sum(), "it has weights that others read"),
+        (lambda m, x: m.conv(m.norm(x)) + m.norm.weight.sum(), "it has weights that other code reads"),
         (lambda m, x: m.norm(F.conv2d(x, m.conv.weight)), "before it is conv2d"),
         (lambda m, x: m.conv(y := m.norm(x)) + y.relu_(), "after it is relu_"),
         (lambda m, x: m.conv(m.norm(y := x.clone())) + y.relu_(), "relu_ writes into its input"),
@@ -230,7 +230,7 @@ def test_modules_that_somebody_watches_or_changed_stay():
     prune.l1_unstructured(model[0], "weight", amount=2)
     prune.l1_unstructured(model[3], "weight", amount=2)
     report = bn.fold(settle(model), normal(2, 3, 4, 4).float())[1]
-    assert report.left["1"].startswith("0 cannot take it in: it has hooks")
+    assert report.left["1"].startswith("0 cannot absorb it: it has hooks")
     assert report.left["3"] == "it has hooks or a forward of its own"
     bn.fuse(model)
     tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
@@ -279,7 +279,7 @@ def test_a_residual_stays_in_the_place_of_the_batch_norm():
     assert str(found.norm) == "Rest(relu)"
     model.function = lambda m, x: m.norm(m.conv(x), mask=x[:, 0] > 0)
     model.norm = bn.BatchNorm2d(3)
-    assert folded(model, normal(2, 3, 4, 4), batch_norms=1)[1].left["norm"] == "it is given more than its input"
+    assert folded(model, normal(2, 3, 4, 4), batch_norms=1)[1].left["norm"] == "it is called with more than its input"
 
 
 class Unclear(nn.Module):
@@ -304,7 +304,7 @@ def test_of_what_cannot_be_traced_the_parts_are_folded():
     )
     found, report = folded(model, normal(2, 3, 5, 5), batch_norms=1)
     assert [pair.batch_norm for pair in report.folded] == ["1", "4", "2.layers.0.1", "2.watched.1"]
-    assert report.left == {"2.norm": "it is in a part that could not be traced"}
+    assert report.left == {"2.norm": "it is in a module that could not be traced"}
     assert "symbolically traced variables" in report.untraced["2"]
     assert type(found[2]) is Unclear
 
@@ -350,7 +350,7 @@ def test_a_graph_that_is_not_what_the_model_does_is_not_used():
             return self.norm(self.conv(x)) if isinstance(x, torch.Tensor) else x
 
     _, report = folded(Deceived(), normal(2, 3, 4, 4), batch_norms=1)
-    assert report.untraced == {"the model": "its graph computes something else than it does"}
+    assert report.untraced == {"the model": "its graph computes something else"}
 
 
 def test_optional_arguments_and_named_ones():
@@ -375,7 +375,7 @@ def test_optional_arguments_and_named_ones():
 def test_over_the_tolerance_it_raises():
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     x = normal(2, 3, 9, 9).float()
-    with pytest.raises(bn.errors.FoldingError, match=r"to 0 beside 1, but differs by \d"):
+    with pytest.raises(bn.errors.FoldingError, match=r"within 0 for outputs up to 1, but differs by \d"):
         bn.fold(model, x, tolerance=0)
     assert bn.fold(model, x)[1].max_error < 1e-5
     assert model.training
@@ -400,7 +400,7 @@ def test_dtype_layout_and_flags_are_kept():
 
 def test_lazy_layers_must_know_their_sizes():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
-    with pytest.raises(bn.errors.StateError, match="some are lazy; call it once first"):
+    with pytest.raises(bn.errors.StateError, match="some are still lazy; call the model once first"):
         bn.fold(model, normal(2, 3, 8, 8).float())
     model(normal(2, 3, 8, 8).float())
     assert bn.fold(model, normal(2, 3, 8, 8).float())[1].batch_norms_after == 0
@@ -430,7 +430,7 @@ def test_the_report_is_a_table_and_plain_data():
 
 def test_the_model_may_be_a_batch_norm_itself():
     assert folded(nn.BatchNorm2d(3), normal(2, 3, 4, 4), batch_norms=1)[1].left == {
-        "the model": "it is in a part that could not be traced"
+        "the model": "it is in a module that could not be traced"
     }
 
 
@@ -613,7 +613,7 @@ def test_parametrized_biases_stay_and_parametrized_batch_norms_are_folded():
     convolution, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     nn.utils.parametrize.register_parametrization(convolution, "bias", Doubled())
     model = settle(nn.Sequential(convolution, nn.BatchNorm2d(4))).double()
-    assert "0 cannot take it in: its bias is parametrized" in report_of(model, normal(2, 4, 5, 5))[1]["1"]
+    assert "0 cannot absorb it: its bias is parametrized" in report_of(model, normal(2, 4, 5, 5))[1]["1"]
     nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
     model = settle(nn.Sequential(nn.Conv2d(4, 4, 3), norm)).double()
     assert report_of(model, normal(2, 4, 5, 5)) == (["1"], {})
@@ -658,7 +658,7 @@ def test_plain_references_to_a_layer():
     model.steps = [model.conv, model.norm]
     settle(model).double()
     left = report_of(model, normal(2, 4, 5, 5))[1]
-    assert left == {"norm": "a plain attribute refers to norm, too, and would go on calling it"}
+    assert left == {"norm": "a plain attribute refers to norm too, so the model would still call it"}
     model = Graph(lambda m, x: m.conv(m.steps[0](m.norm(x))), norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 3))
     model.pad = nn.ZeroPad2d(1)
     model.steps = [model.pad]

@@ -167,7 +167,7 @@ class Scripted(nn.Module):
     ("function", "reason"),
     [
         (lambda m, x: m.relu(m.norm(x)) if x.sum() > 0 else x, "symbolically traced variables"),
-        (lambda m, x: m.relu(m.norm(x)) if m.training else m.norm(x), "goes other ways in training"),
+        (lambda m, x: m.relu(m.norm(x)) if m.training else m.norm(x), "differs between training and inference"),
         (lambda m, x: m.relu(m.norm(x)) * torch.rand(()), "draws random numbers"),
         (lambda m, x: m.relu(y := m.norm(x)) + y, None),
         (lambda m, x: m.norm(m.relu(m.norm(x))), None),

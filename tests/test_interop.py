@@ -118,7 +118,7 @@ class TestFlax:
             the_same(interop.from_flax(variables, **settings), layer)
 
     def test_several_axes(self):
-        with pytest.raises(InputError, match="one axis"):
+        with pytest.raises(InputError, match="single axis"):
             interop.from_flax({"mean": MEAN, "var": VARIANCE}, axis=(1, 2))
 
 

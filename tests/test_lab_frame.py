@@ -402,8 +402,8 @@ class TestCommands:
             (("run", "lr-range", "--data", "nowhere"), "there is no folder nowhere"),
             (("run", "depth", "--out", "FILE"), "cannot write into FILE"),
             (("list", "--out", "FILE"), "--out must be a folder; FILE is a file"),
-            (("report", "--out", "nowhere"), "a report is made of results; nowhere holds none"),
-            (("findings", "--out", "nowhere"), "findings are of complete results; nowhere holds none"),
+            (("report", "--out", "nowhere"), "a report needs results, but nowhere has none"),
+            (("findings", "--out", "nowhere"), "findings need complete results, but nowhere has none"),
         ],
     )
     def test_bad_usage_is_one_line_and_exit_2(self, tmp_path, monkeypatch, arguments, message):
@@ -426,7 +426,7 @@ class TestCommands:
             ["tiny", "Does", "<it>", "work?", "6", "s", "holds", "(quick,", "2", "seeds)"],
             ["later", "*", "Does", "<it>", "work?", "~3", "s", "–"],
         ]
-        assert lines[-1] == "* Begin here: batchnorm lab run later --quick"
+        assert lines[-1] == "* Start here: batchnorm lab run later --quick"
         listed = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
         assert [each["answer"] for each in listed] == ["holds", None]
         assert [each["begin_here"] for each in listed] == [False, True]
@@ -464,7 +464,7 @@ class TestCommands:
         assert lines[0].split() == ["tiny", "Does", "<it>", "work?", "~3", "s", "damaged:", "run", "it", "again"]
         assert "holds" in lines[1]
         assert "✓ holds" in (tmp_path / "report.html").read_text()
-        assert "Left out, for they are not complete: tiny." in results[2].stdout
+        assert "Not included, because they are incomplete: tiny." in results[2].stdout
 
     @pytest.mark.parametrize("change", [other_arms, other_metrics])
     def test_a_result_of_other_arms_or_metrics_hides_no_other(self, tmp_path, registry, change):
@@ -474,7 +474,7 @@ class TestCommands:
         dataclasses.replace(complete, experiment="fine").save(tmp_path)
         result = call("lab", "list", "--out", tmp_path)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert "of other arms or metrics: run" in result.stdout
+        assert "has other arms or metrics: run" in result.stdout
         assert "holds" in result.stdout
         assert call("lab", "report", "--out", tmp_path).exit_code == 0
         assert "Left out" in call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md").stdout
@@ -495,7 +495,7 @@ class TestCommands:
         dataclasses.replace(known(missing={("with", 1)})[1], experiment="half").save(tmp_path)
         page = tmp_path / "docs" / "findings.md"
         assert call("lab", "findings", "--out", tmp_path, "--page", page).stdout == (
-            f"Wrote {page} and 1 drawings.\nLeft out, for they are not complete: half, later.\n"
+            f"Wrote {page} and 1 plots.\nNot included, because they are incomplete: half, later.\n"
         )
         text = page.read_text()
         assert "| [tiny](#tiny) | It works. | holds |" in text
@@ -515,7 +515,7 @@ class TestCommands:
         assert (result.exit_code, result.stdout) == (2, "")
         assert (
             result.stderr
-            == "Error: findings are of size default or full; of tiny there is a quick run: run it again without --quick\n"
+            == "Error: findings need runs of size default or full, but tiny ran with --quick; run them again without it\n"
         )
         assert not (tmp_path / "x.md").exists()
 
@@ -584,7 +584,7 @@ class TestEnds:
         assert process.returncode == 130
         assert "Traceback" not in errors
         kept = len(stored(tmp_path))
-        assert f"{kept} of 80 measurements are finished and kept. Continue with:" in errors
+        assert f"{kept} of 80 measurements are finished and stored. Continue with:" in errors
         assert f"batchnorm lab run tiny --out {tmp_path} --seeds 40 --workers 1" in errors
         assert f"{kept} of 80 measured" in output
 

@@ -22,12 +22,12 @@ SIZES = [3, 1, 4]
 class Block(nn.Module):
     """Convolutions, with batch norms of all kinds of calls; a checkpoint if asked for."""
 
-    def __init__(self, channels: int, part=None, reentrant=None) -> None:
+    def __init__(self, channels: int, source=None, reentrant=None) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, 6, 3, padding=1)
-        self.norm = bn.BatchNorm2d(6, activation="relu", statistics=part)
+        self.norm = bn.BatchNorm2d(6, activation="relu", statistics=source)
         self.second = nn.Conv2d(6, 6, 3, padding=1, bias=False)
-        self.sum = bn.BatchNorm2d(6, activation="silu", statistics=part)
+        self.sum = bn.BatchNorm2d(6, activation="silu", statistics=source)
         self.reentrant = reentrant
 
     def forward(self, x):
@@ -36,14 +36,14 @@ class Block(nn.Module):
         return checkpoint(self.through, x, use_reentrant=self.reentrant)
 
     def through(self, x):
-        kept = self.norm(self.first(x))
-        return self.sum(self.second(kept), kept)
+        shortcut = self.norm(self.first(x))
+        return self.sum(self.second(shortcut), shortcut)
 
 
-def network(part=None, reentrant=None, dtype=torch.float64) -> nn.Sequential:
+def network(source=None, reentrant=None, dtype=torch.float64) -> nn.Sequential:
     torch.manual_seed(1)
-    blocks = Block(3, part, reentrant), Block(6, part, reentrant)
-    plain = bn.BatchNorm1d(6, affine=False, statistics=part)
+    blocks = Block(3, source, reentrant), Block(6, source, reentrant)
+    plain = bn.BatchNorm1d(6, affine=False, statistics=source)
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), plain, nn.Linear(6, 4)).to(dtype)
 
 
@@ -54,14 +54,16 @@ def batch(dtype=torch.float64, seed=0):
 
 
 def as_one(model, x, labels, sizes=SIZES):
-    """The loss of all, from the parts'."""
-    parts = zip(x.split(sizes), labels.split(sizes), strict=True)
-    losses = bn.as_one_batch(lambda part: F.cross_entropy(model(part[0]), part[1], reduction="sum"), parts)
+    """The loss of the whole batch from those of the micro-batches."""
+    micro_batches = zip(x.split(sizes), labels.split(sizes), strict=True)
+    losses = bn.as_one_batch(
+        lambda micro_batch: F.cross_entropy(model(micro_batch[0]), micro_batch[1], reduction="sum"), micro_batches
+    )
     return torch.stack(losses).sum() / len(labels)
 
 
 def compare(model, one, tolerance=1e-11, steps=3, dtype=torch.float64, sizes=SIZES):
-    """Train both for a few steps, by parts and by one batch."""
+    """Train both for a few steps, by micro-batches and by one batch."""
     for step in range(steps):
         (x, labels), (whole, _) = batch(dtype, step), batch(dtype, step)
         loss, wanted = as_one(model, x, labels, sizes), F.cross_entropy(one(whole), labels)
@@ -84,13 +86,13 @@ def compare(model, one, tolerance=1e-11, steps=3, dtype=torch.float64, sizes=SIZ
 
 
 @pytest.mark.parametrize(
-    "part",
+    "source",
     [Batch(), Renorm(r_max=1.5, d_max=0.5, warmup=0), Domains(("a", "b")), Domains(("a",), within=Renorm())],
     ids=repr,
 )
-def test_training_by_parts_is_training_by_the_batch(part):
+def test_training_by_micro_batches_is_training_by_the_batch(source):
     with bn.domain("a"):
-        compare(network(part), network(part))
+        compare(network(source), network(source))
 
 
 def test_the_check_can_fail():
@@ -99,22 +101,22 @@ def test_the_check_can_fail():
         compare(nn.Sequential(nn.Dropout(0.1), model), nn.Sequential(nn.Identity(), network()))
 
 
-def test_single_precision_and_one_part():
+def test_single_precision_and_one_micro_batch():
     compare(network(dtype=torch.float32), network(dtype=torch.float32), 2e-4, dtype=torch.float32)
     compare(network(), network(), sizes=[sum(SIZES)])
 
 
-def test_checkpoints_go_by_what_the_parts_had_together():
+def test_checkpoints_use_the_merged_statistics():
     compare(network(reentrant=False), network())
-    part = Renorm(r_max=1.5, d_max=0.5, warmup=0)
-    compare(network(part, reentrant=False), network(part))
+    source = Renorm(r_max=1.5, d_max=0.5, warmup=0)
+    compare(network(source, reentrant=False), network(source))
     model, (x, labels) = network(reentrant=True), batch()
     with pytest.raises(StateError, match="use_reentrant=False"):
         as_one(model, x, labels)
 
 
-def test_a_checkpoint_outside_of_parts_goes_by_its_own_batch():
-    """Graphs of parts that are still alive do not matter to it."""
+def test_a_checkpoint_outside_uses_the_statistics_of_its_own_batch():
+    """Live graphs of micro-batches do not change it."""
     model, one = network(reentrant=False), network()
     x, labels = batch()
     alive = as_one(model, x, labels)
@@ -127,13 +129,13 @@ def test_a_checkpoint_outside_of_parts_goes_by_its_own_batch():
     assert alive.requires_grad
 
 
-def test_parts_of_several_sizes():
-    """Which no tensor holds but with padding, and a mask."""
+def test_micro_batches_of_several_sizes():
+    """One tensor would need padding and a mask for them."""
     layer, padded = (bn.BatchNorm1d(3, dtype=torch.float64) for _ in range(2))
     lengths = torch.tensor([7, 2, 5])
     whole = torch.randn(3, 3, 7, dtype=torch.float64, requires_grad=True)
-    parts = [whole[i : i + 1, :, :length] for i, length in enumerate(lengths)]
-    outputs = bn.as_one_batch(layer, parts)
+    micro_batches = [whole[i : i + 1, :, :length] for i, length in enumerate(lengths)]
+    outputs = bn.as_one_batch(layer, micro_batches)
     wanted = padded(whole, lengths=lengths)
     for i, (output, length) in enumerate(zip(outputs, lengths, strict=True)):
         torch.testing.assert_close(output, wanted[i : i + 1, :, :length], rtol=1e-12, atol=1e-12)
@@ -148,7 +150,7 @@ def test_masks_residuals_and_complex_input():
         x, residual = (torch.randn(6, 3, 4, 2, dtype=dtype, requires_grad=True) for _ in range(2))
         mask = torch.rand(6, 4, 2) > 0.4
         cut = [value.split([1, 5]) for value in (x, residual, mask)]
-        y = torch.cat(bn.as_one_batch(lambda part, layer=layer: layer(*part), zip(*cut, strict=True)))
+        y = torch.cat(bn.as_one_batch(lambda micro_batch, layer=layer: layer(*micro_batch), zip(*cut, strict=True)))
         wanted = one(x, residual, mask)
         torch.testing.assert_close(y, wanted)
         dy = torch.randn_like(y)
@@ -157,24 +159,24 @@ def test_masks_residuals_and_complex_input():
         torch.testing.assert_close(layer.state_dict(), one.state_dict())
 
 
-def test_groups_stay_within_the_parts():
+def test_groups_stay_within_the_micro_batches():
     layer, one = (bn.BatchNorm1d(3, statistics=Ghost(2), dtype=torch.float64) for _ in range(2))
     x = torch.randn(8, 3, dtype=torch.float64)
     torch.testing.assert_close(torch.cat(bn.as_one_batch(layer, x.split([2, 6]))), one(x))
     torch.testing.assert_close(layer.state_dict(), one.state_dict())
 
 
-def test_a_part_without_a_loss_counts_all_the_same():
+def test_a_micro_batch_without_a_loss_counts_too():
     layer = bn.BatchNorm1d(3, dtype=torch.float64)
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    first, _ = bn.as_one_batch(lambda part: layer(part, part), x.split(3))
+    first, _ = bn.as_one_batch(lambda micro_batch: layer(micro_batch, micro_batch), x.split(3))
     wanted = layer(x, x)[:3]
     grads = [torch.autograd.grad((y**3).sum(), x)[0] for y in (first, wanted)]
     assert grads[0][3:].abs().max() > 0.01
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
 
-def test_a_constant_part_hands_on_gradients_of_the_others():
+def test_a_constant_micro_batch_passes_gradients_of_the_others_on():
     layer = bn.BatchNorm1d(3, affine=False, dtype=torch.float64)
     x, constant = torch.randn(2, 3, 3, dtype=torch.float64)
     x.requires_grad_()
@@ -219,8 +221,8 @@ def test_memory_is_saved_within():
     x, labels = batch()
 
     @bn.save_memory()
-    def loss(part):
-        return F.cross_entropy(model(part[0]), part[1], reduction="sum")
+    def loss(micro_batch):
+        return F.cross_entropy(model(micro_batch[0]), micro_batch[1], reduction="sum")
 
     losses = bn.as_one_batch(loss, zip(x.split(SIZES), labels.split(SIZES), strict=True))
     torch.stack(losses).sum().backward()
@@ -231,7 +233,10 @@ def test_memory_is_saved_within():
 
 def test_compiled_models_run_as_written():
     layer, one = bn.BatchNorm1d(3), bn.BatchNorm1d(3)
-    compiled, x = torch.compile(lambda part: layer(part), backend="eager", fullgraph=True), torch.randn(6, 3)
+    compiled, x = (
+        torch.compile(lambda micro_batch: layer(micro_batch), backend="eager", fullgraph=True),
+        torch.randn(6, 3),
+    )
     compiled(x)
     one(x)
     torch.testing.assert_close(torch.cat(bn.as_one_batch(compiled, x.split(2))), one(x))
@@ -250,33 +255,37 @@ def test_a_checkpoint_around_the_call():
     torch.testing.assert_close(layer.state_dict(), one.state_dict())
 
 
-def test_errors_end_all_parts_and_say_what_is_wrong():
+def test_errors_end_all_micro_batches_and_say_what_is_wrong():
     layer, other, x = bn.BatchNorm1d(3), bn.BatchNorm1d(3), torch.randn(6, 3)
     before, threads = copy.deepcopy(layer.state_dict()), threading.active_count()
 
-    def fails(part):
-        if part is parts[1]:
+    def fails(micro_batch):
+        if micro_batch is micro_batches[1]:
             raise KeyError("mine")
-        return layer(part)
+        return layer(micro_batch)
 
-    def strays(part):
-        return layer(part) if part is parts[1] else other(part)
+    def strays(micro_batch):
+        return layer(micro_batch) if micro_batch is micro_batches[1] else other(micro_batch)
 
-    parts = x.split(2)
+    micro_batches = x.split(2)
     for forward, error, message in (
         (fails, KeyError, "mine"),
-        (strays, StateError, r"part 1 was at BatchNorm1d\(3\) while part 0 was at BatchNorm1d\(3\)"),
-        (lambda part: layer(part) if part is parts[0] else part, StateError, "part 1 had ended while part 0 was at"),
+        (strays, StateError, r"micro-batch 1 was at BatchNorm1d\(3\) while micro-batch 0 was at BatchNorm1d\(3\)"),
+        (
+            lambda micro_batch: layer(micro_batch) if micro_batch is micro_batches[0] else micro_batch,
+            StateError,
+            "micro-batch 1 had ended while micro-batch 0 was at",
+        ),
         (nn.BatchNorm1d(3), StateError, r"BatchNorm1d\(3\) is torch's; pass the model through batchnorm.convert"),
-        (bn.BatchNorm1d(3, statistics=MovingAverage()), StateError, "one after another"),
-        (lambda part: torch.func.vmap(layer)(part.expand(2, 2, 3)), StateError, "torch.func"),
+        (bn.BatchNorm1d(3, statistics=MovingAverage()), StateError, "averages whole batches"),
+        (lambda micro_batch: torch.func.vmap(layer)(micro_batch.expand(2, 2, 3)), StateError, "torch.func"),
     ):
         with pytest.raises(error, match=message):
-            bn.as_one_batch(forward, parts)
+            bn.as_one_batch(forward, micro_batches)
         assert threading.active_count() == threads
     torch.testing.assert_close(layer.state_dict(), before)
     nn.BatchNorm1d(3)(x)  # is refused no longer
-    with pytest.raises(InputError, match="at least one part"):
+    with pytest.raises(InputError, match="at least one micro-batch"):
         bn.as_one_batch(layer, [])
     y = torch.cat(bn.as_one_batch(layer, x.requires_grad_().split(2)))
     (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
@@ -284,7 +293,7 @@ def test_errors_end_all_parts_and_say_what_is_wrong():
         grad.sum().backward()
 
 
-def parts_of_replicas(rank, size):
+def micro_batches_of_replicas(rank, size):
     whole, labels = batch()
     model, one = bn.synchronize(network()), network()
     mine = slice(0, 5) if rank == 0 else slice(5, None)
@@ -297,5 +306,5 @@ def parts_of_replicas(rank, size):
         torch.testing.assert_close(buffer, wanted, msg=name)
 
 
-def test_replicas_bring_parts():
-    on_replicas(parts_of_replicas, 2)
+def test_replicas_with_micro_batches():
+    on_replicas(micro_batches_of_replicas, 2)

@@ -448,7 +448,7 @@ class TestLineage:
             other = clean * 2
         assert [lineage.of(value) for value in (y, target, table, [clean, {"x": x}])] == [2, 2, 2, 2]
         assert lineage.of((clean, other)) == 0
-        lineage.forget()
+        lineage.clear()
         assert lineage.of(x) == 0
 
     def test_a_freed_tensor_is_not_taken_for_another(self):

@@ -9,7 +9,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import ArgumentError, InputError, ReplicaError, StateError
-from batchnorm.statistics import Batch, Domains, Kept, MovingAverage, Renorm
+from batchnorm.statistics import Batch, Domains, MovingAverage, Renorm, SourceBuffer
 from tests.replicas import impatient, on_replicas
 from tests.test_population import clusters, network, same, state
 
@@ -198,9 +198,11 @@ class Twice:
     def __call__(self, layer, x, residual, mask):
         return Batch()(layer, x, residual, mask)
 
-    def kept(self):
+    def layer_buffers(self):
         names = ("running_mean", "running_var", "num_batches_tracked")
-        return {f"{name}_again": Kept(name) for name in names} | {"running_mean_rows": Kept("running_mean", 2)}
+        return {f"{name}_again": SourceBuffer(name) for name in names} | {
+            "running_mean_rows": SourceBuffer("running_mean", 2)
+        }
 
 
 def averaged_sources_of_others(rank):
@@ -234,7 +236,7 @@ def agree(rank):
     ]
     assert agreement.differences[0].largest == pytest.approx(0.25)
     assert "0.weight: ranks [1] differ from the first, by up to 0.25" in str(agreement)
-    with pytest.raises(ReplicaError, match=r"ranks \[1\] are not those of rank 0"):
+    with pytest.raises(ReplicaError, match=r"those of ranks \[1\] differ from rank 0"):
         bn.replicas_agree(nn.Linear(3, 2 + rank))
     with pytest.raises(ArgumentError):
         bn.replicas_agree(3)

@@ -235,7 +235,7 @@ def test_a_recomputation_is_corrected_as_the_forward_was(monkeypatch, reentrant,
     found = steps(other, lambda x: checkpoint(other, x, use_reentrant=reentrant), several)
     for ours, theirs in zip(found, expected, strict=True):  # of the first node's kernel, or of plain torch, to the bit
         assert_same_bits("checkpointed", ours, theirs)
-    monkeypatch.setattr(recomputed, "matters", lambda: False)
+    monkeypatch.setattr(recomputed, "is_needed", lambda: False)
     assert not same(steps(forgetful, lambda x: checkpoint(forgetful, x, use_reentrant=reentrant), several), expected)
 
 
@@ -259,16 +259,16 @@ def test_a_recomputation_with_residual_and_mask(monkeypatch, reentrant, plainly)
 
 
 def test_so_many_forwards_are_remembered_and_no_longer_than_the_layer_lives():
-    before = len(recomputed._seen)
+    before = len(recomputed._stored)
     layer = bn.BatchNorm1d(3, statistics=Renorm(warmup=0))
     layer(torch.randn(4, 3))
-    assert len(recomputed._seen) == before  # nothing could recompute it
+    assert len(recomputed._stored) == before  # nothing could recompute it
     with torch.no_grad():
         for _ in range(2 * recomputed.FORWARDS):
             layer(torch.randn(4, 3))
-    assert len(recomputed._seen[layer][None]) == recomputed.FORWARDS
+    assert len(recomputed._stored[layer][None]) == recomputed.FORWARDS
     del layer
-    assert len(recomputed._seen) == before
+    assert len(recomputed._stored) == before
 
 
 def test_memory_is_saved_to_the_same_bits():

@@ -388,7 +388,7 @@ class TestPrunedChannels:
         before = copy.deepcopy(layer.state_dict())
         with (
             bn.domain("b"),
-            pytest.raises(bn.errors.StateError, match=r"running_mean_\w+ has 4 and running_mean has 3; prune it alike"),
+            pytest.raises(bn.errors.StateError, match=r"running_mean_\w+ has 4 and running_mean has 3; prune it too"),
         ):
             layer(torch.randn(4, 3, 3, 3))
         torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)

@@ -127,7 +127,7 @@ def test_shared_layers_stay_shared_and_unfused(caplog):
         bn.convert(model, fuse=True)
     assert model[0] is model[2] is model[3][0] is shared
     assert shared.activation is None
-    assert "left 0 and 1 apart: the layer hangs in several places" in caplog.text
+    assert "left 0 and 1 separate: the layer is in several places" in caplog.text
     assert "0, 2, 3.0 is now batchnorm.BatchNorm2d" in caplog.text
     x = torch.randn(2, 4, 3, 3)
     torch.testing.assert_close(model(x), expected(x))
@@ -279,7 +279,9 @@ def test_a_forward_of_its_own_keeps_them_apart(place):
 def test_an_exchanged_layer_does_not_lose_its_activation_silently():
     model = bn.convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU()), fuse=True)
     exchanged = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
-    with pytest.raises(bn.errors.StateError, match=r"ReLU\(\) must stand before it, but there is a SyncBatchNorm now"):
+    with pytest.raises(
+        bn.errors.StateError, match=r"ReLU\(\) must be in the place before it, but a SyncBatchNorm is there now"
+    ):
         exchanged(torch.randn(4, 3))
     model[1] = nn.Sequential(model[1])  # wrapped, it is still there
     model(torch.randn(4, 3))
@@ -332,7 +334,7 @@ def test_synchronized_layers_of_several_processes_are_left_to_synchronize(monkey
     with caplog.at_level(logging.INFO, "batchnorm"):
         layer = bn.convert(nn.SyncBatchNorm(3))
     assert type(layer) is nn.SyncBatchNorm
-    assert "batchnorm.synchronize takes it over" in caplog.text
+    assert "batchnorm.synchronize, which converts it" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -3,12 +3,12 @@
 import sys
 from importlib.util import find_spec
 
-# What a command may import, and what installs it.
+# Packages that the commands import, and how to install them.
 PACKAGES = {"torch": "torch", "click": "'batchnorm[cli]'", "rich": "'batchnorm[cli]'"}
 
 
 def main() -> None:
-    """Run the command line, or say in one line what it needs."""
+    """Run the command line, or print in one line which packages are missing."""
     missing = [package for package in PACKAGES if not _is_installed(package)]
     if missing:
         install = " ".join(dict.fromkeys(PACKAGES[package] for package in missing))
@@ -16,7 +16,7 @@ def main() -> None:
         sys.exit(2)
     try:
         from batchnorm.cli import commands
-    except KeyboardInterrupt:  # click takes a moment to load
+    except KeyboardInterrupt:  # while click is loading
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)
     commands()
@@ -25,7 +25,7 @@ def main() -> None:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ImportError:  # somebody's finder refuses it
+    except ImportError:  # a custom import finder may raise
         return False
 
 

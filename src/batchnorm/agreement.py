@@ -1,4 +1,4 @@
-"""Replicas side by side: their running statistics merged, and where their parameters and buffers differ."""
+"""Compares replicas: merges their running statistics, and finds where parameters and buffers differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchnorm.errors import ArgumentError, ReplicaError, StateError
 from batchnorm.functional.components import components_of_buffer
 from batchnorm.layers import STATISTICS
 from batchnorm.logs import logger
-from batchnorm.merging import kept_of, merged
+from batchnorm.merging import merged, source_buffers
 from batchnorm.statistics import Running
 from batchnorm.surgery import batch_norms
 from batchnorm.surgery.transaction import transactional
@@ -24,12 +24,12 @@ from batchnorm.surgery.transaction import transactional
 
 @dataclass(frozen=True)
 class Difference:
-    """A parameter or a buffer that is not the same on all ranks.
+    """A parameter or buffer that differs between ranks.
 
     Attributes:
         name: as in the state_dict.
-        ranks: those whose value is not that of the group's first rank.
-        largest: the largest distance between two ranks, of one value; NaN where one has NaN, or it is no number.
+        ranks: the ranks whose value differs from that of the group's first rank.
+        largest: the largest difference between two ranks in one element; NaN if one of them has NaN.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether replicas agree: true if no parameter and no buffer differs in any bit. Prints as a list of those that do.
+    """Whether replicas agree: true if all parameters and buffers are equal bit by bit. Prints as a list of those that differ.
 
     Attributes:
-        differences: in the order of the model.
+        differences: parameters and buffers that differ, in the order of the model.
     """
 
     differences: tuple[Difference, ...]
@@ -65,19 +65,19 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
         mean     = Σ w_i mean_i
         variance = Σ w_i (variance_i + (mean_i - mean)²)
 
-    The second term is what lies between the replicas; a plain average of the variances leaves it out. The weight w_i is the share of data
-    in a replica's moving average, 1 - (1 - momentum)^n after n batches, and n where momentum is None; so replicas that trained alike
-    weigh alike, and one that saw nothing weighs nothing. Counters become the largest. All replicas get the same bits.
+    The second term is the variance between replicas, which a plain average of variances misses. The weight w_i is the share of data in a
+    replica's moving average: 1 - (1 - momentum)^n after n batches, or n if momentum is None. So replicas with the same number of batches
+    have the same weight, and one without batches has weight 0. Counters become the largest. All replicas get the same bits.
 
-    The same goes for each domain of `Domains`, by its own batches. Each row of the windows of `MovingAverage` becomes that of the
-    replicas' batches together, as far as they have seen that many; rows of the gradient average over the replicas that had one. Buffers of
-    any other source (`Kept`) are merged by the same rules, which follow from what they are `like`.
+    Each domain of `Domains` is merged in the same way, weighted by its own batches. Each row of the windows of `MovingAverage` is merged
+    over the replicas that have had enough batches; rows of gradients are averaged over the replicas that have written them. Buffers of
+    any other source (`SourceBuffer`) are merged by the rules of the buffer that they are `like`.
 
-    For replicas whose layers normalize by their own batches (no `synchronize`), before a checkpoint or an evaluation. Frozen layers, and
-    those without running statistics, are left.
+    Use it before a checkpoint or an evaluation if layers normalize by the batches of their own replica (no `synchronize`). Frozen layers
+    and layers without running statistics do not change.
 
     Args:
-        model: torch's layers and ours.
+        model: may have torch's layers and ours.
         process_group: None is the default group.
 
     Raises:
@@ -96,10 +96,10 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
     tables = everywhere.split([len(row) for row in rows.values()], 1)
     for (name, layer), table in zip(layers.items(), tables, strict=True):
         state = {key: _numbers(value) for key, value in states[name].items()}
-        parts = table.split([value.numel() for value in state.values()], 1)
+        slices = table.split([value.numel() for value in state.values()], 1)
         of_all = {
-            key: part.unflatten(1, value.shape) if value.dim() else part[:, 0]
-            for (key, value), part in zip(state.items(), parts, strict=True)
+            key: columns.unflatten(1, value.shape) if value.dim() else columns[:, 0]
+            for (key, value), columns in zip(state.items(), slices, strict=True)
         }  # (W, *shape) each
         for key, value in merged(layer, of_all).items():
             buffer = states[name][key]
@@ -110,13 +110,13 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
 
 @torch.no_grad()
 def replicas_agree(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> Agreement:
-    """Whether every parameter and buffer of a model is the same on all ranks, bit by bit; and where it is not.
+    """Compare every parameter and buffer of a model over all ranks, bit by bit.
 
         agreement = bn.replicas_agree(model)
         if not agreement:
             print(agreement)
 
-    One all_reduce of digests, and two for each tensor that differs. Parts of sharded models (DTensor) differ by design and are left out.
+    It takes one all_reduce of digests, and two for each tensor that differs. Shards of sharded models (DTensor) are not compared.
 
     Args:
         model: the same architecture on all ranks.
@@ -138,7 +138,7 @@ def replicas_agree(model: nn.Module, process_group: dist.ProcessGroup | None = N
     if any(other != layouts[0] for other in layouts):
         others = [rank for rank, other in zip(replicas.ranks, layouts, strict=True) if other != layouts[0]]
         raise ReplicaError(
-            f"replicas must have tensors of the same names, shapes and dtypes, but those of ranks {others} are not those of rank "
+            f"replicas must have tensors of the same names, shapes and dtypes, but those of ranks {others} differ from rank "
             f"{replicas.ranks[0]}; build the same model on every rank"
         )
     digests = [_digest(_bytes(value)) for value in tensors.values()]
@@ -157,15 +157,15 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
     layers = {name: layer for name, layer in batch_norms(model).items() if layer.running_mean is not None}
     for name, layer in layers.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
-            raise StateError(f"{name}: a lazy layer must have seen its first input; call the model once")
+            raise StateError(f"{name}: a lazy layer must have had its first input; call the model once")
     return {
         name: layer for name, layer in layers.items() if not isinstance(getattr(layer, "statistics", None), Running)
     }
 
 
 def _state(layer: _BatchNorm) -> dict[str, Tensor]:
-    """What is merged of a layer, by name: its running statistics, its counters and what its source keeps."""
-    names = (*STATISTICS, "num_batches_tracked", *kept_of(layer), "num_nonfinite_batches")
+    """The buffers of a layer to merge, by name: running statistics, counters, and those of its statistics source."""
+    names = (*STATISTICS, "num_batches_tracked", *source_buffers(layer), "num_nonfinite_batches")
     return {name: value for name in names if (value := getattr(layer, name, None)) is not None}
 
 
@@ -183,7 +183,7 @@ def _digest(data: bytes) -> float:
 
 
 def _spread(value: Tensor, replicas: Replicas) -> float:
-    """The largest distance between two ranks."""
+    """The largest difference between two ranks."""
     wide = (torch.view_as_real(value) if value.is_complex() else value).double()
     largest, smallest = wide.clone(), wide.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, replicas._process_group)

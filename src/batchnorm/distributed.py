@@ -1,13 +1,13 @@
-"""Batch statistics over the replicas of a process group: any c10d backend, CPU and GPU, one collective each way.
+"""Batch statistics over the replicas of a process group: any c10d backend, CPU and GPU, one collective per layer and direction.
 
-Each replica sends one row of float64, forward and backward alike: (tag, count, mean (C,), M2 (C,)) and (tag, count, Σg (C,), Σg·x̂ (C,)).
-The row stands in a table of one row per replica that is zero elsewhere, and one all_reduce adds the tables: x + 0 is exact, so every
-replica holds every row, whatever the order in which the backend adds. All merge them in the order of the ranks and get the same bits.
-A table of sums would be smaller, but Σx² loses the variance beside a large mean. It costs (2C + 2) · W numbers of 8 bytes a layer.
+Each replica sends one row of float64: (tag, count, mean (C,), M2 (C,)) in the forward, (tag, count, Σg (C,), Σg·x̂ (C,)) in the backward.
+It writes the row into a table with a row per replica that is zero elsewhere, and one all_reduce adds the tables. x + 0 is exact, so every
+replica gets every row, whatever the order in which the backend adds. All replicas merge the rows in the order of the ranks and get the same
+bits. The table has (2C + 2) · W numbers of 8 bytes for each layer. Sums would be smaller, but Σx² loses the variance if the mean is large.
 
-The tag says which layer and which direction the row is of. Replicas that went different ways find out there: on the CPU at once; on other
-devices, where looking would wait for the device, the statistics turn NaN instead of wrong. Gloo ends the process (`std::terminate`) if the
-replicas' tables differ in size, so on the CPU every layer sends rows of the widest layer's length.
+The tag identifies layer and direction, to detect replicas that call different layers. On the CPU they raise at once. On other devices,
+where a check would wait for the device, the statistics become NaN instead of wrong. Gloo ends the process (`std::terminate`) if tables of
+replicas differ in size, so on the CPU all layers send rows of the length of the longest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import slots_of
 from batchnorm.torch_state import differentiated_by_torch, is_legacy_batched
 
-GRACE = 2.0  # seconds to wait, after a failure, for the others to say that they failed too
+GRACE = 2.0  # seconds to wait, after a failure, for other ranks to report that they failed too
 _FORWARD, _BACKWARD = 0, 1
 
 
@@ -41,10 +41,10 @@ class Replicas:
     """The reducer of one layer: merges its statistics over the ranks of a process group.
 
     Args:
-        layer: its name, for errors; every replica must give the same.
+        layer: the name of the layer, for errors; the same on every replica.
         group: a process group this process belongs to; None is the default group.
-        names: of all layers that are synchronized, to name those the other replicas are at.
-        width: how many numbers a row has at least beside its tag; on the CPU shorter ones are filled up.
+        names: the names of all synchronized layers, for errors that name the layers of other replicas.
+        width: minimum length of a row without its tag; on the CPU shorter rows are padded.
 
     Raises:
         StateError: if torch.distributed is not initialized, or this process is not in the group.
@@ -65,14 +65,14 @@ class Replicas:
 
     @property
     def size(self) -> int:
-        """How many replicas there are."""
+        """Number of replicas."""
         return self._size
 
     def merge(self, moments: Moments) -> Moments:
         """The moments of all replicas together; differentiable.
 
         Raises:
-            ReplicaError: if a replica did not answer within the group's timeout, or was at another layer.
+            ReplicaError: if a replica did not answer within the group's timeout, or was in another layer.
         """
         return Moments.pooled_rows(_exchanged(moments.row(), self, _FORWARD))
 
@@ -88,7 +88,7 @@ class Replicas:
         return total[1 : C + 1], total[C + 1 :]
 
     def exchange(self, values: Tensor, direction: int = _FORWARD) -> Tensor:
-        """Everybody's values: (K,) float64 -> (W, K), in the order of the ranks; one all_reduce."""
+        """The values of all replicas: (K,) float64 -> (W, K), in the order of the ranks; one all_reduce."""
         tag = self.tag + direction / 2
         K = values.shape[0]
         row = torch.cat([values.new_full((1,), tag), values])
@@ -100,11 +100,11 @@ class Replicas:
         if torch.compiler.is_compiling() or not rows.is_cpu or rows.is_meta:
             return torch.where(tags.eq(tag).all(), rows, torch.nan)
         if not bool(tags.eq(tag).all()):
-            raise ReplicaError(self._astray(tags.tolist(), direction))
+            raise ReplicaError(self._mismatch(tags.tolist(), direction))
         return rows
 
     def all_reduce(self, table: Tensor) -> Tensor:
-        """The sum of everybody's tables, in place in eager code."""
+        """The sum of the tables of all replicas; in place in eager code."""
         if self._size == 0:
             raise StateError(
                 f"{self.layer}: its process group must exist in this process, but the layer was loaded without it; "
@@ -118,35 +118,35 @@ class Replicas:
         except (RuntimeError, ValueError) as error:
             if is_legacy_batched(table):
                 raise StateError(
-                    f"{self.layer}: a batch of gradients cannot cross replicas, but is_grads_batched=True (vectorize=True) asks "
-                    "for it; use torch.func.vmap over torch.func.vjp"
+                    f"{self.layer}: replicas cannot exchange batched gradients, which is_grads_batched=True (vectorize=True) needs; "
+                    "use torch.func.vmap over torch.func.vjp"
                 ) from error
-            raise ReplicaError(self._unanswered(error)) from error
+            raise ReplicaError(self._failure(error)) from error
         return table
 
-    def _astray(self, tags: list[float], direction: int) -> str:
+    def _mismatch(self, tags: list[float], direction: int) -> str:
         known = {_tag(name): name for name in self.names}
         where = ", ".join(
             f"rank {rank} was in the {'backward' if tag % 1 else 'forward'} of {known.get(tag // 1, 'another layer')}"
             for rank, tag in zip(self.ranks, tags, strict=True)
         )
-        way = "backward" if direction else "forward"
+        name = "backward" if direction else "forward"
         return (
-            f"batch norm {self.layer}, {way}: every replica must call the same layers in the same order, but {where}; "
+            f"batch norm {self.layer}, {name}: every replica must call the same layers in the same order, but {where}; "
             "give every rank the same model, the same number of steps, and an empty batch where it has no data"
         )
 
-    def _unanswered(self, error: Exception) -> str:
+    def _failure(self, error: Exception) -> str:
         group = f"ranks {list(self.ranks)}"
-        heard = _roll_call(self._process_group, self.ranks, self.ranks[self.rank], self.layer)
-        if heard is None:
-            missing = "who is missing could not be found out"
+        failed = _failed_ranks(self._process_group, self.ranks, self.ranks[self.rank], self.layer)
+        if failed is None:
+            missing = "which ranks are missing is unknown"
         else:
-            silent = [rank for rank in self.ranks if rank not in heard]
-            also = ", ".join(f"rank {rank} in {name}" for rank, name in sorted(heard.items()))
-            missing = f"failed: {also}; not heard from: {silent or 'none'}"
+            silent = [rank for rank in self.ranks if rank not in failed]
+            also = ", ".join(f"rank {rank} in {name}" for rank, name in sorted(failed.items()))
+            missing = f"failed: {also}; no answer: {silent or 'none'}"
         return (
-            f"batch norm {self.layer}: all of {group} must take part in its collective within the group's timeout, but it "
+            f"batch norm {self.layer}: all of {group} must join its collective within the group's timeout, but it "
             f"failed on rank {self.ranks[self.rank]} ({missing}). A rank died, or ran a different number of layers or steps. {error}"
         )
 
@@ -176,22 +176,22 @@ class Replicas:
 
 @transactional()
 def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Let every batch norm of a model normalize, in training, by the statistics of all replicas together; in place.
+    """Let every batch norm of a model normalize by the statistics of all replicas together in training; in place.
 
-    Outputs, gradients and running statistics are those of one process with the replicas' batches in one, however they are split: a
-    replica may have no values at all. Torch's layers become ours first (`convert`); an `nn.SyncBatchNorm` becomes a
-    `BatchNorm` over the process group it had, unless one is given. Every replica must call `synchronize`, which compares the models, and
-    then the same layers in the same order. `unsynchronize` goes back. The logger `batchnorm` says how many layers were synchronized, and
-    which were not and why: as a warning, since those differ between replicas.
+    Outputs, gradients and running statistics are those of a single process with all replicas' batches in one. The batches may differ in
+    size; a replica may have no values at all. Torch's layers become ours first (`convert`). An `nn.SyncBatchNorm` becomes a `BatchNorm`
+    over its own process group, unless you pass one. Every replica must call `synchronize`, which compares the models, and then call
+    the same layers in the same order. `unsynchronize` undoes it. The logger `batchnorm` says how many layers were synchronized. If some
+    were not, it warns and says why, since these will differ between replicas.
 
     Args:
-        model: changed in place; it may be the layer itself.
-        process_group: of any backend; this process must be in it. None is the default group.
+        model: changed in place; may be a single layer.
+        process_group: a group of any backend that contains this process. None is the default group.
 
     Raises:
         ArgumentError: if model is not a module.
         StateError: if torch.distributed is not initialized, or this process is not in the group.
-        ReplicaError: if the replicas' models differ in their batch norms, or one does not answer; nothing is changed then.
+        ReplicaError: if the replicas' models differ in their batch norms, or one does not answer; then nothing changes.
     """
     _agree(model, _group(process_group))
     converted = convert_layers(slots_of(model), Report("synchronize", "converted"), synchronizing=True)
@@ -214,7 +214,7 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
 
 @transactional()
 def unsynchronize(model: nn.Module) -> nn.Module:
-    """Let every batch norm normalize by its own replica's statistics again; in place.
+    """Undo `synchronize`: every batch norm normalizes by the batches of its own replica; in place.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -225,7 +225,7 @@ def unsynchronize(model: nn.Module) -> nn.Module:
 
 
 class _Exchange(torch.autograd.Function):
-    """(K,) -> (W, K). The gradient of a replica's values is the sum of what all replicas' losses say of them."""
+    """(K,) -> (W, K). The gradient of a replica's values is the sum of their gradients of all replicas' losses."""
 
     @staticmethod
     def forward(values: Tensor, replicas: Replicas, direction: int) -> Tensor:
@@ -283,7 +283,7 @@ def _exchanged(values: Tensor, replicas: Replicas, direction: int) -> Tensor:
 
 
 def _agree(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Refuse models that differ: replicas with tables of different sizes would end in the backend, without a word on the layer."""
+    """Check that all replicas have the same batch norms; tables of different sizes would fail in the backend, which names no layer."""
     mine = {
         slot.path or "the model": slot.module.num_features
         for slot in walk(model)
@@ -312,7 +312,7 @@ def _agree(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def _row_length(layer: BatchNorm) -> int:
-    """Count, and two numbers for each channel; of complex ones for each part."""
+    """1 for the count, 2 for each channel, or for each component of a complex channel."""
     given = layer.running_mean if layer.weight is None else layer.weight
     return 1 + 2 * layer.num_features * (2 if given is not None and given.is_complex() else 1)
 
@@ -341,19 +341,19 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def _roll_call(group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, layer: str) -> dict[int, str] | None:
-    """Which ranks failed, and in which layer: each says so in the group's store, and gives the others a moment to."""
+def _failed_ranks(group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, layer: str) -> dict[int, str] | None:
+    """The ranks that failed, and in which layer: each writes itself into the group's store, and waits `GRACE` for others."""
     try:
         store = dist.distributed_c10d._get_process_group_store(group)
         store.set(f"batchnorm/failed/{rank}", layer)
         deadline = time.monotonic() + GRACE
-        heard = {rank: layer}
-        while len(heard) < len(ranks) and time.monotonic() < deadline:
+        failed = {rank: layer}
+        while len(failed) < len(ranks) and time.monotonic() < deadline:
             for other in ranks:
                 key = f"batchnorm/failed/{other}"
-                if other not in heard and store.check([key]):
-                    heard[other] = store.get(key).decode()
+                if other not in failed and store.check([key]):
+                    failed[other] = store.get(key).decode()
             time.sleep(0.05)
-        return heard
-    except (RuntimeError, AttributeError):  # the store went away with the rank that held it
+        return failed
+    except (RuntimeError, AttributeError):  # the store ended with the rank that hosted it
         return None

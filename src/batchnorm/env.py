@@ -1,4 +1,4 @@
-"""What a number depends on: versions, machine, and which kernel runs for which input, and why."""
+"""The environment of a measurement: versions, machine, and which kernel runs for which input, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Machine:
-    """What the numbers were made on."""
+    """The machine: processor, cores, instruction set, operating system."""
 
     cpu: str
     cores: int
@@ -32,13 +32,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernel takes a call.
+    """The kernel that computes a call.
 
     Attributes:
-        device, dtype, layout: of the input.
-        epilogue: what comes with it.
-        kernel: the name of the one that runs.
-        refusals: why each kernel before it does not.
+        device, dtype, layout: device, dtype and layout of the input.
+        epilogue: the operations that are fused with the normalization.
+        kernel: the name of the kernel.
+        refusals: for each kernel before it in the list, why it does not accept the call.
     """
 
     device: str
@@ -51,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Environment:
-    """All that `batchnorm env` prints."""
+    """Everything that `batchnorm env` prints."""
 
     versions: dict[str, str]
     machine: Machine
@@ -64,12 +64,12 @@ class Environment:
     advice: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The environment as plain data for JSON."""
         return asdict(self)
 
 
 def environment() -> Environment:
-    """Look around. Nothing is measured."""
+    """Collect the environment, without measuring anything."""
     pages, allowed = huge_pages(), os.environ.get(ADVICE) == "1"
     return Environment(
         versions=versions(),
@@ -85,23 +85,23 @@ def environment() -> Environment:
 
 
 def versions() -> dict[str, str]:
-    """Of this library, torch and Python."""
+    """Versions of this library, torch and Python."""
     return {"batchnorm": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def cores() -> int:
-    """Those this process may use, where the system tells."""
+    """How many cores this process may use; all, if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> Machine:
-    """Processor, cores this process may use, and the instruction set torch compiled for and found here."""
+    """Processor, cores that this process may use, and the instruction set that torch uses here."""
     system = f"{platform.system()} {platform.machine()}"
     return Machine(_cpu(), cores(), torch.backends.cpu.get_cpu_capability(), system)
 
 
 def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name where the system tells, with family and model, for a virtual one's name says little."""
+    """Name of the processor, with family and model if known, since names of virtual processors say little."""
     try:
         lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
     except OSError:
@@ -113,12 +113,12 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def library() -> str:
-    """Whether the C++ kernels run, in which build and of which ones, or why not."""
+    """Which build of the C++ kernels runs, and which were compiled; or why none runs."""
     return cpu.unavailable() or f"loaded, {cpu.instruction_set()} (built for {', '.join(cpu.builds())})"
 
 
 def huge_pages() -> str:
-    """The kernel's setting: "always", "madvise" or "never"; "unknown" where there is none."""
+    """The setting of the operating system: "always", "madvise" or "never"; "unknown" if there is none."""
     try:
         return HUGE_PAGES.read_text(encoding="utf-8").partition("[")[2].partition("]")[0]
     except OSError:
@@ -126,7 +126,7 @@ def huge_pages() -> str:
 
 
 def torch_advice(version: str) -> list[str]:
-    """What to know of a torch that the tests do not run on: newer than the newest or older than the oldest."""
+    """Advice if this torch is newer or older than the versions that the tests run on."""
     oldest, newest = TESTED
     found = _release(version)
     if found > _release(newest):
@@ -147,11 +147,11 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def advice(pages: str, allowed: bool) -> list[str]:
-    """What would make this machine faster."""
+    """Advice on settings that make this machine faster."""
     if pages == "madvise" and not allowed:
         return [
-            f"Set {ADVICE}=1: torch then asks for huge pages, and a fresh large tensor costs hundreds of page faults, not "
-            "tens of thousands. `batchnorm env --measure` says what it brings here."
+            f"Set {ADVICE}=1: torch then asks for huge pages, and a new large tensor costs hundreds of page faults instead of "
+            "tens of thousands. `batchnorm env --measure` shows the effect here."
         ]
     if pages == "never":
         return [f"Huge pages are off; `echo madvise > {HUGE_PAGES}` as root lets a program ask for them."]
@@ -171,7 +171,7 @@ def choices() -> list[Choice]:
 
 
 def choice(device: str, dtype: torch.dtype, layout: str, masked: bool) -> Choice:
-    """Which kernel takes an input of a megabyte or so, with residual and ReLU."""
+    """The kernel for an input of about a megabyte, with residual and ReLU."""
     x = torch.empty(8, 64, 28, 56 if layout == "strided" else 28, dtype=dtype, device=device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
 """Batch normalization of one small mini-batch, step by step: Algorithm 1 of the paper, and its backward of section 3.
 
 Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
-arXiv:1502.03167. Everything is float64, in plain Python: numbers need no torch. Sums are rounded once (`math.fsum`), so no result
-depends on the order or the width in which a processor adds.
+arXiv:1502.03167. All numbers are Python floats (float64), so this module needs no torch. Each sum is rounded once (`math.fsum`), so results
+do not depend on the order in which a processor adds.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Row = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every intermediate of one mini-batch through batch normalization; rows have one number per value.
+    """Every intermediate result of batch normalization of one mini-batch; rows have one number per value.
 
-    `str()` of it is a table with the formulas, `to_dict()` is JSON.
+    `str()` gives a table with the formulas, `to_dict()` data for JSON.
 
     Attributes:
         values: x, the mini-batch.
@@ -33,7 +33,7 @@ class Explanation:
         beta: shift of the output.
         eps: added to the variance before the square root.
         momentum: weight of the new value in the running statistics.
-        sum: of the values.
+        sum: the sum of the values.
         mean: sum / m.
         deviations: x - mean.
         squared_deviations: their squares.
@@ -42,14 +42,14 @@ class Explanation:
         normalized: x̂ = deviations / std.
         output: y = gamma · x̂ + beta.
         running_mean: after this one step, from 0.
-        running_variance: after this one step, from 1; of the unbiased variance.
+        running_variance: after this one step, from 1; averages the unbiased variance.
         grad_output: dL/dy, given.
         grad_normalized: dL/dx̂.
         grad_variance: dL/dσ².
         grad_mean: dL/dµ.
-        grad_through_normalized: the part of dL/dx that passes x̂ alone.
-        grad_through_variance: the part that passes the variance.
-        grad_through_mean: the part that passes the mean.
+        grad_through_normalized: the term of dL/dx through x̂ only.
+        grad_through_variance: the term through the variance.
+        grad_through_mean: the term through the mean.
         grad_input: dL/dx, the sum of the three.
         grad_gamma: dL/dγ.
         grad_beta: dL/dβ.
@@ -154,7 +154,7 @@ def explain(
     *,
     grad_output: Sequence[float] | Tensor | None = None,
 ) -> Explanation:
-    """Normalize one channel's mini-batch and keep every intermediate, forward and backward, in float64.
+    """Normalize a mini-batch of one channel and return every intermediate result, forward and backward, in float64.
 
     Args:
         values: (m,), at least two finite numbers.
@@ -166,36 +166,42 @@ def explain(
 
     Raises:
         ArgumentError: gamma, beta, eps or momentum is not a number.
-        InputError: an argument is not as said here, or the numbers are too large for their squares to be finite.
+        InputError: an argument is not as described here, or the numbers are so large that their squares are not finite.
     """
     gamma, beta = _number(gamma, "gamma"), _number(beta, "beta")
     eps, momentum = _number(eps, "eps"), _number(momentum, "momentum")
     if eps <= 0:
-        raise InputError(f"eps must be above 0, it keeps the division finite; got {eps:g}: leave it at 1e-5")
+        raise InputError(f"eps must be above 0 to keep the division finite, but got {eps:g}; leave it at 1e-5")
     if not 0 <= momentum <= 1:
-        raise InputError(f"momentum must be from 0 to 1, it weighs the new value; got {momentum:g}: leave it at 0.1")
+        raise InputError(
+            f"momentum, the weight of the new value, must be from 0 to 1, but got {momentum:g}; leave it at 0.1"
+        )
 
     x = _row(values, "values")
     m = len(x)
     if m < 2:
-        raise InputError(f"values must be at least 2, of one alone the variance says nothing; got {m}: give more")
+        raise InputError(
+            f"values must be at least 2 numbers, since a single one has no variance, but got {m}; give more"
+        )
     dy = (1.0,) + (0.0,) * (m - 1) if grad_output is None else _row(grad_output, "grad_output")
     if len(dy) != m:
-        raise InputError(f"grad_output must have one number per value; got {len(dy)} for {m} values")
+        raise InputError(f"grad_output must have one number per value, but got {len(dy)} for {m} values")
     try:
         explanation = _explanation(x, gamma, beta, eps, momentum, dy)
         if not all(map(isfinite, (*explanation.squared_deviations, *explanation.output, *explanation.grad_input))):
-            raise OverflowError("a product is not finite")  # `**` and `fsum` raise, `*` and `/` return infinity or NaN
+            raise OverflowError(
+                "a product is not finite"
+            )  # `**` and `fsum` raise by themselves, `*` and `/` return infinity or NaN
     except (OverflowError, ValueError) as error:
         raise InputError(
-            f"values, gamma, beta and grad_output must be small enough for float64 squares and products, "
-            f"got values up to {max(map(abs, x)):g}: scale them down"
+            "values, gamma, beta and grad_output must be small enough for finite squares and products in float64, "
+            f"but got values up to {max(map(abs, x)):g}; scale them down"
         ) from error
     return explanation
 
 
 def _explanation(x: Row, gamma: float, beta: float, eps: float, momentum: float, dy: Row) -> Explanation:
-    """Every step for values and dL/dy, (m,). Numbers that are too large raise an OverflowError or a ValueError, or leave infinities."""
+    """All steps for values and dL/dy, (m,). Numbers that are too large raise OverflowError or ValueError, or give infinities."""
     m = len(x)
     # Algorithm 1
     total = fsum(x)
@@ -244,40 +250,40 @@ def _explanation(x: Row, gamma: float, beta: float, eps: float, momentum: float,
 
 
 def _number(value: float, name: str) -> float:
-    """The value as a float, also from NumPy or a tensor of one element."""
+    """The value as a float; accepts NumPy scalars and tensors of one element."""
     try:
         finite = isfinite(value)
     except OverflowError:  # an integer of more than 308 digits
         finite = False
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"{name} must be one real number, got {value!r}: give one such as 0.5") from error
+        raise ArgumentError(f"{name} must be one real number, but got {value!r}; give one such as 0.5") from error
     if not finite:
-        raise InputError(f"{name} must be a finite number, got {value}: give one such as 0.5")
+        raise InputError(f"{name} must be a finite number, but got {value}; give one such as 0.5")
     return float(value)
 
 
 def _row(values: Sequence[float] | Tensor, name: str) -> Row:
-    """The values as floats, (m,); of a tensor, an array or a sequence of numbers."""
+    """The values of a tensor, an array or a sequence as floats, (m,)."""
     remedy = "give a flat list such as [0.8, 1.2, 0.9, 1.1]"
-    listed = getattr(values, "tolist", lambda: values)()  # of tensors and arrays
+    listed = getattr(values, "tolist", lambda: values)()  # tensors and arrays have it
     if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
-        raise InputError(f"{name} must be real numbers in one row, got {values!r}: {remedy}")
+        raise InputError(f"{name} must be real numbers in one row, but got {values!r}; {remedy}")
     shape = _shape(listed)
     if len(shape) != 1:
-        raise InputError(f"{name} must be numbers in one row, got shape {shape}: {remedy}")
+        raise InputError(f"{name} must be numbers in one row, but got shape {shape}; {remedy}")
     try:
         finite = all(map(isfinite, listed))
     except OverflowError:  # an integer of more than 308 digits
         finite = False
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} must be real numbers in one row, got {values!r}: {remedy}") from error
+        raise InputError(f"{name} must be real numbers in one row, but got {values!r}; {remedy}") from error
     if not finite:
-        raise InputError(f"{name} must be finite, got {list(listed)}: leave out NaN and infinity")
+        raise InputError(f"{name} must be finite, but got {list(listed)}; leave out NaN and infinity")
     return tuple(map(float, listed))
 
 
 def _shape(values: Any) -> tuple[int, ...]:
-    """Sizes of nested sequences, as their first items have them; of a number ()."""
+    """The shape of nested sequences, read from their first items; () for a number."""
     if isinstance(values, Sequence) and not isinstance(values, str | bytes):
         return (len(values), *(_shape(values[0]) if values else ()))
     return tuple(getattr(values, "shape", ()))
@@ -309,5 +315,5 @@ def _left(text: str, width: int) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns on a terminal: the hat of x̂ takes none."""
+    """Width on a terminal in columns; the hat of x̂ takes none."""
     return sum(unicodedata.combining(character) == 0 for character in text)

@@ -1,4 +1,4 @@
-"""JSON that any parser reads, and files that are written whole or not at all."""
+"""Strict JSON, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _integer(digits: str) -> int:
 
 
 def spelled(value: float) -> float | str:
-    """A number that JSON can hold: NaN and the infinities become "nan", "inf" and "-inf", which `float` reads back."""
+    """A number for JSON: NaN and the infinities become "nan", "inf" and "-inf", which `float` reads back."""
     return float(value) if math.isfinite(value) else str(float(value))
 
 
 def check_writable(directory: Path) -> None:
-    """Create `directory` if needed and check that files can be created in it: before an hour's work rather than after.
+    """Create `directory` if needed and check that files can be created in it, so that errors come before long work.
 
     Raises:
         InputError: files cannot be created there.
@@ -61,7 +61,7 @@ def check_writable(directory: Path) -> None:
 
 
 def check_file(path: Path) -> bool:
-    """Check that `whole(path)` can write, before an hour's work rather than after, and return whether it would replace a file.
+    """Check that `whole(path)` can write, so that errors come before long work; return whether it would replace a file.
 
     Raises:
         InputError: `path` is a folder, or no file can be created there.
@@ -72,19 +72,19 @@ def check_file(path: Path) -> bool:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
     if status is not None and not stat.S_ISREG(status.st_mode):
         return False
-    check_writable((target if path.is_symlink() else path).parent)  # which reads as it was typed
+    check_writable((target if path.is_symlink() else path).parent)  # in messages, the folder as it was typed
     return status is not None
 
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
-    """The path to write instead of `path`, which follows links to regular files, and the status of what is there, None for nothing.
+    """The path to write to, with links to regular files resolved, and the status of the existing file, or None.
 
     Raises:
-        OSError: a folder is there, or the path leads nowhere.
+        OSError: the path is a folder, or cannot exist.
     """
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):  # of which the second shows when a folder is made
+    except (FileNotFoundError, NotADirectoryError):  # the second one is raised when the folder is created
         status = None
     if status is not None and stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -95,10 +95,10 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path with the suffix of `path`. Its content becomes that of `path`, unless the block raises.
+    """Yield a temporary path with the suffix of `path`; at the end its content becomes that of `path`, unless the block raises.
 
-    A regular file is replaced at once and keeps its mode and, where allowed, its owner. A symbolic link stays, and its target is replaced.
-    A device, a pipe, or a file with several hard links stays and is written into, after the block.
+    A regular file is replaced atomically and keeps its mode and, if permitted, its owner. For a symbolic link, its target is replaced.
+    A device, a pipe, or a file with several hard links is written into, after the block.
 
     Raises:
         OSError: `path` cannot be written, or is a folder.
@@ -118,7 +118,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if status is not None:
-            with suppress(PermissionError, AttributeError):  # only root gives files away; Windows has no chown
+            with suppress(PermissionError, AttributeError):  # only root may change owners; Windows has no chown
                 os.chown(temporary, status.st_uid, status.st_gid)
             temporary.chmod(stat.S_IMODE(status.st_mode))
         temporary.replace(target)

@@ -1,4 +1,4 @@
-"""The library's logger: what surgery changed, what it left and why; warnings a user should read. Silent until configured."""
+"""The logger of the library: what surgery changed, what not and why, and warnings. Silent until configured."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""How the buffers of one layer on several replicas become one: a rule for each kind of buffer."""
+"""Merges the buffers of a layer over replicas, with a rule for each kind of buffer."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.statistics import Kept, kept_by
+from batchnorm.statistics import SourceBuffer, buffers_of
 
 _COUNTER = "num_batches_tracked"
 
 
-def kept_of(layer: _BatchNorm) -> dict[str, Kept]:
-    """The buffers that the source of a layer keeps in it; none in torch's layers."""
+def source_buffers(layer: _BatchNorm) -> dict[str, SourceBuffer]:
+    """The buffers that the statistics source of a layer adds; none for torch's layers."""
     statistics = getattr(layer, "statistics", None)
-    return {} if statistics is None else kept_by(statistics)
+    return {} if statistics is None else buffers_of(statistics)
 
 
 def merged(layer: _BatchNorm, tables: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each buffer becomes, (*shape) float64; where all replicas have the same values, these.
+    """The merged buffers, (*shape) float64 each. Values that are the same on all replicas do not change.
 
     Args:
-        layer: says what its buffers mean.
-        tables: of each buffer the values of all W replicas, (W, *shape) float64.
+        layer: the layer that has these buffers.
+        tables: for each buffer, the values of all W replicas, (W, *shape) float64.
     """
     rules = _Rules(layer, tables)
     return {name: rules.merged(name) for name in tables}
@@ -30,14 +30,14 @@ def merged(layer: _BatchNorm, tables: dict[str, Tensor]) -> dict[str, Tensor]:
 
 class _Rules:
     def __init__(self, layer: _BatchNorm, tables: dict[str, Tensor]) -> None:
-        self._momentum, self._kept, self._tables = layer.momentum, kept_of(layer), tables
+        self._momentum, self._added, self._tables = layer.momentum, source_buffers(layer), tables
 
     def merged(self, name: str) -> Tensor:
         table = self._tables[name]
         if name == "num_nonfinite_batches" or self._root(name) == _COUNTER:
             return table.amax(0)
         shares, means = self._shares(name), self._means_of(name)
-        if _alike(table) and (means is None or _alike(means)):  # no rounding, however often it is called
+        if _all_equal(table) and (means is None or _all_equal(means)):  # no rounding error, however often it is called
             return table[0]
         value = _average(shares, table)
         if means is not None:
@@ -45,66 +45,66 @@ class _Rules:
         return value
 
     def _root(self, name: str) -> str:
-        """The buffer of every layer that this one begins as."""
-        while name in self._kept:
-            name = self._kept[name].like
+        """The buffer of every layer whose values this one starts with."""
+        while name in self._added:
+            name = self._added[name].like
         return name
 
     def _is_blank(self, name: str) -> bool:
-        return name in self._kept and self._kept[name].blank
+        return name in self._added and self._added[name].blank
 
     def _means_of(self, name: str) -> Tensor | None:
-        """The means that a variance is about; None of what is no variance."""
+        """The means that belong to a variance; None for other buffers."""
         if self._root(name) != "running_var" or self._is_blank(name):
             return None
         return self._tables.get(name.replace("running_var", "running_mean", 1))
 
     def _counts(self, name: str) -> Tensor | None:
-        """The batches behind a buffer, (W,); None where they are not counted."""
+        """Number of batches that updated a buffer, (W,); None if they are not counted."""
         own = _COUNTER + name.removeprefix(self._root(name))
         if own in self._tables:
             return self._tables[own]
-        return self._counts(self._kept[name].like) if name in self._kept else None
+        return self._counts(self._added[name].like) if name in self._added else None
 
     def _shares(self, name: str) -> Tensor:
-        """What each replica weighs, to broadcast to (W, *shape)."""
-        table, rows = self._tables[name], self._kept[name].rows if name in self._kept else None
+        """The weight of each replica, broadcastable to (W, *shape)."""
+        table, rows = self._tables[name], self._added[name].rows if name in self._added else None
         if rows is None:
             weights = self._of_moving_average(name, table)
         elif self._is_blank(name):
             weights = self._had_gradients(name)
         else:
-            weights = self._wrote(name, table, rows)
+            weights = self._written(name, table, rows)
         weights = weights.reshape(*weights.shape, *[1] * (table.dim() - weights.dim()))
         total = weights.sum(0)
         return torch.where(total > 0, weights / total, 1 / table.shape[0])
 
     def _of_moving_average(self, name: str, table: Tensor) -> Tensor:
-        """(W,): the share of data in it; alike where the batches are not counted."""
+        """(W,): the share of data in a moving average; equal if the batches are not counted."""
         counts = self._counts(name)
         if counts is None:
             return table.new_ones(table.shape[0])
         return counts if self._momentum is None else 1 - (1 - self._momentum) ** counts
 
-    def _wrote(self, name: str, table: Tensor, rows: int) -> Tensor:
-        """(W, rows): which rows of a window are of a batch."""
+    def _written(self, name: str, table: Tensor, rows: int) -> Tensor:
+        """(W, rows): which rows of a window have been written."""
         counts = self._counts(name)
         if counts is None:
             return table.new_ones(table.shape[0], rows)
         return (counts.unsqueeze(1) > torch.arange(rows, device=table.device)).double()
 
     def _had_gradients(self, name: str) -> Tensor:
-        """(W, rows): which rows hold something, in any of the windows that are written together."""
-        mine = self._kept[name]
-        together = [table for other, table in self._tables.items() if self._kept.get(other) == mine]
+        """(W, rows): which rows are not zero in any of the windows that are written together."""
+        mine = self._added[name]
+        together = [table for other, table in self._tables.items() if self._added.get(other) == mine]
         return torch.stack([(table != 0).flatten(2).any(2) for table in together]).any(0).double()
 
 
 def _average(shares: Tensor, table: Tensor) -> Tensor:
-    """Of (W, *shape), in the order of the ranks; what weighs nothing may be NaN. The second sum takes back the rounding of the first."""
+    """Weighted average over W, in the order of the ranks; values of weight 0 may be NaN. A second sum corrects the rounding."""
     mean = torch.where(shares > 0, shares * table, 0.0).sum(0)
     return mean + torch.where(shares > 0, shares * (table - mean), 0.0).sum(0)
 
 
-def _alike(table: Tensor) -> bool:
+def _all_equal(table: Tensor) -> bool:
     return bool(((table == table[0]) | (table.isnan() & table[0].isnan())).all())

@@ -1,5 +1,4 @@
-"""Moments: how many, their mean, and their sum of squared deviations. The only place that knows Bessel's correction,
-beside the formula that `explain` spells out.
+"""Moments: count, mean, and sum of squared deviations. Bessel's correction is applied here only, except for the formula in `explain`.
 
 Two sets of moments merge exactly (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance"):
 
@@ -7,8 +6,8 @@ Two sets of moments merge exactly (Chan, Golub & LeVeque 1983, "Algorithms for c
     mean = mean_a + (mean_b - mean_a) * n_b / n
     M2   = M2_a + M2_b + (mean_b - mean_a)^2 * n_a * n_b / n
 
-For float32 input the C++ kernels take M2 as sum(x^2) - sum(x)^2 / n in one pass, in float64, which has 29 bits to spare. Where this cancels
-more than 12 of them, sum(x^2) / M2 > 4096, a second pass sums about the mean (`csrc/sums.h`). `eager` always takes two passes.
+For float32 input the C++ kernels compute M2 as sum(x^2) - sum(x)^2 / n in one pass, in float64, which has 29 bits to spare. If this cancels
+more than 12 of them, sum(x^2) / M2 > 4096, a second pass sums (x - mean)^2 (`csrc/sums.h`). `eager` always takes two passes.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Moments(NamedTuple):
     """Count, mean and sum of squared deviations (M2) of each channel.
 
     Attributes:
-        count: values per channel; an int, or a 0-d float64 tensor where a mask decides it.
-        mean: (C,), float64 where the device has it; complex for complex input, one component for each.
-        m2: (C,), the same dtype: the sum of (x - mean)^2.
+        count: values per channel; an int, or a 0-d float64 tensor if it depends on a mask.
+        mean: (C,), float64 if the device has it; complex for complex input.
+        m2: (C,), the same dtype: the sum of (x - mean)^2; for complex input, of each component.
     """
 
     count: int | Tensor  # pyright: ignore[reportIncompatibleMethodOverride] (nobody counts items of moments)
@@ -38,12 +37,12 @@ class Moments(NamedTuple):
         """Variance of each channel, (C,): M2 / n, or M2 / (n - 1) with Bessel's correction.
 
         The paper normalizes with the biased variance (Algorithm 1) and infers with the unbiased one (section 3.1).
-        Of no values the variance is 0; of one value the unbiased variance is 0 as well, where torch has NaN.
+        The variance of no values is 0; the unbiased variance of one value is 0 too, where torch has NaN.
         """
         return self.m2 / at_least_one(self.count - 1 if unbiased else self.count)
 
     def rstd(self, eps: float) -> Tensor:
-        """1 / sqrt(biased variance + eps), (C,): what the paper's Algorithm 1 multiplies by."""
+        """1 / sqrt(biased variance + eps), (C,), the factor in the paper's Algorithm 1."""
         if self.mean.is_complex():
             return torch.view_as_complex((torch.view_as_real(self.variance()) + eps).rsqrt())
         return (self.variance() + eps).rsqrt()
@@ -57,12 +56,12 @@ class Moments(NamedTuple):
         """(1 + 2C,): count, mean and M2 in one tensor, on their device."""
         count = self.count
         if not isinstance(count, Tensor):
-            count = self.mean.new_full((), count)  # on the device; a copy from the host could wait for it
+            count = self.mean.new_full((), count)  # on the device, since a copy from the host could wait for it
         return torch.cat([count.to(self.mean).reshape(1), self.mean, self.m2])
 
     @staticmethod
     def of_row(row: Tensor) -> Moments:
-        """What `row` made one tensor, (1 + 2C,)."""
+        """The moments in a tensor of `row`, (1 + 2C,)."""
         C = row.shape[0] // 2
         return Moments(row[0], row[1 : C + 1], row[C + 1 :])
 
@@ -73,7 +72,7 @@ class Moments(NamedTuple):
         return Moments.pooled(rows[:, 0], rows[:, 1 : C + 1], rows[:, C + 1 :])
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of values together; exact but for rounding, in any order.
+        """Moments of both sets of values together; exact up to rounding, in any order.
 
         Raises:
             InputError: if the two have different numbers of channels.
@@ -84,7 +83,7 @@ class Moments(NamedTuple):
                 f"{tuple(other.mean.shape)}; merge moments of the same layer"
             )
         if self.mean.is_complex():
-            merged = self._parts().merge(other._parts())
+            merged = self._components().merge(other._components())
             return Moments(merged.count, torch.view_as_complex(merged.mean), torch.view_as_complex(merged.m2))
         count = self.count + other.count
         share = other.count / at_least_one(count)
@@ -92,9 +91,9 @@ class Moments(NamedTuple):
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
 
     def pool(self) -> Moments:
-        """Moments of several sets of as many values each, (G, C), merged into one, (C,)."""
+        """Merge the moments of G sets with equal counts, (G, C), into one, (C,)."""
         if self.mean.is_complex():
-            pooled = self._parts().pool()
+            pooled = self._components().pool()
             return Moments(pooled.count, torch.view_as_complex(pooled.mean), torch.view_as_complex(pooled.m2))
         groups = self.mean.shape[0]
         counts = torch.as_tensor(self.count, dtype=self.mean.dtype, device=self.mean.device).expand(groups)
@@ -102,14 +101,14 @@ class Moments(NamedTuple):
 
     @staticmethod
     def pooled(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
-        """Moments of W sets of values together, in the order in which they stand; differentiable.
+        """Merge the moments of W sets of values, in their order; differentiable.
 
-            mean = m + Σ n_i (mean_i - m) / n      with m = Σ n_i mean_i / n, whose rounding the second sum takes back
+            mean = m + Σ n_i (mean_i - m) / n      with m = Σ n_i mean_i / n, whose rounding error the second sum corrects
             M2   = Σ M2_i + Σ n_i (mean_i - mean)²
 
         Args:
             counts: (W,), float64.
-            means: (W, C); anything finite where the count is 0.
+            means: (W, C); any finite values where the count is 0.
             m2s: (W, C).
         """
         count = counts.sum()
@@ -118,11 +117,11 @@ class Moments(NamedTuple):
         mean = mean + (shares * (means - mean)).sum(0)
         return Moments(count, mean, m2s.sum(0) + (counts.unsqueeze(1) * (means - mean).square()).sum(0))
 
-    def _parts(self) -> Moments:
-        """Moments of the real and the imaginary parts, (C, 2)."""
+    def _components(self) -> Moments:
+        """Moments of the real and imaginary components, (C, 2)."""
         return Moments(self.count, torch.view_as_real(self.mean), torch.view_as_real(self.m2))
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:
-    """A count that can be divided by: of no values every sum is 0, whatever it is divided by."""
+    """A count to divide by: for no values every sum is 0, so any divisor gives 0."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,8 +1,8 @@
-"""The oracle: batch normalization as the paper writes it, in float64 and plain torch. Slow on purpose, short enough to check by eye.
+"""The oracle: batch normalization as in the paper, in float64 and plain torch. Slow on purpose, and short enough to check by eye.
 
 Ioffe & Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", arXiv:1502.03167.
 Algorithm 1 (forward), the unnumbered equations of section 3 (backward), Algorithm 2 and section 3.1 (inference).
-It shares no code with the kernels it judges.
+It shares no code with the kernels that are tested against it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class Normalized(NamedTuple):
-    """Output of Algorithm 1 and everything on the way to it, float64.
+    """Output and intermediate results of Algorithm 1, float64.
 
     Attributes:
         y: (N, C, *S).
-        mean: (C,), of the mini-batch.
+        mean: (C,).
         variance: (C,), biased.
         xhat: (N, C, *S).
     """
@@ -38,7 +38,7 @@ class Gradients(NamedTuple):
 
 
 def forward(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5) -> Normalized:
-    """Algorithm 1 over every axis of x (N, C, *S) but the channel's."""
+    """Algorithm 1 over every axis of x (N, C, *S) except the channel axis."""
     x, gamma, beta, C = _wide(x, gamma, beta)
     m = x.numel() // C
     mean = _per_channel(x) / m
@@ -78,7 +78,7 @@ def inference(
 def running(
     mean: Tensor, variance: Tensor, x: Tensor, momentum: float = 0.1, *, unbiased: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Moving averages after one more batch; momentum weighs the new value, and section 3.1 asks for m / (m - 1) · variance."""
+    """Moving averages after one more batch; momentum is the weight of the new value, and section 3.1 uses m / (m - 1) · variance."""
     m = x.numel() // x.shape[1]
     batch = forward(x)
     correction = m / (m - 1) if unbiased else 1.0

@@ -1,1 +1,1 @@
-"""Side-by-side measurement against the byte limit: how far batch normalization is from a copy of the bytes that it must move."""
+"""Benchmarks: implementations of batch normalization next to each other, relative to a copy of the same bytes, the byte limit."""

@@ -1,4 +1,4 @@
-"""How far a provider's result is from the exact one, on some of the channels: batch normalization keeps channels apart."""
+"""Errors of a provider's result against the exact one, on a sample of the channels, which are independent of each other."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from batchnorm import kernels, reference
 from batchnorm.bench.case import DTYPES, Case, Tensors
 
-CHANNELS = 4  # looked at, spread over all
-KINKS = (-3.0, 0.0, 3.0, 6.0)  # where some activation's derivative jumps
+CHANNELS = 4  # size of the sample
+KINKS = (-3.0, 0.0, 3.0, 6.0)  # discontinuities of the derivatives of activations
 
 
 class Exact:
-    """The exact y, or dx of a backward, by `reference` in float64.
+    """The exact y, or dx of a backward, computed by `reference` in float64.
 
-    Beside a kink of the activation the exact derivative is one of two values, and rounding decides which: gradients of z within
-    8 roundings of a kink are not compared.
+    At a kink of the activation, rounding decides which of two derivatives is used. So gradients are not compared where z is within
+    8 units of rounding of a kink.
     """
 
     def __init__(self, case: Case, given: Tensors) -> None:
@@ -41,7 +41,7 @@ class Exact:
 
     @torch.enable_grad()
     def _compute(self, case: Case, given: Tensors) -> tuple[Tensor, Tensor]:
-        """The value, and the pre-activation z; (N, some of C, *S)."""
+        """The exact value and the pre-activation z of the sampled channels, (N, sampled C, *S)."""
         x, dy = (value.detach()[:, self._channels].double() for value in (given.x, given.dy))
         weight, bias, mean, variance = (
             value[self._channels] for value in (given.weight, given.bias, given.mean, given.variance)

@@ -1,4 +1,4 @@
-"""What huge pages bring: a clone of 100 MB, in two processes that differ in one variable of the environment."""
+"""Measures the effect of huge pages: time of a clone of 100 MB in processes that differ in one environment variable."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NUMEL = 32 * 64 * 112 * 112  # the largest activation of ResNet-50 at batch 32, 
 
 @dataclass(frozen=True)
 class Clone:
-    """Milliseconds of processor time of a clone on one thread into fresh memory, without and with huge pages, and the machine.
+    """Milliseconds of processor time of a clone on one thread into new memory, without and with huge pages, and the machine.
 
     Attributes:
-        faster: by which factor.
+        faster: the speedup with huge pages.
     """
 
     bytes: int
@@ -42,7 +42,7 @@ class Clone:
     circumstances: dict[str, Any]
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON types; times as p20, p50, p80."""
+        """The measurement as plain data for JSON; times as p20, p50, p80."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Clone:
 
 
 def measure_clone(numel: int = NUMEL, processes: int = 5, clones: int = 5) -> Clone:
-    """Both kinds in turns, some processes of each.
+    """Measure both settings alternately, with several processes for each.
 
     Raises:
         StateError: a process failed.
@@ -74,7 +74,7 @@ def measure_clone(numel: int = NUMEL, processes: int = 5, clones: int = 5) -> Cl
 
 
 def _clones(setting: str, numel: int, clones: int) -> list[float]:
-    """Seconds of each clone of one process, without the first."""
+    """Seconds of each clone of one process, except the first."""
     program = PROGRAM.format(numel=numel, clones=clones)
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -84,5 +84,7 @@ def _clones(setting: str, numel: int, clones: int) -> list[float]:
         check=False,
     )
     if done.returncode != 0:
-        raise StateError(f"a process must be able to clone {4 * numel} bytes; it said: {done.stderr.strip()[-200:]}")
+        raise StateError(
+            f"a process must be able to clone {4 * numel} bytes, but it failed: {done.stderr.strip()[-200:]}"
+        )
     return [float(line) for line in done.stdout.split()][1:]

@@ -1,4 +1,4 @@
-"""Cases: one batch norm in one layout, dtype and direction, and the bytes that it must move."""
+"""Cases: one batch norm in one layout, dtype and direction, and the bytes that it must read and write."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ OUTPUTS = ("reused", "fresh")
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """A batch norm to time.
 
     Attributes:
-        suite: the network it is of.
+        suite: the network that contains it.
         layer: shape and epilogue.
         through: "function", "layer" or "replicas".
         layout: "planar" or "channels_last". A 2-D input is always the latter.
-        dtype: of the input; parameters and buffers are float32 where it is narrower.
-        direction: "forward" in training, nothing recorded; "recorded", the same with autograd recording; "backward" alone;
+        dtype: dtype of the input; parameters and buffers have at least float32.
+        direction: "forward" in training without autograd; "recorded", the same with autograd; "backward" alone;
             "step", forward and backward; "inference" with running statistics.
-        outputs: "reused", memory that was written before; "fresh", as glibc's defaults hand it out.
-        threads: of torch.
+        outputs: "reused", memory that was written before; "fresh", as glibc allocates by default.
+        threads: number of torch's threads.
     """
 
     suite: str
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of the input, and of everything else that has its shape."""
+        """Size of the input, and of every other tensor with its shape."""
         return math.prod(self.layer.shape) * DTYPES[self.dtype].itemsize
 
     @property
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def epilogue(self) -> str:
-        """Such as BN+add+relu."""
+        """The fused operations, such as BN+add+relu."""
         return "+".join(["BN", *["add"] * self.layer.residual, *filter(None, [self.layer.activation])])
 
     @property
@@ -66,11 +66,11 @@ class Case:
     def passes(self) -> int:
         """How many times a tensor of the input's size must be read or written.
 
-        forward     read x, write y; the residual is one more. Interleaved, a channel's values are spread over the whole
-                    tensor, so statistics come first and x is read again
-        backward    read x and dy, write dx; interleaved x and dy are read again. With a residual dresidual is written,
-                    and the residual is read wherever x is if there is an activation, whose derivative depends on it
-        inference   as forward, planar
+        forward     reads x and the residual, writes y. In channels_last, a channel's values are spread over the whole tensor,
+                    so x is read once for the statistics and once more
+        backward    reads x and dy, writes dx; in channels_last, x and dy are read twice. With a residual, it writes dresidual; if
+                    there is an activation too, its derivative needs the residual, which is read whenever x is
+        inference   as a planar forward
         """
         again = self.layout == "channels_last" and self.direction != "inference"
         forward, backward = again, again * (2 + self._derivative_reads_residual)
@@ -97,10 +97,10 @@ def cases(
     outputs: Sequence[str],
     threads: Sequence[int],
 ) -> list[Case]:
-    """Every combination; those of the same tensors side by side. `directions` is None for each suite's own.
+    """Every combination, with cases of the same tensors next to each other. `directions` None is each suite's default.
 
     Raises:
-        InputError: on a word or a number that means nothing.
+        InputError: on an unknown value or a number below 1.
     """
     choices = {"layout": (layouts, LAYOUTS), "dtype": (dtypes, DTYPES), "outputs": (outputs, OUTPUTS)}
     choices["direction"] = (directions or (), DIRECTIONS)
@@ -120,7 +120,7 @@ def cases(
 
 
 def usual(suite: Suite) -> tuple[str, ...]:
-    """The directions that say most: of a layer everything around the kernels, of a function the kernels."""
+    """The default directions of a suite: for layers, those that show the overhead around kernels; for functions, the kernels."""
     through = {"layer": ("forward", "recorded", "step"), "replicas": ("forward", "step")}
     return through.get(suite.through, ("forward", "backward", "inference"))
 
@@ -128,13 +128,13 @@ def usual(suite: Suite) -> tuple[str, ...]:
 def quick(suite: Suite) -> Suite:
     """The same network with four of its layers, from the largest to the smallest."""
     ordered = sorted(suite.layers, key=lambda layer: -math.prod(layer.shape))
-    kept = {round(index * (len(ordered) - 1) / 3) for index in range(4)}
-    return Suite(suite.name, suite.source, tuple(ordered[index] for index in sorted(kept)), suite.through)
+    chosen = {round(index * (len(ordered) - 1) / 3) for index in range(4)}
+    return Suite(suite.name, suite.source, tuple(ordered[index] for index in sorted(chosen)), suite.through)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """What every provider of a case gets; shapes (N, C, *S) and (C,)."""
+    """The inputs of every provider of a case; shapes (N, C, *S) and (C,)."""
 
     x: Tensor
     dy: Tensor
@@ -146,7 +146,7 @@ class Tensors:
 
 
 def tensors(case: Case, seed: int = 0) -> Tensors:
-    """Random ones; the activations have mean 0.5 and deviation 2, as after a convolution, not 0 and 1."""
+    """Random tensors; the input has mean 0.5 and standard deviation 2, as after a convolution, not 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     dtype, C = DTYPES[case.dtype], case.layer.shape[1]
     narrow = torch.promote_types(dtype, torch.float32)
@@ -170,7 +170,7 @@ def tensors(case: Case, seed: int = 0) -> Tensors:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values with the channels outermost in each sample, or innermost."""
+    """The same values, in planar layout or with the channels innermost."""
     if layout == "planar":
         return values.contiguous()
-    return values.movedim(1, -1).contiguous().movedim(-1, 1)  # any rank; torch's channels_last has no 3-D
+    return values.movedim(1, -1).contiguous().movedim(-1, 1)  # for any rank; torch's channels_last needs 4 or 5 axes

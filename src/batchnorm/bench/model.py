@@ -1,4 +1,4 @@
-"""Whole training steps of a network: torch's layers against the same network converted."""
+"""Times whole training steps of a network: with torch's layers, and converted."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def run(
     rounds: int,
     size: int = 224,
 ) -> Iterator[list[Row]]:
-    """Steps of forward, backward and SGD at (batch, 3, size, size), the variants in turns; rows for each layout, outputs and threads.
+    """Time steps of forward, backward and SGD with (batch, 3, size, size) images; rows for each layout, outputs and threads.
 
     Raises:
-        InputError: on a model or a variant that is none of ours.
+        InputError: on an unknown model or variant.
     """
     if name not in MODELS:
         raise InputError(f"model must be one of {', '.join(MODELS)}, but got {name!r}")
     for variant in variants:
         if variant not in VARIANTS:
-            raise InputError(f"of a model, provider must be one of {', '.join(VARIANTS)}, but got {variant!r}")
+            raise InputError(f"for a model, provider must be one of {', '.join(VARIANTS)}, but got {variant!r}")
     for layout, kind, number in product(layouts, outputs, threads):
         with settled(number), memory.outputs(kind):
             yield _measure(name, ("eager", *variants), layout, kind, number, batch, rounds, size)
@@ -70,7 +70,7 @@ def _measure(
         forward = VARIANTS[variant](model)
         saved[variant] = saved_bytes(lambda forward=forward: F.cross_entropy(forward(x), labels))
         steps[variant] = _step(model, forward, x, labels)
-        steps[variant]()  # the optimizer's buffers and a compiler's code are there before the peak is looked at
+        steps[variant]()  # create the optimizer's buffers and compiled code before the peak is measured
         peaks[variant] = peak_bytes(steps[variant])
     samples = interleaved(steps, Effort(0.0, least=rounds), clock_for(threads)[0])
     eager = percentile(samples["eager"], 50)

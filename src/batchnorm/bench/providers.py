@@ -1,4 +1,4 @@
-"""Who is compared. Each says which cases it cannot do, and turns the others into a function to time."""
+"""The implementations to compare. Each refuses cases that it cannot compute, and returns a function to time for the others."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from batchnorm.errors import InputError
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.statistics import Batch, Ghost, Renorm, Statistics
 
-Call = Callable[..., Tensor]  # x, and the residual where there is one -> y
-Timed = Callable[[], tuple[Tensor, ...]]  # y alone, or the gradients, dx first
+Call = Callable[..., Tensor]  # x, and the residual if there is one -> y
+Timed = Callable[[], tuple[Tensor, ...]]  # returns y alone, or the gradients, dx first
 
 
 class Provider(Protocol):
-    """One row of the comparison."""
+    """An implementation of batch normalization."""
 
     name: str
 
     def refuses(self, case: Case) -> str | None:
-        """Why there is nothing to measure, or None."""
+        """Why it cannot compute the case, or None."""
         ...
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
-        """What is timed, ready to run under `torch.set_grad_enabled(case.needs_grad)`."""
+        """The function to time, to run under `torch.set_grad_enabled(case.needs_grad)`."""
         ...
 
 
 class Copy:
-    """A copy that reads and writes the case's tensors, half of them each, in memory that was written before: what its bytes take.
+    """A copy in reused memory that reads and writes as many bytes as the case's tensors have: the byte limit.
 
-    Of another number of bytes it would find another part of them in the cache.
+    The number of bytes must be the same, because it decides how many of them are in the cache.
     """
 
     name = "copy"
@@ -56,7 +56,7 @@ class Copy:
 
 
 class Eager:
-    """Plain torch as it is written: the residual and the activation in place where autograd allows."""
+    """Plain torch, with residual and activation in place if autograd allows."""
 
     name = "eager"
 
@@ -68,7 +68,7 @@ class Eager:
 
 
 class Compile:
-    """`torch.compile` of the same, for each shape anew."""
+    """`torch.compile` of the same, compiled for each shape."""
 
     name = "compile"
 
@@ -80,7 +80,7 @@ class Compile:
     def prepare(self, case: Case, given: Tensors) -> Timed:
         torch.compiler.reset()
         call, parameters = _torchs(case, given)
-        with functorch_config.patch(donated_buffer=False):  # the backward is to run more than once
+        with functorch_config.patch(donated_buffer=False):  # the backward runs more than once
             timed = _directed(case, given, torch.compile(call, dynamic=False), parameters)
             timed()
         return timed
@@ -95,7 +95,7 @@ class OneDNN:
         if not torch.backends.mkldnn.is_available():
             return "torch is built without oneDNN"
         if case.through == "layer":
-            return "layers are compared with torch's"
+            return "layers are compared with torch's only"
         if case.dtype != "float32" or case.layout != "planar" or len(case.layer.shape) < 4:
             return "to_mkldnn normalizes float32 of 4 or 5 axes, contiguous"
         return None if case.layer.activation in (None, "relu") else f"to_mkldnn has no {case.layer.activation}"
@@ -115,7 +115,7 @@ class OneDNN:
 
 
 class Ours:
-    """Our function or layer, through whatever kernel takes the case."""
+    """Our function or layer, with the kernel that accepts the case."""
 
     name = "ours"
 
@@ -137,14 +137,14 @@ class Ours:
         return _directed(case, given, call, (weight, bias))
 
 
-class Part:
-    """Our layer with statistics of another kind: its cost over "ours", the plain batch normalization."""
+class WithSource:
+    """Our layer with another statistics source or a mask; shows its extra cost over "ours"."""
 
     def __init__(self, name: str, statistics: Callable[[Case], Statistics], masked: bool = False) -> None:
         self.name, self.statistics, self.masked = name, statistics, masked
 
     def refuses(self, case: Case) -> str | None:
-        return "in inference all parts are the same" if case.direction == "inference" else None
+        return "in inference all statistics sources are the same" if case.direction == "inference" else None
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
         activation = case.layer.activation
@@ -156,7 +156,7 @@ class Part:
 
 
 def _padding(case: Case) -> Tensor:
-    """A mask (N, *S): of each sample a beginning counts, between 60 % and all of it."""
+    """A mask (N, *S) that selects the first 60% to 100% of the positions of each sample."""
     N, _, *S = case.layer.shape
     positions = math.prod(S)
     lengths = torch.linspace(0.6 * positions, positions, N).long()
@@ -164,25 +164,25 @@ def _padding(case: Case) -> Tensor:
 
 
 PROVIDERS: tuple[Provider, ...] = (Copy(), Eager(), Compile(), OneDNN(), Ours())
-PARTS: tuple[Provider, ...] = (  # what they compute is something else: no error is shown
-    Part("ghost", lambda case: Ghost(min(16, max(case.layer.shape[0] // 2, 2)))),
-    Part("renorm", lambda _: Renorm(warmup=0)),
-    Part("mask", lambda _: Batch(), masked=True),
+SOURCES: tuple[Provider, ...] = (  # they compute something else, so their rows have no error
+    WithSource("ghost", lambda case: Ghost(min(16, max(case.layer.shape[0] // 2, 2)))),
+    WithSource("renorm", lambda _: Renorm(warmup=0)),
+    WithSource("mask", lambda _: Batch(), masked=True),
 )
-USUAL = ("copy", "eager", "onednn", "ours")  # compiling takes ten seconds a case
+USUAL = ("copy", "eager", "onednn", "ours")  # compiling takes ten seconds per case
 
 
 def find(names: Sequence[str]) -> list[Provider]:
-    """Those of these names, with the copy and eager that all are measured against.
+    """The providers with these names, with copy and eager, which all are compared to.
 
     Raises:
-        InputError: on a name that is none of `PROVIDERS` or `PARTS`.
+        InputError: on a name that is not in `PROVIDERS` or `SOURCES`.
     """
-    known = [provider.name for provider in (*PROVIDERS, *PARTS)]
+    known = [provider.name for provider in (*PROVIDERS, *SOURCES)]
     for name in names:
         if name not in known:
             raise InputError(f"provider must be one of {', '.join(known)}, but got {name!r}")
-    return [provider for provider in (*PROVIDERS, *PARTS) if provider.name in (*names, "copy", "eager")]
+    return [provider for provider in (*PROVIDERS, *SOURCES) if provider.name in (*names, "copy", "eager")]
 
 
 def layer_of_ours(case: Case, given: Tensors) -> BatchNorm:
@@ -192,12 +192,12 @@ def layer_of_ours(case: Case, given: Tensors) -> BatchNorm:
 
 
 def timed_layer(case: Case, given: Tensors, layer: nn.Module) -> Timed:
-    """What is timed of a layer."""
+    """The function to time for a layer."""
     return _directed(case, given, layer, tuple(layer.parameters()))
 
 
 def _torchs(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:
-    """Torch's batch norm and what follows it, and its parameters."""
+    """Torch's batch norm with residual and activation, and its parameters."""
     if case.through == "layer":
         torchs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[max(len(case.layer.shape) - 3, 0)]
         normalize = _filled(torchs(case.layer.shape[1]), case, given)
@@ -211,7 +211,7 @@ def _torchs(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:
 
     activate = _in_place(case.layer.activation)
     if activate is None and not case.layer.residual:
-        return normalize, parameters  # a tiny tensor's time is calls: none more than a user makes
+        return normalize, parameters  # for tiny tensors calls dominate the time, so add none
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = normalize(x)
@@ -223,7 +223,7 @@ def _torchs(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:
 
 
 def _in_place(activation: str | None) -> Callable[[Tensor], Tensor] | None:
-    """As torchvision's networks have them; GELU has no such variant."""
+    """The activation in place, as in torchvision's networks; GELU has no such variant."""
     if activation is None or activation == "gelu":
         return None if activation is None else F.gelu
     function = getattr(F, activation)
@@ -231,7 +231,7 @@ def _in_place(activation: str | None) -> Callable[[Tensor], Tensor] | None:
 
 
 def _parameters(case: Case, given: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight, bias, and running statistics that each provider may move for itself."""
+    """Copies of weight, bias and running statistics, which the provider may update."""
     weight, bias = (value.clone().requires_grad_(case.needs_grad) for value in (given.weight, given.bias))
     return weight, bias, given.mean.clone(), given.variance.clone()
 
@@ -247,7 +247,7 @@ def _filled(layer: _Layer, case: Case, given: Tensors) -> _Layer:
 
 
 def _directed(case: Case, given: Tensors, call: Call, parameters: tuple[Tensor, ...]) -> Timed:
-    """The part of a training or of an inference that the case times."""
+    """The function that runs the direction of the case."""
     arguments = (given.x,) if given.residual is None else (given.x, given.residual)
     if not case.needs_grad:
         return lambda: (call(*arguments),)

@@ -1,7 +1,7 @@
-"""What synchronizing costs: layers in two processes on loopback with gloo, torch's and ours alone and ours over both replicas.
+"""Measures the cost of synchronization: layers in two processes on loopback with gloo, torch's and ours alone, and ours synchronized.
 
-The processes call everything in the same order and equally often, since a synchronized call waits for the other's: how often is
-agreed on before the clock starts. Each sample begins together. The clock is the wall's; the first process reports.
+A synchronized call waits for the other process, so both make the same calls in the same order, and agree on their number before the clock
+starts. A barrier precedes each sample. Times are wall-clock times of the first process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Synchronized:
 
 
 def run(cases: Sequence[Case], seconds: float, least: int = 5) -> Iterator[list[Row]]:
-    """Measure each case in two new processes and yield its rows; about `seconds` for all, and no fewer rounds than `least`.
+    """Measure each case in two new processes and yield its rows; about `seconds` for all, but at least `least` rounds each.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: what a process raised.
@@ -84,7 +84,7 @@ def _rows(case: Case, samples: dict[str, list[float]]) -> list[Row]:
 
 def _replica(rank: int, folder: str, cases: list[Case], seconds: float, least: int, results: Any) -> None:
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's own name need not lead anywhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host need not resolve
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=REPLICAS, timeout=TIMEOUT
     )

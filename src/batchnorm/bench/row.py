@@ -1,4 +1,4 @@
-"""Rows: one measurement each, with all that is needed to understand it alone."""
+"""Rows: each is one measurement with everything needed to understand it without the others."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Row:
-    """What one provider took for one case.
+    """The measurement of one case with one provider.
 
     Attributes:
-        suite: network.
+        suite: the network.
         case: what was timed, in words.
-        shape: NxCx..., of the input.
-        count: how many layers of the network have the shape and epilogue; its weight in means.
-        epilogue: such as BN+add+relu.
-        layout, dtype, direction, outputs, threads: as `case.Case`; outputs is "-" where nothing was arranged.
-        provider: who was timed.
-        metric, unit: of the next three.
+        shape: shape of the input, NxCx...
+        count: how many layers of the network have this shape and epilogue; the weight in means.
+        epilogue: fused operations, such as BN+add+relu.
+        layout, dtype, direction, outputs, threads: as in `case.Case`; outputs is "-" if memory was not controlled.
+        provider: the name of the implementation.
+        metric, unit: metric and unit of the percentiles.
         p20, p50, p80: percentiles over the rounds.
-        rounds: how many there were, interleaved with the other providers.
-        tensor_bytes: of the input.
-        limit: what moving the bytes that must move takes at the speed of the copy in the same rounds, in `unit`; None for models.
+        rounds: number of rounds, each with all providers.
+        tensor_bytes: size of the input.
+        limit: time for the necessary bytes at the speed of the copy in the same rounds, in `unit`; None for models.
         ratio_to_limit: p50 / limit.
-        ratio_to_eager: eager's p50 / p50 in the same rounds: how many times faster than eager.
-        max_error: against float64, of y or dx; None where nothing was computed.
-        peak_bytes: what torch's allocator held at most during a call beyond what it held before; None where not looked at.
-        saved_bytes: what was kept for the backward, of a model; None where not looked at.
+        ratio_to_eager: eager's p50 / p50 in the same rounds, the speedup over eager.
+        max_error: largest error of y or dx against float64; None if not compared.
+        peak_bytes: peak memory of torch's allocator during a call, beyond the memory before; None if not measured.
+        saved_bytes: memory saved for the backward of a model; None if not measured.
         cpu, cores, isa, system: the machine.
-        batchnorm, torch, python, date: versions, and when.
+        batchnorm, torch, python, date: versions, and date of the measurement.
     """
 
     suite: str
@@ -78,13 +78,13 @@ class Row:
 
 
 def circumstances() -> dict[str, Any]:
-    """The machine, the versions and the date: what makes a row stand alone."""
+    """The machine, the versions and the date, for a row."""
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {**asdict(env.machine()), **env.versions(), "date": when}
 
 
 def to_dict(rows: Sequence[Row], command: str) -> dict[str, object]:
-    """The rows as JSON types, with the command that makes them again."""
+    """The rows as plain data for JSON, with the command that reproduces them."""
     return {"schema": SCHEMA, "command": command, "rows": [asdict(row) for row in rows]}
 
 
@@ -92,7 +92,7 @@ def load(path: Path) -> list[Row]:
     """The rows of a file that `batchnorm bench --json` wrote.
 
     Raises:
-        InputError: it is none of this version.
+        InputError: it is not such a file, or has another schema.
     """
     try:
         return [Row(**row) for row in read_json(path)["rows"]]
@@ -101,7 +101,7 @@ def load(path: Path) -> list[Row]:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line per row, under the names of the fields; None is empty."""
+    """The rows as CSV, with the names of the fields as header; None is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -110,5 +110,5 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def threads(number: int) -> str:
-    """In words."""
+    """The number of threads in words."""
     return "1 thread" if number == 1 else f"{number} threads"

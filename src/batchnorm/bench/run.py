@@ -1,4 +1,4 @@
-"""Cases times providers: times, errors and memory, as rows."""
+"""Measures every case with every provider: times, errors and memory, as rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from batchnorm.bench import memory
 from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import Case, Tensors, tensors
-from batchnorm.bench.providers import PARTS, Provider, Timed
+from batchnorm.bench.providers import SOURCES, Provider, Timed
 from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
 from batchnorm.lab.allocation import peak_bytes
@@ -23,9 +23,9 @@ UNITS = {"us": 1e6, "ms": 1e3}
 
 
 def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float, least: int = 5) -> Iterator[list[Row]]:
-    """Measure each case and yield its rows, one per provider that takes it; about `seconds` for all that are left.
+    """Measure each case and yield its rows, one per provider that accepts it; about `seconds` for all.
 
-    Every case gets its share of the time, but no fewer rounds than `least`, so the large ones of slow providers can take longer.
+    Every case gets an equal share of the remaining time, but at least `least` rounds, so large cases with slow providers can take longer.
     """
     deadline = time.perf_counter() + seconds
     for _, alike in groupby(enumerate(cases), key=lambda numbered: _same_tensors(numbered[1])):
@@ -47,7 +47,7 @@ def _same_tensors(case: Case) -> tuple[object, ...]:
 
 @contextmanager
 def settled(threads: int) -> Iterator[None]:
-    """Run with so many threads, and afterwards with as many as before."""
+    """Set torch's number of threads in this context."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -64,7 +64,7 @@ def _measure(
     providers: Sequence[Provider],
     effort: Effort,
 ) -> list[Row]:
-    """`peaks`, by outputs and provider, are known from other numbers of threads; they are looked at once."""
+    """Measure one case; `peaks`, by outputs and provider, are reused for other numbers of threads."""
     start = time.perf_counter()
     timed, errors = dict[str, Timed](), dict[str, float | None]()
     with torch.set_grad_enabled(case.needs_grad):
@@ -73,7 +73,7 @@ def _measure(
                 continue
             name = provider.name
             function = timed[name] = provider.prepare(case, given)
-            errors[name] = None if name == "copy" or provider in PARTS else exact.error(function()[0])
+            errors[name] = None if name == "copy" or provider in SOURCES else exact.error(function()[0])
             if (case.outputs, name) not in peaks:
                 peaks[case.outputs, name] = peak_bytes(function)
         left = replace(effort, seconds=effort.seconds - (time.perf_counter() - start))
@@ -87,7 +87,7 @@ def rows(
     errors: Mapping[str, float | None],
     peaks: Mapping[str, int | None],
 ) -> list[Row]:
-    """The rows of a case from the seconds of each round; the byte limit follows from those of "copy"."""
+    """The rows of a case from the seconds of each round; the byte limit is computed from those of "copy"."""
     unit = "us" if case.tensor_bytes <= MICROSECONDS_BELOW else "ms"
     median = {name: percentile(values, 50) for name, values in samples.items()}
     limit = median["copy"] * case.passes / case.tensors

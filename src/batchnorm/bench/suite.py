@@ -1,4 +1,4 @@
-"""Suites: the batch norms of one network, as data files."""
+"""Suites: the batch norms of a network, read from data files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ THROUGH = ("function", "layer", "replicas")
 
 @dataclass(frozen=True)
 class Layer:
-    """Batch norms of a network that are equal in everything that costs time.
+    """Batch norms of a network with the same shape and epilogue.
 
     Attributes:
         shape: (N, C, *S).
-        count: how many layers of the network have it.
-        activation: what follows, or None.
+        count: number of such layers in the network.
+        activation: the activation that follows, or None.
         residual: whether a residual is added before the activation.
     """
 
@@ -33,14 +33,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Suite:
-    """One network's training.
+    """The batch norms of one network.
 
     Attributes:
-        name: of the network.
+        name: the name of the network.
         source: the paper, and the table in it.
-        layers: without repetition.
-        through: "function" times the functions; "layer" the layers with all that stands around the functions;
-            "replicas" the layers in two processes, synchronized and not.
+        layers: the different layers.
+        through: "function" times the functions; "layer" whole layers with their overhead; "replicas" layers in two processes,
+            synchronized and not.
     """
 
     name: str
@@ -59,7 +59,7 @@ def load(suite: str) -> Suite:
     """A suite by its name, or by the path of a TOML file.
 
     Raises:
-        InputError: there is none of that name, or the file is not a suite.
+        InputError: there is no suite with this name, or the file is not a suite.
     """
     if suite in names():
         file = resources.files("batchnorm.bench").joinpath("shapes", f"{suite}.toml")

@@ -14,9 +14,9 @@ MISSING = "–"
 
 
 def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """One table for each direction, layout, dtype, kind of outputs and number of threads; one line for each shape.
+    """One table for each direction, layout, dtype, kind of outputs and number of threads, with a line for each shape.
 
-    Of functions the ratios to the limit are shown; of layers and replicas, which are timed where calls cost more than bytes, the times.
+    For functions it shows ratios to the limit; for layers and replicas, where calls cost more than bytes, times.
     """
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
     for row in rows:
@@ -43,7 +43,7 @@ def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
 
 
 def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
-    """Geometric means, with what was promised in brackets; one table for each suite, dtype, kind of outputs and number of threads."""
+    """Geometric means, with targets in brackets; one table for each suite, dtype, kind of outputs and number of threads."""
     groups: dict[tuple[str, bool], list[Summary]] = {}
     for summary in summaries:
         group = summary.group
@@ -54,7 +54,7 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
         others = list(dict.fromkeys(name for summary in members for name in summary.faster))
         measures = ["worst\nvs eager"] if layers else ["ours\n/ limit"]
         columns = ["", "", "", *measures, *(f"ours\nvs {name}" for name in others), ""]
-        table = _table(f"{title}\ngeometric means over {which}, weighed by layers (targets in brackets)", columns)
+        table = _table(f"{title}\ngeometric means over {which}, weighted by layers (targets in brackets)", columns)
         for summary in members:
             group, target = summary.group, summary.target
             where = (group.direction, group.layout, group.epilogue)
@@ -65,19 +65,19 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
                 )
                 continue
             bound = f" (≤{target.limit:g})" if target and target.limit else ""
-            factors = (_promised(summary.faster.get(name), getattr(target, name, None)) for name in others)
+            factors = (_with_target(summary.faster.get(name), getattr(target, name, None)) for name in others)
             table.add_row(*where, f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict(summary))
         yield table
 
 
 def verdict(summary: Summary) -> str:
-    """Of what was promised; empty where nothing was."""
+    """Whether the targets are met; empty if there are none."""
     return {None: "", True: "held", False: "missed"}[summary.holds]
 
 
 def model_table(rows: Sequence[Row]) -> Table:
-    """Training steps: time, factor over eager, what is kept for the backward, and the most that is held during a step."""
-    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\neager", "kept for\nbackward", "peak"])
+    """Training steps: time, speedup over eager, memory saved for the backward, and peak memory of a step."""
+    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\neager", "saved for\nbackward", "peak"])
     for row in rows:
         times = (f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80))
         held = (MISSING if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes))
@@ -106,5 +106,5 @@ def _faster(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}x"
 
 
-def _promised(factor: float | None, wanted: float | None) -> str:
+def _with_target(factor: float | None, wanted: float | None) -> str:
     return _faster(factor) + (f" (≥{wanted:g})" if wanted else "")

@@ -1,4 +1,4 @@
-"""What is promised, and what rows say about it."""
+"""Targets of the benchmarks, and whether rows meet them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 from batchnorm.bench.row import Row
 from batchnorm.bench.timing import geometric_mean
 
-LARGE = 4 * 2**20  # bytes of a tensor from which on memory is the limit
+LARGE = 4 * 2**20  # bytes; above this size memory bandwidth is the limit
 
 
 @dataclass(frozen=True)
 class Target:
-    """An upper bound of the ratio to the byte limit, and lower bounds of how many times faster than the others."""
+    """The largest ratio to the byte limit, and the smallest speedups over other providers."""
 
     limit: float | None
     eager: float | None = None
@@ -30,11 +30,11 @@ TARGETS = {
     ("inference", "planar"): Target(1.15),
     ("inference", "channels_last"): Target(1.15),
 }
-TINY = 1 / 1.05  # of eager's speed, for every tensor of at most 64 KB, layer included
+TINY = 1 / 1.05  # the smallest speedup of layers over eager, for tensors of at most 64 KB
 
 
 class Group(NamedTuple):
-    """Rows that are averaged: they differ in shape and provider alone."""
+    """The key of rows that are averaged: they differ only in shape and provider."""
 
     suite: str
     case: str
@@ -51,15 +51,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """A group in numbers: geometric means over its shapes, each counted as often as the network has it.
+    """Geometric means of a group over its shapes, weighted by the number of layers.
 
     Attributes:
-        group: what it is of.
-        shapes: how many.
-        ratio_to_limit: of each provider.
-        faster: by which factor ours is faster than each other provider, over the shapes both have.
-        worst: the least such factor over eager.
-        target: what was promised of this group, or None.
+        group: the group.
+        shapes: number of shapes.
+        ratio_to_limit: ratio to the byte limit of each provider.
+        faster: speedup of ours over each other provider, over the shapes that both have.
+        worst: the smallest speedup over eager.
+        target: the target of this group, or None.
     """
 
     group: Group
@@ -71,7 +71,7 @@ class Summary:
 
     @property
     def holds(self) -> bool | None:
-        """Whether all that was promised came true; None where nothing was."""
+        """Whether all targets are met; None if there are none."""
         if self.target is None:
             return None
         if self.target.limit is None:
@@ -83,11 +83,11 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Every group of the functions' large tensors, and of the layers; in the rows' order."""
+    """Summaries of all groups of functions on large tensors and of layers, in the order of the rows."""
     groups: dict[Group, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row.case.startswith("replicas"):
-            continue  # nothing is promised of what another process takes
+            continue  # no target depends on another process
         if row.ratio_to_limit is not None and (row.tensor_bytes > LARGE or row.case.startswith("layer")):
             group = Group(*(getattr(row, name) for name in Group._fields))
             groups.setdefault(group, {}).setdefault(row.provider, {})[row.shape] = row

@@ -1,4 +1,4 @@
-"""Timing that a busy machine spoils least: everything compared runs in turns, and medians are reported."""
+"""Timing that is robust on a busy machine: all functions run alternately, and medians are reported."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# Seconds: a call shorter than that is repeated within one sample, so that the clock's own cost vanishes, and what the caches hold
-# is what the call itself leaves there.
+# Seconds: a shorter call is repeated within one sample, so that the cost of the clock is negligible and the caches contain what
+# the call itself leaves there.
 SAMPLE = 4e-3
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds until `seconds` have passed, but so many at least and at most."""
+    """How long to measure: rounds until `seconds` have passed, but at least `least` and at most `most`."""
 
     seconds: float
     least: int = 5
@@ -27,9 +27,9 @@ Clock = Callable[[], float]
 
 
 def clock_for(threads: int) -> tuple[Clock, str]:
-    """The clock for calls on so many threads, and what it measures.
+    """The clock for calls on this number of threads, and the name of its metric.
 
-    One thread's own processor time stands still while other processes have the core, and is the same where there are none.
+    Processor time of a single thread does not advance while other processes use the core; without them it equals the time.
     """
     return (time.thread_time, "processor time") if threads == 1 else (time.perf_counter, "time")
 
@@ -42,8 +42,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function by `clock`, one entry per round; each round calls all of them in a random order.
 
-    What is repeated within its samples has one more before the clock starts, so that it finds in the cache what it leaves there
-    itself, and not the tensors of the function before. `watch` is what the effort's seconds are measured with.
+    A function that is repeated within a sample first runs a sample without the clock, so that the cache contains its own tensors and not
+    those of the previous function. `watch` is the clock for the effort's seconds.
     """
     order, shuffle = list(functions), random.Random(0).shuffle
     repeats = {name: _repeats(function, clock) for name, function in functions.items()}
@@ -73,7 +73,7 @@ def _sample(function: Callable[[], object], repeats: int, clock: Clock) -> float
 
 
 def _repeats(function: Callable[[], object], clock: Clock) -> int:
-    """How many calls make a sample. The first call warms up; a short one is looked at again."""
+    """Number of calls per sample. The first call warms up; if it is short, it is timed again."""
     once = _sample(function, 1, clock)
     if once < 10 * SAMPLE:
         once = min(_sample(function, 1, clock) for _ in range(3))
@@ -81,7 +81,7 @@ def _repeats(function: Callable[[], object], clock: Clock) -> int:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the nearest ranks, as in numpy's default."""
+    """Percentile, linear between the nearest ranks, as in numpy by default."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
@@ -96,5 +96,5 @@ def geometric_mean(values: Sequence[float], weights: Sequence[float] | None = No
 
 
 def digits(value: float) -> float:
-    """Four: more than a busy machine's times have."""
+    """Round to four digits, more than are significant on a busy machine."""
     return float(f"{value:.4g}")

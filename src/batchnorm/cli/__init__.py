@@ -1,6 +1,6 @@
-"""The commands. Each reads its arguments, calls the library, and prints; exit code 0 is fine, 2 is bad usage, 130 Ctrl-C.
+"""The commands. Each reads its arguments, calls the library, and prints. Exit codes: 0 success, 2 bad usage, 130 Ctrl-C.
 
-A command is a module of its own here, which is imported when the command is called: most need torch, which takes seconds to load.
+Each command is a module, imported only when the command runs, since most need torch, which takes seconds to load.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from batchnorm.cli.text import accept_any_text, one_line
 from batchnorm.errors import BatchNormError
 from batchnorm.version import __version__
 
-# For the list of commands, which imports none: the first sentence of each command's own help.
+# For the list of commands, which imports no command: the first sentence of each command's help.
 SUMMARIES = {
-    "bench": "Measure batch normalization against a copy of the bytes it must move, and against the others.",
-    "convert": "Show what `batchnorm.convert` does to a model, layer by layer, and why it leaves what it leaves.",
+    "bench": "Measure batch normalization against a copy of the same bytes, and against other implementations.",
+    "convert": "Show what `batchnorm.convert` does to a model, layer by layer, and which layers it does not change, and why.",
     "demo": "Train a network with and without batch normalization, and compare.",
     "env": "Show versions, machine, and which kernel runs for which input, and why.",
     "explain": "Show every step of batch normalization for the mini-batch VALUES, forward and backward.",
     "fold": "Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.",
-    "lab": "Measure what is claimed of batch normalization, on this machine.",
+    "lab": "Measure claims about batch normalization on this machine.",
     "recalibrate": "Give a model's batch norms the population statistics of a data set, and write its weights.",
 }
 
 
 class UserError(click.ClickException):
-    """One line on stderr."""
+    """An error that prints one line on stderr."""
 
     exit_code = 2
 
 
 class Commands(click.Group):
-    """Commands that are imported when they are called. A command NAME is `NAME_command` in the module NAME of this folder.
+    """A group that imports commands when they run. A command NAME is `NAME_command` in the module NAME of this folder.
 
-    Errors of ours are one line and exit code 2, and Ctrl-C one line and 130, without a traceback.
+    Errors of this library print one line and exit with code 2, Ctrl-C prints one line and exits with 130; neither prints a traceback.
     """
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Run the command line, on a stdout of any encoding."""
+        """Run the command line, with a stdout of any encoding."""
         accept_any_text()
         return super().main(*args, **options)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Put the command itself in the place of the summary that `--help` and completion read."""
+        """Import the command in place of its summary, which `--help` and completion read."""
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None:
             command = getattr(import_module(f"{__name__}.{name}"), f"{name}_command")
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, turn a `BatchNormError` into click's own kind, and an interrupt into its exit code."""
+        """Run the command; turn a `BatchNormError` into a `UserError`, and an interrupt into its exit code."""
         try:
             return super().invoke(ctx)
         except BatchNormError as error:

@@ -28,20 +28,20 @@ WIDTH = 120  # of a file or a pipe: nothing need be cut there
 
 
 def _words(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[str]:  # noqa: ARG001 (click's)
-    return [word for part in value for word in part.split(",") if word]
+    return [word for given in value for word in given.split(",") if word]
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[int]:
     try:
         return [int(word) for word in _words(ctx, param, value)]
     except ValueError as error:
-        raise click.BadParameter("must be whole numbers with commas between them, such as 1,2", ctx, param) from error
+        raise click.BadParameter("must be whole numbers separated by commas, such as 1,2", ctx, param) from error
 
 
 def several(
     name: str, default: str | None, what: str, callback: Callable[..., Any] = _words
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An option that takes one or several words, with commas between them or each with the option."""
+    """An option that accepts several words, separated by commas or by repeating the option."""
     shown = f"{what}  [default: {default}]" if default else what
     values = [] if default is None else [default]
     return click.option(name, multiple=True, default=values, metavar="A,B,...", callback=callback, help=shown)
@@ -52,19 +52,23 @@ def several(
     "--suite", "resnet50", f"Networks whose batch norms are measured: {', '.join(suite.names())}, or a .toml file."
 )
 @several("--layout", "planar,channels_last", "Layouts.")
-@several("--dtype", "float32", f"Of {', '.join(DTYPES)}.")
-@several("--direction", None, f"Of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
-@several("--outputs", "fresh", f"Where outputs come from, of {', '.join(OUTPUTS)}.")
+@several("--dtype", "float32", f"Any of {', '.join(DTYPES)}.")
+@several("--direction", None, f"Any of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
+@several("--outputs", "fresh", f"Memory of outputs, any of {', '.join(OUTPUTS)}.")
 @several("--threads", f"1,{cores()}" if cores() > 1 else "1", "Numbers of threads.", _numbers)
-@several("--provider", ",".join(providers.USUAL), "Who is compared; compile takes ten seconds a case.")
+@several("--provider", ",".join(providers.USUAL), "Implementations to compare; compile takes ten seconds per case.")
 @click.option(
     "--minutes", type=click.FloatRange(min=0), help=f"Time to spend.  [default: {MINUTES}, quick: {QUICK_MINUTES}]"
 )
-@click.option("--quick", is_flag=True, help="Four of the layers on all threads; of a model, a small batch.")
+@click.option("--quick", is_flag=True, help="Four of the layers, on all threads; for a model, a small batch.")
 @click.option("--model", metavar="NAME", help=f"Time whole training steps of {', '.join(models.MODELS)} instead.")
-@click.option("--batch", type=click.IntRange(min=2), help=f"Of a model.  [default: {BATCH}, quick: {QUICK_BATCH}]")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), help=f"Steps of a model.  [default: {ROUNDS}, quick: {QUICK_ROUNDS}]"
+    "--batch", type=click.IntRange(min=2), help=f"Batch size of a model.  [default: {BATCH}, quick: {QUICK_BATCH}]"
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help=f"Training steps of a model.  [default: {ROUNDS}, quick: {QUICK_ROUNDS}]",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File to write the rows to.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="File to write the rows to, as a table.")
@@ -79,10 +83,10 @@ def bench_command(
     force: bool,
     **options: Any,
 ) -> None:
-    """Measure batch normalization against a copy of the bytes it must move, and against the others.
+    """Measure batch normalization against a copy of the same bytes, and against other implementations.
 
-    All that is compared runs in turns, in the same rounds; shown are medians. A ratio of 1 to the limit is the speed at which
-    the machine copies. Ctrl-C shows what has been measured so far.
+    All implementations run alternately, in the same rounds; the tables show medians. A ratio of 1 to the limit is the speed of a
+    copy. Ctrl-C shows the results so far.
     """
     if report is not None:
         extras.require()
@@ -95,14 +99,14 @@ def bench_command(
         if path is not None:
             write(path, text)
     if report is not None:
-        from batchnorm.report.bench import render  # matplotlib takes a moment: after the work, not before
+        from batchnorm.report.bench import render  # after the work, since matplotlib loads slowly
 
         write(report, render(rows, command))
     written = [str(path) for path in (json_file, csv_file, report) if path is not None]
     if written:
         click.echo(f"\nWrote {' and '.join(written)}.", err=True)
     if interrupted:
-        click.echo("\nInterrupted; what is shown was measured before.", err=True)
+        click.echo("\nInterrupted; these are the results so far.", err=True)
         ctx.exit(130)
 
 
@@ -139,7 +143,7 @@ def _typed(ctx: click.Context, name: str) -> bool:
 
 
 def _collect(measured: Iterable[list[Row]], total: int) -> tuple[list[Row], bool]:
-    """All rows, with a line of progress; and whether Ctrl-C ended them."""
+    """All rows, and whether Ctrl-C interrupted; shows a progress bar."""
     rows = list[Row]()
     try:
         with progress_bar() as progress:

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Shared by the commands: console, checks of output files, progress bar."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from batchnorm.cli.text import visible
 from batchnorm.errors import InputError
 from batchnorm.files import check_file
 
-force_option = click.option("--force", "-f", is_flag=True, help="Write over files that exist.")
+force_option = click.option("--force", "-f", is_flag=True, help="Overwrite files that exist.")
 
 
 class Console(console.Console):
-    """A console on which text is text: no markup, no emoji, no escape sequences. Styled text is a `rich.text.Text`."""
+    """A console that prints strings literally: no markup, no emoji, no escape sequences. Styled text is a `rich.text.Text`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, **options)
 
     def render_str(self, text: str, *, style: Any = "", **options: Any) -> Text:
-        """The text as it is. Rich calls this for every string that is printed or stands in a table or a tree."""
+        """The literal text. Rich calls this for every string that is printed, also in tables and trees."""
         return Text(
             visible(text, keep="\n"), style=style, justify=options.get("justify"), overflow=options.get("overflow")
         )
 
 
 def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:
-    """Check before the work that a command can write the files that its options name.
+    """Check, before the work, that a command can write its output files.
 
     Raises:
         InputError: two options name one file; a file exists and `force` is not given; or as `check_file`.
@@ -42,22 +42,22 @@ def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:
     files = {option: path for option, path in outputs.items() if path is not None}
     taken = dict[Path, str]()
     for option, path in files.items():
-        if path.is_dir():  # so is the empty name
+        if path.is_dir():  # the empty name is a folder too
             raise InputError(f"{option} must be a file, but {path} is a folder")
         exists = check_file(path)
         if exists and not force:
             raise InputError(
-                f"{option} must not exist yet, but {path} does; choose another name, or write over it with --force"
+                f"{option} must not exist yet, but {path} does; choose another name, or overwrite it with --force"
             )
         other = taken.setdefault(path.resolve(), option)
-        if other != option and (exists or not path.exists()):  # a device takes several
+        if other != option and (exists or not path.exists()):  # a device may be written twice
             raise InputError(f"{other} and {option} must be different files, but both are {path}")
 
 
 def command_line(ctx: click.Context) -> str:
-    """What was typed, spelled out."""
+    """The command line, with full names of commands and options."""
     path, parent = list[str](), ctx
-    while parent.parent is not None:  # the root goes by several names
+    while parent.parent is not None:  # the root command has several names
         path.insert(0, str(parent.info_name))
         parent = parent.parent
     words = ["batchnorm", *path]
@@ -73,7 +73,7 @@ def command_line(ctx: click.Context) -> str:
 
 
 def progress_bar(counted: bool = True) -> Progress:
-    """A line with an estimate, while stderr is a terminal; with how many are done unless they do not count alike."""
+    """A progress bar on stderr, if that is a terminal. `counted` adds the number of finished items."""
     stderr = Console(stderr=True)
     count = (MofNCompleteColumn(),) if counted else ()
     columns = (

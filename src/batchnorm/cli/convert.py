@@ -1,4 +1,4 @@
-"""`batchnorm convert`: what converting a model would do, as a tree; and its weights under the names that torch's layers have."""
+"""`batchnorm convert`: shows the conversion of a model as a tree, and writes its weights under torch's names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.cli.common import Console, check_outputs, force_option
-from batchnorm.cli.models import build_model, kept_clean, load_weights, require_format, save_weights
+from batchnorm.cli.models import build_model, clean_stdout, load_weights, require_format, save_weights
 from batchnorm.cli.text import print_json, visible
 from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
@@ -28,30 +28,30 @@ from batchnorm.surgery.tracing import copied
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="state_dict to read, from torch.save or .safetensors; gamma and beta are taken for weight and bias.",
+    help="state_dict to read, from torch.save or .safetensors; gamma and beta are read as weight and bias.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="File of weights to write; .safetensors by its suffix.",
 )
-@click.option("--fuse", "fused", is_flag=True, help="Look for additions and activations in the model's own code, too.")
+@click.option("--fuse", "fused", is_flag=True, help="Fuse additions and activations too.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @force_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 def convert_command(
     spec: str, weights: Path | None, out: Path | None, fused: bool, dry_run: bool, force: bool, as_json: bool
 ) -> None:
-    """Show what `batchnorm.convert` does to a model, layer by layer, and why it leaves what it leaves.
+    """Show what `batchnorm.convert` does to a model, layer by layer, and which layers it does not change, and why.
 
-    MODEL names a factory, as package.module:factory; it is called without arguments. With --out its weights are written, whole or not at
-    all, as the converted model has them, which is as torch's layers have them.
+    MODEL names a factory, as package.module:factory; it is called without arguments. With --out, the weights of the converted model are
+    written completely or not at all; they have the same names as in torch's layers.
     """
     start = time.perf_counter()
     if out is not None:
         require_format(out)
         check_outputs({"--out": out}, force=force or dry_run)
-    with kept_clean(as_json=as_json):
+    with clean_stdout(as_json=as_json):
         original = build_model(spec)
         model = copied(original)
         model = fuse(model) if fused else convert(model)
@@ -71,7 +71,7 @@ def convert_command(
 
 
 def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
-    """Each batch norm, and each module that gets a forward of its own: what it is, what it becomes, why it is left."""
+    """A row for each batch norm and each module with a fused forward: its class, what it becomes, or why it does not change."""
     rows = list[dict[str, Any]]()
     applied = {
         f"{slot.path}.{norm}".lstrip("."): what
@@ -82,7 +82,7 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
     for before, after in zip(walk(original), walk(model), strict=True):
         row: dict[str, Any] = {"module": before.path, "is": type(before.module).__name__}
         if "forward" in after.module.__dict__ and isinstance(after.module.forward, Rewritten):
-            rows.append({**row, "becomes": "calls its batch norms with what they apply", "left": None})
+            rows.append({**row, "becomes": "calls its batch norms with fused operations", "left": None})
         elif isinstance(after.module, BatchNorm):
             what = applied.get(after.path, after.module.activation)
             applies = "" if what is None else f", applies {what}"
@@ -95,7 +95,7 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """The modules that hold a batch norm, as a tree."""
+    """Print the modules that contain a batch norm, as a tree."""
     rows = {row["module"]: row for row in plan}
     modules = {slot.path: slot.module for slot in walk(original)}
     shown = [name for name in modules if any(row == name or row.startswith(f"{name}.") or not name for row in rows)]
@@ -112,6 +112,6 @@ def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:
         branches[name] = branches[name.rpartition(".")[0]].add(label) if name else Tree(label)
     console = Console()
     console.print(branches[""])
-    changed = {id(modules[row["module"]]) for row in plan if row["left"] is None}  # one may hang in several places
+    changed = {id(modules[row["module"]]) for row in plan if row["left"] is None}  # one may be in several places
     total = {id(modules[row["module"]]) for row in plan}
     console.print(f"\n{len(changed)} of {len(total)} change." if plan else "\nIt has no batch norm.")

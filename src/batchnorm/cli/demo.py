@@ -1,4 +1,4 @@
-"""`batchnorm demo`: the tutorial's network with and without batch normalization, and a page about it."""
+"""`batchnorm demo`: trains the tutorial's network with and without batch normalization, and writes a report."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def demo_command(
 ) -> None:
     """Train a network with and without batch normalization, and compare.
 
-    It is the tutorial's, 784-512-256-10 with ReLU. Both kinds see the same batches from the same initial weights, for
-    several learning rates and seeds. Writes result.json and report.html. Ctrl-C keeps the trainings that are finished;
-    the same command goes on from there.
+    The network is the tutorial's, 784-512-256-10 with ReLU. Both variants train on the same batches from the same initial
+    weights, for several learning rates and seeds. Writes result.json and report.html. After Ctrl-C, finished trainings
+    are stored, and the same command continues.
     """
     start = time.perf_counter()
     extras.require()
@@ -68,14 +68,14 @@ def demo_command(
                 progress.update(task, advance=1)
         result = learning_rates.summarize(plan, dataset, finished, command)
         result.save(out / "result.json")
-        from batchnorm.report.page import render  # matplotlib takes a moment: after the work, not before
+        from batchnorm.report.page import render  # after the work, since matplotlib loads slowly
 
         write(out / "report.html", render(result))
     except KeyboardInterrupt:
         finished = all_stored(jobs, out / "parts")
         _show(learning_rates.summarize(plan, dataset, finished, command), as_json)
-        kept = f"{len(finished)} of {len(jobs)} trainings are finished and kept"
-        click.echo(f"\nInterrupted; {kept}. Continue with:\n  {command}", err=True)
+        done = f"{len(finished)} of {len(jobs)} trainings are finished and stored"
+        click.echo(f"\nInterrupted; {done}. Continue with:\n  {command}", err=True)
         ctx.exit(130)
     _show(result, as_json)
     if not as_json:
@@ -83,7 +83,7 @@ def demo_command(
 
 
 def _show(result: Result, as_json: bool) -> None:
-    """The result on stdout: as JSON, or as a table with what became of the claims."""
+    """Print the result as JSON, or as a table with the verdicts on the claims."""
     if as_json:
         print_json(result.to_dict())
         return

@@ -1,4 +1,4 @@
-"""`batchnorm env`: what runs here, and why."""
+"""`batchnorm env`: which kernels run here, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.env import Environment, environment
 
 
 @click.command("env", epilog="Example: batchnorm env --json")
-@click.option("--measure", is_flag=True, help="Time a fresh 100 MB tensor with and without torch's huge pages.")
+@click.option("--measure", is_flag=True, help="Time a new 100 MB tensor with and without torch's huge pages.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 def env_command(measure: bool, as_json: bool) -> None:
     """Show versions, machine, and which kernel runs for which input, and why."""
@@ -34,7 +34,7 @@ def env_command(measure: bool, as_json: bool) -> None:
 def _facts(found: Environment, clone: Clone | None) -> Table:
     table = Table.grid(padding=(0, 2))
     machine = found.machine
-    allowed = "asked for by torch" if found.torch_huge_pages else "not asked for by torch"
+    allowed = "torch requests them" if found.torch_huge_pages else "torch does not request them"
     facts = {
         **found.versions,
         "cpu": f"{machine.cpu}, {machine.cores} core{'s' if machine.cores > 1 else ''}, {machine.system}",
@@ -45,14 +45,14 @@ def _facts(found: Environment, clone: Clone | None) -> Table:
         "GPU": ", ".join(found.gpus) or "none",
     }
     if clone is not None:
-        facts["a fresh tensor"] = str(clone)
+        facts["a new tensor"] = str(clone)
     for name, value in facts.items():
         table.add_row(name, value)
     return table
 
 
 def _kernels(found: Environment) -> Table:
-    """One line per device, dtype and layout; those that differ in nothing but the dtype share it."""
+    """A table with a line for each device, dtype and layout; lines that differ only in the dtype are merged."""
     lines: dict[tuple[str, ...], list[str]] = {}
     for choice in found.choices:
         because = "; ".join(f"{kernel}: {reason}" for kernel, reason in choice.refusals.items())

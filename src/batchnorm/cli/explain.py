@@ -1,4 +1,4 @@
-"""`batchnorm explain`: every step for a mini-batch of numbers. It needs no torch, and so answers at once."""
+"""`batchnorm explain`: every step for a mini-batch of numbers. It starts at once, since it does not import torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from batchnorm.explain import explain
 
 
 class Numbers(click.ParamType):
-    """Numbers with commas between them."""
+    """Numbers separated by commas."""
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
         """Turn `1,0,-2.5` into a list."""
         try:
-            return [float(part) for part in value.split(",")]
+            return [float(number) for number in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} must be numbers with commas between them, such as 1,0,0,0", param, ctx)
+            self.fail(f"{value!r} must be numbers separated by commas, such as 1,0,0,0", param, ctx)
 
 
 @click.command(
@@ -50,4 +50,4 @@ def explain_command(
     if as_json:
         print_json(explanation.to_dict())
     else:
-        click.echo(str(explanation), file=sys.stdout)  # click's own choice is UTF-8 even where that is not asked for
+        click.echo(str(explanation), file=sys.stdout)  # by default click writes UTF-8, whatever the encoding of stdout

@@ -1,4 +1,4 @@
-"""Models as files that other programs run: torch.export's .pt2 and ONNX, with a free batch size, read again and compared."""
+"""Exports models as programs, torch.export's .pt2 or ONNX, with a dynamic batch size; reads them again and compares outputs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PROGRAMS = (".pt2", ".onnx")
 
 
 def require_exporter(path: Path) -> None:
-    """Refuse a suffix whose packages are missing.
+    """Check that the packages for the suffix are installed.
 
     Raises:
-        MissingExtraError: naming them.
+        MissingExtraError: if one is not.
     """
     for package in ("onnx", "onnxscript", "onnxruntime") if path.suffix == ".onnx" else ():
         try:
@@ -35,20 +35,20 @@ def require_exporter(path: Path) -> None:
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, *, fixed_batch: bool = False
 ) -> float:
-    """Write a model as a program, whole or not at all, and return how much the program's outputs differ from the model's.
+    """Write a model as a program, completely or not at all, and return the largest difference of its outputs to the model's.
 
-    The first axis of every tensor of the example that is as long as the first one's is free, unless `fixed_batch`. An example of one
-    sample is doubled for that, as the exporter takes a size of 1 for a constant.
+    Unless `fixed_batch`, the first axis is dynamic in all example tensors that have the batch size of the first one. An example of one
+    sample is doubled for that, since the exporter treats a size of 1 as a constant.
 
     Raises:
-        InputError: if the model cannot be exported, or the place cannot be written.
+        InputError: if the model cannot be exported, or the file cannot be written.
     """
     if not fixed_batch:
         args, kwargs = _doubled(args), _doubled(kwargs)
     shapes = None if fixed_batch else (*_free(args), *_free(tuple(kwargs.values())))
     found: list[float] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters' own code, not of the model
+        warnings.simplefilter("ignore")  # from the exporters, not from the model
         program = _program(model, args, kwargs, shapes, onnx=path.suffix == ".onnx")
 
         def write(temporary: Path) -> None:
@@ -70,9 +70,9 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             return torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False)
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-    except Exception as error:  # exporters raise anything
+    except Exception as error:  # exporters may raise anything
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        remedy = "" if shapes is None else "; with --fixed-batch its batch size need not be free"
+        remedy = "" if shapes is None else "; with --fixed-batch its batch size need not be dynamic"
         raise InputError(
             f"the model must be one that torch can export, but {type(error).__name__}: {text}{remedy}"
         ) from error

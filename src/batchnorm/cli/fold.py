@@ -1,4 +1,4 @@
-"""`batchnorm fold`: a model without its batch norms, as weights or as a program."""
+"""`batchnorm fold`: folds the batch norms of a model, and writes its weights or a program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from torch import nn
 
 from batchnorm.cli.common import Console, check_outputs, force_option
 from batchnorm.cli.export import PROGRAMS, export, require_exporter
-from batchnorm.cli.models import SAFETENSORS, build, build_model, kept_clean, load_weights, require_format, save_weights
+from batchnorm.cli.models import (
+    SAFETENSORS,
+    build,
+    build_model,
+    clean_stdout,
+    load_weights,
+    require_format,
+    save_weights,
+)
 from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.folding import FoldReport, fold
@@ -35,7 +43,7 @@ _SUFFIXES = (*PROGRAMS, SAFETENSORS, ".pt")
     "given",
     required=True,
     metavar="SHAPE|SPEC",
-    help="An example: a shape such as 1x3x224x224, or a factory of a tensor, a tuple of arguments or a dict of named ones.",
+    help="An example: a shape such as 1x3x224x224, or a factory that returns a tensor, a tuple of arguments or a dict.",
 )
 @click.option(
     "--weights",
@@ -48,7 +56,9 @@ _SUFFIXES = (*PROGRAMS, SAFETENSORS, ".pt")
     type=click.Path(path_type=Path),
     help="File to write: .onnx and .pt2 (torch.export) are programs, .safetensors and .pt weights.",
 )
-@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Error allowed.")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest accepted error."
+)
 @force_option
 @click.option("--fixed-batch", is_flag=True, help="Export for the example's batch size only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
@@ -64,8 +74,8 @@ def fold_command(
 ) -> None:
     """Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.
 
-    MODEL names a factory, as package.module:factory; it is called without arguments. --out is written whole or not at all. Weights
-    are those of the folded model, whose layers have the names they had.
+    MODEL names a factory, as package.module:factory; it is called without arguments. --out is written completely or not at
+    all. Weights are those of the folded model, whose layers have the same names as before.
     """
     start = time.perf_counter()
     if out.suffix not in _SUFFIXES:
@@ -73,7 +83,7 @@ def fold_command(
     require_format(out)
     require_exporter(out)
     check_outputs({"--out": out}, force=force)
-    with kept_clean(as_json=as_json):
+    with clean_stdout(as_json=as_json):
         model = build_model(spec)
         if weights is not None:
             load_weights(model, weights)
@@ -109,18 +119,14 @@ def _example(given: str) -> Any:
         return build(given)
     try:
         return torch.randn([int(size) for size in given.split("x")], generator=torch.Generator().manual_seed(0))
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # of what torch or Python cannot count, or the machine not hold
+    except (RuntimeError, ValueError, TypeError) as error:  # too large for torch, Python or the memory
         raise InputError(
             f"--input must be a shape whose tensor fits in memory, but is {given[:80]}; give a smaller one"
         ) from error
 
 
 def _show(report: FoldReport) -> None:
-    table = Table("batch norm", "what became of it", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table("batch norm", "result", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for pair in report.folded:
         table.add_row(visible(pair.batch_norm), visible(f"folded into {', '.join(pair.into)} ({pair.kind})"))
     for name, reason in report.left.items():

@@ -1,4 +1,4 @@
-"""`batchnorm lab`: list the experiments, run them, and make a page of what came out."""
+"""`batchnorm lab`: lists and runs the experiments, and writes a report of their results."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @click.group("lab", epilog="Example: batchnorm lab run lr-range depth && batchnorm lab report")
 def lab_command() -> None:
-    """Measure what is claimed of batch normalization, on this machine."""
+    """Measure claims about batch normalization on this machine."""
 
 
 @lab_command.command("list", epilog="Example: batchnorm lab list")
 @out_option
 @json_option
 def list_command(out: Path, as_json: bool) -> None:
-    """List the experiments: what each asks, how long it takes, and what came out so far."""
+    """List the experiments: the question of each, how long it takes, and the result so far."""
     extras.require()
     found = _known(out)
     if as_json:
@@ -59,15 +59,15 @@ def list_command(out: Path, as_json: bool) -> None:
         table.add_row(*row)
     Console().print(table)
     click.echo(
-        f"Time is a processor's: divide it by the number of cores; ~ is an estimate of the default size, {SEEDS} seeds."
+        f"Time is that of one core: divide it by the number of cores. ~ is an estimate for the default size and {SEEDS} seeds."
     )
     first = [name for name in experiments.FIRST if name in experiments.NAMES]
     if first:
-        click.echo(f"* Begin here: batchnorm lab run {' '.join(first)} --quick")
+        click.echo(f"* Start here: batchnorm lab run {' '.join(first)} --quick")
 
 
 def _known(out: Path) -> list[tuple[Experiment, Outcome | Damaged | None]]:
-    """Every experiment with what its folder holds of it; of what is damaged stderr has a line.
+    """Every experiment with its stored outcome; damaged ones give a warning on stderr.
 
     Raises:
         InputError: the folder is a file.
@@ -90,20 +90,20 @@ def _verdict(experiment: Experiment, known: Outcome | Damaged | None) -> Verdict
 
 
 def _time(experiment: Experiment, known: Outcome | Damaged | None) -> str:
-    """Of one core, in seconds: as measured, or as expected of the default."""
+    """Seconds of one core: measured, or estimated for the default size."""
     if not isinstance(known, Outcome) or _verdict(experiment, known) is None:
         return f"~{SEEDS * experiment.seconds:.0f} s"
     return f"{known.seconds:.0f} s"
 
 
 def _state(experiment: Experiment, known: Outcome | Damaged | None) -> str:
-    """What came out, with the size and seeds of the run where they are not the default's."""
+    """The result so far, with size and seeds if they are not the default."""
     if known is None:
         return "–"
     if isinstance(known, Damaged):
         return "damaged: run it again"
     if not known.fits(experiment):
-        return "of other arms or metrics: run it again"
+        return "has other arms or metrics: run it again"
     verdict = known.verdict(experiment)
     answer = f"{known.finished} of {known.units} measured" if verdict is None else verdict.answer
     if (known.size, known.seeds) == ("default", SEEDS):
@@ -128,18 +128,18 @@ def _summary(experiment: Experiment, known: Outcome | Damaged | None) -> dict[st
 @click.argument("names", nargs=-1, required=True, metavar="NAME...|all")
 @out_option
 @click.option(
-    "--seeds", type=click.IntRange(min=1), help=f"How often each arm is run.  [default: {SEEDS}, quick: {QUICK_SEEDS}]"
+    "--seeds", type=click.IntRange(min=1), help=f"How often to run each arm.  [default: {SEEDS}, quick: {QUICK_SEEDS}]"
 )
-@click.option("--quick", is_flag=True, help="As little as shows the effect, in some 20 s an experiment.")
-@click.option("--full", is_flag=True, help="More data, more steps: an hour or more for all.")
+@click.option("--quick", is_flag=True, help="The smallest size that shows the effect, about 20 s per experiment.")
+@click.option("--full", is_flag=True, help="More data and more steps: an hour or more for all.")
 @click.option(
     "--device",
     default="cpu",
     show_default=True,
-    help="Where the networks are, for experiments that can go there.",
+    help="Device of the networks, for experiments that support it.",
 )
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Folder with data of your own, for experiments that take it."
+    "--data", type=click.Path(path_type=Path), help="Folder with your own data, for experiments that accept it."
 )
 @click.option(
     "--workers", type=click.IntRange(min=1), default=cores, help="Processes of one thread each.  [default: cores]"
@@ -158,15 +158,13 @@ def run_command(
     workers: int,
     as_json: bool,
 ) -> None:
-    """Run experiments, by name or all.
+    """Run experiments by name, or all.
 
-    What has been measured before is not measured again, unless its code or its options changed. Ctrl-C keeps what is finished; the
-    same command goes on from there.
+    Stored measurements are not repeated, unless their code or options have changed. After Ctrl-C, finished measurements are stored, and
+    the same command continues.
     """
     extras.require()
-    chosen = [
-        experiments.load(name) for name in dict.fromkeys(names) if name != "all"
-    ]  # a wrong name beside all is wrong
+    chosen = [experiments.load(name) for name in dict.fromkeys(names) if name != "all"]  # an unknown name raises
     if "all" in names:
         chosen = list(map(experiments.load, experiments.NAMES))
     if quick and full:
@@ -175,7 +173,7 @@ def run_command(
     seeds = seeds or (QUICK_SEEDS if quick else SEEDS)
     units = _units(chosen, Setting(0, size, device, None if data is None else str(data)), seeds)
     results = {f"--out {out}: {each.name}": outcome.path_of(each.name, out) for each in chosen}
-    check_outputs(results, force=True)  # the folder's own files are written again
+    check_outputs(results, force=True)  # files in the folder are overwritten
     command, finished = command_line(ctx), list[Finished]()
     try:
         costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
@@ -184,14 +182,14 @@ def run_command(
             for each in done:
                 finished.append(each)
                 name = each.unit.experiment
-                _outcome(name, seeds, finished, command).save(out)  # now: whatever happens later, the report has it
+                _outcome(name, seeds, finished, command).save(out)  # at once, so that a later failure does not lose it
                 description = f"{len(finished)} of {len(units)}, last {name}"
                 progress.update(task, advance=costs[name], description=description)
     except KeyboardInterrupt:
         finished = all_stored(units, out / "units")
         _show(chosen, seeds, finished, command, as_json)
-        kept = f"{len(finished)} of {len(units)} measurements are finished and kept"
-        click.echo(f"\nInterrupted; {kept}. Continue with:\n  {command}", err=True)
+        done = f"{len(finished)} of {len(units)} measurements are finished and stored"
+        click.echo(f"\nInterrupted; {done}. Continue with:\n  {command}", err=True)
         ctx.exit(130)
     _show(chosen, seeds, finished, command, as_json)
     if not as_json:
@@ -199,24 +197,24 @@ def run_command(
 
 
 def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:
-    """What is to be measured, one experiment after the other, all arms of a seed side by side.
+    """The units to measure, one experiment after the other, with all arms of a seed next to each other.
 
     Raises:
-        InputError: there is no such device, or an experiment does not run there; there are data that none of the experiments
-            takes, or that are no folder.
+        InputError: the device does not exist, or an experiment does not run there; no experiment accepts the data, or they are not a
+            folder.
     """
     try:
         torch.empty(0, device=setting.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without it asserts
+    except (RuntimeError, AssertionError) as error:  # torch raises an AssertionError if it was built without the device
         first = str(error).splitlines()[0]
         raise InputError(f"--device must be one that torch can use here; {setting.device} is not: {first}") from error
     bound = [experiment.name for experiment in chosen if experiment.cpu_only]
     if torch.device(setting.device).type != "cpu" and bound:
         raise InputError(
-            f"--device is for experiments that run anywhere; {', '.join(bound)} run on the CPU: leave them or it out"
+            f"--device is for experiments that run on any device, but {', '.join(bound)} run on the CPU only; omit them or it"
         )
     if setting.data is not None and not any(experiment.data for experiment in chosen):
-        raise InputError(f"--data is for experiments that take data; {', '.join(e.name for e in chosen)} take none")
+        raise InputError(f"--data is for experiments that accept data, but {', '.join(e.name for e in chosen)} do not")
     version = data_version(setting.data)
     units = list[Unit]()
     for experiment in chosen:
@@ -230,12 +228,12 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
 
 
 def _outcome(name: str, seeds: int, finished: Sequence[Finished], command: str) -> Outcome:
-    of_it = [each for each in finished if each.unit.experiment == name]
-    return Outcome.of(experiments.load(name), seeds, of_it, command)
+    own = [each for each in finished if each.unit.experiment == name]
+    return Outcome.of(experiments.load(name), seeds, own, command)
 
 
 def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished], command: str, as_json: bool) -> None:
-    """What came out, on stdout: as JSON, or a table for each experiment with the judgment."""
+    """Print the outcomes as JSON, or as a table with the verdict for each experiment."""
     begun = {each.unit.experiment for each in finished}
     known = [(each, _outcome(each.name, seeds, finished, command)) for each in chosen if each.name in begun]
     if as_json:
@@ -258,14 +256,14 @@ def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished]
 @click.option("--page", type=click.Path(path_type=Path), help="File to write.  [default: report.html in the folder]")
 @force_option
 def report_command(out: Path, page: Path | None, force: bool) -> None:
-    """Make one HTML page of what has been measured, finished or not. It needs no network."""
+    """Write one HTML page with all results so far, finished or not. The page loads nothing from the network."""
     extras.require()
     known = _known(out)
     if not any(isinstance(came_out, Outcome) for _, came_out in known):
-        raise InputError(f"a report is made of results; {out} holds none: batchnorm lab run all --out {out}")
+        raise InputError(f"a report needs results, but {out} has none; run batchnorm lab run all --out {out}")
     target = out / "report.html" if page is None else page
-    check_outputs({"--page": target}, force=force or page is None)  # the folder's own page is made again
-    from batchnorm.report.lab import render  # matplotlib takes a moment: after the checks, not before
+    check_outputs({"--page": target}, force=force or page is None)  # the page in the folder is overwritten
+    from batchnorm.report.lab import render  # after the checks, since matplotlib loads slowly
 
     write(target, render(known))
     click.echo(f"Wrote {target}.")
@@ -276,7 +274,7 @@ def report_command(out: Path, page: Path | None, force: bool) -> None:
 @click.option("--page", type=click.Path(path_type=Path), default=Path("docs/findings.md"), show_default=True)
 @force_option
 def findings_command(out: Path, page: Path, force: bool) -> None:
-    """Write what is complete as a Markdown page, and its drawings into a folder beside it."""
+    """Write the complete results as a Markdown page, and the plots into a folder next to it."""
     extras.require()
     complete, incomplete = list[tuple[Experiment, Outcome]](), list[str]()
     for experiment, came_out in _known(out):
@@ -285,11 +283,11 @@ def findings_command(out: Path, page: Path, force: bool) -> None:
         else:
             incomplete.append(experiment.name)
     if not complete:
-        raise InputError(f"findings are of complete results; {out} holds none: batchnorm lab run all --out {out}")
+        raise InputError(f"findings need complete results, but {out} has none; run batchnorm lab run all --out {out}")
     quick = [experiment.name for experiment, came_out in complete if came_out.size == "quick"]
     if quick:
         raise InputError(
-            f"findings are of size default or full; of {', '.join(quick)} there is a quick run: run it again without --quick"
+            f"findings need runs of size default or full, but {', '.join(quick)} ran with --quick; run them again without it"
         )
     check_outputs({"--page": page}, force=force)
     from batchnorm.report.findings import render
@@ -298,6 +296,6 @@ def findings_command(out: Path, page: Path, force: bool) -> None:
     write(page, text)
     for name, svg in drawings.items():
         write(page.with_suffix("") / name, svg)
-    click.echo(f"Wrote {page} and {len(drawings)} drawings.")
+    click.echo(f"Wrote {page} and {len(drawings)} plots.")
     if incomplete:
-        click.echo(f"Left out, for they are not complete: {', '.join(incomplete)}.")
+        click.echo(f"Not included, because they are incomplete: {', '.join(incomplete)}.")

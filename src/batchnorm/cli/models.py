@@ -1,4 +1,4 @@
-"""A user's model and data on the command line: `package.module:factory`; weights read without running code from the file."""
+"""Loads a user's model and data, named as `package.module:factory`, and weights, without running code from the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAFETENSORS = ".safetensors"
 
 
 def find(spec: str) -> Any:
-    """What `package.module:name` names; the current folder is searched first, as `python -m` does.
+    """Import the object `package.module:name`; the current folder is searched first, as by `python -m`.
 
     Raises:
         InputError: if there is no such module or name, or the module itself fails.
@@ -33,8 +33,8 @@ def find(spec: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(path)
-        for part in name.split("."):
-            found = getattr(found, part)
+        for attribute in name.split("."):
+            found = getattr(found, attribute)
     except (Exception, SystemExit) as error:  # a script without a guard may call sys.exit
         raise InputError(
             f"{spec} must be importable from {os.getcwd()}, but {type(error).__name__}: {error}; check the name, or start "
@@ -44,7 +44,7 @@ def find(spec: str) -> Any:
 
 
 def build(spec: str) -> Any:
-    """What a factory returns when called without arguments; an object that is no factory itself.
+    """The result of a factory, called without arguments; an object that is not a factory is returned itself.
 
     Raises:
         InputError: if it cannot be found, or raises.
@@ -61,10 +61,10 @@ def build(spec: str) -> Any:
 
 
 def build_model(spec: str) -> nn.Module:
-    """A model.
+    """Build a model.
 
     Raises:
-        InputError: as `build`; or if it returns something else.
+        InputError: as in `build`; or if the result is not a module.
     """
     model = build(spec)
     if not isinstance(model, nn.Module):
@@ -72,8 +72,8 @@ def build_model(spec: str) -> nn.Module:
     return model
 
 
-def kept_clean(*, as_json: bool) -> AbstractContextManager[Any]:
-    """Within it, what others print goes to stderr, if stdout is for JSON alone."""
+def clean_stdout(*, as_json: bool) -> AbstractContextManager[Any]:
+    """With `as_json`, redirect all other output to stderr, so that stdout has only JSON."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
@@ -81,7 +81,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state_dict, from safetensors by its suffix, else from `torch.save`; all keys must match.
 
     Raises:
-        InputError: if the file is no state_dict, holds anything but data, or does not fit the model.
+        InputError: if the file is not a state_dict, contains anything but data, or does not fit the model.
         MissingExtraError: if safetensors is not installed.
     """
     reader = _safetensors() if path.suffix == SAFETENSORS else None
@@ -89,61 +89,63 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = reader.load_file(path) if reader else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    except Exception as error:  # pickle and safetensors raise anything on bytes that are not theirs
+    except Exception as error:  # pickle and safetensors may raise anything on foreign bytes
         raise InputError(
-            f"{path} must be a state_dict written by torch.save, or safetensors by its suffix, and hold nothing but tensors, "
+            f"{path} must be a state_dict written by torch.save, or safetensors by its suffix, and contain only tensors, "
             f"but {_first_line(error)}"
         ) from error
     if not isinstance(state, Mapping):
-        raise InputError(f"{path} must hold a state_dict, but holds a {type(state).__name__}; save model.state_dict()")
+        raise InputError(
+            f"{path} must contain a state_dict, but contains a {type(state).__name__}; save model.state_dict()"
+        )
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         names = ", ".join(name if isinstance(name, str) else repr(name) for name in state)
         raise InputError(
-            f"{path} must hold a state_dict, names with tensors, but holds {names[:200]}; save model.state_dict()"
+            f"{path} must contain a state_dict of names and tensors, but contains {names[:200]}; save model.state_dict()"
         )
     try:
         model.load_state_dict(state)
-    except Exception as error:  # torch and the model's own hooks raise anything on tensors of another kind
+    except Exception as error:  # torch and the model's hooks may raise anything on unsuitable tensors
         raise InputError(f"{path} must fit the model, but {error}") from error
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the model's state_dict whole or not at all, as safetensors by its suffix, else with `torch.save`.
+    """Write the model's state_dict completely or not at all, as safetensors by its suffix, else with `torch.save`.
 
     Raises:
-        InputError: if the place cannot be written, or the format cannot hold the state.
+        InputError: if the file cannot be written, or the format cannot store the state.
         MissingExtraError: if safetensors is not installed.
     """
     try:
         state = model.state_dict()
-    except Exception as error:  # a model may have a state_dict of its own
+    except Exception as error:  # a model may override state_dict
         raise InputError(
             f"the model must have a state_dict to write, but it raised {_first_line(error)}; nothing was written"
         ) from error
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]  # such as of get_extra_state
+    others = [
+        name for name, value in state.items() if not isinstance(value, Tensor)
+    ]  # such as those of get_extra_state
     if others and path.suffix == SAFETENSORS:
         raise InputError(
-            f"safetensors files hold tensors only, but the model's state has {', '.join(others)[:200]}; "
+            f"safetensors files contain only tensors, but the model's state has {', '.join(others)[:200]}; "
             "write it with another suffix, for torch.save"
         )
 
     def write(temporary: Path) -> None:
-        if path.suffix == SAFETENSORS:  # whose tensors may not share memory
+        if path.suffix == SAFETENSORS:  # its tensors may not share memory
             _safetensors().save_file({name: value.contiguous().clone() for name, value in state.items()}, temporary)
         else:
-            with temporary.open(
-                "wb"
-            ) as file:  # an archive in a path is named after it, which a name without a suffix cannot do
+            with temporary.open("wb") as file:  # a path names the archive inside, and torch needs a suffix for that
                 torch.save(state, file)
 
     write_whole(path, write)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside the place, and move it there when it is done.
+    """Call `write` with a temporary path, and replace `path` by that file when it is complete.
 
     Raises:
-        InputError: if the place cannot be written.
+        InputError: if the file cannot be written.
     """
     try:
         with whole(path) as temporary:
@@ -155,7 +157,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def require_format(path: Path) -> None:
-    """Refuse a suffix whose package is missing: better before an hour's work than after.
+    """Check, before long work, that the package for the suffix is installed.
 
     Raises:
         MissingExtraError: if safetensors is not installed.
@@ -165,7 +167,7 @@ def require_format(path: Path) -> None:
 
 
 def check_data(data: Any, spec: str) -> None:
-    """Refuse a loader that is none, by the name it was given.
+    """Check that the object named `spec` can be iterated.
 
     Raises:
         ArgumentError: if it cannot be iterated.

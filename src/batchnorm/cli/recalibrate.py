@@ -1,4 +1,4 @@
-"""`batchnorm recalibrate`: the population statistics of a data set, into a file of weights."""
+"""`batchnorm recalibrate`: computes population statistics over a data set, and writes the weights with them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from batchnorm.cli.models import (
     build,
     build_model,
     check_data,
+    clean_stdout,
     find,
-    kept_clean,
     load_weights,
     require_format,
     save_weights,
@@ -49,7 +49,11 @@ from batchnorm.surgery.by_hand import WHY_LEFT, hand_written
     "--forward", metavar="SPEC", help="Function (model, item) that calls the model with an item of the loader."
 )
 @click.option(
-    "--method", type=click.Choice(METHODS), default="joint", show_default=True, help="One pass, or one per depth."
+    "--method",
+    type=click.Choice(METHODS),
+    default="joint",
+    show_default=True,
+    help="One pass, or several, layer by layer.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Batches to read in each pass.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
@@ -66,13 +70,13 @@ def recalibrate_command(
 ) -> None:
     """Give a model's batch norms the population statistics of a data set, and write its weights.
 
-    MODEL and --data name factories, as package.module:factory; they are called without arguments. --out is written when all is done, whole
+    MODEL and --data name factories, as package.module:factory; they are called without arguments. --out is written at the end, completely
     or not at all.
     """
     start = time.perf_counter()
     require_format(out)
     check_outputs({"--out": out}, force=force)
-    with kept_clean(as_json=as_json):
+    with clean_stdout(as_json=as_json):
         model = build_model(spec)
         if weights is not None:
             load_weights(model, weights)
@@ -96,7 +100,7 @@ def recalibrate_command(
         except Exception as error:
             raise InputError(
                 f"model and data must fit together, but {type(error).__name__}: {error}; nothing was written (a loader whose items "
-                "are neither tensors, tuples nor dicts wants --forward)"
+                "are neither tensors, tuples nor dicts needs --forward)"
             ) from error
     if not last.layers:
         by_hand = hand_written(model)
@@ -125,7 +129,7 @@ def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 def _changes(
     before: dict[str, tuple[Tensor, Tensor]], after: dict[str, tuple[Tensor, Tensor]]
 ) -> list[dict[str, str | float | None]]:
-    """How far each layer's statistics moved: the mean in deviations, the variance as a ratio, of the channel where it is most."""
+    """The largest change of each layer's statistics over its channels: the mean in standard deviations, the variance as a ratio."""
     rows = list[dict[str, str | float | None]]()
     for name, (mean, variance) in after.items():
         old_mean, old_variance = before[name]
@@ -141,7 +145,7 @@ def _finite(value: float) -> float | None:
 
 
 def _show(rows: list[dict[str, str | float | None]]) -> None:
-    table = Table("layer", "mean moved by", "variance", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table("layer", "mean changed by", "variance", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for row in rows:
         shift, ratio = row["mean_shift"], row["variance_ratio"]
         table.add_row(
@@ -155,6 +159,6 @@ def _show(rows: list[dict[str, str | float | None]]) -> None:
 def _length(loader: object, limit: int | None) -> int | None:
     try:
         batches = len(loader)  # pyright: ignore[reportArgumentType]
-    except TypeError:  # an iterable need not know
+    except TypeError:  # an iterable need not know its length
         return limit
     return batches if limit is None else min(batches, limit)

@@ -1,4 +1,4 @@
-"""Text from models, files and exceptions on any terminal: nothing in it is obeyed, and what a stream cannot encode is spelled out."""
+"""Prints text from models, files and exceptions on any terminal: escapes control characters, and replaces what a stream cannot encode."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ _PLAIN = str.maketrans(
         "\u0302": "_hat",
     }
 )
-ONE_LINE = 1000  # characters of an error
+ONE_LINE = 1000  # maximum number of characters of an error
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with control characters, escape sequences and others that do not print as escapes, but for those in `keep`."""
-    return "".join(c if _prints(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+    """The text with control and other unprintable characters escaped, except those in `keep`."""
+    return "".join(c if _is_visible(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def _prints(character: str) -> bool:
-    """Whether it shows, or is a space of some width, and neither ends a line nor is obeyed."""
+def _is_visible(character: str) -> bool:
+    """Whether a character is printable or a space, and neither ends a line nor controls the terminal."""
     return character.isprintable() or unicodedata.category(character) == "Zs"
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception as one line of visible characters, cut where it is very long."""
+    """The message of an exception as one line of visible characters, shortened if it is very long."""
     text = visible(" ".join(str(error).split()))
     return text if len(text) <= ONE_LINE else f"{text[: ONE_LINE - 4]} ..."
 
 
 def print_json(data: Any) -> None:
-    """Print strict JSON on stdout; characters that stdout cannot encode are JSON's own escapes."""
+    """Print strict JSON on stdout; characters that stdout cannot encode become JSON escapes."""
     text = to_json(data)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -72,13 +72,13 @@ def print_json(data: Any) -> None:
 
 
 def accept_any_text() -> None:
-    """Make stdout write characters that its encoding lacks in plain spelling, such as -> for an arrow, instead of raising."""
-    codecs.register_error(_ERRORS, _spelled_out)
+    """Make stdout replace characters that it cannot encode, such as an arrow by ->, instead of raising."""
+    codecs.register_error(_ERRORS, _replacement)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors=_ERRORS)
 
 
-def _spelled_out(error: UnicodeError) -> tuple[str, int]:
+def _replacement(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_PLAIN)

@@ -1,8 +1,8 @@
 """Folding batch norms into their neighbors, for inference, with a numeric check of the result.
 
-In inference a batch norm is an affine function of each channel, and what is linear before or after it can take that in. The model's
-graph is traced on a copy; the copy's layers get new weights, and where a batch norm was is an `Identity`, or its activation. The modules
-stay what they are, so that a folded model is still of its class.
+In inference a batch norm is an affine function of each channel, which linear layers before or after it can absorb. The graph of the model
+is traced on a copy. The copy's linear layers get new weights, and an `Identity` or its activation replaces each folded batch norm. All
+other modules stay, so the folded model still has its class.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from batchnorm.logs import logger
 from batchnorm.surgery import walk
 from batchnorm.surgery.absorb import release_activations
 from batchnorm.surgery.rewritten import restore_forwards
-from batchnorm.surgery.tracing import Rules, Traced, Tracer, copied, trace_parts
+from batchnorm.surgery.tracing import Rules, Traced, Tracer, copied, trace_modules
 
-_ROUNDS, _SECONDS = 3, 0.2  # how long to time both models: at least so many rounds, and until this has passed
+_ROUNDS, _SECONDS = 3, 0.2  # at least this many rounds, and this many seconds, to time both models
 
 
 def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tuple[nn.Module, FoldReport]:
-    """Fold the batch norms of a model into its convolutions and linear layers, for inference; the model itself is not touched.
+    """Fold the batch norms of a model into its convolutions and linear layers, for inference; the model itself does not change.
 
     Args:
-        model: of torch's and of our layers, frozen ones included. Its running statistics are folded, whatever mode it is in.
-        example_input: for one call of the model: a tensor, a tuple of arguments, or a dict of named ones. Tracing follows what the model
-            does for it, and the result is checked with it.
-        tolerance: the largest difference between the outputs of both models that is taken for rounding, beside outputs of at most 1;
-            beside larger ones in proportion.
+        model: may have torch's and our layers, frozen ones included. Its running statistics are folded, in training mode too.
+        example_input: the arguments of one call: a tensor, a tuple of arguments, or a dict of named ones. The model is traced with it, and
+            the result is checked with it.
+        tolerance: the largest accepted difference between the outputs of both models, for outputs of at most 1; for larger outputs, it
+            is multiplied by the largest one.
 
     Returns:
-        The folded copy, in inference mode, and a report of what was folded, what was left and why.
+        The folded copy, in inference mode, and a report of what was folded, what was not, and why.
 
     Raises:
-        ArgumentError: if model is not a module, or example_input no input.
-        InputError: if tolerance is negative, or the example empty.
-        StateError: if layers are lazy still, or the model cannot be copied.
+        ArgumentError: if model is not a module, or example_input is not a valid input.
+        InputError: if tolerance is negative, or the example is empty.
+        StateError: if layers are still lazy, or the model cannot be copied.
         FoldingError: if the outputs differ by more than the tolerance.
     """
     if not isinstance(model, nn.Module):
@@ -58,9 +58,7 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     if not tolerance >= 0:
         raise InputError(f"tolerance must be a number of at least 0, but got {tolerance}")
     if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
-        raise StateError(
-            "the layers of a model must know their sizes before it is folded, but some are lazy; call it once first"
-        )
+        raise StateError("fold needs layers of known size, but some are still lazy; call the model once first")
     args, kwargs = example(example_input)
     given = list(tensors((args, kwargs)))
     if given and not any(value.numel() for value in given):
@@ -78,13 +76,14 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
     error, scale = difference(call(folded, args, kwargs), wanted), largest(wanted)
     if not error <= tolerance * max(1.0, scale):
         raise FoldingError(
-            f"the folded model must put out what the model does, to {tolerance:g} beside 1, but differs by {error:.3g} beside outputs up "
-            f"to {scale:.3g}; nothing was changed. Fold in float64 (model.double()), or give a larger tolerance if that is rounding"
+            f"the folded model must return what the model returns, within {tolerance:g} for outputs up to 1, but differs by {error:.3g} "
+            f"for outputs up to {scale:.3g}; the model did not change. Fold in float64 (model.double()), or give a larger tolerance if "
+            "this is rounding"
         )
     for pair in (*folding.folded, *merging.folded):
         logger.info("fold: %s is folded into %s (%s)", pair.batch_norm, ", ".join(pair.into), pair.kind)
     for merge in merging.merged:
-        logger.info("fold: %s are one convolution, %s", ", ".join(merge.branches), merge.convolution)
+        logger.info("fold: %s are now one convolution, %s", ", ".join(merge.branches), merge.convolution)
     for name, reason in folding.left.items():
         logger.info("fold: left %s: %s", name, reason)
     before, after = _medians(model, lambda: call(original, args, kwargs), lambda: call(folded, args, kwargs))
@@ -109,31 +108,33 @@ def fold(model: nn.Module, example_input: Any, *, tolerance: float = 1e-4) -> tu
 
 def _fold(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Traced, Folding, Counter[int]]:
     record, folding = Record(model, args, kwargs), Folding(model)
-    traced = trace_parts(model, Rules(record.concrete, _is_leaf, record.accept, (Tracer, record.tracer)))
-    for part in traced.parts:
-        folding.fold(part, record)
-    folding.carry_out()
+    traced = trace_modules(model, Rules(record.concrete, _is_leaf, record.accept, (Tracer, record.tracer)))
+    for module in traced.modules:
+        folding.fold(module, record)
+    folding.apply()
     return traced, folding, record.counts
 
 
 def _note_left(model: nn.Module, folding: Folding, counts: Counter[int]) -> None:
-    """Name each batch norm that is left, and no other, once."""
+    """Let `folding.left` name each remaining batch norm once, and nothing else."""
     norms = {slot.path or "the model": slot.module for slot in walk(model) if is_norm(slot.module)}
     folding.left = {name: reason for name, reason in folding.left.items() if name in norms}
     named = {id(norms[name]) for name in folding.left}
     for name, norm in norms.items():
         if id(norm) not in named:
             named.add(id(norm))
-            folding.left[name] = "it is in a part that could not be traced" if counts[id(norm)] else "it is not called"
+            folding.left[name] = (
+                "it is in a module that could not be traced" if counts[id(norm)] else "it is not called"
+            )
 
 
 def _restoring(model: nn.Module) -> Callable[[], None]:
-    """What gives the modules of a model their buffers of now: each call may count in one."""
-    kept = {id(value): value.clone() for value in model.buffers()}
+    """Return a function that restores the buffers of a model; modules may count calls in buffers."""
+    originals = {id(value): value.clone() for value in model.buffers()}
     owners = [(module, name, value) for module in model.modules() for name, value in module._buffers.items()]
 
     def restore() -> None:
-        values = {key: value.clone() for key, value in kept.items()}
+        values = {key: value.clone() for key, value in originals.items()}
         for module, name, value in owners:
             if value is not None:
                 module._buffers[name] = values[id(value)]
@@ -144,12 +145,12 @@ def _restoring(model: nn.Module) -> Callable[[], None]:
 def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Merging:
     record, merging = Record(model, args, kwargs), Merging()
     rules = Rules(record.concrete, _is_leaf, record.accept)
-    merging.merge(model, record, trace_parts(model, rules), rules)
+    merging.merge(model, record, trace_modules(model, rules), rules)
     return merging
 
 
 def _separate(model: nn.Module) -> None:
-    """Take apart what `convert` put together, and the hooks that save memory in training."""
+    """Undo `fuse`, and remove the hooks that save memory in training."""
     slots = list(walk(model))
     for slot in slots:
         memory.detach(slot.module)
@@ -158,7 +159,7 @@ def _separate(model: nn.Module) -> None:
 
 
 def _medians(model: nn.Module, *functions: Callable[[], Any]) -> list[float]:
-    """Seconds of each function, measured in turns: a busy machine slows all alike."""
+    """Median seconds of each function, called alternately so that a busy machine slows all of them equally."""
     devices = {value.device for value in (*model.parameters(), *model.buffers()) if value.device.type != "cpu"}
     samples: list[list[float]] = [[] for _ in functions]
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Parallel branches of one input, summed: convolutions, batch norms and the input itself become one convolution (RepVGG).
+"""Merges parallel branches of one input that are summed, convolutions, batch norms and the input itself, into one convolution (RepVGG).
 
     W ∗ x + V ∗ x + scale · x + shift = (W + V + scale · identity) ∗ x + shift           (Ding et al. 2021, arXiv:2101.03697, figure 4)
 
-A smaller kernel is put into a larger one where both look at the input with the same stride.
+A smaller kernel becomes a patch of a larger one if both have the same stride.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from batchnorm.folding.flow import Refused, operands, shape_of
-from batchnorm.folding.fold import hang, scene_of
+from batchnorm.folding.fold import replace_modules, scene_of
 from batchnorm.folding.norms import Affine, is_norm, not_foldable, rest_of
 from batchnorm.folding.record import Record
 from batchnorm.folding.report import Folded, Merged
@@ -30,12 +30,12 @@ class Branch(NamedTuple):
     """A summand that is linear in its input.
 
     Attributes:
-        top: the summand.
+        top: the node of the summand.
         adding: the node that adds it.
-        source: the input.
-        nodes: what computes it, from the top down.
-        name: of the convolution or the batch norm, "the input" for the input.
-        module: these, None for the input.
+        source: the node of the input.
+        nodes: the nodes from `top` down to the input.
+        name: the name of its convolution or batch norm; "the input" if it has neither.
+        module: its convolution or batch norm, or None.
     """
 
     top: fx.Node
@@ -48,44 +48,44 @@ class Branch(NamedTuple):
 
 @dataclass
 class Merging:
-    """What was merged in a model."""
+    """Merges the parallel branches of a model, and notes what was merged."""
 
     merged: list[Merged] = field(default_factory=list)
     folded: list[Folded] = field(default_factory=list)
 
     def merge(self, model: nn.Module, record: Record, traced: Traced, rules: Rules) -> None:
-        """Merge the branches in those modules of the model that add them up; they get a forward of their own."""
+        """Merge the branches in the modules that sum them, which get a new forward."""
         owners = dict[str, None]()
-        for part in traced.parts:
-            scene = scene_of(model, part, record)
-            owners |= {part.full(_owner(node)).rstrip("."): None for node in part.graph.nodes if _group(scene, node)}
+        for each in traced.modules:
+            scene = scene_of(model, each, record)
+            owners |= {each.full(_owner(node)).rstrip("."): None for node in each.graph.nodes if _group(scene, node)}
         for path in owners:
-            with torch.enable_grad():  # so that code that switches gradients off is noticed
-                part, _ = trace_module(model, path, rules._replace(whole=True))
+            with torch.enable_grad():  # to detect code that switches gradients off
+                found, _ = trace_module(model, path, rules._replace(whole=True))
             owner = model.get_submodule(path)
             if (
-                part is None
+                found is None
                 or not record.takes_tensors_only(path)
-                or any(CONSTANT in node.meta for node in part.graph.nodes)
+                or any(CONSTANT in node.meta for node in found.graph.nodes)
             ):
                 continue
-            scene = scene_of(model, part, record)
+            scene = scene_of(model, found, record)
             before = len(self.merged)
             while (group := _first_group(scene)) is not None:
                 self._merge(model, scene, *group)
             if len(self.merged) > before:
-                part.graph.lint()
-                rewrite(owner, part.graph)
+                found.graph.lint()
+                rewrite(owner, found.graph)
 
     def _merge(self, model: nn.Module, scene: Scene, base: Branch, others: list[Branch]) -> None:
         weights = Weights(base.module)
         for branch in sorted(
             others, key=lambda branch: branch.module is not None
-        ):  # while the sum is still as it was found
+        ):  # the input first, while `adding` is still its node
             _drop(scene, branch)
             weights.add_branch(*_kernel(branch, base))
             if branch.module is not None:
-                hang(model, {id(branch.module): nn.Identity()})
+                replace_modules(model, {id(branch.module): nn.Identity()})
                 if is_norm(branch.module):
                     self.folded.append(Folded(branch.name, (base.name,), "parallel"))
         weights.write()
@@ -93,12 +93,12 @@ class Merging:
 
 
 def _first_group(scene: Scene) -> tuple[Branch, list[Branch]] | None:
-    """The first convolution of a sum with branches that fit into it."""
+    """The first sum with a convolution that other branches fit into: this one, and these branches."""
     return next(filter(None, (_group(scene, node) for node in scene.graph.nodes)), None)
 
 
 def _group(scene: Scene, node: fx.Node) -> tuple[Branch, list[Branch]] | None:
-    """For the outermost node of a sum: its largest convolution that others fit into, and these."""
+    """For the outermost node of a sum: its largest convolution that other branches fit into, and these branches; else None."""
     if not _adds(node) or any(_adds(user) and len(node.users) == 1 for user in node.users):
         return None
     branches = sorted((_branch(scene, *term) for term in _terms(node)), key=lambda branch: -_size(branch.module))
@@ -123,7 +123,7 @@ def _adds(node: fx.Node) -> bool:
 
 
 def _terms(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """What a sum adds up, inner sums included that nobody else reads, and which node does."""
+    """The summands of a sum, each with the node that adds it; inner sums with one user are included."""
     terms = list[tuple[fx.Node, fx.Node]]()
     for value in node.args:
         assert isinstance(value, fx.Node)
@@ -148,7 +148,7 @@ def _branch(scene: Scene, top: fx.Node, adding: fx.Node) -> Branch:
 
 
 def _is_linear(scene: Scene, node: fx.Node, module: Any) -> bool:
-    """Whether a call is of a convolution or a batch norm that can be merged."""
+    """Whether a node calls a convolution or a batch norm that can be merged."""
     if id(module) in scene.shared or len(node.args) != 1 or node.kwargs:
         return False
     if kind_of(module) in CONVOLUTIONS:
@@ -165,7 +165,7 @@ def _size(module: Any) -> int:
 
 
 def _fits(branch: Branch, base: Branch) -> bool:
-    """Whether the branch's kernel can be put into the base's."""
+    """Whether the branch's kernel fits into the base's."""
     large, small = base.module, branch.module
     if kind_of(small) not in CONVOLUTIONS:
         batched = len(shape_of(base.source) or ()) == large.weight.dim()
@@ -181,7 +181,7 @@ def _fits(branch: Branch, base: Branch) -> bool:
 
 
 def _axes(branch: Branch, base: Branch) -> list[tuple[int, int, int, int, int]]:
-    """For each axis: the base's kernel size and dilation, how far into it the branch's begins, the branch's size and dilation."""
+    """For each axis: kernel size and dilation of the base, offset of the branch in it, size and dilation of the branch."""
     large, small = base.module, branch.module
     rank = large.weight.dim() - 2
     if kind_of(small) in CONVOLUTIONS:
@@ -193,12 +193,12 @@ def _axes(branch: Branch, base: Branch) -> list[tuple[int, int, int, int, int]]:
 
 
 def _left(convolution: Any) -> tuple[int, ...]:
-    """How much is padded before each axis."""
+    """The padding at the start of each axis."""
     return tuple(convolution._reversed_padding_repeated_twice[::2][::-1])
 
 
 def _kernel(branch: Branch, base: Branch) -> tuple[Weights, tuple[int, ...]]:
-    """The branch as a convolution of the base's groups, and where it begins in the base's kernel."""
+    """The branch as a convolution with the base's groups, and its offsets in the base's kernel."""
     offsets = tuple(offset // dilation for _, dilation, offset, _, _ in _axes(branch, base))
     if kind_of(branch.module) in CONVOLUTIONS:
         return Weights(branch.module), offsets
@@ -218,9 +218,9 @@ def _kernel(branch: Branch, base: Branch) -> tuple[Weights, tuple[int, ...]]:
 
 
 def _drop(scene: Scene, branch: Branch) -> None:
-    """Take a summand out of its sum."""
+    """Remove a summand from its sum."""
     top = branch.top
-    # the input has other users; a branch's one user may have changed since, when another summand went
+    # the input has several users; the single user of a branch may have changed when another summand was removed
     adding = branch.adding if branch.module is None else next(iter(top.users))
     (other,) = (value for value in adding.args if value is not top)
     assert isinstance(other, fx.Node)
@@ -232,6 +232,6 @@ def _drop(scene: Scene, branch: Branch) -> None:
 
 
 def _owner(node: fx.Node) -> str:
-    """The module whose forward holds a node, below the traced one."""
+    """The submodule of the traced module whose forward created a node."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1][0] if stack else ""

@@ -1,7 +1,7 @@
-"""Tracing where the way depends on shapes: every value of the graph is computed beside it, for the example.
+"""Traces forwards that depend on shapes: the value of every node is computed for the example during tracing.
 
-Shapes, dtypes and devices are then plain numbers to the code that is traced; only what depends on the values themselves cannot be.
-The graph holds for such shapes alone, so it serves to see what goes where, not to be run.
+The traced code then sees shapes, dtypes and devices as plain values; only code that depends on the numbers in tensors cannot be traced.
+The graph is valid for these shapes only, so it is analyzed but never run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMPUTED = (
 
 
 class ConcreteProxy(fx.Proxy):
-    """A stand-in that knows the value it stands for."""
+    """A proxy that knows its value."""
 
     value: Any
 
@@ -49,10 +49,10 @@ class ConcreteProxy(fx.Proxy):
 
 
 class ConcreteTracer(Tracer):
-    """Computes the value of every node.
+    """A tracer that computes the value of every node.
 
     Args:
-        values: those of the arguments, in the order of the signature.
+        values: the values of the arguments, in the order of the signature.
     """
 
     def __init__(self, path: str, leaves: set[int], is_leaf: IsLeaf, values: tuple[Any, ...]) -> None:
@@ -60,11 +60,11 @@ class ConcreteTracer(Tracer):
         self._values, self._computing = iter(values), False
 
     def proxy(self, node: fx.Node) -> ConcreteProxy:
-        """A stand-in for a node."""
+        """A proxy for a node."""
         return ConcreteProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
-        """A node, and the value it stands for."""
+        """Create a node, and compute its value."""
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         if kind != "output":
             given, named = tree_map_only(ConcreteProxy, lambda proxy: proxy.value, (args, kwargs))
@@ -72,11 +72,11 @@ class ConcreteTracer(Tracer):
         return proxy
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """A call in the traced code; one in a value's computation is none of it."""
+        """Trace a call of a module; while a value is computed, only run it."""
         return forward(*args, **kwargs) if self._computing else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter of the traced code is a node; one in a value's computation is itself."""
+        """A node for a parameter; while a value is computed, the parameter itself."""
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How values flow through a graph: which functions pass an affine function of the channels through, and to which axis."""
+"""Functions that commute with an affine function of the channels, and where they move the channel axis."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 def _ranks(*names: str) -> dict[type[nn.Module], int]:
-    """Torch's classes of these names, with how many axes beside the channels they work on."""
+    """Torch's classes with these names, and the number of their spatial axes."""
     return {getattr(nn, f"{name}{rank}d"): rank for name in names for rank in (1, 2, 3)}
 
 
 _AVERAGES = _ranks("AvgPool")
 _MAXIMA = _ranks("MaxPool", "AdaptiveMaxPool")
 CONSTANT_PADS = _ranks("ZeroPad", "ConstantPad")
-# each output is a weighted mean of inputs of its own channel
+# each output is a weighted mean of inputs of the same channel
 _COMMUTING = _ranks("AdaptiveAvgPool", "ReflectionPad", "ReplicationPad", "CircularPad")
 _POOLS = _AVERAGES | _MAXIMA | _COMMUTING
 _RESIZING = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 
 
 def _functions(name: str) -> dict[Any, int]:
-    """The functions of this name, with how many axes beside the channels they work on."""
+    """The functions with this name, and the number of their spatial axes."""
     modules: tuple[Any, ...] = (F, torch)
     return {
         found: rank
@@ -50,12 +50,12 @@ _AVERAGE_OPTIONS = ("kernel_size", "stride", "padding", "ceil_mode", "count_incl
 _COMMUTING_MODES = ("reflect", "replicate", "circular")
 
 
-class Refused(Exception):  # noqa: N818 (not an error: the reason why a batch norm stays)
-    """Why a batch norm cannot be folded this way."""
+class Refused(Exception):  # noqa: N818 (not an error: the reason why a batch norm is not folded)
+    """The reason why a batch norm cannot be folded."""
 
 
 def is_identity(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node puts out its first argument, in inference."""
+    """Whether a node returns its first argument in inference."""
     if module is not None:
         return type(module) in _IDENTITIES
     if node.target in _DROPOUTS:
@@ -64,14 +64,14 @@ def is_identity(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def averages(node: fx.Node, module: Any, axis: int, *, positive: bool) -> bool:
-    """Whether f(scale · x + shift) = scale · f(x) + shift, the axis of the channels staying where it is.
+    """Whether f(scale · x + shift) = scale · f(x) + shift, with the same channel axis before and after.
 
-    `positive` says whether the scale is: then it holds for maxima as well.
+    `positive` says whether all scales are positive; then it holds for maxima too.
     """
-    beside = len(shape_of(node) or ()) - axis - 1  # how many axes are right of the channels
+    beside = len(shape_of(node) or ()) - axis - 1  # the number of axes after the channel axis
     if node.op == "call_function":
         return _function_averages(node, beside, positive=positive)
-    if type(module) in _RESIZING:  # all its modes weigh inputs of one channel with numbers that sum to 1
+    if type(module) in _RESIZING:  # all its modes weight inputs of one channel with numbers that sum to 1
         return axis == 1
     if type(module) not in _POOLS or beside != _POOLS[type(module)]:
         return False
@@ -99,13 +99,13 @@ def _function_averages(node: fx.Node, beside: int, *, positive: bool) -> bool:
 
 
 def _is_mean(options: dict[str, Any]) -> bool:
-    """Whether an average pooling with these options weighs what it pools with numbers that sum to 1."""
+    """Whether the weights of an average pooling with these options sum to 1."""
     padded = any(_each(options["padding"])) and options["count_include_pad"]
     return not padded and not options["ceil_mode"] and options["divisor_override"] is None
 
 
 def moved(node: fx.Node, module: nn.Module | None) -> dict[int, int] | None:
-    """For a node that only moves values: where each axis of its first argument goes. Axes that are merged or split go nowhere."""
+    """For a node that only rearranges axes: a map from axes of its first argument to its own, without merged and split axes."""
     before, after = shape_of(node.args[0]) if node.args else None, shape_of(node)
     if before is None or after is None:
         return None
@@ -123,19 +123,19 @@ def moved(node: fx.Node, module: nn.Module | None) -> dict[int, int] | None:
         return {axis % rank: at for at, axis in enumerate(order)}
     if type(module) is nn.Flatten or name in ("flatten", "view", "reshape", "reshape_as"):
         found = {axis: axis for axis in range(min(rank, len(after))) if before[: axis + 1] == after[: axis + 1]}
-        # counted from the end: what is right of an axis that stays, stays
+        # counted from the end: trailing axes with the same sizes do not move
         for back in range(1, min(rank, len(after)) + 1):
             if before[-back:] != after[-back:]:
                 break
             found.setdefault(rank - back, len(after) - back)
         return found
     if name == "mean":
-        return _kept(node, rank)
+        return _remaining(node, rank)
     return None
 
 
 def flattened(node: fx.Node, module: nn.Module | None, axis: int) -> tuple[int, int] | None:
-    """For a flattening of the channels with what is right of them: the axis it makes, and the values of each channel."""
+    """For a node that flattens the channels with all axes after them: the new axis, and the number of values per channel."""
     before, after = shape_of(node.args[0]) if node.args else None, shape_of(node)
     flattens = type(module) is nn.Flatten or node.target in ("flatten", torch.flatten)
     if not flattens or before is None or after is None or axis >= len(after):
@@ -179,7 +179,7 @@ def concatenated(node: fx.Node) -> tuple[list[fx.Node], int] | None:
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
-    """What `Shapes` found."""
+    """The shape that `Shapes` noted for a node, or None."""
     return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
 
@@ -194,8 +194,8 @@ class Shapes(fx.Interpreter):
         return result
 
 
-def _kept(node: fx.Node, rank: int) -> dict[int, int] | None:
-    """Where the axes go that a mean keeps; it is linear, and the mean of ones is one."""
+def _remaining(node: fx.Node, rank: int) -> dict[int, int] | None:
+    """For a mean: a map from the axes that remain to the axes of the result. A mean is linear, and the mean of ones is one."""
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     if axes is None or not _static(axes) or "dtype" in node.kwargs:

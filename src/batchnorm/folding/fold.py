@@ -1,4 +1,4 @@
-"""Folding the batch norms of one graph, and putting what is left of them into the model."""
+"""Folds the batch norms of each graph, and puts their replacements into the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from batchnorm.folding.rules import End, Scene, ahead, back, check_replaceable, 
 from batchnorm.folding.weights import Weights
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import walk
-from batchnorm.surgery.tracing import Part
+from batchnorm.surgery.tracing import TracedModule
 
 
 @dataclass
 class Folding:
-    """What is to be done to a model, by the ids of its modules; nothing is done before `carry_out`."""
+    """Collects the changes of a model, by the ids of its modules; `apply` makes them."""
 
     model: nn.Module
     folded: list[Folded] = field(default_factory=list)
@@ -32,23 +32,23 @@ class Folding:
     replacements: dict[int, nn.Module] = field(default_factory=dict)
     unpadded: list[Any] = field(default_factory=list)
 
-    def fold(self, part: Part, record: Record) -> None:
-        """Fold the batch norms of a graph, in the order in which they are called; again, while others are out of the way now."""
-        scene = scene_of(self.model, part, record)
+    def fold(self, traced: TracedModule, record: Record) -> None:
+        """Fold the batch norms of a graph in the order of their calls; repeat while this makes others foldable."""
+        scene = scene_of(self.model, traced, record)
         norms = [(node, name, norm) for node, (name, norm) in scene.modules.items() if is_norm(norm)]
         before = None
         while before is None or len(norms) < before:
             before = len(norms)
             norms = [(node, name, norm) for node, name, norm in norms if not self._folds(scene, node, name, norm)]
 
-    def carry_out(self) -> None:
+    def apply(self) -> None:
         """Change the model."""
         for weights in self.weights.values():
             weights.write()
         for convolution in self.unpadded:
             convolution.padding = (0,) * len(convolution.kernel_size)
             convolution._reversed_padding_repeated_twice = [0] * 2 * len(convolution.kernel_size)
-        hang(self.model, self.replacements)
+        replace_modules(self.model, self.replacements)
 
     def _folds(self, scene: Scene, node: fx.Node, name: str, norm: nn.Module) -> bool:
         try:
@@ -64,7 +64,7 @@ class Folding:
             raise Refused(f"it {scene.shared[id(norm)]}")
         check_replaceable(scene, name, norm)
         if len(node.args) != 1 or set(node.kwargs) - {"residual"}:
-            raise Refused("it is given more than its input")
+            raise Refused("it is called with more than its input")
         value = node.args[0]
         shape = shape_of(value)
         if shape is None:
@@ -96,7 +96,7 @@ class Folding:
         self.folded.append(Folded(name, tuple(end.name for end in ends), kind))
 
     def _ends(self, scene: Scene, node: fx.Node, axis: int, affine: Affine, rest: nn.Module) -> tuple[list[End], str]:
-        """Where the batch norm goes, and which way that is."""
+        """The layers that a batch norm can be folded into, and the kind of fold."""
         try:
             return list(back(scene, node.args[0], node, axis, affine)), "after"
         except Refused as refused:
@@ -114,16 +114,16 @@ class Folding:
         return ends, "before, padded" if padded else "before"
 
 
-def scene_of(model: nn.Module, part: Part, record: Record) -> Scene:
-    """The graph of a part with the modules it calls, and which of them others use, too."""
-    calls = [node for node in part.graph.nodes if node.op == "call_module"]
-    modules = {node: (part.full(node.target), model.get_submodule(part.full(node.target))) for node in calls}
+def scene_of(model: nn.Module, traced: TracedModule, record: Record) -> Scene:
+    """The graph of a traced module with the modules it calls, and which of them are used elsewhere too."""
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
+    modules = {node: (traced.full(node.target), model.get_submodule(traced.full(node.target))) for node in calls}
     in_graph = Counter(id(module) for _, module in modules.values())
-    once = record.counts[id(model.get_submodule(part.path))]
+    once = record.counts[id(model.get_submodule(traced.path))]
     owners = Counter(
         id(value) for module in model.modules() for value in module._parameters.values() if value is not None
     )
-    read = {part.full(node.target) for node in part.graph.nodes if node.op == "get_attr"}
+    read = {traced.full(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
     shared = dict[int, str]()
     for name, module in modules.values():
         if not record.counts[id(module)]:
@@ -133,22 +133,22 @@ def scene_of(model: nn.Module, part: Part, record: Record) -> Scene:
         elif any(owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
             shared[id(module)] = "shares its weights with another module"
         elif any(target.startswith(f"{name}.") for target in read):
-            shared[id(module)] = "has weights that others read"
-    return Scene(part.graph, modules, shared, _kept(model))
+            shared[id(module)] = "has weights that other code reads"
+    return Scene(traced.graph, modules, shared, _referenced(model))
 
 
-def _kept(model: nn.Module) -> set[int]:
-    """The modules that plain attributes refer to, lists and the like included, by their ids."""
-    hung = ("_parameters", "_buffers", "_modules")
-    values = [value for module in model.modules() for name, value in vars(module).items() if name not in hung]
+def _referenced(model: nn.Module) -> set[int]:
+    """The ids of modules that plain attributes refer to, also from inside lists and other containers."""
+    own = ("_parameters", "_buffers", "_modules")
+    values = [value for module in model.modules() for name, value in vars(module).items() if name not in own]
     return {id(leaf) for leaf in tree_leaves(values) if isinstance(leaf, nn.Module)}
 
 
-def hang(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Hang other modules in all places of the old ones, which are not the model itself."""
+def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Replace modules, given by id, in all their places; the model itself is not replaced."""
     for slot in list(walk(model)):
         if id(slot.module) in replacements and slot.parent is not None:
-            slot.hang(replacements[id(slot.module)].train(slot.module.training))
+            slot.replace(replacements[id(slot.module)].train(slot.module.training))
 
 
 def _channel_pad(pad: Tensor | None, padding: tuple[int, ...], norm: Any) -> ChannelPad:
@@ -157,7 +157,7 @@ def _channel_pad(pad: Tensor | None, padding: tuple[int, ...], norm: Any) -> Cha
 
 
 def _check_values(ends: list[End], norm: Any) -> None:
-    """Paddings must be numbers of the dtypes they are in.
+    """Check that padding values are finite in the dtypes of the layers.
 
     Raises:
         Refused: if one is not.
@@ -170,10 +170,10 @@ def _check_values(ends: list[End], norm: Any) -> None:
 
 
 def _check_pads(scene: Scene, node: fx.Node, ends: list[End]) -> None:
-    """One padding in the place of the batch norm must do for all layers that pad.
+    """Check that one padding in the place of the batch norm suits all layers.
 
     Raises:
-        Refused: if there would have to be several.
+        Refused: if several would be necessary.
     """
     padded = [end for end in ends if end.pad is not None and type(end.module) not in CONSTANT_PADS]
     if not padded:
@@ -181,4 +181,4 @@ def _check_pads(scene: Scene, node: fx.Node, ends: list[End]) -> None:
     direct = {id(scene.module_of(user)) for user in node.users}
     alike = len({padding_of(end.module) for end in padded}) == 1
     if len(padded) < len(ends) or not alike or any(id(end.module) not in direct for end in padded):
-        raise Refused(f"{padded[0].name} pads, and others would be padded with it")
+        raise Refused(f"{padded[0].name} pads, and other layers would be padded too")

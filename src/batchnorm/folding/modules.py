@@ -1,4 +1,4 @@
-"""The modules that a folded model has where its batch norms were."""
+"""Modules that replace folded batch norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from batchnorm.kernels import Activation
 
 
 class Rest(nn.Module):
-    """What is left of a batch norm that was folded: its residual, its activation, and the modules that it calls then."""
+    """What remains of a folded batch norm: add the residual, apply the activation, call its submodules."""
 
     def __init__(self, activation: Activation | None, *children: nn.Module) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class Rest(nn.Module):
 
 
 class ChannelPad(nn.Module):
-    """Padding with a value for each channel: what a batch norm would have to be given to put out 0 at the border.
+    """Padding with one value per channel, chosen so that the folded batch norm would return 0 at the border.
 
     Args:
         value: (C,).
-        padding: as of `torch.nn.functional.pad`: (left, right) of the last axis, then of the one before ...
+        padding: as for `torch.nn.functional.pad`: (left, right) of the last axis, then of the one before ...
 
     Shape:
         input (N, C, *S) or (C, *S), with len(padding) / 2 axes S; output the same, with the axes S padded.
@@ -59,5 +59,5 @@ class ChannelPad(nn.Module):
         return output
 
     def extra_repr(self) -> str:
-        """The sizes."""
+        """Number of channels, and padding."""
         return f"{self.value.numel()}, padding={self.padding}"

@@ -1,4 +1,4 @@
-"""Batch norms in inference: an affine function of each channel, and what else they do."""
+"""Batch norms in inference: an affine function of each channel, then perhaps an activation or submodules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchnorm.surgery import is_frozen_norm
 from batchnorm.surgery.subclasses import rest_of_layer
 from batchnorm.surgery.walker import is_watched
 
-_PARTS = (Batch, Ghost, Renorm, MovingAverage, Running)  # which in inference use the running statistics
+_SOURCES = (Batch, Ghost, Renorm, MovingAverage, Running)  # these use the running statistics in inference
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Affine:
 
     @classmethod
     def of(cls, norm: Any) -> Affine:
-        """That of a batch norm with running statistics."""
+        """The affine function of a batch norm with running statistics."""
         mean, variance = _wide(norm.running_mean), _wide(norm.running_var)
         scale = (variance + getattr(norm, "eps", 1e-5)).rsqrt()
         if norm.weight is not None:
@@ -42,7 +42,7 @@ class Affine:
         return cls(scale, shift if norm.bias is None else shift + _wide(norm.bias))
 
     def __call__(self, x: Tensor, axis: int) -> Tensor:
-        """Apply it to x, in x's dtype."""
+        """Apply the function to x, along `axis`; x's dtype."""
         shape = [-1 if at == axis else 1 for at in range(x.dim())]
         return (x.double() * self.scale.reshape(shape) + self.shift.reshape(shape)).to(x.dtype)
 
@@ -53,7 +53,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
-    """Why a batch norm with input of this shape is more than an affine function and `rest_of`, or None."""
+    """Why a batch norm with input of this shape is not an affine function followed by `rest_of`, or None if it is."""
     if is_watched(norm):
         return "it has hooks or a forward of its own"
     if norm.running_mean is None or norm.running_var is None:
@@ -61,9 +61,9 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
     if not norm.running_mean.is_floating_point():
         return "it is complex"
     if isinstance(norm, BatchNorm):
-        part = norm.statistics.before if isinstance(norm.statistics, Running) else norm.statistics
-        if part is not None and not isinstance(part, _PARTS):
-            return f"its statistics are {part!r}, which may change in inference"
+        source = norm.statistics.before if isinstance(norm.statistics, Running) else norm.statistics
+        if source is not None and not isinstance(source, _SOURCES):
+            return f"its statistics source is {source!r}, which may change in inference"
     if axis >= len(shape) or shape[axis] != norm.running_mean.numel():
         return "its input has another number of channels"
     if 0 in shape:
@@ -80,9 +80,9 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
 
 
 def rest_of(norm: nn.Module, *, residual: bool = False) -> nn.Module:
-    """What a batch norm does after its affine function: nothing, or its activation, or what its children do one after the other."""
+    """A module for what a batch norm does after its affine function: nothing, its activation, or its children in order."""
     named = [(name, child) for name, child in norm.named_children() if type(child) is not nn.Identity]
-    children = [child for name, child in named if name != "parametrizations"]  # which compute its weights
+    children = [child for name, child in named if name != "parametrizations"]  # they compute its weights
     activation = norm.activation if isinstance(norm, BatchNorm) else None
     if not children and isinstance(norm, _BatchNorm) and not isinstance(norm, BatchNorm):
         found = rest_of_layer(norm)

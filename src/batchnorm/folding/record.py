@@ -1,4 +1,4 @@
-"""One run of the example: which modules are called, how often, with what, and what they put out."""
+"""Runs the model on the example, and records which modules are called, how often, with which arguments and outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchnorm.torch_state import compiler_is_loaded
 
 
 class Call(NamedTuple):
-    """The first call of a module, its tensors copied: what comes later may write into them."""
+    """The first call of a module, with copies of its tensors, since later code may write into them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -29,10 +29,10 @@ class Call(NamedTuple):
 
 
 class Record:
-    """What happens in a model when it is called with the example.
+    """The calls of a model's modules when it runs on the example.
 
     Attributes:
-        output: the model's.
+        output: the output of the model.
         counts: how often each module is called, by its id.
     """
 
@@ -49,18 +49,18 @@ class Record:
         self._calls[id(model)] = Call(args, kwargs, self.output)
 
     def concrete(self, path: str, signature: inspect.Signature) -> dict[str, Any] | None:
-        """The arguments of a module that hold no tensor, for the tracer; None if the module is not called."""
+        """The arguments of a module that contain no tensor, as constants for the tracer; None if the module is not called."""
         if not self.counts[id(self._model.get_submodule(path))]:
             return None
         return {name: value for name, value in self._bound(path, signature).items() if not _has_tensor(value)}
 
     def tracer(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> Tracer:
-        """A tracer that computes the values of the example beside."""
+        """A tracer that also computes the values for the example."""
         signature = inspect.signature(type(self._model.get_submodule(path)).forward)
         return ConcreteTracer(path, leaves, is_leaf, _copied(tuple(self._bound(path, signature).values())))
 
     def accept(self, path: str, graph: fx.Graph) -> None:
-        """Note the shapes of a module's graph, and see that it computes what the module did.
+        """Note the shapes in a module's graph, and check that it computes what the module did.
 
         Raises:
             StateError: if it does not.
@@ -71,10 +71,10 @@ class Record:
             found = Shapes(module, graph=graph).run(*_copied(tuple(bound.values())))
         wanted = self._call(module).output
         if not difference(found, wanted) <= 1e-3 * max(1.0, largest(wanted)):
-            raise StateError("its graph computes something else than it does")
+            raise StateError("its graph computes something else")
 
     def takes_tensors_only(self, path: str) -> bool:
-        """Whether nothing in the graph of a module stands for one value of an argument alone."""
+        """Whether all arguments of a module are tensors, so that its graph is valid for any values."""
         signature = inspect.signature(type(self._model.get_submodule(path)).forward)
         return not self.concrete(path, signature) and len(self._bound(path, signature)) == len(signature.parameters) - 1
 
@@ -87,7 +87,7 @@ class Record:
         return {name: bound.arguments[name] for name in named[1:]}
 
     def _call(self, module: nn.Module) -> Call:
-        if id(module) not in self._calls and not self._complete:  # the model itself could not be traced
+        if id(module) not in self._calls and not self._complete:  # only needed if the model itself could not be traced
             self._complete = True
 
             def note(module: nn.Module, _: Any, output: Any) -> None:
@@ -108,7 +108,7 @@ class Record:
         return self._calls[id(module)]
 
     def _run(self, handles: list[Any]) -> Any:
-        # compiled code does not heed hooks that came later
+        # compiled code ignores hooks that were registered later
         compiled = compiler_is_loaded()
         try:
             with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
@@ -119,7 +119,7 @@ class Record:
 
 
 def example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call from what a user gives: a tensor, a tuple of arguments, or a mapping of named ones.
+    """Turn a user's example into arguments of a call: a tensor, a tuple of arguments, or a mapping of named ones.
 
     Raises:
         ArgumentError: on anything else.
@@ -137,7 +137,7 @@ def example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The model's output; the example's tensors stay what they are."""
+    """The model's output for copies of the example's tensors."""
     with torch.no_grad():
         return model(*_copied(args), **_copied(kwargs))
 
@@ -152,13 +152,13 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(found: Any, wanted: Any) -> float:
-    """The largest absolute difference between the tensors of two outputs; NaN where one is NaN alone."""
+    """The largest absolute difference between the tensors of two outputs; NaN if only one of them is NaN somewhere."""
     pairs = list(zip(tensors(found), tensors(wanted), strict=True))
     return max((_difference(a, b) for a, b in pairs if b.numel()), default=0.0)
 
 
 def largest(output: Any) -> float:
-    """The largest absolute value in the tensors of an output that is finite."""
+    """The largest finite absolute value in the tensors of an output."""
     values = (value.detach().double().abs() for value in tensors(output) if value.numel() and not value.is_complex())
     return max((value[value.isfinite()].max().item() for value in values if value.isfinite().any()), default=0.0)
 
@@ -168,8 +168,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
         return float("nan")
     wide = torch.complex128 if b.is_complex() else torch.float64
     a, b = a.detach().to(wide), b.detach().to(wide)
-    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
-    return apart.max().item()
+    differences = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    return differences.max().item()
 
 
 def _copied(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What folding did."""
+"""The report of `fold`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Folded:
-    """A batch norm that is folded.
+    """A folded batch norm.
 
     Attributes:
         batch_norm: its name in the model.
-        into: the names of the layers that took it in.
-        kind: "after" where they stood before it, "before" where they come after it, "before, padded" where that took a padding of its
-            own, "parallel" where it was a branch beside convolutions.
+        into: the names of the layers that it was folded into.
+        kind: where it was: "after" or "before" these layers; "before, padded" if this needed a separate padding; "parallel" as a branch
+            beside convolutions.
     """
 
     batch_norm: str
@@ -27,8 +27,8 @@ class Merged:
     """Parallel branches that became one convolution.
 
     Attributes:
-        convolution: the name of what computes them all now.
-        branches: what did before; "the input" is one that added its input.
+        convolution: the name of the convolution that computes all of them now.
+        branches: the names of the branches; "the input" is a branch that adds its input.
     """
 
     convolution: str
@@ -37,19 +37,19 @@ class Merged:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What `fold` did; `str()` is a table.
+    """What `fold` did; `str()` gives a table.
 
     Attributes:
-        folded: each batch norm that is gone, and where to.
+        folded: each folded batch norm, and the layers it was folded into.
         merged: parallel branches that became one convolution.
-        left: each batch norm that stays, and why.
-        untraced: modules whose own forward could not be traced, and why; in them only what is below was looked at.
-        max_error: the largest difference to the unfolded model's output for the example.
+        left: each remaining batch norm, and why it was not folded.
+        untraced: modules whose forward could not be traced, and why; batch norms in their submodules may be folded.
+        max_error: the largest difference to the original model's output for the example.
         largest_output: the largest absolute value of that output.
-        tolerance: the largest difference allowed, beside outputs of at most 1; beside larger ones in proportion.
-        seconds_before, seconds_after: medians for the example, measured in turns.
-        parameters_before, parameters_after: numbers in parameters and in buffers with a fraction.
-        batch_norms_before, batch_norms_after: layers.
+        tolerance: the largest accepted difference for outputs of at most 1; for larger outputs, multiplied by the largest one.
+        seconds_before, seconds_after: median seconds per call with the example, measured alternately.
+        parameters_before, parameters_after: number of values in parameters and in floating-point buffers.
+        batch_norms_before, batch_norms_after: number of batch norms.
     """
 
     folded: tuple[Folded, ...]
@@ -67,7 +67,7 @@ class FoldReport:
     batch_norms_after: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it."""
+        """The report as plain data for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""Where the affine function of a batch norm can go: back into what is before it, or on into what comes after.
+"""Finds the linear layers that the affine function of a batch norm can be folded into: back before it, or ahead after it.
 
-Both ways lead through values that pass an affine function of their channels on, and end in layers that are linear. All ends of a way
-must be found before anything is changed; a way without an end raises `Refused`, which says why.
+The search passes functions that commute with an affine function of the channels, and ends in linear layers. It finds all ends before
+anything changes; if a path does not end in a linear layer, it raises `Refused` with the reason.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from batchnorm.folding.flow import (
     shape_of,
 )
 from batchnorm.folding.norms import Affine
-from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, channel_axis, kind_of, not_writable, takes_in_after
+from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, can_fold_after, channel_axis, kind_of, not_writable
 from batchnorm.surgery.graphs import in_place, readers, uses
 
 
 @dataclass(frozen=True)
 class End:
-    """A layer that takes in an affine function.
+    """A layer that an affine function can be folded into.
 
     Attributes:
-        name: of the layer, in the model.
-        affine: what it takes in.
-        pad: what the value must be at the borders that the layer pads, (C,); None where it does not matter.
+        name: the name of the layer in the model.
+        affine: the affine function.
+        pad: the value with which the input of the layer must be padded, (C,); None if padding does not matter.
     """
 
     name: str
@@ -50,18 +50,17 @@ class Scene:
     """A graph with the modules it calls.
 
     Attributes:
-        module_of: the module of a call; None for other nodes.
-        name_of: for messages.
-        shared: why a module must not be changed because of who else uses it, or None.
-        kept: the modules that plain attributes refer to, by their ids: others in their place would be passed by.
-        gone: calls of batch norms that were folded, and only put out their first argument now.
-        pads: what paddings pad with by now, (C,), by their ids.
+        modules: the name and the module of each call.
+        shared: for modules that are used elsewhere too and must not change, by id, the reason.
+        referenced: ids of modules that plain attributes refer to; such code would not call a replacement.
+        gone: calls of folded batch norms, which now return their first argument.
+        pads: the new values of paddings, (C,), by the id of the module.
     """
 
     graph: fx.Graph
     modules: dict[fx.Node, tuple[str, nn.Module]]
     shared: dict[int, str]
-    kept: set[int] = field(default_factory=set)
+    referenced: set[int] = field(default_factory=set)
     gone: set[fx.Node] = field(default_factory=set)
     pads: dict[int, Tensor] = field(default_factory=dict)
 
@@ -76,15 +75,15 @@ class Scene:
         )
 
     def passes(self, node: fx.Node) -> bool:
-        """Whether a node puts out its first argument."""
+        """Whether a node returns its first argument."""
         return node in self.gone or is_identity(node, self.module_of(node))
 
 
 def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> Iterator[End]:
-    """The ends of the way back from `user`, which applies the affine function to `value`.
+    """Find the layers before `user`, which applies the affine function to `value`, that it can be folded into.
 
     Raises:
-        Refused: if it does not end in linear layers.
+        Refused: if a path does not end in a linear layer.
     """
     if not isinstance(value, fx.Node) or shape_of(value) is None:
         raise Refused("its input is not a tensor")
@@ -97,7 +96,7 @@ def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> 
     if module is not None and kind_of(module) is not None:
         yield _end(scene, value, axis, affine)
         return
-    if module is not None and takes_in_after(module, shape_of(value.args[0]) or ()):
+    if module is not None and can_fold_after(module, shape_of(value.args[0]) or ()):
         yield _end(scene, value, axis, affine)
         return
     if averages(value, module, axis, positive=bool((affine.scale >= 0).all())):
@@ -120,21 +119,21 @@ def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> 
     raise Refused(f"before it is {name}" if module is None else f"before it is {name}, a {type(module).__name__}")
 
 
-def _split(scene: Scene, value: fx.Node, parts: list[fx.Node], joint: int, axis: int, affine: Affine) -> Iterator[End]:
-    """An affine function after a concatenation, split over what is concatenated."""
+def _split(scene: Scene, value: fx.Node, joined: list[fx.Node], joint: int, axis: int, affine: Affine) -> Iterator[End]:
+    """Find the layers before a concatenation; each input gets its slice of the affine function."""
     start = 0
-    for part in parts:
-        size = (shape_of(part) or (0,) * (joint + 1))[joint]
+    for each in joined:
+        size = (shape_of(each) or (0,) * (joint + 1))[joint]
         chosen = slice(start, start + size) if joint == axis else slice(None)
         start += size
-        yield from back(scene, part, value, axis, Affine(affine.scale[chosen], affine.shift[chosen]))
+        yield from back(scene, each, value, axis, Affine(affine.scale[chosen], affine.shift[chosen]))
 
 
 def ahead(scene: Scene, value: fx.Node, axis: int, affine: Affine) -> Iterator[End]:
-    """The ends of all ways on from `value`, which the affine function puts out.
+    """Find the layers after `value`, the output of the affine function, that it can be folded into.
 
     Raises:
-        Refused: if one does not end in a linear layer.
+        Refused: if a path does not end in a linear layer.
     """
     users = readers(value)
     if not users:
@@ -162,7 +161,7 @@ def ahead(scene: Scene, value: fx.Node, axis: int, affine: Affine) -> Iterator[E
 
 
 def _through_pad(scene: Scene, node: fx.Node, module: Any, axis: int, affine: Affine) -> Iterator[End]:
-    """A padding whose value becomes what the affine function makes the old one of."""
+    """Fold into the layers after a constant padding, whose value becomes the preimage of the old one."""
     name = scene.name_of(node)
     padding = module.padding
     if axis != len(shape_of(node) or ()) - len(padding) // 2 - 1:
@@ -178,18 +177,18 @@ def _through_pad(scene: Scene, node: fx.Node, module: Any, axis: int, affine: Af
 
 
 def _end(scene: Scene, node: fx.Node, axis: int, affine: Affine, *, before: bool = False) -> End:
-    """A linear layer that takes the function in, or why it cannot."""
+    """The end of a path: a linear layer. Raises `Refused` if the function cannot be folded into it."""
     name, module = scene.modules[node]
     kind = kind_of(module)
     of = node.args[0] if before else node
     rank = len(shape_of(of) or ())
     if not rank or axis != channel_axis(module, rank):
         raise Refused(
-            f"the channels are on axis {axis} of {rank}, which is not that of {name}, a {type(module).__name__}"
+            f"the channels are on axis {axis} of {rank}, which is not the channel axis of {name}, a {type(module).__name__}"
         )
     reason = not_writable(module)
     if reason is not None:
-        raise Refused(f"{name} cannot take it in: {reason}")
+        raise Refused(f"{name} cannot absorb it: {reason}")
     if id(module) in scene.shared:
         raise Refused(f"{name} {scene.shared[id(module)]}")
     if not before:
@@ -203,33 +202,33 @@ def _end(scene: Scene, node: fx.Node, axis: int, affine: Affine, *, before: bool
 
 
 def _preimage(affine: Affine, value: float | Tensor, name: str) -> Tensor:
-    """What the affine function makes `value` of."""
+    """The input for which the affine function returns `value`, (C,)."""
     if not affine.scale.all():
-        wanted = "what it was" if isinstance(value, Tensor) else f"{value:g}"
+        wanted = "its value" if isinstance(value, Tensor) else f"{value:g}"
         raise Refused(f"a channel with scale 0 has no padding for {name} that becomes {wanted}")
     return (value - affine.shift) / affine.scale
 
 
 def padding_of(convolution: Any) -> tuple[int, ...]:
-    """How a convolution pads, as `torch.nn.functional.pad` takes it."""
+    """The padding of a convolution, as `torch.nn.functional.pad` expects it."""
     return tuple(convolution._reversed_padding_repeated_twice)
 
 
 def check_replaceable(scene: Scene, name: str, module: nn.Module) -> None:
-    """Refuse a module that would still be called when another hangs in its place.
+    """Check that no plain attribute refers to a module, because code that uses it would not call a replacement.
 
     Raises:
-        Refused: naming it.
+        Refused: if one does.
     """
-    if id(module) in scene.kept:
-        raise Refused(f"a plain attribute refers to {name}, too, and would go on calling it")
+    if id(module) in scene.referenced:
+        raise Refused(f"a plain attribute refers to {name} too, so the model would still call it")
 
 
 def check_stays(scene: Scene, value: Any) -> None:
-    """Refuse a value that is written into: what reads it later would read something else.
+    """Check that no node writes into a value, because later readers would read something else.
 
     Raises:
-        Refused: naming who writes.
+        Refused: naming the node that writes.
     """
     for user in value.users if isinstance(value, fx.Node) else ():
         if in_place(user, scene.module_of(user)):

@@ -1,4 +1,4 @@
-"""How the layers that are linear in their input take in an affine function that stands after or before them.
+"""Folds an affine function into the weights of the linear layer before or after it.
 
 scale · (W ∗ x + b) + shift = (scale · W) ∗ x + (scale · b + shift)                     after
 W ∗ (scale · x + shift) + b = (W · scale) ∗ x + (b + W ∗ shift)                         before
@@ -21,7 +21,7 @@ LINEAR = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """Torch's class of linear layer that a module computes as, or None; a subclass must compute as it does."""
+    """The linear layer of torch that a module is, or None; a subclass must not override its forward."""
     for cls in LINEAR:
         own = [
             name for name in ("forward", "_conv_forward") if getattr(type(module), name, 0) is not getattr(cls, name, 0)
@@ -31,11 +31,11 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def takes_in_after(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a subclass of a linear layer with a forward of its own takes in an affine function that stands after it.
+def can_fold_after(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether an affine function after a subclass of a linear layer with its own forward can be folded into its weights.
 
-    Where it pads or what else it does with its input does not matter for that, but what it does with its weights; so it is tried out, on
-    a copy in float64, for an input of this shape.
+    What the forward does with its input, such as padding, does not matter; what it does with its weights does. So this folds a random
+    function into a float64 copy and compares outputs for an input of this shape.
     """
     if not isinstance(module, LINEAR) or not_writable(module) is not None:
         return False
@@ -51,7 +51,7 @@ def takes_in_after(module: nn.Module, shape: tuple[int, ...]) -> bool:
             weights.fold_after(affine)
             weights.write()
             found = twin.forward(x - 0.5)
-    except Exception:  # whatever its forward, or its copy, raises
+    except Exception:  # its forward or its copy may raise anything
         return False
     return found.shape == wanted.shape and torch.allclose(found, wanted, 1e-9, 1e-9)
 
@@ -74,7 +74,7 @@ def channel_axis(module: nn.Module, rank: int) -> int:
 
 
 class Weights:
-    """The weights of one linear layer in float64, cast back once when all is folded into them."""
+    """The weights of one linear layer in float64; `write` casts them back once, after all folds."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -84,7 +84,7 @@ class Weights:
         self.transposed = isinstance(module, TRANSPOSED)
 
     def fold_after(self, affine: Affine) -> None:
-        """Take in what stands after the layer."""
+        """Fold in a function after the layer."""
         scale = affine.scale
         if self.transposed:  # (inputs, outputs / groups, *kernel)
             by_group = self.weight.unflatten(0, (self.groups, -1))
@@ -94,7 +94,7 @@ class Weights:
         self.bias = affine.shift if self.bias is None else self.bias * scale + affine.shift
 
     def fold_before(self, affine: Affine) -> None:
-        """Take in what stands before the layer; with a shift, the layer is not transposed."""
+        """Fold in a function before the layer; for transposed layers, the shift must be 0."""
         if self.transposed:
             self.weight = self.weight * _spread(affine.scale, self.weight)
             return
@@ -104,7 +104,7 @@ class Weights:
         self.bias = shift if self.bias is None else self.bias + shift
 
     def add_branch(self, other: Weights, offsets: tuple[int, ...]) -> None:
-        """Take in a convolution beside this one, of the same groups, whose kernel begins at these offsets in this one's."""
+        """Add a parallel convolution with the same groups, whose kernel starts at these offsets in this one's kernel."""
         weight = self.weight.clone()
         kernel = tuple(slice(at, at + size) for at, size in zip(offsets, other.weight.shape[2:], strict=True))
         weight[(..., *kernel)] += other.weight
@@ -113,11 +113,11 @@ class Weights:
             self.bias = other.bias if self.bias is None else self.bias + other.bias
 
     def write(self) -> None:
-        """Give the layer its weights, as new parameters."""
+        """Set the weights of the layer, as new parameters."""
         before = self.module.weight
         for name, value in (("weight", self.weight), ("bias", self.bias)):
             if value is not None:
-                # contiguous in the way the weights were
+                # with the memory format of the old weights
                 value = value.to(before.dtype) if name == "bias" else torch.empty_like(before).copy_(value)
                 setattr(self.module, name, nn.Parameter(value, before.requires_grad))
 

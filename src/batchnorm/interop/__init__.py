@@ -1,16 +1,16 @@
-"""Batch norms of other libraries: their numbers and their conventions, in and out.
+"""Converts batch norms from and to other libraries: their numbers and their conventions.
 
-| library | momentum weighs | running variance | channel axis | names |
+| library | momentum is the weight of | running variance | channel axis | names |
 |---|---|---|---|---|
-| here, PyTorch | the new batch | unbiased | 1 | weight, bias, running_mean, running_var |
-| Keras | what was | biased | -1 | gamma, beta, moving_mean, moving_variance |
-| Flax (linen, nnx) | what was | biased | -1 | scale, bias; mean, var |
-| Haiku | what was | biased, its average corrected for its start at 0 | -1 | scale, offset; mean_ema, var_ema |
-| ONNX | what was | biased | 1 | scale, B, input_mean, input_var |
-| the tutorial | the new batch | biased | 1 | gamma, beta, running_mean, running_var |
+| this one, PyTorch | the new value | unbiased | 1 | weight, bias, running_mean, running_var |
+| Keras | the old value | biased | -1 | gamma, beta, moving_mean, moving_variance |
+| Flax (linen, nnx) | the old value | biased | -1 | scale, bias; mean, var |
+| Haiku | the old value | biased, its average corrected for its start at 0 | -1 | scale, offset; mean_ema, var_ema |
+| ONNX | the old value | biased | 1 | scale, B, input_mean, input_var |
+| the tutorial | the new value | biased | 1 | gamma, beta, running_mean, running_var |
 
-`from_...` builds a `BatchNorm` that goes on in the other library's way; `to_...` returns what the other library is built and filled with.
-Numbers pass unchanged in both directions, so a round trip is exact to the last bit. None of the libraries is imported, but onnx.
+`from_...` builds a `BatchNorm` with the conventions of the other library; `to_...` returns the arguments and arrays for a layer of the
+other library. Numbers do not change in either direction, so a round trip is exact to the last bit. Only onnx is imported.
 """
 
 from batchnorm.interop.flax import FlaxBatchNorm, from_flax, to_flax

@@ -15,11 +15,11 @@ _REMEDY = "linen has params (scale, bias) and batch_stats (mean, var)"
 
 
 class FlaxBatchNorm(NamedTuple):
-    """What a Flax layer is made of.
+    """Arguments and arrays of a Flax layer.
 
     Attributes:
         config: arguments of `linen.BatchNorm(use_running_average=..., **config)`, or of `nnx.BatchNorm(C, rngs=..., **config)`.
-        params: arrays (C,): scale and bias, those that the layer has.
+        params: arrays (C,): scale and bias, if the layer has them.
         batch_stats: arrays (C,): mean and var.
     """
 
@@ -29,25 +29,25 @@ class FlaxBatchNorm(NamedTuple):
 
 
 def from_flax(layer: Any, *, momentum: float = 0.99, epsilon: float = 1e-5, axis: int = -1) -> BatchNorm:
-    """A layer that does what a Flax `BatchNorm` does, its running variance biased.
+    """Build a layer from a Flax `BatchNorm`; its running variance is biased.
 
     Args:
         layer: an `nnx.BatchNorm`; or the variables of a linen one, `{"params": {...}, "batch_stats": {...}}`, or one mapping of its arrays.
-        momentum: Flax' argument, the weight of what was; read off an nnx layer.
-        epsilon: Flax' argument; read off an nnx layer.
-        axis: Flax' argument; read off an nnx layer.
+        momentum: Flax' argument, the weight of the old value; read from an nnx layer.
+        epsilon: Flax' argument; read from an nnx layer.
+        axis: Flax' argument; read from an nnx layer.
 
     Raises:
         InputError: if mean or var is missing.
         ShapeError: if arrays differ in size.
-        ArgumentError: if they are no arrays.
+        ArgumentError: if they are not arrays.
     """
     if isinstance(layer, Mapping):
         arrays = {**layer.get("params", {}), **layer.get("batch_stats", {})} if "batch_stats" in layer else layer
     else:
         if not hasattr(layer, "use_running_average"):
             raise ArgumentError(
-                f"layer must be an nnx.BatchNorm, or arrays by name, but got {type(layer).__name__}; of linen pass the variables"
+                f"layer must be an nnx.BatchNorm, or arrays by name, but got {type(layer).__name__}; for linen, pass the variables"
             )
         arrays = {
             name: value
@@ -59,15 +59,15 @@ def from_flax(layer: Any, *, momentum: float = 0.99, epsilon: float = 1e-5, axis
     scale, offset = (None if arrays.get(name) is None else vector(arrays[name], name) for name in ("scale", "bias"))
     mean, variance = (vector(entry(arrays, name, _REMEDY), name) for name in ("mean", "var"))
     if not isinstance(axis, int):
-        raise InputError(f"axis must be one axis, but got {axis!r}; a layer here has the channels on one")
+        raise InputError(f"axis must be a single axis, but got {axis!r}; a layer of this library has one channel axis")
     return Numbers(scale, offset, mean, variance, epsilon, complement(momentum), axis).build()
 
 
 def to_flax(layer: nn.Module) -> FlaxBatchNorm:
-    """What a Flax `BatchNorm` with a layer's numbers is made of. Its own updates of the variance are biased.
+    """Arguments and arrays of a Flax `BatchNorm` with a layer's numbers. Flax will update the variance by biased ones.
 
     Raises:
-        ArgumentError, StateError, InputError: if the layer has no counterpart; as `Numbers.of`.
+        ArgumentError, StateError, InputError: if the layer has no counterpart, as in `Numbers.of`.
     """
     numbers = Numbers.of(layer)
     config = {

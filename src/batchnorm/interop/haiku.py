@@ -1,4 +1,4 @@
-"""`haiku.BatchNorm`, whose averages begin at 0 and are corrected for it."""
+"""`haiku.BatchNorm`, whose averages start at 0 and are corrected for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _AVERAGES = ("mean_ema", "var_ema")
 
 
 class HaikuBatchNorm(NamedTuple):
-    """What a Haiku layer is made of.
+    """Arguments and arrays of a Haiku layer.
 
     Attributes:
         config: arguments of `haiku.BatchNorm(**config)`.
-        params: arrays of the input's rank with all axes but the channels' of size 1: scale and offset, those that the layer has.
-        state: of `mean_ema` and of `var_ema`: `hidden`, `average`, as params, and `counter`, 0-d.
+        params: scale and offset, if the layer has them; arrays of the input's rank, of size 1 on all axes except the channel axis.
+        state: for `mean_ema` and `var_ema`: `hidden` and `average`, shaped like params, and `counter`, 0-d.
     """
 
     config: dict[str, Any]
@@ -37,22 +37,22 @@ def from_haiku(
     eps: float = 1e-5,
     channel_axis: int = -1,
 ) -> BatchNorm:
-    """A layer that infers as a Haiku `BatchNorm` does, and whose running variance is biased.
+    """Build a layer that computes the inference of a Haiku `BatchNorm`; its running variance is biased.
 
-    Its running statistics are Haiku's corrected averages, and move from there by `decay_rate`. Haiku's own go on from their uncorrected
-    sums, which agree once 1 - decay_rate^counter is 1.
+    Its running statistics start at Haiku's corrected averages and are updated by `decay_rate`. Haiku updates its uncorrected averages,
+    which differ until decay_rate^counter is negligible.
 
     Args:
-        params: the layer's: `scale` and `offset`, where it has them.
+        params: the layer's `scale` and `offset`, if it has them.
         state: by name, ending in `mean_ema` and `var_ema` ("batch_norm/~/mean_ema"): mappings with `average`, and `counter`.
-        decay_rate: Haiku's argument, the weight of what was.
+        decay_rate: Haiku's argument, the weight of the old value.
         eps: Haiku's argument.
         channel_axis: -1, or 1 for `data_format="channels_first"`.
 
     Raises:
         InputError: if an average is missing.
         ShapeError: if arrays differ in size.
-        ArgumentError: if they are no arrays.
+        ArgumentError: if they are not arrays.
     """
     named = {str(name).rpartition("/")[2]: value for name, value in state.items()}
     averages = [entry(named, name, "Haiku's state has mean_ema and var_ema") for name in _AVERAGES]
@@ -68,26 +68,28 @@ def from_haiku(
 
 
 def to_haiku(layer: nn.Module, *, dimensions: int) -> HaikuBatchNorm:
-    """What a Haiku `BatchNorm` with a layer's numbers is made of. Its own updates of the variance are biased.
+    """Arguments and arrays of a Haiku `BatchNorm` with a layer's numbers. Haiku will update the variance by biased ones.
 
     Args:
-        layer: of ours or of torch's.
-        dimensions: of its input, 4 for images; Haiku's arrays have as many.
+        layer: one of ours or of torch's.
+        dimensions: number of axes of its input, 4 for images; Haiku's arrays have the same number.
 
     Raises:
-        ArgumentError, StateError, InputError: if the layer has no counterpart, as `Numbers.of`; if dimensions is below 2.
+        ArgumentError, StateError, InputError: if the layer has no counterpart, as in `Numbers.of`; if dimensions is below 2.
     """
     numbers = Numbers.of(layer)
     if not isinstance(dimensions, int) or dimensions < 2:
-        raise InputError(f"dimensions must be the input's, at least 2 (batch and channels), but got {dimensions!r}")
+        raise InputError(
+            f"dimensions must be the number of axes of the input, at least 2 (batch and channels), but got {dimensions!r}"
+        )
     axis = numbers.channel_axis % dimensions
     shape = [-1 if one == axis else 1 for one in range(dimensions)]
     decay = complement(numbers.momentum)
     counter = int(getattr(layer, "num_batches_tracked", None) or 0)
 
     def average(value: Tensor) -> dict[str, Any]:
-        begun = 1 - decay**counter  # Haiku's correction: average = hidden / begun
-        hidden = (value.double() * begun).to(value.dtype).view(shape)
+        correction = 1 - decay**counter  # in Haiku, average = hidden / correction
+        hidden = (value.double() * correction).to(value.dtype).view(shape)
         return {
             "hidden": array(hidden),
             "average": array(value.view(shape)),
@@ -102,7 +104,9 @@ def to_haiku(layer: nn.Module, *, dimensions: int) -> HaikuBatchNorm:
         "data_format": "channels_last" if axis == dimensions - 1 else "channels_first",
     }
     if axis not in (1, dimensions - 1):
-        raise InputError(f"Haiku has the channels on axis 1 or the last one, but they are on axis {axis}; move them")
+        raise InputError(
+            f"Haiku has the channels on axis 1 or the last one, but they are on axis {axis}; transpose the input"
+        )
     values = (("scale", numbers.scale), ("offset", numbers.offset))
     params = {name: array(value.view(shape)) for name, value in values if value is not None}
     return HaikuBatchNorm(

@@ -13,11 +13,11 @@ from batchnorm.layers import BatchNorm
 
 
 class KerasBatchNorm(NamedTuple):
-    """What a Keras layer is made of: `BatchNormalization(**config)`, built for its input, then `set_weights(weights)`.
+    """Arguments and arrays of a Keras layer: call `BatchNormalization(**config)`, build it for its input, then `set_weights(weights)`.
 
     Attributes:
         config: arguments of its constructor.
-        weights: arrays (C,): gamma, beta, moving_mean, moving_variance; without gamma or beta where the layer has none.
+        weights: arrays (C,): gamma, beta, moving_mean, moving_variance; without gamma or beta if the layer has none.
     """
 
     config: dict[str, Any]
@@ -25,19 +25,19 @@ class KerasBatchNorm(NamedTuple):
 
 
 def from_keras(layer: Any, *, axis: int = -1, momentum: float = 0.99, epsilon: float = 1e-3) -> BatchNorm:
-    """A layer that does what a Keras `BatchNormalization` does, its running variance biased.
+    """Build a layer from a Keras `BatchNormalization`; its running variance is biased.
 
     Args:
-        layer: the Keras layer, built; or its arrays by name: `moving_mean`, `moving_variance`, and `gamma` and `beta` where it has them.
-        axis: Keras' argument, read off the layer where there is one.
-        momentum: Keras' argument, the weight of what was; read off the layer.
-        epsilon: Keras' argument; read off the layer.
+        layer: the Keras layer, built; or its arrays by name: `moving_mean`, `moving_variance`, and `gamma` and `beta` if it has them.
+        axis: Keras' argument; read from a Keras layer.
+        momentum: Keras' argument, the weight of the old value; read from a Keras layer.
+        epsilon: Keras' argument; read from a Keras layer.
 
     Raises:
         InputError: if moving_mean or moving_variance is missing; if the layer renormalizes (`renorm=True` of Keras 2).
         StateError: if the layer is not built.
         ShapeError: if arrays differ in size.
-        ArgumentError: if it is neither, or they are no arrays.
+        ArgumentError: if it is neither, or they are not arrays.
     """
     if isinstance(layer, Mapping):
         arrays = layer
@@ -55,23 +55,21 @@ def from_keras(layer: Any, *, axis: int = -1, momentum: float = 0.99, epsilon: f
         weights = layer.get_weights()
         names += ["moving_mean", "moving_variance"]
         if len(weights) != len(names):
-            raise StateError(
-                "a Keras layer must be built before its numbers can be read, but it has none; call it once"
-            )
+            raise StateError("a Keras layer must be built before its numbers can be read, but it is not; call it once")
         arrays = dict(zip(names, weights, strict=True))
     scale, offset = (None if arrays.get(name) is None else vector(arrays[name], name) for name in ("gamma", "beta"))
     mean, variance = (
-        vector(entry(arrays, name, "Keras keeps moving_mean and moving_variance"), name)
+        vector(entry(arrays, name, "Keras has moving_mean and moving_variance"), name)
         for name in ("moving_mean", "moving_variance")
     )
     return Numbers(scale, offset, mean, variance, epsilon, complement(momentum), axis).build()
 
 
 def to_keras(layer: nn.Module) -> KerasBatchNorm:
-    """What a Keras `BatchNormalization` with a layer's numbers is made of. Its own updates of the moving variance are biased.
+    """Arguments and arrays of a Keras `BatchNormalization` with a layer's numbers. Keras will update the variance by biased ones.
 
     Raises:
-        ArgumentError, StateError, InputError: if the layer has no counterpart; as `Numbers.of`.
+        ArgumentError, StateError, InputError: if the layer has no counterpart, as in `Numbers.of`.
     """
     numbers = Numbers.of(layer)
     config = {

@@ -1,4 +1,4 @@
-"""What a batch norm is in any library: a scale, an offset, running statistics, and three settings."""
+"""A batch norm of any library: scale, offset, running statistics, and three settings."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from batchnorm.statistics import Batch, Running
 
 @dataclass(frozen=True)
 class Numbers:
-    """A batch norm, apart from any library's conventions.
+    """The numbers of a batch norm, independent of the conventions of a library.
 
     Attributes:
-        scale: (C,), or None where there is none.
+        scale: (C,), or None.
         offset: (C,), or None.
-        mean: of inference, (C,).
-        variance: of inference, (C,).
+        mean: the mean in inference, (C,).
+        variance: the variance in inference, (C,).
         eps: added to the variance.
-        momentum: the weight of the new batch.
-        channel_axis: of the input.
+        momentum: the weight of the new value.
+        channel_axis: the channel axis of the input.
     """
 
     scale: Tensor | None
@@ -52,9 +52,9 @@ class Numbers:
             raise ShapeError(f"the numbers of a batch norm must be vectors of one size, but they are {sizes}")
 
     def build(self) -> BatchNorm:
-        """A layer with these numbers whose running variance is biased, as the other libraries' are.
+        """Build a layer with these numbers; its running variance is biased, as in the other libraries.
 
-        A scale that is not there is 1, and does not learn; an offset that is not there is left out.
+        Without a scale, the weight is 1 and frozen; without an offset, there is no bias.
         """
         affine = self.scale is not None or self.offset is not None
         layer = BatchNorm(
@@ -83,20 +83,20 @@ class Numbers:
         """The numbers of a layer of ours or of torch's.
 
         Raises:
-            ArgumentError: if it is no batch norm.
-            StateError: if it has no running statistics, or is lazy and has not seen its first input.
-            InputError: if it does what other libraries' layers cannot.
+            ArgumentError: if it is not a batch norm.
+            StateError: if it has no running statistics, or is lazy and has not had its first input.
+            InputError: if it uses what layers of other libraries do not have.
         """
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise ArgumentError(f"layer must be a batch norm, but got {type(layer).__name__}")
         if layer.running_mean is None or layer.running_var is None or is_lazy(layer.running_mean):
             raise StateError(
-                "other libraries keep running statistics, but this layer has none; build it with track_running_stats=True, and "
-                "call a lazy one once"
+                "layers of other libraries have running statistics, but this one has none; build it with track_running_stats=True, and "
+                "call a lazy layer once"
             )
         if layer.momentum is None:
             raise InputError(
-                "momentum must be a number, since other libraries have no average over all batches, but it is None; set it"
+                "momentum must be a number, since other libraries cannot average over all batches, but it is None; set it"
             )
         if isinstance(layer, BatchNorm):
             beyond = [
@@ -109,7 +109,7 @@ class Numbers:
             ]
             if beyond:
                 raise InputError(
-                    f"other libraries' layers do not have {' and '.join(beyond)}; set it to what is plain, and apply it apart"
+                    f"layers of other libraries do not have {' and '.join(beyond)}; reset it to the default, and apply it separately"
                 )
         scale, offset = (None if value is None else value.detach().clone() for value in (layer.weight, layer.bias))
         return cls(
@@ -124,10 +124,10 @@ class Numbers:
 
 
 def complement(momentum: Any) -> float:
-    """1 - momentum, as it is written down: 0.9 of 0.1, and 0.1 of 0.9, where floating point says 0.09999999999999998.
+    """1 - momentum in decimal: 0.1 for 0.9, where floating point gives 0.09999999999999998.
 
     Raises:
-        ArgumentError: if it is no number.
+        ArgumentError: if it is not a number.
     """
     if isinstance(momentum, bool) or not isinstance(momentum, Real):
         raise ArgumentError(f"momentum must be a number, but got {momentum!r}")
@@ -135,10 +135,10 @@ def complement(momentum: Any) -> float:
 
 
 def vector(value: Any, name: str) -> Tensor:
-    """An array of any library, (C,) or with axes of size 1 besides, as a floating tensor (C,) of its own; whole numbers as float32.
+    """Copy an array of any library, (C,) with any axes of size 1, to a floating-point tensor (C,); integers become float32.
 
     Raises:
-        ArgumentError: if it is no array of numbers.
+        ArgumentError: if it is not an array of numbers.
         ShapeError: if it has another shape.
     """
     try:
@@ -156,22 +156,22 @@ def _tensor(value: Any) -> Tensor:
     import numpy
 
     values = numpy.array(value)
-    if values.dtype.name == "bfloat16":  # a type of ml_dtypes, which torch does not know; its bits are torch's
+    if values.dtype.name == "bfloat16":  # a type of ml_dtypes, which torch does not know; the bits are the same
         return torch.from_numpy(values.view(numpy.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
 
 def array(value: Tensor) -> Any:
-    """A tensor as a numpy array of its own; bfloat16, which numpy lacks, as float32, which holds it exactly."""
+    """Copy a tensor to a numpy array; bfloat16, which numpy lacks, becomes float32, which is exact."""
     value = value.detach().cpu()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
 
 
 def entry(arrays: Mapping[str, Any], name: str, remedy: str) -> Any:
-    """What a mapping holds by this name.
+    """The entry of a mapping with this name.
 
     Raises:
-        InputError: if there is nothing.
+        InputError: if there is none.
     """
     if name not in arrays:
         raise InputError(f"{name!r} must be among the numbers, but there are only {sorted(map(str, arrays))}; {remedy}")

@@ -18,7 +18,7 @@ _INPUTS = ("scale", "B", "input_mean", "input_var")
 
 
 class OnnxBatchNorm(NamedTuple):
-    """What a `BatchNormalization` node of opset 15 or later is made of.
+    """A `BatchNormalization` node of opset 15 or later, and its initializers.
 
     Attributes:
         node: a NodeProto from `x` to `y`, in inference.
@@ -30,9 +30,9 @@ class OnnxBatchNorm(NamedTuple):
 
 
 def from_onnx(model: Any) -> dict[str, BatchNorm]:
-    """Each `BatchNormalization` node of an ONNX model whose numbers are initializers.
+    """Build a layer from each `BatchNormalization` node of an ONNX model.
 
-    They go by their names, or by their outputs where a name is empty or taken.
+    The keys are the names of the nodes, or of their outputs if a name is empty or not unique.
 
     Args:
         model: a ModelProto, or the path of a file.
@@ -40,7 +40,7 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     Raises:
         MissingExtraError: if onnx is not installed.
         ArgumentError: if it is neither.
-        InputError: if the file cannot be read, or a node's numbers are computed rather than stored.
+        InputError: if the file cannot be read, or the numbers of a node are not initializers.
     """
     onnx = _onnx()
     if isinstance(model, str | Path):
@@ -55,7 +55,7 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     for node in model.graph.node:
         if node.op_type != "BatchNormalization":
             continue
-        name = node.name if node.name and node.name not in layers else node.output[0]  # outputs differ, names may not
+        name = node.name if node.name and node.name not in layers else node.output[0]  # names of outputs are unique
         missing = [of for of in node.input[1:5] if of not in stored]
         if missing:
             raise InputError(
@@ -72,17 +72,17 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
 
 
 def to_onnx(layer: nn.Module, name: str = "batch_norm") -> OnnxBatchNorm:
-    """A `BatchNormalization` node with a layer's numbers. ONNX always has a scale and an offset: 1 and 0 where the layer has none.
+    """Build a `BatchNormalization` node with a layer's numbers. ONNX needs a scale and an offset: 1 and 0 if the layer has none.
 
     Raises:
         MissingExtraError: if onnx is not installed.
-        ArgumentError, StateError, InputError: if the layer has no counterpart, as `Numbers.of`; if its channels are not on axis 1.
+        ArgumentError, StateError, InputError: if the layer has no counterpart, as in `Numbers.of`; if its channels are not on axis 1.
     """
     onnx = _onnx()
     numbers = Numbers.of(layer)
     if numbers.channel_axis != 1:
         raise InputError(
-            f"ONNX has the channels on axis 1, but they are on axis {numbers.channel_axis}; transpose around the node"
+            f"ONNX has the channels on axis 1, but they are on axis {numbers.channel_axis}; transpose before and after the node"
         )
     scale = torch.ones_like(numbers.mean) if numbers.scale is None else numbers.scale
     offset = torch.zeros_like(numbers.mean) if numbers.offset is None else numbers.offset
@@ -102,7 +102,7 @@ def to_onnx(layer: nn.Module, name: str = "batch_norm") -> OnnxBatchNorm:
 
 
 def _shortest(value: float) -> float:
-    """A float32 attribute as the number that was meant: 1e-5, not 9.999999747378752e-06."""
+    """The shortest decimal number that a float32 stands for: 1e-5, not 9.999999747378752e-06."""
     single = struct.pack("f", value)
     return next(found for digits in range(1, 10) if struct.pack("f", found := float(f"{value:.{digits}g}")) == single)
 

@@ -1,4 +1,4 @@
-"""The layer that tutorials write by hand: gamma, beta, and running statistics that are plain attributes."""
+"""Hand-written layers, as in tutorials: gamma, beta, and running statistics that are plain attributes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _WANTED = (*_NUMBERS, "eps", "momentum")
 
 
 def is_hand_written(layer: nn.Module) -> bool:
-    """Whether a module is a batch norm written by hand: none of torch's or ours, with gamma, beta and running statistics of one size."""
-    if isinstance(layer, _BatchNorm):  # ours have gamma and beta, too
+    """Whether a module is a hand-written batch norm: not torch's or ours, with gamma, beta and running statistics of one size."""
+    if isinstance(layer, _BatchNorm):  # ours have gamma and beta too
         return False
     numbers = [getattr(layer, name, None) for name in _NUMBERS]
     sizes = {value.numel() if isinstance(value, Tensor) and not is_lazy(value) else None for value in numbers}
@@ -27,12 +27,12 @@ def is_hand_written(layer: nn.Module) -> bool:
 
 
 def from_tutorial(layer: Any) -> BatchNorm:
-    """A layer with the numbers of a hand-written one, whose momentum weighs the new batch and whose running variance is biased.
+    """Build a layer from a hand-written one whose momentum is the weight of the new value, and whose running variance is biased.
 
-    Its running statistics, which are no buffers and may hold the autograd graph of every batch so far, become buffers without one.
+    The running statistics become buffers. In a hand-written layer they are not, and may hold the autograd graphs of all batches.
 
     Raises:
-        ArgumentError: if an attribute is missing, or no array.
+        ArgumentError: if an attribute is missing, or not an array.
     """
     _check(layer)
     gamma, beta, mean, variance = (vector(getattr(layer, name), name) for name in _NUMBERS)
@@ -40,11 +40,11 @@ def from_tutorial(layer: Any) -> BatchNorm:
 
 
 def to_tutorial(layer: nn.Module, target: Any) -> Any:
-    """Give a hand-written layer the numbers of one of ours or of torch's, in place, and return it.
+    """Copy the numbers of one of our or torch's layers into a hand-written one, in place, and return it.
 
     Raises:
         ArgumentError: if the target lacks an attribute.
-        ArgumentError, StateError, InputError: if the layer has no counterpart; as `Numbers.of`.
+        ArgumentError, StateError, InputError: if the layer has no counterpart, as in `Numbers.of`.
     """
     _check(target)
     numbers = Numbers.of(layer)

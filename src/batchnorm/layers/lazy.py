@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm.layers.layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.layers.state import STATISTICS
-from batchnorm.statistics import kept_by
+from batchnorm.statistics import buffers_of
 
 
 class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
@@ -70,12 +70,12 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
                 value.materialize((self.num_features,))
                 with torch.no_grad():
                     value.fill_(start)
-        for name, kept in kept_by(self.statistics).items():
-            buffer, source = getattr(self, name), getattr(self, kept.like)
+        for name, own in buffers_of(self.statistics).items():
+            buffer, source = getattr(self, name), getattr(self, own.like)
             if isinstance(buffer, UninitializedBuffer):
-                buffer.materialize((*(() if kept.rows is None else (kept.rows,)), *source.shape))
+                buffer.materialize((*(() if own.rows is None else (own.rows,)), *source.shape))
                 with torch.no_grad():
-                    buffer.copy_(kept.start(source))
+                    buffer.copy_(own.start(source))
         self._widen_statistics({})
 
 

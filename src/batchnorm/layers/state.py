@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.functional import counter_on
 from batchnorm.logs import logger
-from batchnorm.statistics import Batch, Statistics, kept_by
+from batchnorm.statistics import Batch, Statistics, buffers_of
 
 STATISTICS = ("running_mean", "running_var")
 _OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # how the names of a source's buffers begin
@@ -53,10 +53,10 @@ class LayerState(_BatchNorm):
         """Running mean 0, running variance 1, counters 0."""
         super().reset_running_stats()
         self._reset_nonfinite_counter()
-        for name, kept in kept_by(self.statistics).items():
+        for name, own in buffers_of(self.statistics).items():
             buffer = self._buffers.get(name)
             if buffer is not None:
-                buffer.copy_(kept.start(self._buffers[kept.like]))  # pyright: ignore[reportArgumentType] (where one is, so is the other)
+                buffer.copy_(own.start(self._buffers[own.like]))  # pyright: ignore[reportArgumentType] (where one is, so is the other)
 
     def _prepare_buffers(self) -> None:
         """Create what torch's layer lacks: wide running statistics, the source's buffers, the counter of skipped batches."""
@@ -70,24 +70,24 @@ class LayerState(_BatchNorm):
 
     def _match_buffers_to_source(self) -> None:
         """Register the buffers of the statistics source, with its initial values, and remove those of another source."""
-        wanted = kept_by(self.statistics)
+        wanted = buffers_of(self.statistics)
         for name in [name for name in self._buffers if name.startswith(_OF_SOURCES) and name not in wanted]:
             del self._buffers[name]
-        for name, kept in wanted.items():
-            source, buffer = self._buffers.get(kept.like), self._buffers.get(name)
+        for name, own in wanted.items():
+            source, buffer = self._buffers.get(own.like), self._buffers.get(name)
             if source is None or (buffer is not None and _fits(buffer, source)):
                 continue
             if isinstance(source, UninitializedBuffer):
                 self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
             else:
-                self.register_buffer(name, kept.start(source).clone())
+                self.register_buffer(name, own.start(source).clone())
 
     def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
         """Set running statistics of fewer than 32 bits per component back to float32, from `originals` where they hold them.
 
         A running mean in bfloat16 stalls: with momentum 0.001 and data of mean 10 it never exceeds 4.
         """
-        for name in (*STATISTICS, *kept_by(self.statistics)):
+        for name in (*STATISTICS, *buffers_of(self.statistics)):
             buffer = self._buffers.get(name)
             if (
                 not self.keep_wide_statistics
@@ -101,7 +101,7 @@ class LayerState(_BatchNorm):
             self._buffers[name] = source.to(device=buffer.device, dtype=dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        names = (*STATISTICS, *kept_by(self.statistics))
+        names = (*STATISTICS, *buffers_of(self.statistics))
         originals = {name: buffer for name in names if (buffer := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
         self._widen_statistics(originals)
@@ -144,15 +144,15 @@ class LayerState(_BatchNorm):
 
     def _match_checkpoint_to_source(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Fit a checkpoint of another statistics source: add the buffers that it lacks, with initial values, and drop the others."""
-        wanted = kept_by(self.statistics)
-        for name, kept in wanted.items():
-            source, given = state_dict.get(prefix + kept.like), state_dict.get(prefix + name)
-            if kept.like == "num_batches_tracked" and source is None:  # older than the counter, which then stays
+        wanted = buffers_of(self.statistics)
+        for name, own in wanted.items():
+            source, given = state_dict.get(prefix + own.like), state_dict.get(prefix + name)
+            if own.like == "num_batches_tracked" and source is None:  # older than the counter, which then stays
                 source = self.num_batches_tracked
-            other_window = given is not None and kept.rows is not None and given.shape[:1] != (kept.rows,)
+            other_window = given is not None and own.rows is not None and given.shape[:1] != (own.rows,)
             if source is not None and (given is None or other_window):
-                state_dict[prefix + name] = kept.start(source).clone()  # with assign=True it becomes the buffer itself
-        more = [key for key in state_dict if key.startswith(tuple(prefix + kept for kept in _OF_SOURCES))]
+                state_dict[prefix + name] = own.start(source).clone()  # with assign=True it becomes the buffer itself
+        more = [key for key in state_dict if key.startswith(tuple(prefix + start for start in _OF_SOURCES))]
         for key in more:
             if key.removeprefix(prefix) not in wanted:
                 del state_dict[key]

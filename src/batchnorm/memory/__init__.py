@@ -1,4 +1,4 @@
-"""Outputs that are computed again in the backward instead of saved for it. `contexts` says which, and when."""
+"""Saves memory in training: outputs are computed again in the backward instead of saved for it. `contexts` explains how."""
 
 from batchnorm.memory.contexts import (
     attach,

@@ -1,23 +1,23 @@
-"""Less memory for training: what a batch norm put out is not kept for the backward of the next layer, but computed again there.
+"""Less memory for training: the output of a batch norm is not saved for the backward of the next layer, but computed again there.
 
-In-Place ABN (Rota Bulò, Porzi & Kontschieder 2018, arXiv:1712.02616) keeps the output and inverts the activation to get back to the
-input. Here it is the other way around: the input is kept, as every batch norm does, and the output is computed again from it, so
-nothing is inverted, and every activation will do.
+In-Place ABN (Rota Bulò, Porzi & Kontschieder 2018, arXiv:1712.02616) saves the output and inverts the activation to recover the input.
+This module does the opposite: it saves the input, as every batch norm does, and computes the output again. So it inverts nothing and
+works with every activation.
 
     x ─batch norm─▶ y ─activation, add─▶ z ─▶ next layer
-    └─ kept        └─── recipes ───┘        saves z for its backward: gets z's recipe instead
+    └─ saved       └─── recipes ───┘        saves z for its backward: gets z's recipe instead
 
-While a `Saver` is active, every torch function runs under it (a `TorchFunctionMode`), with saved-tensor hooks for just this call:
+While a `Saver` is active, a `TorchFunctionMode` runs every torch function through it, with saved-tensor hooks for just this call:
 
-1. a batch norm whose x is kept for its backward anyway registers a `Recipe` for its output's storage;
-2. an elementwise function of `saver.ELEMENTWISE`, or an addition, of tensors that have a recipe or are kept anyway extends the recipe;
-3. what a function saves for its backward becomes a `Reference`: to the recipe where the storage has one, else to the tensor itself.
+1. A batch norm registers a `Recipe` for the storage of its output. Its input x is saved for its own backward anyway.
+2. An elementwise function of `saver.ELEMENTWISE`, or an addition, extends the recipe, if its inputs have recipes or are saved anyway.
+3. What a function saves for its backward becomes a `Reference`: to the recipe if the storage has one, else to the tensor itself.
 
-In the backward a recipe is carried out when the first reference to it is opened, by the very calls the forward made, so that gradients
-are equal to the last bit. Its result stays until all references to it were opened, or the backward ends.
+In the backward, the first reference that is opened computes its recipe, by the same calls as the forward, so gradients are equal to the
+last bit. The result is held until all references to it were opened, or the backward ends.
 
-Hooks are on torch's stack only during a call: between calls there is nothing that would refuse `torch.func`, and nothing is left behind.
-Where somebody else's hooks are active (non-reentrant checkpoints, `save_on_cpu`), theirs decide, and nothing is done here.
+Hooks are on torch's stack only during a call, so that between calls they cannot disturb `torch.func`. If other saved-tensor hooks are
+active (non-reentrant checkpoints, `save_on_cpu`), they take precedence and this module does nothing.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class _Mode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        if func is Tensor.backward:  # what it calls may record, as reentrant checkpoints do
+        if func is Tensor.backward:  # functions it calls may save tensors, as reentrant checkpoints do
             with self:
                 return _backward(*args, **kwargs)
-        if getattr(func, "__name__", None) == "__get__" or _steps_aside():
+        if getattr(func, "__name__", None) == "__get__" or _is_inactive():
             return func(*args, **kwargs)
         return self._saver.call(func, args, kwargs)
 
@@ -62,12 +62,12 @@ def _backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    """`Tensor.backward`, which would call the mode again."""
+    """`Tensor.backward` without the dispatch to the mode."""
     torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
-def _steps_aside() -> bool:
-    """Whether nothing is saved, or others see to it."""
+def _is_inactive() -> bool:
+    """Whether nothing is saved for a backward now, or other hooks take precedence."""
     return (
         not torch.is_grad_enabled()
         or differentiated_by_torch()
@@ -77,7 +77,7 @@ def _steps_aside() -> bool:
 
 
 class _Thread(threading.local):
-    """What is open in this thread."""
+    """The saver of this thread, and how many contexts are open."""
 
     saver: Saver | None = None
     mode: _Mode | None = None
@@ -89,14 +89,14 @@ _thread = _Thread()
 
 @contextmanager
 def save_memory() -> Iterator[None]:
-    """A context for the forward of training, in which outputs of batch norms are computed again in the backward instead of kept.
+    """Save memory in training: in this context, outputs of batch norms are not saved, but computed again in the backward.
 
-    Gradients are the same to the last bit. Spared are the outputs of this library's batch norms, of activations after them and of
-    sums of those, as far as a next layer would keep them; the price is one more pass of normalization in the backward. It works
-    with any model, on the thread that opened it; contexts can be nested, and it can be used as a decorator. In code that
-    `torch.compile` compiles it does nothing: the compiler decides itself what to compute again.
+    Gradients are the same to the last bit. This saves the memory of outputs of this library's batch norms, of activations after them,
+    and of sums of these, if the next layer would save them for its backward. It costs one more normalization pass in the backward.
+    Use it around the forward of any model. It holds for the current thread, can be nested, and works as a decorator. In code that
+    `torch.compile` compiles it does nothing: the compiler itself decides what to compute again.
 
-    Source: the aim is that of In-Place ABN (Rota Bulò et al. 2018, arXiv:1712.02616, section 3); the way there is another.
+    Source: the aim is that of In-Place ABN (Rota Bulò et al. 2018, arXiv:1712.02616, section 3); the method differs.
     """
     if torch.compiler.is_compiling():
         yield
@@ -131,19 +131,19 @@ def _close(everywhere: bool) -> None:
 
 
 def open_for_model(model: nn.Module, args: Any) -> None:  # noqa: ARG001 (torch's signature)
-    """A forward pre-hook: from here on, layers with `save_memory` set save memory."""
+    """A forward pre-hook that opens a context for layers whose `save_memory` is True."""
     if not torch.compiler.is_compiling():
         _open(everywhere=False)
 
 
 def close_for_model(model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 (torch's signature)
-    """The forward hook that goes with `open_for_model`; torch calls it after an exception too, but not after an interrupt."""
+    """The forward hook that closes it; torch calls it after an exception too, but not after an interrupt."""
     if not torch.compiler.is_compiling():
         _close(everywhere=False)
 
 
 def attach(model: nn.Module) -> None:
-    """Let a model save memory whenever it is called."""
+    """Register hooks that make a model save memory in every call."""
     if open_for_model not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(open_for_model, prepend=True)
         model.register_forward_hook(close_for_model, always_call=True)
@@ -161,34 +161,34 @@ def detach(model: nn.Module) -> None:
 
 
 def recorded(function: Callable[..., Any], *args: Any) -> Any:
-    """Call an autograd function, which no torch function mode sees, as `Saver.call` calls a torch function."""
+    """Call an autograd function as `Saver.call` does; torch function modes do not intercept it."""
     saver = None if torch.compiler.is_compiling() else _thread.saver
-    if saver is None or _steps_aside() or is_foreign(args[0]):
+    if saver is None or _is_inactive() or is_foreign(args[0]):
         return function(*args)
     with disabled_torch_function(), saver.hooks():
         return function(*args)
 
 
 def saving() -> bool:
-    """Whether memory is saved in this thread now, and nobody else's hooks decide."""
-    return _thread.saver is not None and not _steps_aside()
+    """Whether memory is saved in this thread now, and no other hooks take precedence."""
+    return _thread.saver is not None and not _is_inactive()
 
 
 def recording() -> Saver | None:
-    """Who would take a recipe for what is computed now."""
+    """The saver that accepts a recipe for the current call, or None."""
     saver = None if torch.compiler.is_compiling() else _thread.saver
     return saver if saver is not None and saver.recording else None
 
 
 def passes_over(wanted: bool) -> bool:
-    """Whether memory is saved now, but not in a layer that says this."""
+    """Whether memory is saved now, but not for a layer whose `save_memory` is `wanted`."""
     saver = None if wanted or torch.compiler.is_compiling() else _thread.saver
     return saver is not None and not saver.everywhere
 
 
 @contextmanager
 def passing_over() -> Iterator[None]:
-    """Let what is computed in this context be kept."""
+    """Save no memory for the batch norm that runs in this context."""
     saver = _thread.saver
     assert saver is not None
     before, saver.wanted = saver.wanted, False

@@ -1,4 +1,4 @@
-"""What stands in for a saved tensor: the tensor itself with the version it had, or how to compute it again."""
+"""Replacements for saved tensors: the tensor itself with its version, or a recipe to compute it again."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from batchnorm.torch_state import graph_task, outside_transforms, queue_callback
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in its storage."""
+    """Size, strides and offset of a tensor in its storage."""
 
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
-class Kept:
-    """A tensor that stays as it is, and the version it had: where torch's own check does not reach."""
+class SavedTensor:
+    """A saved tensor and its version, to detect in-place changes that torch does not check."""
 
     __slots__ = ("__weakref__", "tensor", "version")
     depth = 0
@@ -50,11 +50,11 @@ class Kept:
 
 
 class Recipe:
-    """How to compute a tensor again: a function and its inputs, which are kept or have a recipe themselves.
+    """How to compute a tensor again: a function, and inputs that are saved or have a recipe themselves.
 
     Attributes:
-        depth: steps to what is kept.
-        references: those that stand in for the tensor in somebody's backward.
+        depth: number of steps from saved tensors.
+        references: the references that backwards hold in place of the tensor.
     """
 
     __slots__ = (
@@ -80,10 +80,10 @@ class Recipe:
         self._lock = threading.RLock()
 
     def value(self, reference: Reference | None = None) -> Tensor:
-        """The tensor, computed again unless it still lies here; it stays for the references that have not asked yet.
+        """Compute the tensor, or return the result if it is still held for references that were not opened yet.
 
         Raises:
-            StateError: if something it is computed from was modified in place.
+            StateError: if a tensor that it is computed from was modified in place.
         """
         with self._lock:
             result = self._result
@@ -96,72 +96,72 @@ class Recipe:
                 self._result = None
             elif self._result is None and graph_task() != -1:  # during a backward, which has an end
                 self._result = result
-                queue_callback(functools.partial(_forget, weakref.ref(self)))
+                queue_callback(functools.partial(_free, weakref.ref(self)))
             return result
 
     def _compute(self) -> Tensor:
         result = self._function(*(None if given is None else given.value() for given in self._inputs))
         if result.stride() == self._stride:
             return result
-        # In place the strides were those of the first input; out of place torch chooses.
+        # An in-place function keeps the strides of its first input; out of place, torch chooses them.
         return result.new_empty_strided(result.shape, self._stride).copy_(result)
 
-    def forget(self) -> None:
-        """Free the result, whoever may still ask for it."""
+    def free(self) -> None:
+        """Free the result, even if references were not opened yet."""
         with self._lock:
             self._result = None
 
 
-def _forget(recipe: weakref.ref[Recipe]) -> None:
+def _free(recipe: weakref.ref[Recipe]) -> None:
     found = recipe()
     if found is not None:
-        found.forget()
+        found.free()
 
 
 class Reference:
-    """A tensor by where it comes from, and its place there: what autograd keeps in the tensor's stead.
+    """A tensor as a source and a place in it; autograd saves it in place of the tensor.
 
     Attributes:
-        source: what holds the values, or tells how to compute them.
-        place: size, strides and offset of a view into the source; None for the whole of it.
+        source: a saved tensor or a recipe.
+        place: size, strides and offset of a view into the source; None for all of it.
     """
 
     __slots__ = ("__weakref__", "place", "source")
 
-    def __init__(self, source: Kept | Recipe, place: Place | None) -> None:
+    def __init__(self, source: SavedTensor | Recipe, place: Place | None) -> None:
         self.source, self.place = source, place
 
-    def stand_in(self, other: Reference) -> None:
-        """Refer to what the other, a reference to a recipe, refers to."""
+    def redirect(self, other: Reference) -> None:
+        """Refer to the same recipe and place as the other reference."""
         self.source, self.place = other.source, other.place
         if isinstance(self.source, Recipe):
             self.source.references.add(self)
 
     def value(self) -> Tensor:
         """The tensor, as an input of a recipe."""
-        return self._seen(self.source.value())
+        return self._view(self.source.value())
 
     def open(self) -> Tensor:
         """The tensor, for the backward that saved it.
 
         Raises:
-            StateError: if something it needs was modified in place.
+            StateError: if a tensor that it needs was modified in place.
         """
-        if isinstance(self.source, Kept):
+        if isinstance(self.source, SavedTensor):
             return self.source.value()
         with _as_in_forward():
-            return self._seen(self.source.value(self))
+            return self._view(self.source.value(self))
 
-    def _seen(self, tensor: Tensor) -> Tensor:
+    def _view(self, tensor: Tensor) -> Tensor:
         return tensor if self.place is None else tensor.as_strided(*self.place)
 
 
 @contextmanager
 def _as_in_forward() -> Iterator[None]:
-    """The circumstances of a recipe, whatever those of the backward are."""
+    """Compute recipes without gradients, transforms and autocast, whatever the modes of the backward are."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if transforms_active():  # a batch of gradients: the recipe's tensors are not batched
+        if transforms_active():  # gradients are batched, the tensors of the recipe are not
             stack.enter_context(outside_transforms())
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             for device in ("cpu", "cuda"):

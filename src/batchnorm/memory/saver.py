@@ -1,4 +1,4 @@
-"""What a thread knows of its tensors while it saves memory, and which functions extend a recipe."""
+"""Tracks the tensors of a thread that saves memory, and extends recipes by elementwise functions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
-from batchnorm.memory.recipes import Kept, Place, Recipe, Reference
+from batchnorm.memory.recipes import Place, Recipe, Reference, SavedTensor
 
-DEPTH = 16  # steps from what is kept to what is computed again; one tensor for each block passed lies in between for a while
+DEPTH = 16  # steps of a recipe from saved tensors; computing it temporarily holds one tensor for each block in between
 
 _ADD = (torch.add, Tensor.add, Tensor.add_)
 _RELU = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-# Elementwise functions of one tensor, by the function that computes the same out of place; `inplace` is their last parameter or none.
+# Elementwise functions of one tensor, mapped to the function that computes the same out of place.
 ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys(_RELU, torch.relu),
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid), torch.sigmoid),
     **dict.fromkeys((torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, F.tanh), torch.tanh),
     F.gelu: F.gelu,
 }
+# Those with a parameter `inplace`, with its position.
 _WITH_INPLACE = {F.relu: 1, F.relu6: 1, F.silu: 1, F.mish: 1, F.hardswish: 1, F.hardsigmoid: 1, F.leaky_relu: 2,
                  F.elu: 2, F.celu: 2, F.selu: 1, F.hardtanh: 3}  # fmt: skip
 
@@ -35,11 +36,11 @@ class _Entry(NamedTuple):
     """A storage whose values have a recipe.
 
     Attributes:
-        recipe: for them.
-        version: when they were those of the recipe.
-        dtype, place: of the tensor the recipe computes.
-        alive: while that tensor lives; its death ends the entry.
-        storage: keeps the address from being given to another storage.
+        recipe: how to compute them.
+        version: the version of the tensor for which the recipe is valid.
+        dtype, place: dtype and place of the tensor that the recipe computes.
+        alive: a weak reference to that tensor; when it dies, the entry is removed.
+        storage: a weak reference that prevents another storage from getting the same address.
     """
 
     recipe: Recipe
@@ -51,22 +52,22 @@ class _Entry(NamedTuple):
 
 
 class Saver:
-    """What one thread knows of its tensors while it saves memory.
+    """The recipes of one thread while it saves memory.
 
     Attributes:
-        everywhere: how many of the contexts that are open were opened by `save_memory`, for all layers, rather than by a model.
-        wanted: whether the layer that is computed now takes part.
-        recording: whether a call runs whose tensors are looked at.
+        everywhere: how many open contexts are those of `save_memory`, for all layers, rather than of a model.
+        wanted: whether to save memory for the current layer.
+        recording: whether a call with saved-tensor hooks is running.
     """
 
     def __init__(self) -> None:
         self.everywhere, self.wanted, self.recording = 0, True, False
         self._entries: dict[int, _Entry] = {}  # by storage
-        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()  # by storage
-        self._packed: list[tuple[int, Reference]] = []  # in the call that runs, of storages without a recipe
+        self._saved: weakref.WeakValueDictionary[int, SavedTensor] = weakref.WeakValueDictionary()  # by storage
+        self._packed: list[tuple[int, Reference]] = []  # in the current call, of storages without a recipe
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a torch function; of what it saves the recipe is kept, where there is one."""
+        """Call a torch function; tensors that it saves are replaced by their recipes, if they have one."""
         step = self._step(function, args, kwargs)
         with self.hooks():
             result = function(*args, **kwargs)
@@ -83,8 +84,8 @@ class Saver:
                 yield
         finally:
             for key, reference in self._packed:
-                if isinstance(reference.source, Kept):
-                    self._kept[key] = reference.source
+                if isinstance(reference.source, SavedTensor):
+                    self._saved[key] = reference.source
             self.recording, self._packed = False, []
 
     def remember(
@@ -95,51 +96,53 @@ class Saver:
         residual: Tensor | None,
         mask: Tensor | None,
     ) -> None:
-        """Give a batch norm's output a recipe: the function of x and mask, which are kept in any case, and of the residual.
+        """Register a recipe for a batch norm's output, a function of x and mask, which are saved anyway, and of the residual.
 
-        Nothing happens where the residual is in nobody else's keeping: the recipe would keep as much as it spares.
+        If the residual would be saved only for the recipe, nothing is registered, since that would use as much memory as it saves.
         """
         if not self.wanted or any(is_foreign(value) for value in (output, x, residual, mask) if value is not None):
             return
         free = None if residual is None else self._free(residual)
         if residual is not None and free is None:
             return
-        kept = (None if value is None else self._free(value) or Reference(Kept(value), None) for value in (x, mask))
-        self._register(output, function, (next(kept), free, next(kept)))
+        saved = (
+            None if value is None else self._free(value) or Reference(SavedTensor(value), None) for value in (x, mask)
+        )
+        self._register(output, function, (next(saved), free, next(saved)))
 
     def clear(self) -> None:
-        """Forget all tensors."""
+        """Remove all entries."""
         self._entries.clear()
 
     def _pack(self, tensor: Tensor) -> Reference:
         if is_foreign(tensor):
-            return Reference(Kept(tensor), None)
+            return Reference(SavedTensor(tensor), None)
         key, entry = _key(tensor), self._entry(tensor)
-        reference = Reference(Kept(tensor), None) if entry is None else _reference_to(entry, tensor)
-        if isinstance(reference.source, Kept):
+        reference = Reference(SavedTensor(tensor), None) if entry is None else _reference_to(entry, tensor)
+        if isinstance(reference.source, SavedTensor):
             self._packed.append((key, reference))
         else:
             reference.source.references.add(reference)
         return reference
 
     def _entry(self, tensor: Tensor) -> _Entry | None:
-        """Of the tensor's storage, where it still holds what the recipe computes."""
+        """The entry of the tensor's storage, if the recipe is still valid."""
         entry = self._entries.get(_key(tensor))
         known = entry is not None and entry.version == tensor._version and entry.dtype is tensor.dtype
         return entry if known and not tensor.is_neg() else None
 
     def _free(self, tensor: Tensor) -> Reference | None:
-        """A reference to a tensor that costs no memory, since it has a recipe or is kept anyway; None where it would."""
+        """A reference to a tensor that has a recipe or is saved anyway; None if it would cost memory."""
         entry = self._entry(tensor)
         if entry is not None:
             return _reference_to(entry, tensor)
-        kept = self._kept.get(_key(tensor))
-        return None if kept is None or kept.version != tensor._version else Reference(Kept(tensor), None)
+        saved = self._saved.get(_key(tensor))
+        return None if saved is None or saved.version != tensor._version else Reference(SavedTensor(tensor), None)
 
     def _step(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Callable[..., Tensor], tuple[Reference, ...]] | None:
-        """A function that computes the same out of place, and its inputs, where the result shall have a recipe."""
+        """The out-of-place version of a call and its inputs, if they have recipes; else None."""
         if not self._entries or not args or is_foreign(args[0]):
             return None
         if function in _ADD:
@@ -166,24 +169,28 @@ class Saver:
         return None if first is None or second is None else (torch.add, (first, second))
 
     def _extend(self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[Reference, ...]) -> None:
-        """Give a result its recipe, and what was packed of it on the way."""
+        """Register the recipe of a result, and redirect references to it that the call itself saved."""
         key = _key(result)
         before = self._entries.get(key)
-        if before is not None and before.place != _place(result):  # a part of it was modified in place
+        if before is not None and before.place != _place(result):  # only a view of it was modified in place
             return
         self._register(result, function, inputs)
         entry = self._entry(result)
         if entry is None:
             return
         for packed, reference in self._packed:
-            if packed == key and isinstance(reference.source, Kept) and reference.source.version == entry.version:
-                reference.stand_in(_reference_to(entry, reference.source.tensor))
+            if (
+                packed == key
+                and isinstance(reference.source, SavedTensor)
+                and reference.source.version == entry.version
+            ):
+                reference.redirect(_reference_to(entry, reference.source.tensor))
 
     def _register(self, tensor: Tensor, function: Callable[..., Tensor], inputs: tuple[Reference | None, ...]) -> None:
         key, place = _key(tensor), _place(tensor)
         recipe = Recipe(function, inputs, place.stride)
         self._entries.pop(key, None)
-        if recipe.depth > DEPTH or place.offset:  # kept, then: the next recipes start from it
+        if recipe.depth > DEPTH or place.offset:  # not registered, so it is saved, and later recipes start from it
             return
         alive = weakref.ref(tensor, lambda _: self._entries.pop(key, None))
         storage = StorageWeakRef(tensor.untyped_storage())
@@ -195,7 +202,7 @@ def _with(function: Callable[..., Tensor], rest: tuple[Any, ...], options: dict[
 
 
 def is_foreign(value: Any) -> bool:
-    """Whether it is no plain tensor in strided memory."""
+    """Whether a value is not a plain strided tensor."""
     return type(value) not in (Tensor, Parameter) or value.layout is not torch.strided
 
 
@@ -208,6 +215,6 @@ def _place(tensor: Tensor) -> Place:
 
 
 def _reference_to(entry: _Entry, tensor: Tensor) -> Reference:
-    """A reference to the entry's recipe for a tensor in its storage."""
+    """A reference for a tensor in the entry's storage to its recipe."""
     place = _place(tensor)
     return Reference(entry.recipe, None if place == entry.place else place)

@@ -1,4 +1,4 @@
-"""Population statistics: those of a whole data set, for inference. `recalibration` says how they are taken."""
+"""Population statistics: mean and variance over a whole data set, for inference. `recalibration` explains how."""
 
 from batchnorm.population.recalibration import METHODS, Progress, recalibrate, recalibrating
 

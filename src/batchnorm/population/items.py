@@ -1,4 +1,4 @@
-"""What a loader yields, and how the model is called with it."""
+"""Calls a model with the items of a loader."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Forward = Callable[[nn.Module, Any], Any]
 def call(model: nn.Module, item: Any) -> Any:
     """Call a model with a loader's item: a tensor, a mapping of keyword arguments, or a tuple or list whose first element is either.
 
-    Tensors go to the device of the model's first parameter or buffer. Of data-parallel wrappers the module inside is called: they
-    would exchange buffers in every forward, or call copies of the layers.
+    Tensors are moved to the device of the model's first parameter or buffer. If the model is a data-parallel wrapper, the module inside
+    is called, since the wrapper would exchange buffers in every forward, or call copies of the layers.
 
     Raises:
         ArgumentError: on anything else.
@@ -27,13 +27,13 @@ def call(model: nn.Module, item: Any) -> Any:
     given = item[0] if isinstance(item, (tuple, list)) and len(item) else item
     device = next((value.device for value in (*inside.parameters(), *inside.buffers())), None)
 
-    def moved(values: Any) -> Any:
+    def to_device(values: Any) -> Any:
         return values if device is None else tree_map_only(Tensor, lambda value: value.to(device), values)
 
     if isinstance(given, Tensor):
-        return inside(moved(given))
-    if isinstance(given, Mapping):  # of any kind, not only those that torch takes apart
-        return inside(**moved(dict(given)))
+        return inside(to_device(given))
+    if isinstance(given, Mapping):  # any mapping, not only the types that torch knows
+        return inside(**to_device(dict(given)))
     raise ArgumentError(
         "an item of the loader must be a tensor, a dict of keyword arguments, or a tuple or list that starts with one, but got "
         f"{type(item).__name__}{'' if given is item else f' of {type(given).__name__}'}; pass forward=, a function that calls "
@@ -42,10 +42,10 @@ def call(model: nn.Module, item: Any) -> Any:
 
 
 def check_loader(loader: Any, *, several_passes: bool) -> None:
-    """Refuse what cannot be iterated, or only once where several passes are needed.
+    """Check that a loader can be iterated, and more than once if several passes are needed.
 
     Raises:
-        ArgumentError: saying what to pass.
+        ArgumentError: if it cannot.
     """
     if isinstance(loader, (Tensor, str, bytes, Mapping)) or not (
         isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
@@ -55,6 +55,6 @@ def check_loader(loader: Any, *, several_passes: bool) -> None:
         )
     if several_passes and isinstance(loader, Iterator):
         raise ArgumentError(
-            'method="layerwise" reads the loader once for each depth, but an iterator '
+            'method="layerwise" reads the loader several times, but an iterator '
             f'({type(loader).__name__}) can be read only once; pass a DataLoader or a list, or method="joint"'
         )

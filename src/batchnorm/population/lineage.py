@@ -1,7 +1,7 @@
-"""Which layers a tensor was computed from: every operator hands the marks of its inputs to its outputs.
+"""Tracks from which layers a tensor was computed: every operator copies the marks of its inputs to its outputs.
 
 Mechanism and limitations: a `TorchDispatchMode` sees each operator, under `no_grad` and behind `detach` too. Marks belong to storages,
-so that views and in-place operations carry them. What leaves torch (`.item()`, NumPy) loses them.
+so views and in-place operations keep them. Values that leave torch (`.item()`, NumPy) lose them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Lineage(TorchDispatchMode):
-    """Marks, as bits of an int, that operators hand on while this mode is active. Holds no tensor alive."""
+    """A mode in which operators propagate marks, the bits of an int. It holds no tensor alive."""
 
     def __init__(self) -> None:
         super().__init__()
-        # The weak reference keeps a storage's address from being given to another one; its memory it lets go.
+        # The weak reference keeps the storage's address from being reused, but frees its memory.
         self._marks: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def forget(self) -> None:
-        """Begin anew, with nothing marked."""
+    def clear(self) -> None:
+        """Remove all marks."""
         self._marks.clear()
 
     def of(self, values: Any) -> int:
@@ -45,7 +45,7 @@ class Lineage(TorchDispatchMode):
                 self._marks[key] = (reference, marks if before is None else marks | before[1])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types:  # a tensor subclass: it takes itself apart, and what it is made of comes here again
+        if types:  # a tensor subclass: its inner tensors arrive here afterwards
             return NotImplemented
         kwargs = kwargs or {}
         output = func(*args, **kwargs)

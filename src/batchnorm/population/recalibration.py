@@ -1,16 +1,16 @@
-"""Population statistics: those of a whole data set, for inference (Ioffe & Szegedy 2015, section 3.1 and Algorithm 2).
+"""Population statistics: mean and variance over a whole data set, for inference (Ioffe & Szegedy 2015, section 3.1, Algorithm 2).
 
-The running statistics are a moving average of the last batches; `recalibrate` replaces them by the moments of all values that a layer
-sees over a data set, pooled in float64. The variance holds what lies between the batches too, which a mean of the batches' variances
-(the paper's E[var_B], `torch.optim.swa_utils.update_bn`) leaves out: sorted data have batches with little variance far apart.
+Running statistics are a moving average over the last batches. `recalibrate` replaces them by the moments of all inputs of a layer over a
+data set, pooled in float64. The variance includes the differences between the means of the batches. A mean of the batches' variances (the
+paper's E[var_B], `torch.optim.swa_utils.update_bn`) misses these, which matters for sorted data.
 
-A layer's input depends on how the layers below it normalize:
+The input of a layer depends on how earlier layers normalize:
 
-- joint: as in training, each batch by its own statistics, as in Algorithm 2; one pass.
-- layerwise: as in inference, by statistics that are population statistics already; a layer is final after the first pass in which
-  nothing it was fed came out of a layer that is not. As many passes as batch norms stand one behind the other.
+- joint: they normalize each batch by its own statistics, as in training and in Algorithm 2. This takes one pass.
+- layerwise: they normalize by their population statistics, as in inference. A layer is final after the first pass in which all its
+  inputs come from final layers. This takes as many passes as the longest chain of batch norms has layers.
 
-All other modules run as in inference: statistics for inference without dropout are those of data without dropout.
+All other modules run as in inference, for example without dropout.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Progress:
     """How far a recalibration is.
 
     Attributes:
-        number: of the pass, from 1.
-        batches: read in this pass, in this process.
-        final: layers that have their population statistics.
-        layers: how many there are to recalibrate.
+        number: number of the pass, from 1.
+        batches: number of batches read in this pass, in this process.
+        final: number of layers that have their population statistics.
+        layers: number of layers to recalibrate.
     """
 
     number: int
@@ -73,35 +73,35 @@ def recalibrate(
 ) -> nn.Module:
     """Give every batch norm of a model the population statistics of a data set, in place, and return the model.
 
-    Each channel's mean and variance become those of all values the layer sees, pooled exactly in float64 over batches, calls (of a
-    layer that is used several times) and ranks; masked values do not count. The variance is the layer's `running_variance`, unbiased
-    for torch's layers. Layers of torch and ours alike. Left alone are frozen layers (`bn.freeze`; or in inference while the model
-    is in training), layers without running statistics, and layers that are not called.
+    Mean and variance of each channel become those of all inputs of the layer, pooled exactly in float64 over batches, ranks and the
+    calls of a layer that is called several times; masked values do not count. The layer's `running_variance` says whether the variance
+    is unbiased, as in torch's layers. It works for torch's layers and ours. It does not change frozen layers (`bn.freeze`, or in
+    inference mode while the model is in training mode), layers without running statistics, and layers that are not called.
 
-    Layers with `Domains` get those of the domain that the call stands in, `with bn.domain(...)`.
+    In layers with `Domains` it changes the statistics of the current domain, `with bn.domain(...)`.
 
-    Whatever ends it early, an error of the loader or of the model or Ctrl-C, leaves buffers, modes and hooks exactly as they were.
-    `num_batches_tracked` stays, except where momentum is None and it is the weight of what was learned: there it counts the batches.
+    If it ends early, by an error of the loader or the model or by Ctrl-C, buffers, modes and hooks are exactly as before.
+    `num_batches_tracked` does not change, except if momentum is None: then it becomes the number of batches.
 
     Args:
-        model: changed in place; its modes are put back.
+        model: changed in place; its modes are restored.
         loader: yields batches: a tensor, a tuple or list whose first element is the input, a dict of keyword arguments, or anything
-            with a `forward` of your own. Several passes want one that can be read again, not an iterator.
+            that your `forward` accepts. For several passes it must not be an iterator, which can be read only once.
         forward: called as `forward(model, item)`.
-        method: "joint" normalizes as in training, in one pass; "layerwise" as in inference, in as many passes as batch norms stand
-            one behind the other, so that each layer gets the statistics of exactly what it is fed in inference. A layer that feeds
-            itself has its calls pooled, normalized by the batch. With "joint", a batch of one value per channel is normalized by the
-            running statistics, since it has no variance; "layerwise" is exact for any size of batch.
-        process_group: each rank brings its own batches, as many as it has, and all get the same statistics. None is all ranks if
-            torch.distributed is initialized; pass a group of this rank alone to leave out the others. In a synchronized model
-            "joint" wants as many batches on every rank.
-        limit: batches to read in each pass, at most.
+        method: "joint" normalizes as in training, in one pass. "layerwise" normalizes as in inference, in as many passes as the longest
+            chain of batch norms has layers, so each layer gets the statistics of exactly its inputs in inference. If the input of a
+            layer depends on its own output, its calls are pooled, each normalized by its batch. With "joint", a batch of one value per
+            channel has no variance and is normalized by the running statistics; "layerwise" is exact for any batch size.
+        process_group: each rank reads its own batches, of any number, and all get the same statistics. None is all ranks if
+            torch.distributed is initialized; pass a group of this rank alone to exclude the others. In a synchronized model, "joint"
+            needs the same number of batches on every rank.
+        limit: maximum number of batches to read in each pass.
 
     Raises:
-        ArgumentError: if an argument is of the wrong kind, or a loader that has to be read again is an iterator.
-        InputError: on an unknown method or a limit below 1; if the loader yields nothing; if a layer sees one value per channel in all;
+        ArgumentError: if an argument is of the wrong kind, or a loader that must be read several times is an iterator.
+        InputError: on an unknown method or a limit below 1; if the loader yields nothing; if a layer gets one value per channel in all;
             on NaN or Inf, by a layer's `on_nonfinite`: "skip" leaves the batch out, "error" (and torch's layers) raises.
-        StateError: if a lazy layer has not seen its first input.
+        StateError: if a lazy layer has not had its first input.
         ReplicaError: if another rank failed or did not answer.
     """
     options: dict[str, Any] = {"forward": forward, "method": method, "process_group": process_group, "limit": limit}
@@ -120,26 +120,26 @@ def recalibrating(
     process_group: dist.ProcessGroup | None = None,
     limit: int | None = None,
 ) -> Generator[Progress, None, None]:
-    """`recalibrate`, batch by batch: yields its progress after each batch and each pass. Closed early, the model is as it was.
+    """`recalibrate` as a generator that yields the progress after each batch and pass. If closed early, it restores the model.
 
     Raises:
         As `recalibrate`.
     """
-    watched = _watched(model)
+    recorders = _recorders(model)
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit must be a number of batches, at least 1, or None for all, but got {limit!r}")
     check_loader(loader, several_passes=method == "layerwise")
     ranks = _ranks(process_group)
-    if not watched:
+    if not recorders:
         logger.warning("recalibrate: the model has no batch norm to recalibrate")
-    return _run(model, watched, _Batches(loader, limit), forward or call, method == "layerwise", ranks)
+    return _run(model, recorders, _Batches(loader, limit), forward or call, method == "layerwise", ranks)
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """The loader, up to the limit; can be read as often as the loader can."""
+    """The first `limit` items of a loader; can be iterated as often as the loader."""
 
     loader: Iterable[Any]
     limit: int | None
@@ -148,25 +148,25 @@ class _Batches:
         return itertools.islice(self.loader, self.limit)
 
 
-class _Watched:
-    """A layer, and what it saw in this pass."""
+class _Recorder:
+    """Pools the inputs of one layer in a pass, and writes its statistics."""
 
     def __init__(self, name: str, layer: _BatchNorm, bit: int) -> None:
         self.name, self.layer, self.bit = name, layer, bit
-        self.kept: Any = layer  # whose buffers are written
+        self.target: Any = layer  # its buffers are written
         if isinstance(layer, BatchNorm) and isinstance(layer.statistics, Domains):
-            self.kept = layer.statistics.seen_by(layer)
+            self.target = layer.statistics.in_domain(layer)
         self.final = False
-        self.forced = False  # it waits for itself: take what it sees now
+        self.forced = False  # whether to record although its input depends on its own output
         self.begin_pass()
 
     def begin_pass(self) -> None:
         self.moments: Moments | None = None
-        self.order = math.inf  # of its first call among those of all layers
+        self.order = math.inf  # position of its first call among the calls of all layers
         self.calls = self.skipped = 0
-        self.waits = False  # whether it was fed from a layer that is not final
+        self.waits = False  # whether an input came from a layer that is not final
 
-    def see(self, x: Tensor, mask: Tensor | None) -> None:
+    def record(self, x: Tensor, mask: Tensor | None) -> None:
         """Pool one call's input (N, C, *S)."""
         if x.is_complex():
             x = components_as_channels(x)
@@ -176,29 +176,29 @@ class _Watched:
             if policy == "error":
                 raise InputError(
                     f"{self.name}: the statistics of a batch must be finite, but its input holds NaN or Inf, or values too large; "
-                    'find the batch, or convert the model (batchnorm.convert) and use on_nonfinite="skip" to pass over it'
+                    'find the batch, or convert the model (batchnorm.convert) and use on_nonfinite="skip" to leave it out'
                 )
             self.skipped += 1
             return
         self.calls += 1
         self.moments = batch if self.moments is None else self.moments.merge(batch)
 
-    def nothing(self) -> Moments:
-        mean = self.kept.running_mean
+    def no_moments(self) -> Moments:
+        mean = self.target.running_mean
         values = (components_of_buffer(mean) if mean.is_complex() else mean).new_zeros(1, dtype=torch.float64)
         C = mean.numel() * (2 if mean.is_complex() else 1)
         return Moments(0, values.expand(C), values.expand(C))
 
     def write(self, pooled: Moments, calls: int, skipped: int) -> None:
-        """Make pooled moments the layer's running statistics."""
-        layer, count = self.kept, int(pooled.count)
+        """Write pooled moments into the running statistics of the layer."""
+        layer, count = self.target, int(pooled.count)
         if count == 1:
             raise InputError(
                 f"{self.name}: population statistics need at least two values per channel, since one has no variance, but got 1; "
                 "give the loader more data"
             )
         if count == 0:
-            logger.warning("recalibrate: left %s: it saw no values", self.name)
+            logger.warning("recalibrate: left %s: it got no values", self.name)
             return
         variance = pooled.variance(unbiased=getattr(self.layer, "running_variance", "unbiased") == "unbiased")
         for buffer, value in ((layer.running_mean, pooled.mean), (layer.running_var, variance)):
@@ -213,32 +213,34 @@ class _Watched:
         logger.info("recalibrate: %s has the statistics of %d values", self.name, count)
 
 
-def _watched(model: nn.Module) -> list[_Watched]:
-    """The layers to recalibrate."""
-    watched = list[_Watched]()
+def _recorders(model: nn.Module) -> list[_Recorder]:
+    """A recorder for each layer to recalibrate."""
+    recorders = list[_Recorder]()
     for name, layer in batch_norms(model).items():
-        reason = _left(layer, model)
+        reason = _why_left(layer, model)
         if reason:
             logger.info("recalibrate: left %s: %s", name, reason)
             continue
         if isinstance(layer.running_mean, UninitializedBuffer):
             raise StateError(
-                f"{name}: a lazy layer must have seen its first input before it is recalibrated; call the model once"
+                f"{name}: a lazy layer must have had its first input before it is recalibrated; call the model once"
             )
-        watched.append(_Watched(name, layer, 1 << len(watched)))
-    return watched
+        recorders.append(_Recorder(name, layer, 1 << len(recorders)))
+    return recorders
 
 
-def _left(layer: _BatchNorm, model: nn.Module) -> str | None:
+def _why_left(layer: _BatchNorm, model: nn.Module) -> str | None:
     if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
         return "it has no running statistics"
     if isinstance(getattr(layer, "statistics", None), Running):
         return "it is frozen"
-    return "it is in inference while the model is in training" if model.training and not layer.training else None
+    return (
+        "it is in inference mode while the model is in training mode" if model.training and not layer.training else None
+    )
 
 
 def _ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group over which to merge; None where there is nobody else."""
+    """The group over which to merge; None if this process is the only one."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None
     replicas = Replicas("recalibrate", group)
@@ -247,59 +249,61 @@ def _ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 def _run(
     model: nn.Module,
-    watched: list[_Watched],
+    recorders: list[_Recorder],
     loader: Iterable[Any],
     forward: Forward,
     layerwise: bool,
     group: dist.ProcessGroup | None,
 ) -> Generator[Progress, None, None]:
-    if not watched:
+    if not recorders:
         return
     lineage = Lineage() if layerwise else None
-    done = Progress(0, 0, 0, len(watched))
-    with transaction(model, values=True), _observed(model, watched, lineage):
+    done = Progress(0, 0, 0, len(recorders))
+    with transaction(model, values=True), _observed(model, recorders, lineage):
         for number in itertools.count(1):
             batches = 0
-            for one in watched:
+            for one in recorders:
                 one.begin_pass()
             for item in loader:
                 with torch.no_grad(), eager(), _fresh(lineage):
                     forward(model, item)
                 batches += 1
-                yield Progress(number, batches, sum(one.final for one in watched), len(watched))
-            _settle(watched, batches, group)
-            final = sum(one.final for one in watched)
-            logger.info("recalibrate: pass %d: %d of %d layers are final", number, final, len(watched))
-            done = Progress(number, batches, final, len(watched))
-            if final == len(watched):
+                yield Progress(number, batches, sum(one.final for one in recorders), len(recorders))
+            _settle(recorders, batches, group)
+            final = sum(one.final for one in recorders)
+            logger.info("recalibrate: pass %d: %d of %d layers are final", number, final, len(recorders))
+            done = Progress(number, batches, final, len(recorders))
+            if final == len(recorders):
                 break
             yield done
-    yield done  # modes and hooks are back: whoever stops here has the new statistics
+    yield done  # modes and hooks are restored, statistics are final: it is safe to stop here
 
 
 def _fresh(lineage: Lineage | None) -> contextlib.AbstractContextManager[Any]:
     if lineage is None:
         return contextlib.nullcontext()
-    lineage.forget()
+    lineage.clear()
     return lineage
 
 
 @contextlib.contextmanager
-def _observed(model: nn.Module, watched: list[_Watched], lineage: Lineage | None) -> Iterator[None]:
-    """Everything as in inference but the layers that are not final; hooks that see what they are fed. All is put back at the end.
+def _observed(model: nn.Module, recorders: list[_Recorder], lineage: Lineage | None) -> Iterator[None]:
+    """Put all modules into inference mode, and register hooks that record the inputs of layers; restore everything at the end.
 
-    Layers run with `track_running_stats` off, which is how torch's and ours leave their buffers alone in training mode.
+    `track_running_stats` of the layers is off, so torch's and ours do not update their buffers in training mode.
     """
     modes = [(module, module.training) for module in model.modules()]
-    tracking = [(one.layer, one.layer.track_running_stats) for one in watched]
+    tracking = [(one.layer, one.layer.track_running_stats) for one in recorders]
     handles = list[Any]()
     order = itertools.count()
     try:
         for module, _ in modes:
             module.training = False  # not .eval(), which some modules override to do more
-        for one in watched:
+        for one in recorders:
             one.layer.track_running_stats = False
-            handles.append(one.layer.register_forward_pre_hook(_before(one, watched, lineage, order), with_kwargs=True))
+            handles.append(
+                one.layer.register_forward_pre_hook(_before(one, recorders, lineage, order), with_kwargs=True)
+            )
             if lineage is not None:
                 handles.append(one.layer.register_forward_hook(_after(one, lineage), with_kwargs=True))
         yield
@@ -312,26 +316,26 @@ def _observed(model: nn.Module, watched: list[_Watched], lineage: Lineage | None
             module.training = training
 
 
-def _before(one: _Watched, watched: list[_Watched], lineage: Lineage | None, order: Iterator[int]) -> Any:
+def _before(one: _Recorder, recorders: list[_Recorder], lineage: Lineage | None, order: Iterator[int]) -> Any:
     def hook(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer.training = False
         if one.final:
             return
         one.order = min(one.order, next(order))
-        x, mask = _fed(layer, args, kwargs)
+        x, mask = _input(layer, args, kwargs)
         if lineage is not None:
-            pending = sum(other.bit for other in watched if not other.final)
+            pending = sum(other.bit for other in recorders if not other.final)
             one.waits |= bool(lineage.of((args, kwargs)) & pending)
-        shared = getattr(layer, "reducer", None)  # merges with other ranks, which must call it as often
+        shared = getattr(layer, "reducer", None)  # merges with other ranks, which must call it equally often
         if shared is None or lineage is None or one.forced:
             layer.training = not is_single_value(x) or (shared is not None and shared.size > 1)
         if one.forced or not one.waits:
-            one.see(x, mask)
+            one.record(x, mask)
 
     return hook
 
 
-def _after(one: _Watched, lineage: Lineage) -> Any:
+def _after(one: _Recorder, lineage: Lineage) -> Any:
     def hook(layer: _BatchNorm, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001 (torch's)
         if not one.final:
             lineage.mark(output, one.bit | lineage.of((args, kwargs)))
@@ -339,8 +343,8 @@ def _after(one: _Watched, lineage: Lineage) -> Any:
     return hook
 
 
-def _fed(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """What a layer is called with, as (N, C, *S), and its mask."""
+def _input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The input of a call, as (N, C, *S), and its mask."""
     x = args[0] if args else kwargs["input"]
     if not isinstance(layer, BatchNorm):
         return x, None
@@ -349,37 +353,37 @@ def _fed(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 @torch.no_grad()
-def _settle(watched: list[_Watched], batches: int, group: dist.ProcessGroup | None) -> None:
-    """After a pass: the layers that were fed from final ones only are final, on all ranks alike.
+def _settle(recorders: list[_Recorder], batches: int, group: dist.ProcessGroup | None) -> None:
+    """Finish a pass: write the statistics of layers whose inputs all came from final layers, the same layers on all ranks.
 
     Raises:
         InputError: if no rank had a batch.
     """
-    pending = [one for one in watched if not one.final]
+    pending = [one for one in recorders if not one.final]
     rows = [[float(batches)], *([one.order, one.waits, one.calls, one.skipped] for one in pending)]
     everywhere = _everywhere([value for row in rows for value in row], pending, group)  # (W, 1 + 4 · layers)
     if not everywhere[:, 0].any():
-        raise InputError("the loader must yield at least one batch, but it is empty; the model is as it was")
+        raise InputError("the loader must yield at least one batch, but it is empty; the model did not change")
     of_layers = everywhere[:, 1:].unflatten(1, (len(pending), 4))
     first = of_layers[:, :, 0].amin(0).tolist()
     waits = of_layers[:, :, 1].any(0).tolist()
     calls, skipped = (of_layers[:, :, i].sum(0).long().tolist() for i in (2, 3))
     ready = [i for i, one in enumerate(pending) if one.forced or not waits[i]]
-    if not ready:  # each waits for itself or for another that does: the one that is called first goes on
+    if not ready:  # each depends on its own output or on such a layer: record the one that is called first
         pending[min(range(len(pending)), key=first.__getitem__)].forced = True
         return
-    names = tuple(one.name for one in watched)
+    names = tuple(one.name for one in recorders)
     for i in ready:
         one = pending[i]
-        pooled = one.nothing() if one.moments is None else one.moments
+        pooled = one.no_moments() if one.moments is None else one.moments
         if group is not None:
             pooled = Replicas(one.name, group, names).merge(pooled)
         one.write(pooled, calls[i], skipped[i])
         one.final = True
 
 
-def _everywhere(values: list[float], pending: list[_Watched], group: dist.ProcessGroup | None) -> Tensor:
-    """(K,) of this rank -> (W, K) of all, on the CPU."""
+def _everywhere(values: list[float], pending: list[_Recorder], group: dist.ProcessGroup | None) -> Tensor:
+    """Exchange (K,) numbers of each rank; returns (W, K) on the CPU."""
     row = torch.tensor(values, dtype=torch.float64)
     if group is None:
         return row.unsqueeze(0)

@@ -1,12 +1,12 @@
-"""Where the normalizing statistics come from, as parts a layer is given: `BatchNorm2d(64, statistics=Running())`.
+"""Statistics sources: a layer normalizes by the statistics that its source provides, as in `BatchNorm2d(64, statistics=Running())`.
 
-A part is stateless: what it remembers lives in the layer's buffers, but for what a recomputation needs (`recomputed`). Most need torch's
-only; those that keep more of them say so (`Kept`), and a checkpoint of any part loads into any other.
+A source has no state of its own: its state is in the layer's buffers, except what a recomputation needs (`recomputed`). Most sources need
+only torch's buffers; the others declare theirs (`SourceBuffer`). A checkpoint of a layer with any source loads into a layer with any other.
 """
 
 from batchnorm.statistics.accumulate import accumulate
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.contract import Applying, Kept, Layer, Statistics, kept_by
+from batchnorm.statistics.contract import Applying, Layer, SourceBuffer, Statistics, buffers_of
 from batchnorm.statistics.domains import Domains, domain
 from batchnorm.statistics.ghost import Ghost
 from batchnorm.statistics.moving_average import MovingAverage
@@ -19,14 +19,14 @@ __all__ = [
     "Batch",
     "Domains",
     "Ghost",
-    "Kept",
     "Layer",
     "MovingAverage",
     "Renorm",
     "Running",
+    "SourceBuffer",
     "Statistics",
     "accumulate",
     "as_one_batch",
+    "buffers_of",
     "domain",
-    "kept_by",
 ]

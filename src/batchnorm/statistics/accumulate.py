@@ -1,4 +1,4 @@
-"""Running statistics over several batches at once, for gradients that are accumulated."""
+"""Running statistics updated once for several batches, for gradient accumulation."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from batchnorm.statistics.thread import thread
 
 
 class _Window:
-    """What the layers have seen since they moved last, by the buffer that will move; what moves it; and how many batches it was."""
+    """For each running mean: the merged moments since its last update, the function that updates it, and the number of batches."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.pending: dict[int, tuple[Tensor, Moments, Callable[[Moments], None], int]] = {}
 
-    def add(self, buffer: Tensor, moments: Moments, move: Callable[[Moments], None]) -> None:
-        _, before, _, batches = self.pending.pop(id(buffer), (buffer, None, move, 0))
+    def add(self, buffer: Tensor, moments: Moments, update: Callable[[Moments], None]) -> None:
+        _, before, _, batches = self.pending.pop(id(buffer), (buffer, None, update, 0))
         merged = moments.detach() if before is None else before.merge(moments.detach())
         if batches + 1 == self.steps:
-            move(merged)
+            update(merged)
         else:
-            self.pending[id(buffer)] = (buffer, merged, move, batches + 1)
+            self.pending[id(buffer)] = (buffer, merged, update, batches + 1)
 
     def finish(self) -> None:
         pending, self.pending = self.pending, {}
-        for _, moments, move, _ in pending.values():
-            move(moments)
+        for _, moments, update, _ in pending.values():
+            update(moments)
 
 
 @contextmanager
 def accumulate(steps: int) -> Iterator[None]:
-    """Running statistics move once for every `steps` batches in here, as of one batch that holds them all.
+    """Update running statistics once for every `steps` batches in this context, as if they were one batch.
 
-    For gradient accumulation. The moments of the batches merge exactly, so the running statistics, and the count of batches, are those
-    of the big batch. What each batch is normalized by stays its own: statistics of the big batch are not known before its last part
-    was seen. So outputs and gradients are those of the small batches; those of the big batch are `as_one_batch`'s, and a part such as
-    `Renorm` makes the best of small ones. One thread's own; each layer counts its own batches; what is left over at the end
-    moves the statistics too, and is dropped if an error ends the context. A batch that is not finite makes its whole window so. Layers
-    with `MovingAverage`, which averages over batches anyway, do not mind it.
+    For gradient accumulation. The moments of the batches are merged exactly, so the running statistics and the count of batches are
+    those of the big batch. Each batch is still normalized by its own statistics, since those of the big batch are not known before its
+    last micro-batch. So outputs and gradients are those of the small batches; `as_one_batch` gives those of the big one, and `Renorm`
+    helps small ones. The context holds for the current thread; each layer counts its own batches. At the end, remaining batches update
+    the statistics too, unless an error ends the context. A batch that is not finite makes its whole window not finite. `MovingAverage`
+    averages over batches anyway and ignores the context.
 
     Raises:
         InputError: if steps is less than 1.
-        StateError: from a layer in compiled code, which cannot keep moments between calls.
+        StateError: from a layer in compiled code, which cannot store moments between calls.
     """
     if steps < 1:
-        raise InputError(f"steps must be at least 1, the batches that count as one, but got {steps}")
+        raise InputError(f"steps must be at least 1, the number of batches that count as one, but got {steps}")
     before, thread.window = thread.window, _Window(steps)
     try:
         yield
@@ -65,12 +65,12 @@ def accumulating() -> bool:
         return False
     if torch.compiler.is_compiling():
         raise StateError(
-            "accumulated statistics are kept between calls, which compiled code cannot; call the model uncompiled under accumulate"
+            "accumulate stores moments between calls, which compiled code cannot; call the model uncompiled under accumulate"
         )
     return True
 
 
-def add(buffer: Tensor, moments: Moments, move: Callable[[Moments], None]) -> None:
-    """Keep the moments until the window is full, then move the buffer by all of them."""
+def add(buffer: Tensor, moments: Moments, update: Callable[[Moments], None]) -> None:
+    """Merge the moments into the window of a buffer; when the window is full, update the buffer."""
     assert thread.window is not None
-    thread.window.add(buffer, moments, move)
+    thread.window.add(buffer, moments, update)

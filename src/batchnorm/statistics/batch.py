@@ -1,4 +1,4 @@
-"""The paper's statistics: the batch's in training, the running ones in inference."""
+"""Statistics as in the paper: the batch's in training, the running ones in inference."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from batchnorm.statistics.common import by_replicas, train_on_fast_path, train_or_infer
 from batchnorm.statistics.contract import Layer
-from batchnorm.statistics.shared import by_replicas, train_on_fast_path, train_or_infer
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The paper's: batch statistics in training, running statistics in inference (Ioffe & Szegedy 2015, Algorithms 1 and 2).
+    """Batch statistics in training, running statistics in inference (Ioffe & Szegedy 2015, Algorithms 1 and 2).
 
-    A layer without running statistics normalizes by the batch in inference as well, as torch's does.
+    A layer without running statistics normalizes by the batch in inference too, as in torch.
     """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:

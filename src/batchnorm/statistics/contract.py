@@ -1,4 +1,4 @@
-"""What a part is, and what it sees of its layer."""
+"""The interface between a statistics source and its layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from batchnorm.functional import Reducer
 from batchnorm.kernels import Activation
 
 
-class Kept(NamedTuple):
-    """A buffer that a part keeps in its layer.
+class SourceBuffer(NamedTuple):
+    """A buffer that a statistics source adds to its layer.
 
     Attributes:
-        like: the buffer of the layer that it begins as a copy of, and is reset to.
-        rows: that many copies of it, (rows, C); None for one, (C,) or the counter's ().
-        blank: it begins at 0 instead: what it keeps is of another kind, and only its shape and dtype are those of `like`.
+        like: the buffer of the layer whose values it starts with, and is reset to.
+        rows: how many copies of these values it holds, (rows, C); None for a single one, (C,), or () for the counter.
+        blank: it starts at 0 instead and takes only shape and dtype from `like`, because its values mean something else.
     """
 
     like: str
@@ -26,13 +26,13 @@ class Kept(NamedTuple):
     blank: bool = False
 
     def start(self, source: Tensor) -> Tensor:
-        """What the buffer begins as, where `source` is its `like`; perhaps a view of it."""
+        """The initial value, where `source` is the buffer `like`; may be a view of it."""
         values = torch.zeros_like(source) if self.blank else source.detach()
         return values if self.rows is None else values.expand(self.rows, *source.shape)
 
 
 class Layer(Protocol):
-    """What a part sees of the layer it serves; the names are those of `torch.nn.BatchNorm2d` and of `layers.BatchNorm`."""
+    """The attributes of a layer that a source reads; named as in `torch.nn.BatchNorm2d` and `layers.BatchNorm`."""
 
     training: bool
     eps: float
@@ -58,7 +58,7 @@ class Layer(Protocol):
 
 
 class Statistics(Protocol):
-    """A source of statistics: normalizes x (N, C, *S) for a layer, and moves the layer's buffers if that is its way."""
+    """A statistics source: normalizes x (N, C, *S) for a layer, and may update the layer's buffers."""
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The layer's output for x, of x's shape and dtype."""
@@ -66,24 +66,24 @@ class Statistics(Protocol):
 
 
 @runtime_checkable
-class Keeping(Protocol):
-    """A part that keeps buffers of its own in the layer that has it."""
+class HasBuffers(Protocol):
+    """A statistics source that adds buffers to its layer."""
 
-    def kept(self) -> dict[str, Kept]:
-        """Their names: `running_...` or `num_batches_tracked_...`, by which checkpoints tell them."""
+    def layer_buffers(self) -> dict[str, SourceBuffer]:
+        """These buffers by name. Names begin with `running_mean_`, `running_var_` or `num_batches_tracked_`; checkpoints rely on it."""
         ...
 
 
-def kept_by(part: Statistics) -> dict[str, Kept]:
-    """The buffers that a layer has beside its own because of this part."""
-    return part.kept() if isinstance(part, Keeping) else {}
+def buffers_of(statistics: Statistics) -> dict[str, SourceBuffer]:
+    """The buffers that this source adds to a layer, by name."""
+    return statistics.layer_buffers() if isinstance(statistics, HasBuffers) else {}
 
 
-def check_kept(layer: Layer, *names: str) -> None:
-    """Refuse buffers of a source that have another number of channels than the layer: pruning may have left them behind.
+def check_buffers(layer: Layer, *names: str) -> None:
+    """Check that buffers of a source have the layer's number of channels; pruning may have missed them.
 
     Raises:
-        StateError: naming one.
+        StateError: naming the first that has not.
     """
     mean = layer.running_mean
     for name in names:
@@ -91,12 +91,12 @@ def check_kept(layer: Layer, *names: str) -> None:
         if mean is not None and buffer.shape[-1:] != mean.shape:
             raise StateError(
                 f"the buffers of a layer must have the same number of channels, but {name} has {buffer.shape[-1]} and running_mean has "
-                f"{mean.numel()}; prune it alike, or assign layer.statistics once more, which begins it anew"
+                f"{mean.numel()}; prune it too, or assign layer.statistics again to reset it"
             )
 
 
 class Applying:
-    """A layer as its source sees it in a call that applies an activation which is not the layer's own."""
+    """A layer with another activation, for the source to use in one call."""
 
     def __init__(self, owner: Layer, activation: Activation) -> None:
         self.owner, self.activation = owner, activation
@@ -106,7 +106,7 @@ class Applying:
 
 
 def owner_of(layer: Layer) -> Layer:
-    """The layer itself: what a source sees of it in `Domains` or `Applying` lives for one call."""
+    """The layer itself, where a source got a stand-in of `Domains` or `Applying`, which exists for one call."""
     while not isinstance(layer, nn.Module) and (owner := getattr(layer, "owner", None)) is not None:
         layer = owner
     return layer

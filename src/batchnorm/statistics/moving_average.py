@@ -1,4 +1,4 @@
-"""Normalization by moving averages, forward and backward."""
+"""Normalization by moving averages in the forward and the backward."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from batchnorm.kernels import Epilogue
 from batchnorm.kernels.correction import kept
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics import recomputed
-from batchnorm.statistics.contract import Kept, Layer, check_kept
-from batchnorm.statistics.shared import check_call, reducer_of, train_or_infer
+from batchnorm.statistics.common import check_call, reducer_of, train_or_infer
+from batchnorm.statistics.contract import Layer, SourceBuffer, check_buffers
 from batchnorm.torch_state import differentiated_by_torch
 
 _FORWARD = ("running_mean_window", "running_var_window")
@@ -31,30 +31,30 @@ _BACKWARD = ("running_mean_gradient", "running_var_gradient")
 class MovingAverage:
     """Moving average batch normalization (Yan et al. 2020, arXiv:2001.06838): for batches of a few samples.
 
-    The gradient through batch normalization holds two more statistics of the batch, as noisy as its mean and variance:
+    The gradient of batch normalization contains two more statistics of the batch, as noisy as its mean and variance:
 
         z  = (x - mean) / sigma          y = gamma · r · z + beta          g = gradient of z = gamma · r · dy
         dx = (g - <g> - z · <g · z>) / sigma
 
-    All four are averages over the last `window` batches here: mean and sigma² in the forward, <g> and <g · z> in the backward (the paper's
-    section 4.1). The running statistics follow those of the window. r = clip(sigma / running sigma, 1 / r_max, r_max), a constant in the
-    backward, makes training normalize as inference does. For the first batches, `warmup` of them and at least `window`, the batch's own
-    statistics count and r is 1: plain batch normalization.
+    This source averages all four over the last `window` batches: mean and sigma² in the forward, <g> and <g · z> in the backward (the
+    paper's section 4.1). The statistics of the window update the running statistics. r = clip(sigma / running sigma, 1 / r_max, r_max),
+    a constant in the backward, makes training normalize as inference does. The first batches, `warmup` of them and at least `window`,
+    use their own statistics and r = 1: plain batch normalization.
 
-    With `centered` the mean is held at 0, and <g> with it: sigma² is the mean of x², half of the statistics are gone (the paper's
-    section 4.2, its MABN). That wants a layer before whose weights of each output are shifted to sum up to 0, and no bias there.
-    The running mean then moves to 0.
+    With `centered`, mean and <g> are fixed at 0 and sigma² is the mean of x², which leaves half of the statistics (the paper's section
+    4.2, its MABN). The layer before should have no bias, and weights centered to sum to 0 for each output. The running mean then
+    converges to 0.
 
-    The windows are buffers of the layer, (window, C) each. In a layer that was trained otherwise, those of the forward begin with its
-    running statistics, and those of the gradient are empty: averages are over the batches that had a backward. The backward writes two
-    of them, so the gradient is no derivative: it cannot be differentiated again, and under `torch.func` it is an error. The batches of
-    an `accumulate` count one by one: they are averaged as it is.
+    The windows are buffers of the layer, (window, C) each. If the layer was trained with another source, the windows of the forward
+    start with its running statistics and those of the gradient are empty; averages are taken over batches that had a backward. The
+    backward writes two buffers, so the gradient is not a derivative: it cannot be differentiated again, and `torch.func` raises. In an
+    `accumulate` context each batch counts on its own.
 
     Args:
-        window: batches averaged; the paper's is 16.
+        window: number of batches averaged; 16 in the paper.
         r_max: at least 1.
-        warmup: batches of plain batch normalization.
-        centered: hold the mean at 0.
+        warmup: number of batches with plain batch normalization.
+        centered: fix the mean at 0.
 
     Raises:
         InputError: on an argument out of range.
@@ -74,10 +74,10 @@ class MovingAverage:
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         return train_or_infer(layer, x, residual, mask, self._by_windows, accumulates=False)
 
-    def kept(self) -> dict[str, Kept]:
-        # A trained layer says nothing of its gradients: copies of its running mean there would be taken for <g>.
-        forward = {name: Kept(name.removesuffix("_window"), self.window) for name in _FORWARD}
-        return forward | {name: Kept("running_mean", self.window, blank=True) for name in _BACKWARD}
+    def layer_buffers(self) -> dict[str, SourceBuffer]:
+        # The gradient windows start blank: copies of the running mean would be taken for <g>.
+        forward = {name: SourceBuffer(name.removesuffix("_window"), self.window) for name in _FORWARD}
+        return forward | {name: SourceBuffer("running_mean", self.window, blank=True) for name in _BACKWARD}
 
     def _by_windows(
         self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
@@ -85,11 +85,11 @@ class MovingAverage:
         running_var, counter = layer.running_var, layer.num_batches_tracked
         if running_var is None or counter is None:
             raise StateError(
-                "moving averages are kept in running statistics, but this layer has none; build it with track_running_stats=True"
+                "moving averages need running statistics, but this layer has none; build it with track_running_stats=True"
             )
-        check_kept(layer, *_FORWARD, *_BACKWARD)
+        check_buffers(layer, *_FORWARD, *_BACKWARD)
         if x.is_complex():
-            raise DTypeError("moving averages take real input, but got complex; use Batch() for it")
+            raise DTypeError("moving averages need real input, but got complex; use Batch()")
         if differentiated_by_torch():
             raise StateError(
                 "the backward of moving averages writes buffers, which torch.func cannot follow; use Batch() or Running() there"
@@ -99,21 +99,21 @@ class MovingAverage:
         reducer = reducer_of(layer)
         if isinstance(reducer, Joint):
             raise StateError(
-                "moving averages take batches one after another, but as_one_batch forwards parts of one; use Batch() or Renorm() there"
+                "MovingAverage averages whole batches, but as_one_batch forwards micro-batches; use Batch() or Renorm() there"
             )
         batch = moments(x, mask)
         batch = batch if reducer is None else reducer.merge(batch).detach()
         with torch.no_grad():
             used = self._used(layer, x, batch, running_var, counter)
-            if recomputed.matters():
-                told_by = batch.mean, batch.rstd(layer.eps)
+            if recomputed.is_needed():
+                key = batch.mean, batch.rstd(layer.eps)
                 if recomputing():
-                    used = recomputed.recalled(layer, *told_by, used)
+                    used = recomputed.look_up(layer, *key, used)
                 else:
-                    recomputed.remember(layer, *told_by, used)
+                    recomputed.store(layer, *key, used)
             mean, variance, r, averaged, use, before = used
             sigma = (variance + layer.eps).sqrt()
-        several = batch.count > 1  # where not, nothing is learned: the count stays what it is
+        several = batch.count > 1  # if not, nothing is updated and the count stays as it is
         count = batch.count * torch.where(use & several, self.window, 1).double()
         place = self._place(before) & several
         mean_g, mean_gz = (getattr(layer, name) for name in _BACKWARD)
@@ -134,14 +134,14 @@ class MovingAverage:
             shape = tuple(getattr(layer, name).shape)
             if shape != (self.window, channels):
                 raise ShapeError(
-                    f"{name} must be (window, C) = ({self.window}, {channels}) as the source and the input say, but has shape {shape}; "
-                    "set layer.statistics anew, which makes windows of the right size"
+                    f"{name} must be (window, C) = ({self.window}, {channels}) for this source and input, but has shape {shape}; "
+                    "assign layer.statistics again, which creates windows of the right size"
                 )
 
     def _used(self, layer: Layer, x: Tensor, batch: Moments, running_var: Tensor, counter: Tensor) -> _Used:
-        """Put the batch into the windows, and what it is normalized by."""
+        """Write the batch into the windows, and compute the statistics that normalize it."""
         means, variances = (getattr(layer, name) for name in _FORWARD)
-        # In a recomputation the windows hold this batch already, and the counter has counted it.
+        # In a recomputation the windows already hold this batch and the counter includes it.
         again = recomputing_now(x)
         before = kept(counter - again.to(counter.dtype))
         variance = batch.variance()
@@ -165,12 +165,12 @@ class MovingAverage:
         return _Used(mean, variance, kept(torch.where(use, r, torch.ones_like(r))), averaged, use, before)
 
     def _place(self, before: Tensor) -> Tensor:
-        """The row of the windows, (window, 1), of the batch that comes after so many."""
+        """Which row of the windows belongs to the batch that follows `before` batches: a mask (window, 1)."""
         return (torch.arange(self.window, device=before.device) == before % self.window).unsqueeze(1)
 
 
 class _Used(NamedTuple):
-    """What a batch is normalized by, (C,) each, whether the windows are full, whether they are used, and the batches before: 0-d."""
+    """Statistics that normalize a batch, (C,) each; and 0-d: whether the windows are full, whether they are used, batches before."""
 
     mean: Tensor
     variance: Tensor
@@ -181,7 +181,7 @@ class _Used(NamedTuple):
 
 
 class _Windows(NamedTuple):
-    """What the backward averages over: windows (window, C), the place of this batch in them, and whether they are full (0-d bool)."""
+    """The windows of the backward (window, C), the row of this batch in them, and whether they are full (0-d bool)."""
 
     g: Tensor
     gz: Tensor
@@ -191,7 +191,7 @@ class _Windows(NamedTuple):
 
 
 class _Corrected(torch.autograd.Function):
-    """x, whose gradient g / sigma, through constant statistics, becomes (g - <g> - z · <g · z>) / sigma by windows of <g> and <g · z>."""
+    """Return x, and in the backward turn its gradient g / sigma into (g - <g> - z · <g · z>) / sigma, with <> from the windows."""
 
     @staticmethod
     def forward(
@@ -220,7 +220,7 @@ class _Corrected(torch.autograd.Function):
         if mask is not None:
             mask = mask_along_channels(mask, x)
         epilogue = Epilogue(mask=mask)
-        kernel = kernels.select(x, epilogue)  # whose sums do not depend on how much padding there is
+        kernel = kernels.select(x, epilogue)  # its sums do not depend on the amount of padding
         sums = kernel.reduce_grad(grads[0], x, mean, sigma.reciprocal(), epilogue)  # of g / sigma, (C,) each
         sums = sums[0] * sigma, sums[1] * sigma
         mean, wide_sigma = mean.to(dtype).view(along), sigma.to(dtype).view(along)
@@ -235,7 +235,7 @@ class _Corrected(torch.autograd.Function):
         if not windows.centered:
             _put(windows.g, learns, mean_g)
         _put(windows.gz, learns, mean_gz)
-        # Rows of zeros were never written: the layer was trained otherwise before, or their forwards had no backward.
+        # Rows of zeros were never written: the layer was trained with another source, or their forwards had no backward.
         written = ((windows.g != 0) | (windows.gz != 0)).any(1).sum().clamp(min=1)
         mean_g, mean_gz = (
             torch.where(windows.averaged, window.to(value.dtype).sum(0) / written, value).to(dtype).view(along)
@@ -248,10 +248,10 @@ class _Corrected(torch.autograd.Function):
 
 
 def _is_finite(row: Tensor, window: Tensor) -> Tensor:
-    """Whether a row has no NaN and no Inf where it is kept, 0-d bool: a window of float32 holds less than statistics of float64."""
+    """Whether a row is finite in the dtype of the window, 0-d bool: float64 statistics may exceed the range of a float32 window."""
     return row.to(window.dtype).isfinite().all()
 
 
 def _put(window: Tensor, place: Tensor, row: Tensor) -> None:
-    """Write a row (C,) into a window (window, C) at its place, a mask (window, 1); no host synchronization."""
+    """Write a row (C,) into a window (window, C) where the mask `place` (window, 1) is set; no host synchronization."""
     window.copy_(torch.where(place, row.to(window.dtype), window))

@@ -1,7 +1,7 @@
-"""Statistics of one batch over parts of it that are forwarded one by one.
+"""Statistics of one batch from micro-batches that are forwarded one by one.
 
-Each part's forward runs in a thread of its own, one thread at a time: up to the next batch norm, where it waits until all parts have come
-there and the moments of all are known. So threads are coroutines here; nothing runs at the same time, and results do not depend on luck.
+The forward of each micro-batch runs in its own thread until the next batch norm. There it waits until all micro-batches have arrived and
+their merged moments are known. Only one thread runs at a time: the threads serve as coroutines, and results are deterministic.
 """
 
 from __future__ import annotations
@@ -27,63 +27,61 @@ from batchnorm.functional.recompute import may_be_recomputed
 from batchnorm.statistics.contract import Layer, owner_of
 from batchnorm.statistics.thread import thread
 
-Part = TypeVar("Part")
+Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 
-def as_one_batch(forward: Callable[[Part], Output], parts: Iterable[Part]) -> list[Output]:
-    """Forward the parts of a batch one by one, with the batch norms of this library seeing them as one batch.
+def as_one_batch(forward: Callable[[Input], Output], parts: Iterable[Input]) -> list[Output]:
+    """Forward micro-batches one by one, normalized by the statistics of all of them together, as one batch.
 
-    Outputs, gradients and running statistics are exactly those of the one batch (but for rounding), which move once. The parts need not
-    fit into one tensor: images of several sizes, sequences of several lengths, parts on the way through data-dependent code.
+    Outputs and gradients are those of the one batch, up to rounding; so are the running statistics, which are updated once. The
+    micro-batches need not fit into one tensor: images of several sizes, sequences of several lengths, models that branch on the data.
 
-        losses = bn.as_one_batch(lambda part: criterion(model(part.images), part.labels), parts)
+        losses = bn.as_one_batch(lambda batch: criterion(model(batch.images), batch.labels), micro_batches)
         torch.stack(losses).mean().backward()
 
-    A batch norm goes on only when all parts have come to it, and its backward likewise, so a part's activations are there until the
-    backward, as those of the one batch would be. What spares memory there spares it here: non-reentrant checkpoints of the model's
-    blocks (`torch.utils.checkpoint`), with which the forward is a pass that keeps the blocks' inputs alone, and the backward a second.
+    Each batch norm waits until all micro-batches have reached it, in the forward and in the backward. So the activations of all
+    micro-batches are in memory until the backward, as those of the one batch would be, and the same remedy helps: non-reentrant
+    checkpoints of the model's blocks (`torch.utils.checkpoint`), which save only the inputs of the blocks and run each block again.
 
-    `Ghost` has its groups within the parts; `Renorm` corrects the one batch; `MovingAverage` does not work here. Synchronized layers
-    merge all parts of all replicas. `forward` runs in other threads: grad mode, autocast, device and this library's `domain`,
-    `accumulate` and `recomputation` are as around the call; other contexts, such as `save_memory`, are opened within `forward`.
+    `Ghost` takes its groups within each micro-batch, `Renorm` corrects the one batch, `MovingAverage` raises. Synchronized layers merge
+    all micro-batches of all replicas. `forward` runs in other threads, with the caller's grad mode, autocast, device, and this
+    library's `domain`, `accumulate` and `recomputation`; enter other contexts, such as `save_memory`, inside `forward`.
 
     Args:
-        forward: called with each part; must call the same batch norms in the same order for all of them.
-        parts: at least one.
+        forward: called with each micro-batch; must call the same batch norms in the same order each time.
+        parts: the micro-batches, at least one.
 
     Returns:
-        What `forward` returned, for each part.
+        The results of `forward`, one for each micro-batch.
 
     Raises:
-        InputError: if there is no part.
-        StateError: if parts call different batch norms; from a batch norm of torch in training (`bn.convert` the model); in a reentrant
-            checkpoint, under a `torch.func` transform, and in compiled code; compiled models run as written.
-        RuntimeError: from torch, if the backward is to be differentiated.
+        InputError: if there is no micro-batch.
+        StateError: if micro-batches call different batch norms; from a batch norm of torch in training (`bn.convert` the model); in a
+            reentrant checkpoint, under a `torch.func` transform, and in compiled code; compiled models run uncompiled.
+        RuntimeError: from torch, if the backward is differentiated.
     """
     if torch.compiler.is_compiling():
-        raise StateError(
-            "the parts of one batch wait for each other, which compiled code cannot; call as_one_batch uncompiled"
-        )
-    parts = list(parts)
-    if not parts:
-        raise InputError("as_one_batch needs at least one part, but got none")
-    if len(parts) == 1:
-        return [forward(parts[0])]
+        raise StateError("micro-batches wait for each other, which compiled code cannot; call as_one_batch uncompiled")
+    batches = list(parts)
+    if not batches:
+        raise InputError("as_one_batch needs at least one micro-batch, but got none")
+    if len(batches) == 1:
+        return [forward(batches[0])]
     inherited = _Inherited()
-    running = [_Forward(number, forward, part, inherited) for number, part in enumerate(parts)]
+    running = [_MicroBatch(number, forward, batch, inherited) for number, batch in enumerate(batches)]
     running[-1].is_last = True
-    answer: Tensor | None = None
+    pooled: Tensor | None = None
     watch = register_module_forward_pre_hook(_refuse_torchs)
     try:
         with eager():
             while True:
                 for one in running:
-                    one.go_on(answer)
+                    one.resume(pooled)
                 arrivals = [one.arrival for one in running]
                 if all(arrival is None for arrival in arrivals):
                     return [one.output for one in running]
-                answer = _pooled(arrivals)
+                pooled = _pooled(arrivals)
     finally:
         watch.remove()
         for one in running:
@@ -91,11 +89,11 @@ def as_one_batch(forward: Callable[[Part], Output], parts: Iterable[Part]) -> li
 
 
 class _Arrival(NamedTuple):
-    """A part at a batch norm."""
+    """A micro-batch that waits at a batch norm."""
 
     layer: Layer
     replicas: Reducer | None
-    own: Tensor  # its moments, as a row
+    own: Tensor  # the moments of the micro-batch, as a row
 
     def __str__(self) -> str:
         layer = owner_of(self.layer)
@@ -107,39 +105,39 @@ def _pooled(arrivals: list[_Arrival | None]) -> Tensor:
     for number, arrival in enumerate(arrivals):
         if arrival is None or first is None or owner_of(arrival.layer) is not owner_of(first.layer):
             raise StateError(
-                "the parts of one batch must call the same batch norms in the same order, but part "
-                f"{number} {'had ended' if arrival is None else f'was at {arrival}'} while part 0 "
-                f"{'had ended' if first is None else f'was at {first}'}; let every part take the same way through the model"
+                "all micro-batches must call the same batch norms in the same order, but micro-batch "
+                f"{number} {'had ended' if arrival is None else f'was at {arrival}'} while micro-batch 0 "
+                f"{'had ended' if first is None else f'was at {first}'}; run the same layers for each"
             )
     assert first is not None
     return pool([arrival.own for arrival in arrivals if arrival is not None], first.replicas)
 
 
 class _Abandoned(BaseException):
-    """Ends the thread of a part whose batch failed elsewhere."""
+    """Ends the thread of a micro-batch after another one has failed."""
 
 
-class _Forward:
-    """One part on its way, as a coroutine: `go_on` runs it to its next arrival, or to its end."""
+class _MicroBatch:
+    """The forward of a micro-batch as a coroutine: `resume` runs it to its next batch norm, or to its end."""
 
-    def __init__(self, number: int, forward: Callable[[Any], Any], part: Any, inherited: _Inherited) -> None:
+    def __init__(self, number: int, forward: Callable[[Any], Any], input: Any, inherited: _Inherited) -> None:
         self.is_last = False
         self.arrival: _Arrival | None = None
         self.output: Any = None
         self.wants_grad = torch.is_grad_enabled()
-        self._answer: Tensor | None = None
+        self._pooled: Tensor | None = None
         self._error: BaseException | None = None
         self._begun = self._ended = self._abandoned = False
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(
-            target=self._run, args=(forward, part, inherited), name=f"part {number}", daemon=True
+            target=self._run, args=(forward, input, inherited), name=f"micro-batch {number}", daemon=True
         )
 
-    def go_on(self, answer: Tensor | None) -> None:
-        """Let it run, with the moments of all parts for those it came with."""
-        if self._ended:  # the others have not: `_pooled` will say so
+    def resume(self, pooled: Tensor | None) -> None:
+        """Continue, with the moments of all micro-batches at the batch norm where this one waits."""
+        if self._ended:  # the others have not: `_pooled` raises then
             return
-        self._answer = answer
+        self._pooled = pooled
         if self._begun:
             self._turn.release()
         else:
@@ -149,8 +147,8 @@ class _Forward:
         if self._error is not None:
             raise self._error
 
-    def meet(self, arrival: _Arrival) -> Tensor:
-        """Called in its thread: wait for the others."""
+    def wait(self, arrival: _Arrival) -> Tensor:
+        """Wait for the other micro-batches and return the moments of all; called in the thread of this one."""
         if not self._abandoned:
             self.arrival = arrival
             self._back.release()
@@ -158,32 +156,32 @@ class _Forward:
         if self._abandoned:
             raise _Abandoned
         self.arrival = None
-        assert self._answer is not None
-        return self._answer
+        assert self._pooled is not None
+        return self._pooled
 
     def abandon(self) -> None:
-        """End it wherever it is."""
+        """End the thread wherever it is."""
         self._abandoned = True
         if self._begun:
             self._turn.release()
             self._thread.join()
 
-    def _run(self, forward: Callable[[Any], Any], part: Any, inherited: _Inherited) -> None:
-        thread.part = self
+    def _run(self, forward: Callable[[Any], Any], input: Any, inherited: _Inherited) -> None:
+        thread.micro_batch = self
         try:
             with inherited.contexts():
-                self.output = forward(part)
+                self.output = forward(input)
         except _Abandoned:
             pass
         except BaseException as error:
-            self._error = error  # raised again where the call was
+            self._error = error  # raised again in the calling thread
         finally:
             self._ended = True
             self._back.release()
 
 
 class _Inherited:
-    """What the threads of the parts have of the one that called: what torch and this library keep for each thread."""
+    """Thread-local state of torch and this library, copied from the calling thread to those of the micro-batches."""
 
     def __init__(self) -> None:
         self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -209,34 +207,34 @@ class _Inherited:
             yield
 
 
-# Of each layer the calls whose graph is alive: a checkpoint may run them again.
+# For each layer, the calls whose graph is alive: a checkpoint may run them again.
 _calls: WeakKeyDictionary[Any, WeakSet[Call]] = WeakKeyDictionary()
 
 
-class _Meeting(Joint):
-    """The reducer of a layer in a part."""
+class _Waiting(Joint):
+    """The reducer of a layer in the forward of a micro-batch: waits for the moments of the others."""
 
-    def __init__(self, part: _Forward, layer: Layer, replicas: Reducer | None) -> None:
-        self._part, self._layer, self.replicas = part, layer, replicas
+    def __init__(self, micro_batch: _MicroBatch, layer: Layer, replicas: Reducer | None) -> None:
+        self._micro_batch, self._layer, self.replicas = micro_batch, layer, replicas
 
     def takes(self, own: Tensor) -> bool:  # noqa: ARG002 (the signature)
         return True
 
     def join(self, own: Tensor) -> Tensor:
-        if self._part.wants_grad and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+        if self._micro_batch.wants_grad and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
             raise StateError(
-                "a reentrant checkpoint runs the parts of one batch again one by one, so that their statistics cannot meet; pass "
+                "a reentrant checkpoint runs the micro-batches again one by one, so their statistics cannot be merged; pass "
                 "use_reentrant=False to torch.utils.checkpoint"
             )
-        return self._part.meet(_Arrival(self._layer, self.replicas, own))
+        return self._micro_batch.wait(_Arrival(self._layer, self.replicas, own))
 
     def seen(self, call: Call) -> None:
         if may_be_recomputed():
             _calls.setdefault(owner_of(self._layer), WeakSet()).add(call)
 
 
-class _Recalled(Joint):
-    """The reducer of a layer whose call for a part runs again: knows what the parts had together."""
+class _Recomputing(Joint):
+    """The reducer of a layer in the recomputation of a micro-batch: returns the moments that were merged in the forward."""
 
     def __init__(self, calls: list[Call], replicas: Reducer | None) -> None:
         self._calls, self.replicas = calls, replicas
@@ -255,27 +253,27 @@ class _Recalled(Joint):
         return next((call for call in self._calls if torch.equal(call.own, own.detach())), None)
 
 
-def joined(layer: Layer, replicas: Reducer | None) -> Reducer | None:
-    """What merges this layer's statistics where it is called for a part of a batch; otherwise the replicas."""
+def joint_reducer(layer: Layer, replicas: Reducer | None) -> Reducer | None:
+    """The reducer that merges the layer's statistics over micro-batches and replicas; `replicas` outside of `as_one_batch`."""
     if torch.compiler.is_compiling():
         return replicas
-    if thread.part is not None:
-        return _Meeting(thread.part, layer, replicas)
+    if thread.micro_batch is not None:
+        return _Waiting(thread.micro_batch, layer, replicas)
     if _calls and recomputing():
         calls = _calls.get(owner_of(layer))
         if calls:
-            return _Recalled(list(calls), replicas)
+            return _Recomputing(list(calls), replicas)
     return replicas
 
 
 def in_one_batch() -> bool:
-    """Whether this is the forward of a part, or may be one that runs again."""
-    return not torch.compiler.is_compiling() and (thread.part is not None or bool(_calls))
+    """Whether this is the forward of a micro-batch, or may be its recomputation."""
+    return not torch.compiler.is_compiling() and (thread.micro_batch is not None or bool(_calls))
 
 
-def moves_here() -> bool:
-    """Whether the statistics move in this call: with the last part, when all have read what was before."""
-    return thread.part is None or thread.part.is_last
+def updates_here() -> bool:
+    """Whether this call updates the running statistics: that of the last micro-batch does, after all have read the old values."""
+    return thread.micro_batch is None or thread.micro_batch.is_last
 
 
 def _in_reentrant_checkpoint() -> bool:
@@ -286,14 +284,14 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 def _refuse_torchs(module: nn.Module, inputs: Any) -> None:  # noqa: ARG001 (torch's signature)
-    """A forward pre-hook: a batch norm that does not wait for the other parts would normalize each by itself, without a word."""
+    """A forward pre-hook that raises on torch's batch norms, which would silently normalize each micro-batch by its own statistics."""
     if (
-        thread.part is not None
+        thread.micro_batch is not None
         and isinstance(module, _BatchNorm)
         and module.training
         and not hasattr(module, "statistics")
     ):
         raise StateError(
-            f"the parts of one batch meet in batch norms of this library, but {type(module).__name__}({module.num_features}) is "
+            f"as_one_batch merges statistics in batch norms of this library, but {type(module).__name__}({module.num_features}) is "
             "torch's; pass the model through batchnorm.convert"
         )

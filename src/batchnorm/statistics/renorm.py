@@ -1,4 +1,4 @@
-"""Batch statistics corrected toward the running ones."""
+"""Batch statistics corrected toward the running statistics."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from batchnorm.functional import moments, recomputing
 from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics import recomputed
+from batchnorm.statistics.common import by_batch, by_replicas, reducer_of, train_on_fast_path, train_or_infer
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.recomputed import Buffers
-from batchnorm.statistics.shared import by_batch, by_replicas, reducer_of, train_on_fast_path, train_or_infer
 
 
 @dataclass(frozen=True)
 class Renorm:
-    """Batch renormalization (Ioffe 2017, arXiv:1702.03275, Algorithm 1): for small batches, and batches that are no random sample.
+    """Batch renormalization (Ioffe 2017, arXiv:1702.03275, Algorithm 1): for batches that are small or not a random sample.
 
         y = gamma · (x̂ · r + d) + beta
         r = clip(sigma / running sigma, 1 / r_max, r_max)      d = clip((mean - running mean) / running sigma, -d_max, d_max)
 
-    with x̂ normalized by the batch as always (variance biased) and sigma = sqrt(variance + eps). Where nothing is clipped the output is
-    that of the running statistics, as in inference. r and d are constants in the backward; the statistics they are taken from are
-    those before this batch moves them. What the running variance follows is the layer's `running_variance`; the paper averages
-    sigma, we the variance, as Keras does, so that checkpoints stay torch's.
+    where x̂ is normalized by the batch as usual (biased variance) and sigma = sqrt(variance + eps). Where nothing is clipped, the
+    output is normalized by the running statistics, as in inference. r and d are constants in the backward and are computed before
+    this batch updates the running statistics. The layer's `running_variance` decides whether the running variance averages unbiased
+    or biased variances. The paper averages sigma; this source averages the variance, as Keras does and torch's checkpoints expect.
 
-    The bounds grow with the layer's `num_batches_tracked`, on the device: r_max = 1 and d_max = 0, which is plain batch
-    normalization, for `warmup` batches; then linearly, r_max until batch 8 · warmup and d_max until 5 · warmup (the paper's section
-    4: 5000, 40000, 25000). A checkpoint that was trained for longer starts with the full bounds.
+    The bounds grow with the layer's `num_batches_tracked`, on the device. For `warmup` batches r_max = 1 and d_max = 0, which is plain
+    batch normalization. Then they grow linearly, r_max until batch 8 · warmup and d_max until 5 · warmup (the paper's section 4: 5000,
+    40000, 25000). A checkpoint that was trained for longer starts with the full bounds.
 
     Args:
         r_max: at least 1.
-        d_max: at least 0, in deviations.
-        warmup: batches of plain batch normalization; 0 for the full bounds at once.
+        d_max: at least 0, in standard deviations.
+        warmup: number of batches with plain batch normalization; 0 for the full bounds at once.
 
     Raises:
         InputError: on a bound or a warmup out of range.
@@ -54,7 +54,9 @@ class Renorm:
         if not (self.r_max >= 1 and self.d_max >= 0 and self.warmup >= 0):
             raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
         if self.warmup and not (math.isfinite(self.r_max) and math.isfinite(self.d_max)):
-            raise InputError(f"bounds that grow must be finite, but got {self}; take large numbers, or warmup=0")
+            raise InputError(
+                f"with a warmup r_max and d_max must be finite, but got {self}; use large numbers, or warmup=0"
+            )
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:
@@ -72,16 +74,16 @@ class Renorm:
             mask,
             bounds=(self.r_max, self.d_max, self.warmup),
         )
-        if not (layer.training and recomputed.matters()):
+        if not (layer.training and recomputed.is_needed()):
             return call()
         mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
         if torch.is_grad_enabled() or recomputing() or mean is None or variance is None or batches is None:
             return None
         before = Buffers(mean, variance, batches).copy()
-        return call(observe=lambda statistics: recomputed.remember(layer, statistics[0], statistics[1], before))
+        return call(observe=lambda statistics: recomputed.store(layer, statistics[0], statistics[1], before))
 
     def bounds(self, batches: Tensor) -> tuple[Tensor, Tensor]:
-        """r_max and d_max after so many batches, both 0-d float64."""
+        """r_max and d_max after this number of batches, both 0-d float64."""
         if self.warmup == 0:
             full = partial(torch.full, (), dtype=torch.float64, device=batches.device)
             return full(self.r_max), full(self.d_max)
@@ -104,19 +106,19 @@ class Renorm:
             toward = Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked))
             return by_batch(layer, x, residual, mask, reducer_of(layer), renormalization=toward)
 
-        def told_by(batch: Moments) -> tuple[Tensor, Tensor]:
+        def key(batch: Moments) -> tuple[Tensor, Tensor]:
             return batch.mean, (batch.variance() + layer.eps).rsqrt()
 
-        if not recomputed.matters():
+        if not recomputed.is_needed():
             return normalized(now)
         if not recomputing():
             before = now.copy()
             y, batch = normalized(before)
             with torch.no_grad():
-                recomputed.remember(layer, *told_by(batch), before)
+                recomputed.store(layer, *key(batch), before)
             return y, batch
         with torch.no_grad():
             batch, reducer = moments(x, mask), reducer_of(layer)
             batch = batch if reducer is None else reducer.merge(batch)
-            now = recomputed.recalled(layer, *told_by(batch), now)
+            now = recomputed.look_up(layer, *key(batch), now)
         return normalized(now)

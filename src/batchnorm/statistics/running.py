@@ -6,20 +6,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from batchnorm.statistics.contract import Kept, Layer, Statistics, kept_by
+from batchnorm.statistics.common import by_running_statistics
+from batchnorm.statistics.contract import Layer, SourceBuffer, Statistics, buffers_of
 from batchnorm.statistics.domains import Domains
-from batchnorm.statistics.shared import by_running_statistics
 
 
 @dataclass(frozen=True)
 class Running:
-    """The running statistics, in training too: a frozen layer. Its affine parameters still learn, its buffers never move.
+    """Running statistics in training too: a frozen layer. Its affine parameters still learn; its buffers never change.
 
-    No sample sees another, so gradients of single samples (differential privacy, `torch.func.vmap` over `grad`) are well defined.
+    The output of a sample depends on no other sample, so per-sample gradients (differential privacy, `torch.func.vmap` over `grad`)
+    are well defined.
 
     Attributes:
-        before: the part that `freeze` replaced and `unfreeze` puts back; None is `Batch()`.
-        learned: names of the parameters that `freeze` stopped, and `unfreeze` lets learn again.
+        before: the source that `freeze` replaced and `unfreeze` restores; None is `Batch()`.
+        learned: names of the parameters that `freeze` froze and `unfreeze` makes trainable again.
     """
 
     before: Statistics | None = field(default=None, repr=False)
@@ -27,9 +28,9 @@ class Running:
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if isinstance(self.before, Domains):
-            layer = self.before.seen_by(layer)
+            layer = self.before.in_domain(layer)
         return by_running_statistics(layer, x, residual, mask)
 
-    def kept(self) -> dict[str, Kept]:
-        """Those of the part it stands for, which `unfreeze` needs again."""
-        return {} if self.before is None else kept_by(self.before)
+    def layer_buffers(self) -> dict[str, SourceBuffer]:
+        """The buffers of the source that it replaces; `unfreeze` needs them again."""
+        return {} if self.before is None else buffers_of(self.before)

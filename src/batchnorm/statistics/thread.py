@@ -1,4 +1,4 @@
-"""What the contexts of this folder say, each for its own thread."""
+"""Thread-local state of the context managers of this package."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class _Thread(threading.local):
-    """Attributes: the `domain` that counts, the window of `accumulate`, and the part of `as_one_batch`, each None outside of it."""
+    """The current `domain`, window of `accumulate` and micro-batch of `as_one_batch`; each None outside of its context."""
 
-    def __init__(self) -> None:  # for each thread; a default of the class would be no guard to compiled code
+    def __init__(self) -> None:  # runs in each thread; compiled code would not guard on a default of the class
         self.domain: str | None = None
         self.window: Any = None
-        self.part: Any = None
+        self.micro_batch: Any = None
 
 
 thread = _Thread()

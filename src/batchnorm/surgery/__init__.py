@@ -1,4 +1,4 @@
-"""Changing the batch norms of a model in place: converting and going back, freezing, carrying statistics over."""
+"""In-place changes of a model's batch norms: convert and revert, fuse, freeze, copy statistics."""
 
 from batchnorm.surgery.absorb import Absorbed
 from batchnorm.surgery.averages import copy_statistics

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import StateError
 from batchnorm.layers import STATISTICS, BatchNorm
-from batchnorm.statistics import kept_by
+from batchnorm.statistics import buffers_of
 from batchnorm.surgery.transaction import transaction
 from batchnorm.surgery.walker import slots_of
 
@@ -16,16 +16,16 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  
 
 
 def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Give the batch norms of `target` the running statistics and the counter of those of `source`, and return `target`.
+    """Copy running statistics and counters from the batch norms of `source` to those of `target`, and return `target`.
 
-    For averaged weights (EMA, SWA): the average learns no statistics of its own. Layers meet by name; what wrappers add to it does not
-    count (`torch.optim.swa_utils.AveragedModel`, DDP, FSDP, `torch.compile`, checkpoint wrappers). They may be torch's or ours, of any
-    part; what the source's part does not keep begins anew, as where a plain checkpoint is loaded. Copied statistics are those of the
-    weights that made them; weights far from these want statistics of their own.
+    For averaged weights (EMA, SWA), whose model never updates running statistics itself. Layers are matched by name, without the
+    prefixes of wrappers (`torch.optim.swa_utils.AveragedModel`, DDP, FSDP, `torch.compile`, checkpoint wrappers). They may be torch's or
+    ours, with any statistics source. Buffers that the layer in `source` lacks get initial values, as when a plain checkpoint is loaded.
+    The copied statistics belong to the weights of `source`; if those of `target` are far from them, use `recalibrate`.
 
     Raises:
-        ArgumentError: if one is not a module.
-        StateError: if a layer of `target` with running statistics has no counterpart of its size in `source`; nothing is copied then.
+        ArgumentError: if `source` or `target` is not a module.
+        StateError: if a layer of `target` with running statistics has no counterpart of its size in `source`; then nothing is copied.
     """
     named = [
         {
@@ -38,9 +38,12 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     pairs = list[tuple[Tensor, Tensor]]()
     for path, layer in named[1].items():
         other = named[0].get(path)
-        kept = kept_by(layer.statistics) if isinstance(layer, BatchNorm) else {}
-        found = {name: getattr(other, name, None) for name in (*STATISTICS, "num_batches_tracked", *kept)}
-        for name, buffer in kept.items():  # of another part they begin as where a checkpoint is loaded
+        own = buffers_of(layer.statistics) if isinstance(layer, BatchNorm) else {}
+        found = {name: getattr(other, name, None) for name in (*STATISTICS, "num_batches_tracked", *own)}
+        for (
+            name,
+            buffer,
+        ) in own.items():  # with another statistics source: initial values, as when a checkpoint is loaded
             of, like = found[name], found[buffer.like]
             if like is not None and (of is None or of.shape != getattr(layer, name).shape):
                 found[name] = buffer.start(like)
@@ -60,6 +63,6 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
 
 def _without_wrappers(path: str) -> str:
     names = [name for name in path.split(".") if name not in _WRAPPED]
-    while names and names[0] == "module":  # of AveragedModel and DDP, perhaps one in the other
+    while names and names[0] == "module":  # of AveragedModel and DDP, which may be nested
         names.pop(0)
     return ".".join(names)

@@ -1,4 +1,4 @@
-"""Classes made on the way: the class of one module with something exchanged. Their modules can be copied and pickled."""
+"""Classes created at run time from the class of a module; their instances can be copied and pickled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Make = Callable[..., type[nn.Module]]
 
 
 def remade(make: Make) -> Make:
-    """A decorator of functions that make a class: the same arguments give the same class, and a copy of a module calls them again.
+    """Decorate a function that creates a class: it is cached, and copying or unpickling an instance calls it again.
 
-    The function must be one that can be imported, and its arguments must be hashable and such that pickle takes them.
+    The function must be importable, and its arguments hashable and picklable.
     """
 
     @functools.cache
@@ -32,12 +32,12 @@ def remade(make: Make) -> Make:
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class of a module, which stays the same object."""
+    """Change the class of a module in place."""
     module.__class__ = cls
 
 
 def like(base: type[nn.Module]) -> dict[str, Any]:
-    """What a class made of another has of its names."""
+    """The names and the docstring of `base`, for a class that is created from it."""
     return {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
 
 

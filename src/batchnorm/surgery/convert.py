@@ -1,4 +1,4 @@
-"""Converting a model: its batch norms become ours."""
+"""`convert`: turn the batch norms of a model into ours."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from batchnorm.surgery.walker import layers_of, slots_of
 def convert(
     model: nn.Module, *, statistics: Statistics | None = None, fuse: bool = False, save_memory: bool = False
 ) -> nn.Module:
-    """Make every batch norm of a model ours, in place, and return the model. Lazy ones stay lazy, frozen ones frozen.
+    """Turn every batch norm of a model into ours, in place, and return the model. Lazy layers stay lazy, frozen ones frozen.
 
-    Taken are `nn.BatchNorm1d`, `2d` and `3d`, `nn.SyncBatchNorm` (but not among several processes: see `synchronize`), frozen
-    batch norms of other libraries, which have four buffers (weight, bias, running_mean, running_var) and compute accordingly, and
-    subclasses that normalize as torch does and then call their submodules or an activation (timm's `BatchNormAct2d`), which is found
-    out with random numbers. Their objects stay instances of their classes.
+    It converts `nn.BatchNorm1d`, `2d` and `3d`; `nn.SyncBatchNorm`, unless there are several processes (see `synchronize`); frozen
+    batch norms of other libraries, if they have four buffers (weight, bias, running_mean, running_var) and compute accordingly; and
+    subclasses that normalize as torch does and then call their submodules or an activation (timm's `BatchNormAct2d`), which is
+    checked with random numbers. The objects stay instances of their classes.
 
-    Outputs, gradients, state_dict, parameters and hooks stay what they were; `revert` goes back. Layers written by hand are left (see
-    `interop.from_tutorial`). The logger `batchnorm` says how many of the batch norms changed, which did not, and why: as a warning if
-    there are any, or if nothing changed.
+    Outputs, gradients, state_dict, parameters and hooks do not change; `revert` undoes it. Hand-written layers are not converted (see
+    `interop.from_tutorial`). The logger `batchnorm` says how many batch norms changed, which did not, and why; as a warning if some
+    did not, or if nothing changed.
 
     Args:
-        model: changed in place; it may be the layer itself.
-        statistics: a statistics source for every layer, those that are ours already too; None leaves them theirs. Frozen
-            layers stay frozen, and get it when they are unfrozen.
-        fuse: go on with `batchnorm.fuse`, for speed: batch norms apply the activations and additions that follow them. Without it
-            activations stay modules of their own, which other tools may hook.
-        save_memory: let the model run in `batchnorm.save_memory` whenever it is called, by hooks of its own, and all its batch norms
-            of ours take part; those whose attribute `save_memory` is set to False again do not. It is the model given here that
-            must be called, not a part of it.
+        model: changed in place; may be a single layer.
+        statistics: a statistics source for every layer, including those that are ours already; None changes no source. Frozen
+            layers stay frozen, and use it after `unfreeze`.
+        fuse: call `batchnorm.fuse` afterwards, for speed: batch norms then apply the activations and additions that follow them.
+            Without it activations stay separate modules, which other tools may hook.
+        save_memory: register hooks that run every call of this model in `batchnorm.save_memory`, with all our batch norms; set a
+            layer's attribute `save_memory` to False to exclude it. The hooks run only if this model is called, not a submodule of it.
 
     Raises:
         ArgumentError: if model is not a module.

@@ -1,10 +1,9 @@
-"""Exchanging torch's batch norms for ours in a model, and back, with nothing lost.
+"""Turn torch's batch norms into ours, and back, without losing anything.
 
-A layer is not replaced but changes its class, as torch's lazy layers do: the object stays the same one, so shared modules stay
-shared, and parameters, buffers, hooks, the training flag, custom attributes and every reference to the layer are kept because
-nothing touches them.
+A layer changes its class, as torch's lazy layers do, and stays the same object. So shared modules stay shared, and parameters, buffers,
+hooks, the training flag, custom attributes and references to the layer stay valid.
 
-If anything raises, the model is as it was (`transaction`).
+If anything raises, the model is restored (`transaction`).
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ _STATISTICS = "_statistics_before_conversion"
 def convert_layers(
     slots: list[Slot], report: Report, statistics: Statistics | None = None, *, synchronizing: bool = False
 ) -> Report:
-    """Make the batch norms in these places ours, and note it in a report; `synchronizing` takes SyncBatchNorm among several processes."""
+    """Turn the batch norms in these slots into ours, and fill the report; `synchronizing` allows SyncBatchNorm with several processes."""
     if statistics is not None:
         check_statistics(statistics)
     for layer, paths in norms_of(slots):
@@ -67,7 +66,7 @@ def convert_layers(
             if statistics is None:
                 report.already += 1
             else:
-                _give(layer, statistics)
+                _set_source(layer, statistics)
                 report.changed.append(paths)
             continue
         cls = target_class(layer, synchronizing=synchronizing)
@@ -79,7 +78,7 @@ def convert_layers(
         before = type(layer).__name__
         become_ours(layer, cls)
         assert isinstance(layer, BatchNorm)
-        _give(layer, statistics)
+        _set_source(layer, statistics)
         report.changed.append(paths)
         name = type(layer).__name__
         logger.info("%s: %s is now %s", report.operation, paths, f"batchnorm.{name}" if name == before else f"{name}")
@@ -88,12 +87,11 @@ def convert_layers(
 
 @transactional()
 def revert(model: nn.Module) -> nn.Module:
-    """Make every layer of ours torch's again, in place, and return the model: the inverse of `convert` and `fuse`, object by object.
+    """Turn our batch norms back into torch's, in place, and return the model: the inverse of `convert` and `fuse`.
 
-    What was a frozen batch norm of another library, or a subclass, becomes that.
-
-    A layer that does what torch's cannot (an activation it was built with, another channel axis, the biased running variance ...)
-    is left, and the logger `batchnorm` says so.
+    Layers that came from a subclass, or from a frozen batch norm of another library, become that again. Layers that use what torch's
+    do not have (an activation they were built with, another channel axis, the biased running variance ...) do not change, and the
+    logger `batchnorm` says so.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -107,7 +105,9 @@ def revert(model: nn.Module) -> nn.Module:
         if not isinstance(layer, BatchNorm):
             continue
         before = layer.__dict__.get(_STATISTICS)
-        frozen_since = isinstance(layer.statistics, Running) and layer.statistics != Running()  # which `convert` gives
+        frozen_since = (
+            isinstance(layer.statistics, Running) and layer.statistics != Running()
+        )  # `convert` sets this one
         if before is not None and not frozen_since:
             layer.statistics = before
             del layer.__dict__[_STATISTICS]
@@ -133,7 +133,7 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _give(layer: BatchNorm, statistics: Statistics | None) -> None:
+def _set_source(layer: BatchNorm, statistics: Statistics | None) -> None:
     if statistics is None:
         return
     frozen = layer.statistics if isinstance(layer.statistics, Running) else None
@@ -143,7 +143,7 @@ def _give(layer: BatchNorm, statistics: Statistics | None) -> None:
 
 
 def become_ours(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Make a batch norm one of ours; it stays the same object, and keeps all it has."""
+    """Turn a batch norm into one of ours; it stays the same object, with all its attributes."""
     become(layer, cls)
     assert isinstance(layer, BatchNorm)
     layer.__dict__[_DTYPES] = {
@@ -155,24 +155,24 @@ def become_ours(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def why_left(layer: nn.Module) -> str | None:
-    """Why `convert` leaves a batch norm that is not ours alone, or None."""
+    """Why `convert` cannot convert this batch norm, or None."""
     found = target_class(layer)
     return found if isinstance(found, str) else None
 
 
 def target_class(layer: nn.Module, *, synchronizing: bool = False) -> type[nn.Module] | str:
-    """The class of ours that a batch norm becomes, or why there is none."""
-    reason = _not_free(layer)
+    """Our class for a batch norm, or the reason why there is none."""
+    reason = _conflict(layer)
     if reason:
         return reason
     if not isinstance(layer, _BatchNorm):
         return frozen.target_class(layer)
     if isinstance(layer, nn.SyncBatchNorm) and not synchronizing and _has_replicas(layer):
-        return "it is a SyncBatchNorm among several processes; batchnorm.synchronize takes it over on all of them"
+        return "it is a SyncBatchNorm among several processes; call batchnorm.synchronize, which converts it on all of them"
     if type(layer) in _BASES:
         return _BASES[type(layer)]
     if isinstance(layer, LazyModuleMixin):
-        return f"it is a {type(layer).__name__}, which is lazy still; call the model once first"
+        return f"it is a {type(layer).__name__}, which is still lazy; call the model once first"
     rest = rest_of_layer(layer)
     if isinstance(rest, str):
         return rest
@@ -188,16 +188,16 @@ def _has_replicas(layer: nn.SyncBatchNorm) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(layer.process_group) > 1
 
 
-def _not_free(layer: nn.Module) -> str | None:
-    """What stands in the way of options of ours, or None."""
+def _conflict(layer: nn.Module) -> str | None:
+    """Why the layer cannot have our options, or None."""
     if "forward" in layer.__dict__:
         return "it has a forward of its own"
     taken = [name for name in _TAKEN if hasattr(layer, name)]
-    return f"it has an attribute {taken[0]!r} of its own, which means something else in ours" if taken else None
+    return f"it has an attribute {taken[0]!r} of its own, which has another meaning in ours" if taken else None
 
 
 def _torchs(layer: BatchNorm) -> type[nn.Module]:
-    """The class that a layer of ours can go back to; its own where there is none."""
+    """The class that `revert` gives a layer; its own if there is none."""
     if isinstance(layer, FrozenBatchNorm):
         return frozen.class_before(layer)
     synchronized = "process_group" in layer.__dict__
@@ -219,7 +219,7 @@ def _not_revertible(layer: BatchNorm) -> str | None:
 
 
 def _restore_statistics_dtypes(layer: BatchNorm) -> None:
-    """Running statistics as torch has them: those they came with, unless the model was cast since; then the parameters'."""
+    """Restore the dtypes of the running statistics from before the conversion; if the model was cast since, use the parameters'."""
     before = layer.__dict__.pop(_DTYPES, {})
     weight = None if layer.weight is None else layer.weight.dtype
     cast = weight != before.get("weight")

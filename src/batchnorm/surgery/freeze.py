@@ -1,4 +1,4 @@
-"""Freezing batch norms, so that it survives `.train()`."""
+"""`freeze` and `unfreeze`: batch norms that stay frozen after `.train()`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HELD = "_before_freezing"
 
 
 class HeldInInference(nn.Module):
-    """Of a frozen layer whose class is not ours: it stays in inference, where it leaves its statistics alone, whatever `train` says."""
+    """A frozen layer of another class: it ignores `train()` and stays in inference mode, where statistics do not change."""
 
     def train(self, mode: bool = True) -> Self:
-        """Change the mode of its submodules alone."""
+        """Set the mode of the submodules only."""
         super().train(mode)
         self.__dict__[_HELD] = (mode, self.__dict__[_HELD][1])
         self.training = False
@@ -35,14 +35,15 @@ class HeldInInference(nn.Module):
 def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     """Make every batch norm of a model normalize by its running statistics, in training too, in place, and return the model.
 
-    Unlike `.eval()` it survives the next `.train()`, and unlike `requires_grad=False` it stops the buffers: none of them changes, the
-    counters neither. Momentum and everything else is kept; `unfreeze` goes back. Torch's layers become ours first, as with `convert`.
-    Subclasses that cannot be converted are held in inference, whatever `.train()` says. Layers without running statistics are left.
-    The logger `batchnorm` says how many were frozen and what was left: as a warning if there is any, or if nothing changed.
+    Unlike `.eval()`, it survives the next `.train()`. Unlike `requires_grad=False`, it freezes the buffers too, counters included.
+    Everything else stays, momentum for example; `unfreeze` undoes it. Torch's layers become ours first, as with `convert`. Subclasses
+    that cannot be converted stay in inference mode, also after `.train()`. Layers without running statistics do not change. The logger
+    `batchnorm` says how many layers were frozen and which were not; as a warning if there are any, or if nothing changed.
 
     Args:
-        model: changed in place; it may be the layer itself.
-        affine: stop weight and bias too, by `requires_grad = False`; of pruned and parametrized layers what they are computed from.
+        model: changed in place; may be a single layer.
+        affine: freeze weight and bias too, by `requires_grad = False`; in pruned and parametrized layers, the parameters that they are
+            computed from.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -57,12 +58,12 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         learned = _stopped(layer) if affine else ()
         if isinstance(layer, BatchNorm):
             before = layer.statistics
-            if isinstance(before, Running):  # frozen already: what it goes back to stays
+            if isinstance(before, Running):  # already frozen: `unfreeze` still restores the first source
                 before, learned = before.before, before.learned + learned
             layer.statistics = Running(before, learned)
         else:
             reason = converted.left[paths]
-            logger.info("freeze: %s is held in inference: %s", paths, reason)
+            logger.info("freeze: %s stays in inference mode: %s", paths, reason)
             _hold(layer, learned)
         report.changed.append(paths)
         logger.info("freeze: froze %s", paths)
@@ -72,7 +73,7 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
 
 @transactional()
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Undo `freeze`, in place, and return the model: the statistics come from where they came before, and what learned learns again.
+    """Undo `freeze`, in place, and return the model: restore the statistics sources, and make frozen parameters trainable again.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -89,12 +90,12 @@ def unfreeze(model: nn.Module) -> nn.Module:
         for name, value in layer.named_parameters():
             if name in learned:
                 value.requires_grad = True
-        logger.info("unfreeze: %s learns again", paths)
+        logger.info("unfreeze: unfroze %s", paths)
     return model
 
 
 def _stopped(layer: _BatchNorm) -> tuple[str, ...]:
-    """Stop weight and bias, or what they are computed from; return the names of those that learned."""
+    """Freeze weight and bias, or the parameters that they are computed from; return the names of those that were trainable."""
     owned = [(name, value) for name, value in layer.named_parameters() if _is_affine(name)]
     learned = [(name, value) for name, value in owned if value.requires_grad]
     for _, value in learned:
@@ -103,7 +104,7 @@ def _stopped(layer: _BatchNorm) -> tuple[str, ...]:
 
 
 def _is_affine(name: str) -> bool:
-    """Whether a parameter is the layer's, and not that of a submodule it calls."""
+    """Whether a parameter belongs to the layer itself, not to a submodule that it calls."""
     return "." not in name or name.startswith("parametrizations.")
 
 

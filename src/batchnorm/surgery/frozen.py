@@ -1,4 +1,4 @@
-"""Frozen batch norms of other libraries (torchvision, detectron2, timm ...) as layers of ours, and back."""
+"""Frozen batch norms of other libraries (torchvision, detectron2, timm ...) converted to ours, and back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from batchnorm.statistics import Running
 from batchnorm.surgery.subclasses import Rest, derived, rest_of_layer
 
 _BEFORE = "_before_conversion"
-_EPS = 1e-5  # of those that have no attribute for it
+_EPS = 1e-5  # for modules without an attribute `eps`
 
 
 class FrozenBatchNorm(BatchNorm):
-    """What a frozen batch norm of another library becomes: `statistics=Running()`, weight and bias are buffers, no counter.
+    """A converted frozen batch norm of another library: `statistics=Running()`, weight and bias are buffers, no counter.
 
-    `unfreeze` lets its statistics move; weight and bias stay what they are.
+    After `unfreeze` its running statistics are updated in training; weight and bias stay buffers.
     """
 
     def _load_from_state_dict(
@@ -31,14 +31,14 @@ class FrozenBatchNorm(BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Checkpoints with a counter load, too, and those without one need none, whatever version they say they are."""
+        """Load checkpoints with and without a counter, whatever their version."""
         state_dict.pop(prefix + "num_batches_tracked", None)
         metadata = {**local_metadata, "version": self._version}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 def prepare(module: nn.Module) -> None:
-    """Give a module that `is_frozen_norm` what a layer of ours has."""
+    """Add the attributes of our layers to a module for which `is_frozen_norm` is true."""
     mean = module._buffers["running_mean"]
     assert mean is not None
     given = {"num_features": mean.numel(), "eps": _EPS, "momentum": 0.1, "affine": True, "track_running_stats": True}
@@ -50,12 +50,12 @@ def prepare(module: nn.Module) -> None:
 
 
 def class_before(layer: BatchNorm) -> type[nn.Module]:
-    """The class of another library that a layer was of."""
+    """The class that a layer had in the other library."""
     return layer.__dict__[_BEFORE][0]
 
 
 def clear(layer: BatchNorm) -> None:
-    """Take away what `prepare` gave."""
+    """Remove what `prepare` added."""
     _, added, counted = layer.__dict__.pop(_BEFORE)
     for name in added:
         layer.__dict__.pop(name, None)
@@ -64,7 +64,7 @@ def clear(layer: BatchNorm) -> None:
 
 
 def target_class(module: nn.Module) -> type[nn.Module] | str:
-    """The class of ours that a module which `is_frozen_norm` becomes, or why it is none: it computes something else."""
+    """Our class for a module for which `is_frozen_norm` is true, or the reason why there is none."""
     rest = rest_of_layer(module, _frozen)
     if isinstance(rest, str):
         return rest

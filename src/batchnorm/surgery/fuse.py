@@ -1,7 +1,7 @@
-"""Letting batch norms apply what follows them in a model's own code: an activation, an addition, or both.
+"""`fuse`: batch norms apply the activation, the addition, or both, that follow them in the forward of a module.
 
-Where a module's forward holds such a pattern, that module alone gets a forward made of its graph, in place of its class's; the module
-stays the same object, of the same class, and so do all below it. Modules are looked at from the innermost outward.
+A module whose forward contains such a pattern gets a new forward, generated from its graph. It stays the same object of the same class, and
+so do its submodules. Inner modules are processed before the modules that contain them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _FUNCTIONS: dict[Any, str] = {
 
 
 class Pattern(NamedTuple):
-    """A batch norm and what follows it.
+    """A batch norm with the addition and the activation that follow it.
 
     Attributes:
-        norm: its call.
-        add: the addition of something else to its output, or None.
-        act: the activation of that, or None.
-        activation: which one.
+        norm: the call of the batch norm.
+        add: the addition of another value to its output, or None.
+        act: the call of the activation, or None.
+        activation: this activation, or None.
     """
 
     norm: fx.Node
@@ -60,22 +60,22 @@ class Pattern(NamedTuple):
 
 @transactional()
 def fuse(model: nn.Module) -> nn.Module:
-    """Let each batch norm apply the addition and the activation that follow it, in the same pass; in place, and return the model.
+    """Let each batch norm apply the addition and the activation that follow it in the same pass, in place, and return the model.
 
-    First layers become ours, as with `convert`. In an `nn.Sequential` they take in the activation that directly follows them, and so do
-    subclasses that call an activation themselves. Then the forwards of the model's modules are traced (`torch.fx`): batch norm +
+    First, layers become ours, as with `convert`. In an `nn.Sequential` each batch norm applies the activation that directly follows it,
+    and subclasses apply an activation that they call themselves. Then the forwards of the modules are traced (`torch.fx`): batch norm +
     activation, batch norm + addition and batch norm + addition + activation become one call. Outputs, gradients, state_dict and
-    parameters stay what they were; `revert` goes back.
+    parameters do not change; `revert` undoes it.
 
-    A module with such a pattern gets a forward of its own, which calls the modules that take part itself: hooks and code that come
-    later to a module between it and them are passed by. A module is left as it is where its forward cannot be traced, takes
-    optional arguments, draws random numbers, goes other ways in training than in inference, writes attributes or buffers, switches
-    gradients or autocast on or off, checkpoints, calls an `autograd.Function`, or where the module cannot be copied; so are
-    patterns with modules that have hooks, or are used several times, and additions with something in between that writes in place.
-    The logger `batchnorm` says how many batch norms now apply something, what was left, and why.
+    A module with such a pattern gets its own forward, which calls the batch norms below it directly. The module's original forward runs
+    again if a module in between is replaced or gets hooks. A module does not change if its forward cannot be traced, takes optional
+    arguments, draws random numbers, differs between training and inference, writes attributes or buffers, switches gradients or
+    autocast on or off, checkpoints, or calls an `autograd.Function`, or if the module cannot be copied. A pattern does not change if its
+    modules have hooks or are used several times, or if something writes in place before the addition. The logger `batchnorm` says
+    how many batch norms now apply something, which do not, and why.
 
-    What is added is expanded to the shape of the batch norm's input; where the sum has another shape or dtype, it is added
-    afterwards, as before.
+    The added value is expanded to the shape of the batch norm's input. If the sum has another shape or dtype, the addition stays
+    separate.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -85,7 +85,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def fuse_layers(model: nn.Module, converted: Report | None = None) -> Report:
-    """Do what `fuse` says, and report it; `converted` says that, and how, the layers were converted already."""
+    """Fuse a model and return the report; `converted` is the report of `convert_layers`, if it was already called."""
     slots, report = slots_of(model), Report("fuse", "apply what follows them")
     if converted is None:
         converted = convert_layers(slots, Report("fuse", "converted"))
@@ -93,7 +93,7 @@ def fuse_layers(model: nn.Module, converted: Report | None = None) -> Report:
     report.total = converted.total
     absorb_activations(slots, report)
     places = collections.Counter(id(slot.module) for slot in slots)
-    # children come after their parents; of a module in several places, the last is enough
+    # children come after their parents; for a module in several places, the last is enough
     for slot in {id(slot.module): slot for slot in reversed(slots)}.values():
         owner, name = slot.module, slot.path or "the model"
         norms = [module for module in owner.modules() if isinstance(module, BatchNorm) and module is not owner]
@@ -110,7 +110,7 @@ def fuse_layers(model: nn.Module, converted: Report | None = None) -> Report:
 
 
 def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int], report: Report) -> str:
-    """Fuse what the forward of this module holds, and return why that cannot be done, or nothing."""
+    """Fuse the patterns in the forward of this module; return the reason if that is impossible, else an empty string."""
     reason = _not_rewritable(owner)
     if reason:
         return reason
@@ -120,21 +120,21 @@ def _fuse_in(owner: nn.Module, name: str, places: collections.Counter[int], repo
     patterns = [pattern for pattern in _patterns(owner, graph, places) if _stays(owner, pattern)]
     if not patterns:
         return ""
-    # once more, now with everything that takes no part as one call each, which stays a call
-    entered = _ways(pattern.norm.target for pattern in patterns)
+    # trace again, now with each module that contains no pattern as one call
+    entered = _ancestors(pattern.norm.target for pattern in patterns)
     graph, reason, passed = _graph(owner, lambda name: name not in entered, whole=True)
     if graph is None:
         return reason
-    # only what was found before: what is one call now does not show who writes into what
+    # only patterns of the first trace: modules that are one call now hide writes in place
     found = {(pattern.norm.target, pattern.add is None) for pattern in patterns}
     again = _patterns(owner, graph, places)
     patterns = [pattern for pattern in again if (pattern.norm.target, pattern.add is None) in found]
     if not patterns:
         return ""
     try:
-        rewritten = _rewritten(owner, graph, patterns, passed | _ways(pattern.norm.target for pattern in patterns))
-    except Exception as error:  # the code of a graph may name what cannot be imported
-        return f"no function can be made of its graph: {first_line(error)}"
+        rewritten = _rewritten(owner, graph, patterns, passed | _ancestors(pattern.norm.target for pattern in patterns))
+    except Exception as error:  # the code of a graph may name something that cannot be imported
+        return f"its graph cannot become a function: {first_line(error)}"
     owner.forward = rewritten
     for target, what in rewritten.applies.items():
         report.changed.append(f"{name}.{target}")
@@ -154,7 +154,7 @@ def _rewritten(owner: nn.Module, graph: fx.Graph, patterns: list[Pattern], passe
                 given["slope"] = activation.negative_slope
             if pattern.act is not None and pattern.act.op == "call_module":
                 passed.add(str(pattern.act.target))
-        with graph.inserting_after(pattern.add or norm):  # what is added may be computed after the batch norm was
+        with graph.inserting_after(pattern.add or norm):  # the added value may be computed after the batch norm
             called = graph.create_node("get_attr", str(norm.target))
         with graph.inserting_after(called):
             fused = graph.call_function(normalize_and_apply, (called, *norm.args), given)
@@ -167,7 +167,7 @@ def _rewritten(owner: nn.Module, graph: fx.Graph, patterns: list[Pattern], passe
 
 
 def _patterns(owner: nn.Module, graph: fx.Graph, places: collections.Counter[int]) -> list[Pattern]:
-    """The patterns of a graph, whether or not somebody writes in between."""
+    """The patterns of a graph, including those with writes in between."""
     calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     found, taken = list[Pattern](), set[fx.Node]()
@@ -200,17 +200,17 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _adds(node: fx.Node, norm: fx.Node) -> bool:
-    """Whether a node adds another value to the batch norm's output, and does not write into that."""
+    """Whether a node adds another value to the batch norm's output, without writing into that value."""
     is_addition = node.target in ADDITIONS if node.op == "call_function" else node.target in ("add", "add_")
     if node.op not in ("call_function", "call_method") or not is_addition or node.kwargs or len(node.args) != 2:
         return False
     other = node.args[1] if node.args[0] is norm else node.args[0]
-    # a value that changes may be seen by others
+    # other nodes may read the value that it writes into
     return isinstance(other, fx.Node) and not (in_place(node, None) and node.args[0] is other)
 
 
 def _stays(owner: nn.Module, pattern: Pattern) -> bool:
-    """Whether nobody may write into what the batch norm reads before the addition, where it would be read now."""
+    """Whether no node may write into the batch norm's input before the addition, where the fused call reads it."""
     between = itertools.takewhile(lambda each: each is not (pattern.add or pattern.norm.next), _after(pattern.norm))
     return not any(_may_write(each, _module(owner, each)) for each in between)
 
@@ -222,7 +222,7 @@ def _after(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _may_write(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node may write into what the batch norm before it reads; views of that have other names."""
+    """Whether a node may write into the input of the batch norm before it, perhaps through a view."""
     known = module is None or all(
         isinstance(each, BatchNorm) or type(each).__module__.startswith(("torch.nn.", "batchnorm."))
         for each in module.modules()
@@ -255,9 +255,9 @@ def _not_rewritable(owner: nn.Module) -> str:
 
 
 def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) -> tuple[fx.Graph | None, str, set[str]]:
-    """The graph of a module's forward, the same in training and in inference; None, and why, where there is none.
+    """The graph of a module's forward, which must be the same in training and inference, or None and the reason.
 
-    With `whole`, it must hold all that the forward does. Last come the names of the identities that it leaves out.
+    With `whole`, it must contain everything that the forward does. The third value is the names of the identities that it leaves out.
     """
 
     def is_leaf(module: nn.Module, name: str) -> bool:
@@ -269,18 +269,18 @@ def _graph(owner: nn.Module, is_whole: Callable[[str], bool], *, whole: bool) ->
         for training in (True, False):
             for module, _ in flags:
                 module.training = training
-            with torch.set_grad_enabled(training):  # once on, once off: then each switch in the forward is noticed
-                part, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None, whole=whole))
-            if part is None:
+            with torch.set_grad_enabled(training):  # once on, once off, to detect every switch in the forward
+                traced, reason = trace_module(owner, "", Rules(lambda *_: {}, is_leaf, lambda *_: None, whole=whole))
+            if traced is None:
                 return None, reason, set()
-            graphs.append(part.graph)
+            graphs.append(traced.graph)
     finally:
         for module, training in flags:
             module.training = training
     if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
-        return None, "its forward goes other ways in training", set()
+        return None, "its forward differs between training and inference", set()
     if any(CONSTANT in node.meta for node in graphs[0].nodes):
-        return None, "its forward makes tensors of its own", set()
+        return None, "its forward creates tensors", set()
     return graphs[0], "", _leave_out_identities(owner, graphs[0])
 
 
@@ -295,7 +295,7 @@ def _leave_out_identities(owner: nn.Module, graph: fx.Graph) -> set[str]:
     return left
 
 
-def _ways(targets: Iterable[Any]) -> set[str]:
-    """The names of all modules on the way to these."""
-    parts = [str(target).split(".") for target in targets]
-    return {".".join(names[:depth]) for names in parts for depth in range(1, len(names))}
+def _ancestors(targets: Iterable[Any]) -> set[str]:
+    """The names of all modules that contain these."""
+    split = [str(target).split(".") for target in targets]
+    return {".".join(names[:depth]) for names in split for depth in range(1, len(names))}

@@ -1,4 +1,4 @@
-"""What a node of a torch.fx graph does to its arguments."""
+"""Questions about nodes of torch.fx graphs: what they read, and what they write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-_OF_THE_FORM = (
+_METADATA = (
     "size",
     "dim",
     "numel",
@@ -25,7 +25,7 @@ _OF_THE_FORM = (
 _LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like)
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 _AS = ("reshape_as", "view_as", "expand_as", "type_as")
-CONSTANT = "constant"  # in a node's meta: a tensor that the traced code made, which hangs nowhere in the module
+CONSTANT = "constant"  # in a node's meta: a tensor that the traced code created and the module does not own
 
 
 def in_place(node: fx.Node, module: nn.Module | None) -> bool:
@@ -40,12 +40,12 @@ def in_place(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _named(node: fx.Node) -> Mapping[str, Any]:
-    """The arguments of a function by their names, as far as these are known."""
+    """The arguments of a function by name, as far as the names are known."""
     if node.op != "call_function":
         return node.kwargs
     try:
         return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):  # those of builtins are not
+    except (TypeError, ValueError):  # builtins have no signature
         return node.kwargs
 
 
@@ -53,24 +53,24 @@ def uses(user: fx.Node, value: fx.Node) -> int:
     """How often a node uses a value."""
     count = [0]
 
-    def seen(node: fx.Node) -> fx.Node:
+    def compare(node: fx.Node) -> fx.Node:
         count[0] += node is value
         return node
 
-    fx.map_arg((user.args, user.kwargs), seen)
+    fx.map_arg((user.args, user.kwargs), compare)
     return count[0]
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """Who reads the values of a node; those that ask for its shape or type alone do not."""
-    return [user for user in node.users if not _reads_form(user, node)]
+    """The nodes that read the values of a node, without those that only ask for its shape or type."""
+    return [user for user in node.users if not _reads_metadata(user, node)]
 
 
-def _reads_form(user: fx.Node, node: fx.Node) -> bool:
+def _reads_metadata(user: fx.Node, node: fx.Node) -> bool:
     if uses(user, node) > 1:
         return False
     if user.op == "call_method":
-        return user.target in _OF_THE_FORM if user.args[0] is node else user.target in _AS
+        return user.target in _METADATA if user.args[0] is node else user.target in _AS
     if user.op == "call_function" and user.target is getattr:
         return user.args[1] in _ATTRIBUTES
     return user.op == "call_function" and user.target in _LIKE

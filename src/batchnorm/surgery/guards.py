@@ -1,4 +1,4 @@
-"""What a traced graph does not hold, so that a module that does it must keep its own forward."""
+"""Detects what a traced graph cannot represent, so that such modules keep their own forward."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CONTAINERS = (list, tuple, set, collections.deque)
 
 
 def modes() -> tuple[Any, ...]:
-    """What context managers set that operators heed, and that a graph does not hold."""
-    nesting = torch.autocast_increment_nesting()  # also of those that change nothing today
+    """Global state that operators depend on, context managers change, and a graph does not contain."""
+    nesting = torch.autocast_increment_nesting()  # also nested contexts that change nothing
     torch.autocast_decrement_nesting()
     hooks = saved_tensors_hooks(while_tracing=True)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting, hooks
@@ -31,10 +31,10 @@ _refusing = threading.RLock()
 
 @contextlib.contextmanager
 def without_functions() -> Iterator[None]:
-    """Within it, an `autograd.Function` raises in this thread: a graph would hold what it does forward, and lose its backward.
+    """Raise on calls of an `autograd.Function` in this thread, because a graph would record its forward and lose its backward.
 
-    `apply` is written in C since torch 2.14, and models hold references to it. Every call of it makes a context object first, of a class
-    that derives from this one.
+    `apply` is written in C since torch 2.14, and models hold references to it. But each call first creates a context object, whose class
+    derives from `BackwardCFunction`.
     """
     made: Any = BackwardCFunction
     thread = threading.get_ident()
@@ -57,13 +57,13 @@ def without_functions() -> Iterator[None]:
 
 
 class Attributes:
-    """The attributes of a module and of all below it, as they are now."""
+    """A snapshot of the attributes of a module and its submodules."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._before = module, _attributes(module)
 
     def changed(self) -> bool:
-        """Whether one is another object since, or was written into."""
+        """Whether an attribute was replaced or written into since."""
         now = _attributes(self._module)
         return len(now) != len(self._before) or any(
             key != other or value is not was for (key, value), (other, was) in zip(now, self._before, strict=True)
@@ -71,15 +71,17 @@ class Attributes:
 
 
 def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Objects with what tells them apart; the objects are kept, so that none takes the place of another."""
+    """Pairs of a key and an object; holding the object prevents another one from getting its id."""
     found = list[tuple[Any, Any]]()
     for path, each in module.named_modules():
         for name, value in vars(each).items():
-            if name.startswith("_tensor_constant"):  # hung there by the tracer
+            if name.startswith("_tensor_constant"):  # set by the tracer
                 continue
             inner: list[Any] = list(value.values()) if isinstance(value, dict) else []
             inner = list(value) if isinstance(value, _CONTAINERS) else inner
-            for number, part in enumerate((value, *inner)):
-                version = part._version if isinstance(part, Tensor) and not part.is_inference() else None
-                found.append(((path, name, number, version), part))
+            for number, each_value in enumerate((value, *inner)):
+                version = (
+                    each_value._version if isinstance(each_value, Tensor) and not each_value.is_inference() else None
+                )
+                found.append(((path, name, number, version), each_value))
     return found

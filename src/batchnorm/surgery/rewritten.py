@@ -1,8 +1,8 @@
-"""A forward made of a graph, on one module alone, which stays the same object.
+"""Forwards that are generated from a graph, for one module, which stays the same object.
 
-`Rewritten` can be undone. The layers in it do not carry what it fuses: the activation goes with each call. So the class's own forward
-computes the same at any time. It runs instead where the module is no longer what was traced, and where torch.fx traces it: what fx sees is
-the code as it was written. `rewrite` is for good, where the class's own forward would compute something else from now on.
+`Rewritten` can be undone. It passes the fused activation with each call and does not store it in the layers, so the class's own forward
+still computes the same. That one runs if the module is no longer as it was traced, and when torch.fx traces it, which then sees the
+original code. `rewrite` cannot be undone; it serves changes after which the class's own forward would compute something else.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _PLAIN = {name: Activation(name) for name in ("relu", "relu6", "silu", "hardswis
 
 
 class Rewritten:
-    """What stands in a module's `forward` instead of its class's. Deleting the attribute goes back.
+    """A fused forward, set as a module's attribute `forward`. Deleting the attribute restores the forward of the class.
 
-    It calls modules by name, so it may be copied and pickled with its own, and those in it may be exchanged.
+    It calls submodules by name, so it can be copied and pickled with its module, and submodules can be replaced.
 
     Attributes:
         source: the Python code, for reading.
-        applies: what each fused batch norm applies, by its name, for reading.
+        applies: what each fused batch norm applies, by the name of the batch norm, for reading.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class Rewritten:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module
-        if not self._holds():
+        if not self._is_current():
             return type(module).forward(module, *args, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, fx.Proxy):
                 return type(module).forward(module, *args, **kwargs)
         return self._forward(module, *args, **kwargs)
 
-    def _holds(self) -> bool:
-        """Whether the modules that are called past are those that were traced, and have no hooks or forwards of their own."""
+    def _is_current(self) -> bool:
+        """Whether the bypassed modules are those that were traced, and have neither hooks nor a forward of their own."""
         for parent, name, module in self._passed:
             if parent._modules.get(name) is not module or not _is_plain(module):
                 return False
@@ -66,7 +66,7 @@ class Rewritten:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Without `self`; torch.export asks for it, and for the code."""
+        """The signature without `self`; torch.export reads it, and `__code__`."""
         signature = inspect.signature(self._forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -87,10 +87,10 @@ def normalize_and_apply(
 ) -> Any:
     """The output of `activation(layer(input) + residual)`, in one pass where the layer, shapes and dtypes allow it.
 
-    Rewritten forwards call it; their source names it.
+    The source of rewritten forwards calls it by this name.
     """
     act = None if activation is None else _PLAIN.get(activation) or Activation(activation, slope)
-    if isinstance(layer, BatchNorm):  # else it was exchanged since
+    if isinstance(layer, BatchNorm):  # if not, it was replaced since
         if residual is None:
             return layer(input, activation=act)
         if isinstance(residual, Tensor) and residual.dtype == input.dtype:
@@ -106,7 +106,7 @@ def normalize_and_apply(
 
 
 def rewrite(module: nn.Module, graph: fx.Graph) -> None:
-    """Give a module a class of its own, derived from its class, whose forward is the graph; there is no way back."""
+    """Give a module its own class, derived from its class, whose forward is the graph. This cannot be undone."""
     become(module, _rewritten_class(type(module), source_of(graph)))
 
 
@@ -118,7 +118,7 @@ def _rewritten_class(base: type[nn.Module], source: str) -> type[nn.Module]:
 
 
 def restore_forwards(slots: list[Slot]) -> None:
-    """Give modules the forward of their class back."""
+    """Restore the forwards of the modules' classes."""
     for slot in slots:
         if isinstance(slot.module.__dict__.get("forward"), Rewritten):
             del slot.module.forward
@@ -132,20 +132,20 @@ def source_of(graph: fx.Graph) -> str:
 
 
 def compiled(source: str) -> types.FunctionType:
-    """The function `forward` of such a source."""
+    """The function `forward` that this source defines."""
     names: dict[str, Any] = {}
     exec(compile(source, "<batchnorm>", "exec"), names)
     return names["forward"]
 
 
 def _resolve_annotations(graph: fx.Graph) -> None:
-    """Leave out annotations that cannot be imported by a name, such as strings (`from __future__ import annotations`)."""
+    """Remove annotations that cannot be imported by name, such as strings (`from __future__ import annotations`)."""
     for node in graph.nodes:
         node.type = node.type if node.type is Tensor else None
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module has neither hooks nor a forward of its own, as `is_watched`, but for every call of a fused forward."""
+    """Whether a module has neither hooks nor a forward of its own; like `is_watched`, but fast enough for each call."""
     own = module.__dict__
     return not (
         own["_forward_hooks"]
@@ -157,6 +157,6 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Where a module of this name hangs."""
+    """The parent of the module with this name, and its name there."""
     parent, _, last = name.rpartition(".")
     return module.get_submodule(parent), last

@@ -1,8 +1,8 @@
-"""Subclasses of torch's batch norms (timm's `BatchNormAct2d`, parametrized ones, those of FSDP2 ...) as layers of ours, and back.
+"""Subclasses of torch's batch norms (timm's `BatchNormAct2d`, parametrized ones, those of FSDP2 ...) converted to ours, and back.
 
-A class that leaves torch's forward alone, or whose forward computes "batch norm, then what its submodules do" or "batch norm, then an
-activation", becomes a class derived from ours and from it: `isinstance` and its other methods stay. What a forward computes is found out
-with random numbers, on a copy.
+If a class does not override torch's forward, or its forward computes "batch norm, then its submodules" or "batch norm, then an activation",
+its layers get a class derived from ours and from it: `isinstance` still holds, and its other methods stay. Running a copy on random numbers
+shows what a forward computes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from batchnorm.layers import BatchNorm
 from batchnorm.surgery.classes import like, remade
 from batchnorm.surgery.walker import is_watched
 
-_OWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_KEPT = ("_check_input_dim", "reset_parameters")  # methods of a subclass that go before ours
+_TORCHS_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_OVERRIDING = ("_check_input_dim", "reset_parameters")  # methods of a subclass that replace ours
 _NAMES = ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Rest(NamedTuple):
-    """What a layer does after it has normalized.
+    """What a layer does after it normalizes: it calls its children, or applies an activation.
 
     Attributes:
         children: the names of submodules that it calls one after the other.
-        activation: what it applies otherwise.
+        activation: the activation that it applies, or None.
     """
 
     children: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Rest(NamedTuple):
 
 
 class WithRest(BatchNorm):
-    """A layer that calls submodules after it has normalized; `rest` names them."""
+    """A layer that calls submodules after it normalizes; `rest` names them."""
 
     rest: tuple[str, ...] = ()
 
@@ -58,9 +58,9 @@ class WithRest(BatchNorm):
         *,
         activation: Activation | None = None,
     ) -> Tensor:
-        """Normalize, and call them."""
+        """Normalize, and call the submodules."""
         y = super().forward(input, residual, mask, lengths, activation=activation)
-        if isinstance(input, fx.Proxy):  # the call of the layer, with all it does, is one node
+        if isinstance(input, fx.Proxy):  # one node stands for the layer with its submodules
             return y
         for name in self.rest:
             y = getattr(self, name)(y)
@@ -68,7 +68,7 @@ class WithRest(BatchNorm):
 
 
 def derived(ours: type[BatchNorm], base: type[nn.Module], rest: Rest) -> type[BatchNorm]:
-    """The class of ours for layers of the class `base`."""
+    """Our class for layers of the class `base`."""
     cls: Any = _derived(ours, base, *rest)
     return cls
 
@@ -79,13 +79,13 @@ def _derived(
 ) -> type[nn.Module]:
     bases: list[type] = [WithRest] if children else []
     bases.append(ours)
-    # torch's own SyncBatchNorm is asked for by code that means its limits, such as DDP on the CPU
+    # code such as DDP on the CPU checks for torch's SyncBatchNorm because of its limits, which ours does not have
     if issubclass(base, _BatchNorm) and not issubclass(base, nn.SyncBatchNorm):
         bases.append(base)
     own: dict[str, Any] = {**like(base), "class_before": base, "rest": children}
     if activation is not None:
         own["activation"] = activation
-    for name in _KEPT:
+    for name in _OVERRIDING:
         method = getattr(base, name, None)
         if method is not None and not getattr(method, "__module__", "").startswith("torch."):
             own[name] = method
@@ -94,19 +94,19 @@ def _derived(
 
 
 def class_before(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that a class of `derived` was made for; None for others."""
+    """The class for which `derived` created this one; None for other classes."""
     return vars(cls).get("class_before")
 
 
 def does_more(layer: BatchNorm) -> bool:
-    """Whether a layer calls something after it has normalized, be it an identity with hooks."""
+    """Whether a layer calls something after it normalizes; an identity counts only with hooks."""
     return isinstance(layer, WithRest) and any(
         type(child := getattr(layer, name)) is not nn.Identity or is_watched(child) for name in layer.rest
     )
 
 
 def mapped(cls: type[nn.Module], target: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
-    """`target(cls)`; of a class that torch made around another (parametrizations, FSDP2), the same around the target of that."""
+    """`target(cls)`; if torch created the class around another one (parametrizations, FSDP2), the same around the target of that."""
     inner = wrapped(cls)
     if inner is None:
         return target(cls)
@@ -121,7 +121,7 @@ def mapped(cls: type[nn.Module], target: Callable[[type[nn.Module]], type[nn.Mod
 
 
 def wrapped(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class around which torch made this one, for one module, or None."""
+    """The class around which torch created this one for a single module, or None."""
     made_there = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls
     if not cls.__module__.startswith("torch.") or not made_there:
         return None
@@ -129,15 +129,15 @@ def wrapped(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def rest_of_layer(layer: nn.Module, plain: Callable[[Any, Tensor], Tensor] = _BatchNorm.forward) -> Rest | str:
-    """What a layer does after it has computed what `plain` says; a reason if that is nothing known."""
+    """What a layer does after `plain`; if that cannot be recognized, the reason."""
     cls = type(layer)
-    if plain is _BatchNorm.forward and cls.forward in _OWN:
+    if plain is _BatchNorm.forward and cls.forward in _TORCHS_FORWARDS:
         return Rest()
     if len(inspect.signature(cls.forward).parameters) != 2:
         return f"it is a {cls.__name__}, whose forward takes more than the input"
     names = tuple(name for name, _ in layer.named_children() if name != "parametrizations")
     try:
-        with _on_the_side(), torch.no_grad():
+        with _without_side_effects(), torch.no_grad():
             twin, other = _probed(layer), _probed(layer)
             runs = list[tuple[bool, Any, Tensor]]()
             for training, x in itertools.product((True, False), _probes(twin)):
@@ -151,13 +151,13 @@ def rest_of_layer(layer: nn.Module, plain: Callable[[Any, Tensor], Tensor] = _Ba
                     for training, found, z in runs
                 ):
                     return rest
-    except Exception as error:  # whatever its forward, or its copy, raises
+    except Exception as error:  # its forward or its copy may raise anything
         return f"it is a {cls.__name__}, which computes something else ({type(error).__name__})"
     return f"it is a {cls.__name__}, which computes something else"
 
 
 def _probed(layer: nn.Module) -> Any:
-    """A copy on the CPU in float64, without hooks, whose weights and statistics are not those of a new layer, which hide much."""
+    """A copy on the CPU in float64, without hooks, with random weights and statistics, since initial ones hide differences."""
     written = {id(value): value.detach().clone() for value in vars(layer).values() if isinstance(value, Tensor)}
     twin = copy.deepcopy(layer, written)
     if any(value.is_meta for value in (*twin.parameters(), *twin.buffers())):
@@ -179,7 +179,7 @@ def _probed(layer: nn.Module) -> Any:
 
 
 def _probes(layer: Any) -> list[Tensor]:
-    """Inputs of each rank that a layer takes, with large values, by which activations that end at a number are told."""
+    """Inputs of each rank that a layer accepts; large values identify activations that are bounded."""
     ranks = {nn.BatchNorm1d: ((), (6,)), nn.BatchNorm3d: ((2, 3, 2),)}
     spatial = next((sizes for cls, sizes in ranks.items() if isinstance(layer, cls)), ((2, 3),))
     C = layer.num_features if layer.running_mean is None else layer.running_mean.numel()
@@ -194,7 +194,7 @@ def _probes(layer: Any) -> list[Tensor]:
 
 
 def _candidates(names: tuple[str, ...], found: Tensor, z: Tensor) -> Iterator[Rest]:
-    """What may make `found` of a normalized `z`."""
+    """Candidates for what turns a normalized `z` into `found`."""
     if names:
         yield Rest(names)
     yield Rest()
@@ -205,7 +205,7 @@ def _candidates(names: tuple[str, ...], found: Tensor, z: Tensor) -> Iterator[Re
 
 
 def _seeded(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it, always with the same random numbers."""
+    """Call a function, always with the same random numbers."""
     random.seed(0)
     torch.default_generator.manual_seed(0)
     return function(*args)
@@ -226,8 +226,8 @@ def _same(found: Any, wanted: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _on_the_side() -> Iterator[None]:
-    """Leaves no trace in generators of random numbers, and says nothing."""
+def _without_side_effects() -> Iterator[None]:
+    """Restore the generators of random numbers afterwards, and ignore warnings."""
     states = random.getstate(), torch.get_rng_state()
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a model does, as graphs of torch.fx: of the whole model, or of those parts of it that can be traced."""
+"""torch.fx graphs of a whole model, or of those of its modules that can be traced."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ Accept = Callable[[str, fx.Graph], None]
 MakeTracer = Callable[[str, set[int], IsLeaf], "Tracer"]
 
 
-class Part(NamedTuple):
-    """A module of the model that could be traced.
+class TracedModule(NamedTuple):
+    """A module of the model and its graph.
 
     Attributes:
         path: its name in the model, "" for the root.
-        graph: what its forward does; the targets of `call_module` are names of modules below it.
+        graph: the graph of its forward; targets of `call_module` are names of its submodules.
     """
 
     path: str
     graph: fx.Graph
 
     def full(self, target: Any) -> str:
-        """The name in the model of a module that the graph names."""
+        """The name in the model of a target of the graph."""
         return f"{self.path}.{target}" if self.path else str(target)
 
 
 @dataclass
 class Traced:
-    """The parts of a model that could be traced, and why the others could not, by their names."""
+    """The modules of a model that could be traced, and for the others, by name, why not."""
 
-    parts: list[Part] = field(default_factory=list)
+    modules: list[TracedModule] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
 
 class Tracer(fx.Tracer):
-    """Stops at modules of torch's own, at batch norms, at what is watched by hooks, at what the rules say, and at `leaves`."""
+    """Does not trace into torch's modules, batch norms, modules with hooks, `leaves`, and modules for which `is_leaf` is true."""
 
     def __init__(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> None:
         super().__init__()
         self._path, self._leaves, self._is_leaf = path, leaves, is_leaf
         self._modes: tuple[Any, ...] | None = None
 
-    def keep_modes(self) -> None:
-        """Refuse, from now on, what runs in other modes (gradients, autocast, hooks of saved tensors) than there are now."""
+    def require_current_modes(self) -> None:
+        """From now on, raise if code runs in other modes than the current ones (gradients, autocast, hooks of saved tensors)."""
         self._modes = modes()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node.
+        """Create a node.
 
         Raises:
-            StateError: if a context manager stands around it that the graph would not hold.
+            StateError: if a context manager is active that the graph would not contain.
         """
         if self._modes is not None and modes() != self._modes:
             raise StateError("its forward switches gradients, autocast or checkpoints on or off")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a call of m is one node."""
+        """Whether a call of m becomes one node."""
         name = f"{self._path}.{module_qualified_name}".lstrip(".")
         if id(m) in self._leaves or isinstance(m, (_BatchNorm, Absorbed)) or is_watched(m) or self._is_leaf(m, name):
             return True
@@ -87,11 +87,11 @@ class Rules(NamedTuple):
     """How to trace.
 
     Attributes:
-        concrete: for a module's name and the signature of its forward, the arguments that are constants; None if it must not be traced.
-        is_leaf: whether to stop at a module of this name, beside those of torch.
-        accept: raises if the graph of the module of this name is not what the module does.
+        concrete: takes a module's name and the signature of its forward; returns the constant arguments, or None to skip the module.
+        is_leaf: whether a call of this module becomes one node; torch's modules do in any case.
+        accept: raises if the graph does not compute what the module of this name does.
         tracers: the kinds to try, one after the other.
-        whole: whether the graph becomes a forward: then nothing that a graph does not hold may happen in the one it is made of.
+        whole: whether the graph becomes a forward; then it is an error if the traced forward does what a graph cannot represent.
     """
 
     concrete: Concrete
@@ -102,21 +102,21 @@ class Rules(NamedTuple):
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters: tracing runs forwards, which may leave their marks on modules and buffers."""
+    """A copy with the same parameters, for tracing, which runs forwards that may change attributes and buffers."""
     written = itertools.chain(model.buffers(), computed_weights(model))
     copies = {id(tensor): tensor if is_lazy(tensor) else tensor.detach().clone() for tensor in written}
     return copy.deepcopy(model, {**copies, **{id(tensor): tensor for tensor in model.parameters()}})
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy, with weights that are computed as they are now.
+    """A copy of a model, computed weights included.
 
     Raises:
-        StateError: if there is none.
+        StateError: if it cannot be copied.
     """
     try:
         return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed_weights(model)})
-    except Exception as error:  # a copy may raise anything, as of a lock
+    except Exception as error:  # copying may raise anything, for example on a lock
         raise StateError(
             f"a model must be one that copy.deepcopy can copy, but {type(error).__name__}: {first_line(error)}; keep locks, files and "
             "outputs out of its attributes, or give its class a __deepcopy__"
@@ -124,32 +124,32 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def computed_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that are plain attributes, as pruning and `weight_norm` leave them, which torch does not copy."""
+    """Tensors that are plain attributes, as set by pruning and `weight_norm`; deepcopy refuses them."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
-def trace_parts(model: nn.Module, rules: Rules) -> Traced:
-    """Trace the model; where that fails, with those of its modules as leaves that cannot be traced themselves; else these modules only.
+def trace_modules(model: nn.Module, rules: Rules) -> Traced:
+    """Trace the model. If that fails, make modules that cannot be traced leaves; if it still fails, trace only the submodules.
 
-    The model is not run itself, and not changed.
+    The model itself is neither run nor changed.
     """
     return _trace(without_weights(model), "", rules)[0]
 
 
-def trace_module(model: nn.Module, path: str, rules: Rules) -> tuple[Part | None, str]:
-    """Trace one module of the model; None, and why, where that fails."""
+def trace_module(model: nn.Module, path: str, rules: Rules) -> tuple[TracedModule | None, str]:
+    """Trace one module of the model; if that fails, return None and the reason."""
     try:
         module = without_weights(model).get_submodule(path)
-    except Exception as error:  # a copy may raise anything, as of a lock
+    except Exception as error:  # copying may raise anything, for example on a lock
         return None, f"it cannot be copied: {first_line(error)}"
     attributes = Attributes(module)
     with without_functions() if rules.whole else contextlib.nullcontext():
         traced = _trace(module, path, rules)[0]
     if rules.whole and attributes.changed():
         return None, "its forward writes attributes"
-    part = next((part for part in traced.parts if part.path == path), None)
-    return part, traced.failures.get(path or "the model", "")
+    found = next((each for each in traced.modules if each.path == path), None)
+    return found, traced.failures.get(path or "the model", "")
 
 
 def _trace(module: nn.Module, path: str, rules: Rules) -> tuple[Traced, bool]:
@@ -158,7 +158,7 @@ def _trace(module: nn.Module, path: str, rules: Rules) -> tuple[Traced, bool]:
     graph, reason = _attempt(module, path, leaves, rules)
     below: dict[str, tuple[Traced, bool]] = {}
     for name, child in _composite(module, path, rules.is_leaf):
-        watched = is_watched(child)  # a call of it is one node; what is in it is a part of its own
+        watched = is_watched(child)  # its call is one node, and it is traced on its own
         if graph is None or watched:
             below[name] = _trace(child, name, rules)
             if watched or not below[name][1]:
@@ -166,18 +166,18 @@ def _trace(module: nn.Module, path: str, rules: Rules) -> tuple[Traced, bool]:
     if graph is None and leaves:
         graph, _ = _attempt(module, path, leaves, rules)
     if graph is not None:
-        found.parts.append(Part(path, graph))
+        found.modules.append(TracedModule(path, graph))
     else:
         found.failures[path or "the model"] = reason
     for name, (traced, whole) in below.items():
         if graph is None or not whole or is_watched(module.get_submodule(name[len(path) :].lstrip("."))):
-            found.parts += traced.parts
+            found.modules += traced.modules
             found.failures |= traced.failures
     return found, graph is not None
 
 
 def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tuple[fx.Graph | None, str]:
-    """The graph of a module, or why there is none."""
+    """The graph of a module, or None and the reason."""
     if "forward" in module.__dict__:
         return None, "it has a forward of its own"
     reasons = list[str]()
@@ -188,10 +188,10 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
             if constants is None:
                 return None, "it is not called"
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a forward warns of is not of this call
+                warnings.simplefilter("ignore")  # warnings of the forward do not concern this call
                 tracer = make(path, leaves, rules.is_leaf)
                 if rules.whole:
-                    tracer.keep_modes()
+                    tracer.require_current_modes()
                 graph = tracer.trace(module, dict(constants))
             if random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[1]):
                 raise StateError("its forward draws random numbers")
@@ -207,19 +207,19 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
 
 
 def first_line(error: Exception) -> str:
-    """Of its message; its class if it has none."""
+    """The first line of its message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _note_constants(module: nn.Module, graph: fx.Graph) -> None:
-    """Keep tensors that the tracer hung on the copy it ran."""
+    """Store the tensors that the tracer set on the traced copy in their nodes."""
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             node.meta[CONSTANT] = getattr(module, str(node.target))
 
 
 def _composite(module: nn.Module, path: str, is_leaf: IsLeaf) -> Iterator[tuple[str, nn.Module]]:
-    """The modules directly below that are made of others; a list of modules is looked into."""
+    """The direct submodules that have submodules themselves; those inside a list of modules count as direct."""
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):

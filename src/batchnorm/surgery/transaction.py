@@ -1,8 +1,8 @@
-"""Changes of a model that are made completely or not at all.
+"""Transactions: a model is changed completely or not at all.
 
-A snapshot holds what surgery can change: of each module its class, its attributes and the contents of its containers (parameters, buffers,
-submodules, hooks), and of each tensor whether it requires a gradient. It copies references, not values, so it costs little beside what
-it protects; the values of buffers are copied only where asked for.
+A snapshot stores what surgery can change: each module's class, attributes and contents of containers (parameters, buffers, submodules,
+hooks), and whether each tensor requires a gradient. It copies references, not values, so it is cheap; values of buffers are copied only on
+request.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _M = TypeVar("_M")
 
 
 class Snapshot:
-    """A model as it is now.
+    """The state of a model, to be restored later.
 
     Args:
-        model: with everything below it.
-        values: whether to copy the values of its buffers, too.
+        model: with all its submodules.
+        values: whether to copy the values of its buffers too.
     """
 
     def __init__(self, model: nn.Module, *, values: bool = False) -> None:
@@ -44,27 +44,27 @@ class Snapshot:
             if type(container) in _CONTAINERS
         ]
         tensors = {id(value): value for value in (*model.parameters(), *model.buffers())}.values()
-        self._learns = [(value, value.requires_grad) for value in tensors]
+        self._requires_grad = [(value, value.requires_grad) for value in tensors]
         self._values = [(value, value.detach().clone()) for value in model.buffers() if values and not is_lazy(value)]
 
     def restore(self) -> None:
-        """Make the model what it was, object by object."""
+        """Restore the model, object by object."""
         for module, cls, attributes in self._modules:
             if type(module) is not cls:
                 module.__class__ = cls
             _refill(vars(module), attributes)
         for container, contents in self._containers:
             _refill(container, contents)
-        for value, learns in self._learns:
-            if value.requires_grad != learns:
-                value.requires_grad = learns  # not requires_grad_(), which lazy parameters refuse
+        for value, required in self._requires_grad:
+            if value.requires_grad != required:
+                value.requires_grad = required  # not requires_grad_(), which lazy parameters refuse
         with torch.no_grad():
             for value, before in self._values:
                 value.copy_(before)
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a container its contents back, in their order, where they changed."""
+    """Restore the contents and the order of a container, if they changed."""
     if isinstance(container, dict):
         same = len(container) == len(contents) and all(
             key == other and value is was
@@ -83,9 +83,9 @@ def _refill(container: Any, contents: Any) -> None:
 
 @contextlib.contextmanager
 def transaction(model: nn.Module, *, values: bool = False) -> Iterator[None]:
-    """A context in which a model may be changed: if the context raises, the model is exactly as before.
+    """Restore the model if the context raises.
 
-    With `values` that holds for the values of buffers, too, which code that writes into them needs.
+    With `values`, restore the values of buffers too; code that writes into them needs it.
     """
     before = Snapshot(model, values=values)
     try:
@@ -98,7 +98,7 @@ def transaction(model: nn.Module, *, values: bool = False) -> Iterator[None]:
 def transactional(
     *, values: bool = False
 ) -> Callable[[Callable[Concatenate[_M, _P], _R]], Callable[Concatenate[_M, _P], _R]]:
-    """A decorator of functions whose first argument is the model: their body is a `transaction`."""
+    """Decorate a function whose first argument is the model: its body becomes a `transaction`."""
 
     def decorate(function: Callable[Concatenate[_M, _P], _R]) -> Callable[Concatenate[_M, _P], _R]:
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""One walker for all surgery: every place of a model where a module hangs, shared modules and cycles included."""
+"""The walker of all surgery: yields every place of a module in a model, shared modules and cycles included."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _AFFINE = ("weight", "bias", "running_mean", "running_var")
 
 
 class Slot(NamedTuple):
-    """One place of a model where a module hangs. A module shared by two parents has two slots.
+    """The place of a module in a model. A module with two parents has two slots.
 
     Attributes:
         path: its name in the model, "" for the root.
-        parent: the module it hangs on; None for the root.
-        name: its name there.
-        module: what hangs there.
+        parent: the module that contains it; None for the root.
+        name: its name in the parent.
+        module: the module itself.
     """
 
     path: str
@@ -30,21 +30,21 @@ class Slot(NamedTuple):
     name: str
     module: nn.Module
 
-    def hang(self, module: nn.Module) -> None:
-        """Hang another module in this place, which is not the root."""
+    def replace(self, module: nn.Module) -> None:
+        """Put another module in this place, which must not be the root."""
         assert self.parent is not None
         self.parent._modules[self.name] = module
 
 
 def walk(model: nn.Module) -> Iterator[Slot]:
     """Every slot of a model, parents first, each parent once: shared modules appear in every slot, cycles end."""
-    seen: set[int] = set()
+    visited: set[int] = set()
 
     def visit(slot: Slot) -> Iterator[Slot]:
         yield slot
-        if id(slot.module) in seen:
+        if id(slot.module) in visited:
             return
-        seen.add(id(slot.module))
+        visited.add(id(slot.module))
         for name, child in slot.module._modules.items():  # named_children leaves out a second slot of the same child
             if child is not None:
                 yield from visit(Slot(f"{slot.path}.{name}" if slot.path else name, slot.module, name, child))
@@ -59,7 +59,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Each batch norm of a model, torch's and ours, once, by the first of its names; "the model" if it is that itself.
+    """Each batch norm of a model, torch's and ours, once, by the first of its names; "the model" if it is the model itself.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -89,14 +89,14 @@ def layers_of(slots: list[Slot]) -> Iterator[tuple[_BatchNorm, str]]:
 
 
 def sequential_pairs(slots: list[Slot]) -> Iterator[tuple[Slot, Slot]]:
-    """Neighbours in a plain `nn.Sequential`: the output of the first is the input of the second, and goes nowhere else."""
+    """Neighbors in a plain `nn.Sequential`: the output of the first goes only into the second."""
     for before, after in itertools.pairwise(slot for slot in slots if is_sequential(slot.parent)):
         if before.parent is after.parent:
             yield before, after
 
 
 def is_sequential(parent: nn.Module | None) -> bool:
-    """Whether a module calls its children one after the other, and does nothing else."""
+    """Whether a module only calls its children one after the other."""
     return (
         isinstance(parent, nn.Sequential)
         and type(parent).forward is nn.Sequential.forward
@@ -105,14 +105,14 @@ def is_sequential(parent: nn.Module | None) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks, or a forward of this very object, stand between it and its neighbor."""
+    """Whether a module has hooks, or a forward that is an attribute of the object."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    lazy = isinstance(module, LazyModuleMixin)  # whose own pre-hook goes away with its first input
+    lazy = isinstance(module, LazyModuleMixin)  # its own pre-hook is removed at the first input
     return "forward" in module.__dict__ or (any(hooks) and not (lazy and sum(map(len, hooks)) == 1))
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module is a frozen batch norm as other libraries have it: four buffers of one size, and no parameters."""
+    """Whether a module looks like a frozen batch norm of another library: four buffers of one size, and no parameters."""
     buffers = module._buffers
     return (
         not isinstance(module, _BatchNorm)

@@ -1,4 +1,4 @@
-"""What the parts share: training or inference, the batch's statistics, the running ones, and how they move."""
+"""Shared by the statistics sources: training and inference, normalization by batch or running statistics, updates of the latter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Applying, Layer
-from batchnorm.statistics.one_batch import in_one_batch, joined, moves_here
+from batchnorm.statistics.one_batch import in_one_batch, joint_reducer, updates_here
 from batchnorm.torch_state import differentiated_by_torch
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
@@ -41,13 +41,13 @@ def train_or_infer(
     size: int | None = None,
     accumulates: bool = True,
 ) -> Tensor:
-    """What all parts that learn from the batch share: inference, single values, and moving the running statistics.
+    """Normalize by `normalized` in training, else by running statistics; handle single values, and update the running statistics.
 
-    `size` is the samples that share statistics; None is all. `accumulates` is whether the batches of an `accumulate` move them together.
+    `size` is the number of samples that share statistics; None is all. `accumulates` says whether `accumulate` delays the update.
     """
     if not layer.training and layer.running_mean is not None:
         return by_running_statistics(layer, x, residual, mask)
-    moves = layer.training and layer.track_running_stats
+    updates = layer.training and layer.track_running_stats
     group = x if size is None else x[:size]
     alone = reducer_of(layer) is None
     inferred = None
@@ -58,11 +58,11 @@ def train_or_infer(
                 return inferred
         if layer.on_single == "error":
             check_several_values(group)
-        moves = moves and not alone  # by the groups of the other replicas, on all of them alike
+        updates = updates and not alone  # the groups of other replicas update the statistics on all replicas
         if size is None:
             normalized = by_batch
     if exporting() and not to_onnx():
-        y = _by_torchs_operator(layer, x, residual, mask, normalized is by_replicas, moves)
+        y = _by_torchs_operator(layer, x, residual, mask, normalized is by_replicas, updates)
         if y is not None:
             return y
     y, moments = normalized(layer, x, residual, mask)
@@ -70,9 +70,9 @@ def train_or_infer(
     if inferred is not None:
         y = inferred
     elif mask is not None and layer.on_single == "running" and running_mean is not None:
-        several = moments.count > 1  # of all replicas; known on the device only, so both are computed
+        several = moments.count > 1  # over all replicas; known on the device only, so both outputs are computed
         y = torch.where(torch.as_tensor(several, device=y.device), y, by_running_statistics(layer, x, residual, mask))
-    if moves and running_mean is not None and running_var is not None and moves_here():
+    if updates and running_mean is not None and running_var is not None and updates_here():
         if accumulates and accumulating() and not recomputing():
             add(running_mean, moments, lambda merged: _update(layer, running_mean, running_var, merged))
         else:
@@ -81,10 +81,10 @@ def train_or_infer(
 
 
 def check_call(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> None:
-    """Refuse a call in training, for a source that writes buffers before it normalizes.
+    """Check the arguments of a call in training, for a source that writes buffers before it normalizes.
 
     Raises:
-        ArgumentError, DTypeError, InputError, ShapeError: as the call would, but with nothing written.
+        ArgumentError, DTypeError, InputError, ShapeError: as normalizing would, but before anything is written.
     """
     mean, variance = layer.running_mean, layer.running_var
     check_input(x, {"running_mean": mean, "running_var": variance, "weight": layer.gamma, "bias": layer.beta})
@@ -95,10 +95,10 @@ def check_call(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | 
 
 
 def _by_torchs_operator(
-    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, by_batch_alone: bool, moves: bool
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, by_batch_alone: bool, updates: bool
 ) -> Tensor | None:
-    """The call as torch's operator, for exporters; None where it is more than that, with a warning."""
-    mean, variance = (layer.running_mean, layer.running_var) if moves else (None, None)
+    """Call torch's operator, for exporters. If it cannot express the call, warn and return None."""
+    mean, variance = (layer.running_mean, layer.running_var) if updates else (None, None)
     check_input(x, {"running_mean": mean, "running_var": variance, "weight": layer.gamma, "bias": layer.beta})
     check_eps(layer.eps)
     epilogue = epilogue_of(x, layer.gamma, layer.beta, layer.activation, residual, mask)
@@ -108,14 +108,14 @@ def _by_torchs_operator(
         reason = "its statistics are not those of the batch alone"
     elif reducer_of(layer) is not None:
         reason = "its statistics are those of all replicas"
-    elif moves and momentum is None:
+    elif updates and momentum is None:
         reason = "momentum=None averages all batches"
-    elif moves and layer.running_variance != "unbiased":
+    elif updates and layer.running_variance != "unbiased":
         reason = "its running variance is biased"
     if reason is not None:
         warn_of_plain_operations(reason)
         return None
-    if moves:
+    if updates:
         check_momentum(momentum)
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
@@ -135,11 +135,11 @@ def train_on_fast_path(
 
     Args:
         kind: the name of the step in `kernels.Steps`.
-        layer: as the source sees it.
+        layer: the layer that the source received.
         x: (N, C, *S).
-        residual: the general path takes it.
-        mask: the general path takes it.
-        bounds: what the step takes beside the buffers and how a batch updates them.
+        residual: must be None; the general path takes it.
+        mask: must be None; the general path takes it.
+        bounds: further arguments of the step.
         observe: receives the batch's statistics if no gradient is recorded.
     """
     activation = layer.activation
@@ -160,7 +160,7 @@ def train_on_fast_path(
         weight, bias = parameters["weight"], parameters["bias"]
         mean, variance = buffers["running_mean"], buffers["running_var"]
         batches = buffers["num_batches_tracked"]
-    except KeyError:  # pruned or parametrized: computed, and found by attribute alone
+    except KeyError:  # pruned or parametrized: attributes that are computed
         return None
     if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
         return None
@@ -200,11 +200,11 @@ def by_batch(
 
 
 def reducer_of(layer: Layer) -> Reducer | None:
-    """What merges this layer's statistics with those of other replicas or parts of the batch: in training, where there are others."""
+    """The reducer that merges the layer's statistics with other replicas or micro-batches in training; None if there are no others."""
     if not layer.training:
         return None
     reducer = layer.reducer
-    return joined(layer, None if reducer is None or reducer.size == 1 else reducer)
+    return joint_reducer(layer, None if reducer is None or reducer.size == 1 else reducer)
 
 
 def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -243,7 +243,7 @@ def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, variance = buffers["running_mean"], buffers["running_var"]
-    except KeyError:  # pruned or parametrized: computed, and found by attribute alone
+    except KeyError:  # pruned or parametrized: attributes that are computed
         return None
     if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
         return None
@@ -254,7 +254,7 @@ def _update(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mo
     """Update the running statistics by one batch and count it, unless it is empty or not finite. Never waits for the device."""
     counter = layer.num_batches_tracked
     momentum = layer.momentum
-    if momentum is None:  # the mean of all batches so far: the n-th weighs 1/n
+    if momentum is None:  # the mean of all batches so far: the n-th has weight 1/n
         if counter is None:
             raise StateError("momentum=None averages over all batches and needs the counter num_batches_tracked")
         momentum = 1.0 / (counter + 1).to(moments.mean.dtype)
@@ -271,7 +271,7 @@ def _update(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Mo
     if raises and finite is not None and not finite:
         raise InputError(
             f"the statistics of a batch must be finite in {running_mean.dtype}, but its input holds NaN or Inf, or values too "
-            'large; the running statistics did not move. Find the batch, or use on_nonfinite="skip" to pass over it'
+            'large; the running statistics are unchanged. Find the batch, or use on_nonfinite="skip" to leave such batches out'
         )
 
 
