@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ def image(size: int = 32, batch: int = 4, channels: int = 3, dimensions: int = 2
 
 def of_torchvision(path: str, size: int = 32, **options: Any) -> Architecture:
     def build() -> tuple[nn.Module, Any]:
-        import torchvision
-
+        torchvision = import_module("torchvision")
         options.setdefault("weights", None)
         if path.partition(".")[0] in ("detection", "segmentation"):
             options.setdefault("weights_backbone", None)
@@ -85,8 +85,7 @@ def of_torchvision(path: str, size: int = 32, **options: Any) -> Architecture:
 
 def of_timm(name: str, size: int = 32, **options: Any) -> Architecture:
     def build() -> tuple[nn.Module, Any]:
-        import timm
-
+        timm = import_module("timm")
         return timm.create_model(name, pretrained=False, **options), image(size)
 
     return Architecture("timm", build)
@@ -94,8 +93,7 @@ def of_timm(name: str, size: int = 32, **options: Any) -> Architecture:
 
 def of_smp(cls: str, encoder: str, **options: Any) -> Architecture:
     def build() -> tuple[nn.Module, Any]:
-        import segmentation_models_pytorch as smp
-
+        smp = import_module("segmentation_models_pytorch")
         return getattr(smp, cls)(encoder_name=encoder, encoder_weights=None, **options), image()
 
     return Architecture("segmentation-models-pytorch", build)
@@ -103,8 +101,7 @@ def of_smp(cls: str, encoder: str, **options: Any) -> Architecture:
 
 def of_transformers(cls: str, config: str, example: Callable[[], Any], **options: Any) -> Architecture:
     def build() -> tuple[nn.Module, Any]:
-        import transformers
-
+        transformers = import_module("transformers")
         return getattr(transformers, cls)(getattr(transformers, config)(**options)), example()
 
     return Architecture("transformers", build)
@@ -112,16 +109,14 @@ def of_transformers(cls: str, config: str, example: Callable[[], Any], **options
 
 def of_monai(cls: str, example: Callable[[], Any], **options: Any) -> Architecture:
     def build() -> tuple[nn.Module, Any]:
-        import monai.networks.nets as nets
-
+        nets = import_module("monai.networks.nets")
         return getattr(nets, cls)(**options), example()
 
     return Architecture("MONAI", build)
 
 
 def video() -> tuple[nn.Module, Any]:
-    import torchvision
-
+    torchvision = import_module("torchvision")
     return torchvision.models.video.r3d_18(weights=None), torch.randn(2, 3, 4, 32, 32)
 
 
@@ -218,6 +213,10 @@ def call(model: nn.Module, example: Any) -> list[Tensor]:
     return [value for value in tensors(model(example)) if value.is_floating_point()]
 
 
+def named(outputs: list[Tensor]) -> dict[str, Tensor]:
+    return {f"output {i}": y for i, y in enumerate(outputs)}
+
+
 def step(model: nn.Module, example: Any) -> dict[str, Tensor]:
     """Outputs, gradients and buffers of a training step."""
     outputs = call(model, example)
@@ -226,7 +225,7 @@ def step(model: nn.Module, example: Any) -> dict[str, Tensor]:
     model.zero_grad()
     assert isinstance(loss, Tensor)
     loss.backward()
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    found = named([y.detach() for y in outputs])
     found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -333,8 +332,7 @@ class Trial:
             self.row.left[f"fold: {why}"] = self.row.left.get(f"fold: {why}", 0) + 1
         with torch.no_grad():
             found, wanted = call(folded, self.example), call(reference, self.example)
-        outputs = [dict(zip(map(str, range(len(side))), side, strict=True)) for side in (found, wanted)]
-        return differs(*outputs, FOLD_TOLERANCE)
+        return differs(named(found), named(wanted), FOLD_TOLERANCE)
 
     def revert(self) -> str:
         model = self.bn.revert(self.bn.fuse(self.changed()))
@@ -360,8 +358,7 @@ class Trial:
         program = torch.export.export(model, (self.example,)).module()
         with torch.no_grad():
             found, wanted = call(program, self.example), call(copy.deepcopy(self.model).eval(), self.example)
-        outputs = [dict(zip(map(str, range(len(side))), side, strict=True)) for side in (found, wanted)]
-        return differs(*outputs, TOLERANCE)
+        return differs(named(found), named(wanted), TOLERANCE)
 
 
 class NotTriedError(Exception):
@@ -482,6 +479,7 @@ def main() -> None:
     names, start = given.names or list(ARCHITECTURES), time.perf_counter()
     earlier = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() and given.names else []
     rows = {row["name"]: row for row in earlier}
+    result: dict[str, Any] = {}
     for number, name in enumerate(names, 1):
         row = rows[name] = in_a_process(name)
         result = {"versions": versions(), "rows": [rows[name] for name in ARCHITECTURES if name in rows]}

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 
 def main(printed: str, target: str) -> None:
-    seconds = Counter[str]()
+    seconds = defaultdict[str, float](float)
     for line in Path(printed).read_text().splitlines():
         if found := re.match(r"([0-9.]+)s (?:call|setup|teardown) +(.*\S)", line):
             seconds[found[2]] += float(found[1])
-    rows = {name: round(duration) for name, duration in seconds.most_common() if duration >= 1}
+    rows = {
+        name: round(duration) for name, duration in sorted(seconds.items(), key=lambda row: -row[1]) if duration >= 1
+    }
     Path(target).write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n")
 
 

@@ -101,7 +101,7 @@ class Saved(NamedTuple):
         bias: or None, also if no gradient depends on it because there is no activation.
         residual, output: of the `Epilogue`.
         mask: of the call.
-        count: values per channel where only the device knows it, 0-d or (G,), or None.
+        counted: values per channel where only the device knows how many, 0-d or (G,), or None.
         r, d: of batch renormalization, or None.
     """
 
@@ -113,7 +113,7 @@ class Saved(NamedTuple):
     residual: Tensor | None
     output: Tensor | None
     mask: Tensor | None
-    count: Tensor | None = None
+    counted: Tensor | None = None
     r: Tensor | None = None
     d: Tensor | None = None
 
@@ -191,7 +191,7 @@ class Normalize(torch.autograd.Function):
             saved = Saved(*ctx.saved_tensors)
         activation = call.activation
         epilogue = Epilogue(saved.weight, saved.bias, saved.residual, saved.mask, activation, saved.output)
-        count = ctx.count if saved.count is None else saved.count
+        count = ctx.count if saved.counted is None else saved.counted
         correction = None if saved.r is None or saved.d is None else Correction(saved.r, saved.d)
         dx, dweight, dbias, dresidual = gradients(
             ctx, dy, saved.x, saved.mean, saved.rstd, epilogue, count, ctx.needs_input_grad[2], correction
