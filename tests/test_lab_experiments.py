@@ -80,15 +80,15 @@ class TestBatchSize:
     @pytest.mark.slow
     def test_groups_of_two_cost_and_moving_averages_bring_it_back(self):
         large, small, remedied = (
-            batch_size.errors(part, "noise", size, seed=0, epochs=4)[1]
-            for part, size in (("plain", 64), ("plain", 2), ("moving_average", 2))
+            batch_size.errors(arm, "noise", size, seed=0, epochs=4)[1]
+            for arm, size in (("plain", 64), ("plain", 2), ("moving_average", 2))
         )
         assert small > large + 0.04
         assert (small - remedied) / (small - large) > 0.5
 
     def test_sorted_groups_cost_and_renormalization_brings_it_back(self):
         small, remedied, frozen = (
-            batch_size.errors(part, "sorted", 4, seed=0, epochs=4)[1] for part in ("plain", "renorm", "frozen")
+            batch_size.errors(arm, "sorted", 4, seed=0, epochs=4)[1] for arm in ("plain", "renorm", "frozen")
         )
         assert small > 0.1
         assert remedied < small / 2
@@ -99,7 +99,7 @@ class TestBatchSize:
             large = {"noise_64": 0.1, "noise_64_validation": 0.1}
             return [Measured({"noise_2": test, "noise_2_validation": validation} | large)]
 
-        others = {part: seed(0.3, 0.3) for part in batch_size.PARTS}
+        others = {arm: seed(0.3, 0.3) for arm in batch_size.LAYERS}
         by_arm = others | {"renorm": seed(0.15, 0.12), "frozen": seed(0.11, 0.2), "group_norm": seed(0.1, 0.1)}
         assert batch_size.recovered(Results(by_arm), "noise") == ("renorm", pytest.approx(0.75))
 
@@ -133,8 +133,8 @@ def test_batch_normalization_doubles_what_is_kept_and_save_memory_gives_it_back(
     torch.manual_seed(0)
     images, labels = torch.randn(16, 1, 16, 16), torch.arange(16) % 10
     _, layer, build = cost.NETWORKS["vgg"]
-    plain, normalized = (cost._kept(build(norm), images, labels) for norm in (None, layer))
-    saving = cost._kept(cost.convert(build(layer), save_memory=True), images, labels)
+    plain, normalized = (cost._saved(build(norm), images, labels) for norm in (None, layer))
+    saving = cost._saved(cost.convert(build(layer), save_memory=True), images, labels)
     assert 1.7 < normalized / plain < 2.1
     assert 0.9 < saving / plain < 1.15
 

@@ -396,9 +396,9 @@ class TestCommands:
             (("run", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
             (("run", "all", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
             (("run", "depth", "--quick", "--full"), "a run has one size"),
-            (("run", "cost", "gan", "--device", "meta"), "; cost, gan run on the CPU"),
+            (("run", "cost", "gan", "--device", "meta"), "but cost, gan run on the CPU only"),
             (("run", "depth", "--device", "nowhere"), "--device must be one that torch can use here; nowhere is not"),
-            (("run", "depth", "--data", "."), "--data is for experiments that take data; depth take"),
+            (("run", "depth", "--data", "."), "--data is for experiments that accept data, but depth do not"),
             (("run", "lr-range", "--data", "nowhere"), "there is no folder nowhere"),
             (("run", "depth", "--out", "FILE"), "cannot write into FILE"),
             (("list", "--out", "FILE"), "--out must be a folder; FILE is a file"),
@@ -477,7 +477,7 @@ class TestCommands:
         assert "has other arms or metrics: run" in result.stdout
         assert "holds" in result.stdout
         assert call("lab", "report", "--out", tmp_path).exit_code == 0
-        assert "Left out" in call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md").stdout
+        assert "Not included" in call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md").stdout
 
     def test_report_writes_the_page(self, tmp_path, monkeypatch):
         experiment, complete = known()

@@ -1,4 +1,4 @@
-"""How much a call allocates, and how much a training step keeps for its backward."""
+"""Measures how much memory a call allocates, and how much a training step saves for its backward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Result = TypeVar("Result")
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that torch's allocator held during a call, above what it held before."""
+    """Peak memory of torch's allocator during a call, beyond the memory before."""
     _, changes = _traced(function)
     return max(accumulate(changes), default=0)
 
 
 def saved_bytes(function: Callable[[], Tensor]) -> int:
-    """What a call leaves allocated as long as its result lives, without the result itself: what was kept for the backward.
+    """Memory that stays allocated while the result of a call exists, without the result: what is saved for the backward.
 
-    The first call warms up. Counted is what the allocator still holds, whatever way it is kept: by hooks, recipes or compiled code.
+    The first call warms up. All memory counts, whether hooks, recipes or compiled code hold it.
     """
     function()
     result, changes = _traced(function)
@@ -30,8 +30,8 @@ def saved_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """The result, which is alive, and the bytes that torch's allocator took and gave back until then, in that order."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes to stderr
+    """The result, and the bytes that torch's allocator allocated (+) and freed (-) until then, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = function()
     assert profiled.profiler is not None

@@ -1,4 +1,4 @@
-"""Boxes (N, 4) as left, top, right, bottom in pixels: how much they overlap, how they are told to a network, how detections are judged."""
+"""Boxes (N, 4) as left, top, right, bottom in pixels: overlap, encoding for a network, and evaluation of detections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 
-ENOUGH = 0.5  # the overlap at which a detection counts as one of the object
+ENOUGH = 0.5  # the smallest overlap at which a detection counts
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
     low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
     common = (high - low).clamp(min=0).prod(-1)
-    sizes, other_sizes = ((part[:, 2:] - part[:, :2]).prod(-1) for part in (boxes, others))
+    sizes, other_sizes = ((corners[:, 2:] - corners[:, :2]).prod(-1) for corners in (boxes, others))
     return common / (sizes[:, None] + other_sizes[None] - common)
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """What turns anchors into boxes, (N, 4): shifts of the center in anchor sizes, logarithms of the growth (Girshick et al. 2014)."""
+    """Encode boxes relative to anchors, (N, 4): shift of the center in anchor sizes, logarithm of the scale (Girshick et al. 2014)."""
     size, anchor_size = boxes[:, 2:] - boxes[:, :2], anchors[:, 2:] - anchors[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - anchors[:, :2] - anchors[:, 2:]) / 2
     return torch.cat([shift / anchor_size, (size / anchor_size).log()], 1)
 
 
 def decode(changes: Tensor, anchors: Tensor) -> Tensor:
-    """The boxes that `encode` made the changes of; growth is limited to 4.5 times either way."""
+    """The inverse of `encode`; the scale is limited to between 1/4.5 and 4.5."""
     anchor_size = anchors[:, 2:] - anchors[:, :2]
     center = (anchors[:, :2] + anchors[:, 2:]) / 2 + changes[:, :2] * anchor_size
     half = anchor_size * changes[:, 2:].clamp(-1.5, 1.5).exp() / 2
@@ -48,20 +48,20 @@ def decode(changes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def strongest(boxes: Tensor, scores: Tensor, limit: float = ENOUGH) -> Tensor:
-    """Indices of the boxes that overlap no better one by more than `limit`, best first (non-maximum suppression)."""
+    """Non-maximum suppression: indices, best first, of the boxes that overlap no better box by more than `limit`."""
     close = (overlaps(boxes, boxes) > limit).tolist()
-    kept: list[int] = []
+    chosen: list[int] = []
     for index in scores.argsort(descending=True).tolist():
-        if not any(close[index][better] for better in kept):
-            kept.append(index)
-    return torch.tensor(kept, dtype=torch.int64)
+        if not any(close[index][better] for better in chosen):
+            chosen.append(index)
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def mean_average_precision(found: Sequence[Labeled], truth: Sequence[Labeled]) -> float:
     """The mean over classes of the area under the envelope of precision over recall, at an overlap of .5 (VOC 2010 on).
 
     Raises:
-        InputError: as many images are not in both, or there is no object at all.
+        InputError: the numbers of images differ, or there is no object at all.
     """
     classes = torch.cat([image.labels for image in truth]).unique().tolist() if truth else []
     if len(found) != len(truth) or not classes:

@@ -1,4 +1,4 @@
-"""CartPole-v1 (Barto, Sutton & Anderson 1983) as gymnasium has it, many poles at once, in tensors."""
+"""Gymnasium's CartPole-v1 (Barto, Sutton & Anderson 1983) for many poles at once, with tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batchnorm.lab import extras
 
 LONGEST = 500  # steps of an episode, each of reward 1
 SOLVED = 475.0  # mean return at which gymnasium calls CartPole-v1 solved
-TEST_SEED = 1_000_000  # of the episodes that a policy is judged by: none that it learns from
+TEST_SEED = 1_000_000  # seed of the test episodes, which are not used for training
 
 
 class CartPoles:
@@ -19,7 +19,7 @@ class CartPoles:
 
     Attributes:
         states: (count, 4) float32: position, velocity, angle, angular velocity; SI units.
-        over: (count,) bool: these episodes have ended, so the next step sets them up again and its action does not count.
+        over: (count,) bool: these episodes have ended, so the next step resets them and ignores its action.
 
     Raises:
         MissingExtraError: gymnasium is not installed.
@@ -37,7 +37,7 @@ class CartPoles:
         self.over = torch.zeros(count, dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
-        """Push left (0) or right (1), (count,) int64, and say which poles fell, (count,) bool."""
+        """Push left (0) or right (1), (count,) int64, and return which poles fell, (count,) bool."""
         states, _, fell, stood, _ = self._environment.step(actions.numpy())
         self.states, fallen = torch.from_numpy(states), torch.from_numpy(fell)
         self.over = fallen | torch.from_numpy(stood)
@@ -46,7 +46,7 @@ class CartPoles:
 
 @torch.no_grad()
 def mean_return(choose: Callable[[Tensor], Tensor], episodes: int = 20) -> float:
-    """The mean number of steps, at most 500, that `choose`, (N, 4) states to (N,) actions, keeps poles up; the same poles each time."""
+    """The mean number of steps, at most 500, until a pole falls, for the policy `choose` of (N, 4) states to (N,) actions."""
     poles, standing, total = CartPoles(episodes, TEST_SEED), torch.ones(episodes, dtype=torch.bool), 0
     while standing.any():
         poles.step(choose(poles.states))

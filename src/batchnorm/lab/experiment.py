@@ -1,6 +1,6 @@
-"""What an experiment of the lab is: a question, the arms it compares, how one arm is measured, and how the claim is judged.
+"""The interface of an experiment: a question, the arms to compare, a function that measures one arm, and one that judges the claim.
 
-Each file of `experiments/` makes one `Experiment`. Everything around it (running, storing, tables, plots, the report) is shared.
+Each file of `experiments/` defines one `Experiment`. Running, storing, tables, plots and the report are shared.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting:
-    """What a measurement depends on besides its arm and the code.
+    """The arguments of a measurement besides its arm.
 
     Attributes:
-        seed: of everything random: both arms of a seed see the same data in the same order, and start alike where they can.
-        size: how much is run: "quick" takes about 20 s an experiment on two cores, "default" about 2 minutes.
-        device: where the networks are.
-        data: a folder with the user's own data, for the experiments that take some.
+        seed: seed of everything random. All arms of a seed use the same data in the same order, and the same start if possible.
+        size: "quick" takes about 20 s per experiment on two cores, "default" about 2 minutes.
+        device: the device of the networks.
+        data: a folder with the user's own data, for experiments that accept it.
     """
 
     seed: int
@@ -33,17 +33,17 @@ class Setting:
     data: str | None = None
 
     def pick(self, quick: T, default: T, full: T | None = None) -> T:
-        """The argument named as the size; "full" is `default` where it is not given."""
+        """The argument for this size; "full" is `default` if not given."""
         return {"quick": quick, "default": default, "full": default if full is None else full}[self.size]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one arm gave with one seed.
+    """The measurements of one arm with one seed.
 
     Attributes:
-        values: by metric. NaN where there is nothing to measure, infinity for what never happened.
-        curves: by name, points (x, y), x ascending. Beside a curve "a" there may be "a.low" and "a.high": its band.
+        values: numbers by metric; NaN if there is nothing to measure, infinity if something never happened.
+        curves: points (x, y) by name, x ascending. A curve "a" may have a band, "a.low" and "a.high".
     """
 
     values: Mapping[str, float]
@@ -52,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is called, printed and read: `form` is a format specification, ".1%" or "d" for example."""
+    """Name and format of a number, and whether higher is better; `form` is a format specification such as ".1%" or "d"."""
 
     label: str
     form: str = ".3g"
@@ -67,7 +67,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Curve:
-    """How curves of one name are drawn: one line for each arm, the mean over seeds in their range, or in its own band."""
+    """How the curves with one name are drawn: a line for each arm, the mean over seeds, in the range of the seeds or its own band."""
 
     title: str
     x: str
@@ -78,7 +78,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Results:
-    """All that was measured of one experiment: by arm, one `Measured` for each seed, in the order of the seeds."""
+    """All measurements of an experiment: for each arm, one `Measured` per seed, in the order of the seeds."""
 
     by_arm: Mapping[str, Sequence[Measured]]
 
@@ -87,7 +87,7 @@ class Results:
         return [measured.values[metric] for measured in self.by_arm[arm]]
 
     def mean(self, arm: str, metric: str) -> float:
-        """Their mean."""
+        """The mean over the seeds."""
         return fmean(self.values(arm, metric))
 
     def means(self, metric: str) -> dict[str, float]:
@@ -95,19 +95,19 @@ class Results:
         return {arm: self.mean(arm, metric) for arm in self.by_arm}
 
     def deviation(self, arm: str, metric: str) -> float:
-        """Their sample standard deviation; 0 of a single seed."""
+        """The sample standard deviation over the seeds; 0 for a single seed."""
         values = self.values(arm, metric)
         return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
 
 
 def listed(labels: Mapping[str, str], values: Mapping[str, float], form: str) -> str:
-    """What each arm gave, as part of a sentence; `form` is a format specification."""
+    """The values of the arms as a list within a sentence; `form` is a format specification."""
     return ", ".join(f"{labels[arm]} {value:{form}}" for arm, value in values.items())
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the claim holds on this machine's numbers, and the numbers that say so, as one sentence."""
+    """Whether the claim holds for the numbers of this machine, and the evidence as one sentence."""
 
     answer: Answer
     evidence: str
@@ -118,20 +118,20 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        name: as the command line has it, "lr-range".
-        question: what is asked, as a sentence.
-        claim: what is said of batch normalization, as a sentence that can be false.
-        source: who says so, with section.
-        paper: the source's own number, to stand beside ours; "" where it gives none.
-        arms: name to label; the first is the one without batch normalization, or what the others are compared with.
-        metrics: by the names in `Measured.values`; the first is the headline.
-        measure: one arm with one seed: module-level, for it runs in a worker process with one thread.
-        judge: the verdict on the results of all seeds.
-        curves: by the names in `Measured.curves`.
+        name: its name on the command line, such as "lr-range".
+        question: the question, as a sentence.
+        claim: a claim about batch normalization, as a sentence that can be false.
+        source: the source of the claim, with section.
+        paper: the number in the source, to compare with ours; "" if there is none.
+        arms: names and labels; the first arm is without batch normalization, or the baseline of the others.
+        metrics: metrics by the names in `Measured.values`; the first is the headline.
+        measure: measures one arm with one seed; a module-level function, since it runs in a worker process with one thread.
+        judge: gives the verdict on the results of all seeds.
+        curves: curves by the names in `Measured.curves`.
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
-        seconds: about what the default size takes for one seed, all arms, on one core: for estimates.
-        data: what a folder given with `--data` is to hold; "" where the experiment takes none.
-        cpu_only: whether another `Setting.device` is an error.
+        seconds: estimated seconds of the default size for one seed and all arms on one core.
+        data: what a folder given with `--data` must contain; "" if the experiment accepts none.
+        cpu_only: whether the experiment runs on the CPU only.
     """
 
     name: str
@@ -150,5 +150,5 @@ class Experiment:
     cpu_only: bool = False
 
     def fits(self, measured: Measured) -> bool:
-        """Whether every metric has a value there: not where metrics were added or renamed since."""
+        """Whether every metric has a value; false if metrics were added or renamed since."""
         return self.metrics.keys() <= measured.values.keys()

@@ -1,4 +1,4 @@
-"""What the lab needs beyond torch, and one clear line when it is missing."""
+"""Checks for the packages that the lab needs besides torch."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What a stored result depends on besides its arguments: the code that made it, and the user's data."""
+"""Digests of what a stored result depends on besides its arguments: the code, and the user's data."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from batchnorm.errors import InputError
 
-ROOT = Path(__file__).parent.parent  # of this package
+ROOT = Path(__file__).parent.parent  # the folder of this package
 NOT_READ = {".py", ".pyc", ".pyi"}
 
 
 @cache
 def code_version(module: str) -> str:
     """
-    A digest of torch's version, of every source of this package that `module` names in an import, directly or through others,
-    and of the files beside those in their folders (compiled kernels, data).
+    A digest of torch's version, of every source of this package that `module` imports, directly or indirectly, and of the other files in
+    the same folders (compiled kernels, data).
 
-    What a module does not reach, such as another experiment, changes nothing.
+    It does not depend on sources that the module does not import, such as other experiments.
     """
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(_reached(module)):
@@ -42,9 +42,9 @@ def _reached(module: str) -> set[Path]:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module of this package; None for what is no module of it, such as a function that is imported."""
-    first, *parts = module.split(".")
-    path = ROOT.joinpath(*parts)
+    """The file of a module of this package; None for other names, such as imported functions."""
+    first, *names = module.split(".")
+    path = ROOT.joinpath(*names)
     if first != ROOT.name:
         return None
     found = (candidate for candidate in (path / "__init__.py", path.with_suffix(".py")) if candidate.is_file())
@@ -58,15 +58,13 @@ def _imported(source: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = (f"{node.module}.{alias.name}" for alias in node.names)
-            names += [
-                name if _source(name) else node.module for name in inner
-            ]  # a module of a package, or of a module's names
+            names += [name if _source(name) else node.module for name in inner]  # a module, or a name in a module
     return names
 
 
 def data_version(directory: str | None) -> str:
     """
-    A digest of the names, sizes and times of change of all files in a folder; "" without one.
+    A digest of names, sizes and modification times of all files in a folder; "" without a folder.
 
     Raises:
         InputError: there is no such folder, or it cannot be read.

@@ -1,4 +1,4 @@
-"""What is known of one experiment after a run, whole or not: measurements by arm and seed, and how they were made."""
+"""The outcome of an experiment, complete or not: measurements by arm and seed, and how they were made."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Outcome:
 
     Attributes:
         experiment: its name.
-        size: how much was run.
-        device: where the networks were.
+        size: the size of the run.
+        device: the device of the networks.
         data: the folder with the user's data, if any.
-        by_arm: one entry for each seed, in their order; None where it has not been measured.
-        seconds: of the processor, all measurements together.
-        environment: versions, the kind of machine, and when.
-        command: that made it.
+        by_arm: one entry for each seed, in their order; None if not measured.
+        seconds: processor time of all measurements together.
+        environment: versions, kind of machine, and date.
+        command: the command that ran it.
     """
 
     experiment: str
@@ -44,7 +44,7 @@ class Outcome:
 
     @classmethod
     def of(cls, experiment: Experiment, seeds: int, finished: Sequence[Finished], command: str) -> Outcome:
-        """What the finished units say, at least one, all of one run of `seeds` seeds."""
+        """The outcome of finished units, at least one, of a run with `seeds` seeds."""
         measured = {(each.unit.arm, each.unit.setting.seed): each.measured for each in finished}
         setting = finished[0].unit.setting
         return cls(
@@ -60,64 +60,64 @@ class Outcome:
 
     @property
     def seeds(self) -> int:
-        """How many each arm is to have."""
+        """Number of seeds of each arm."""
         return max(map(len, self.by_arm.values()), default=0)
 
     @property
     def finished(self) -> int:
-        """How many units are measured."""
+        """Number of measured units."""
         return sum(measured is not None for seeds in self.by_arm.values() for measured in seeds)
 
     @property
     def units(self) -> int:
-        """How many there are to be."""
+        """Number of all units."""
         return sum(map(len, self.by_arm.values()))
 
     def results(self) -> Results:
-        """What there is, arms that have nothing yet included."""
+        """All measurements so far; arms without any are included."""
         return Results({arm: [each for each in seeds if each is not None] for arm, seeds in self.by_arm.items()})
 
     def fits(self, experiment: Experiment) -> bool:
-        """Whether the experiment had the arms and metrics then that it has now."""
+        """Whether the arms and metrics are those that the experiment has now."""
         measured = (each for seeds in self.by_arm.values() for each in seeds if each is not None)
         return set(self.by_arm) == set(experiment.arms) and all(map(experiment.fits, measured))
 
     def verdict(self, experiment: Experiment) -> Verdict | None:
-        """The judgment on a complete outcome; None while something is missing."""
+        """The verdict on a complete outcome; None if it is incomplete."""
         if self.finished < self.units or not self.fits(experiment):
             return None
         return experiment.judge(self.results())
 
     def to_dict(self) -> dict[str, Any]:
-        """The outcome as JSON types."""
+        """The outcome as plain data for JSON."""
         by_arm = {arm: [None if each is None else packed(each) for each in seeds] for arm, seeds in self.by_arm.items()}
         return {"schema": SCHEMA} | vars(self) | {"by_arm": by_arm}
 
     def save(self, directory: Path) -> None:
-        """Write it as JSON, whole or not at all.
+        """Write it as JSON, completely or not at all.
 
         Raises:
-            InputError: the place cannot be written.
+            InputError: the file cannot be written.
         """
         write(path_of(self.experiment, directory), to_json(self.to_dict()))
 
 
 @dataclass(frozen=True)
 class Damaged:
-    """In place of an outcome whose file cannot be read as one; only a new run of the experiment mends it."""
+    """Stands for an outcome whose file is damaged; a new run of the experiment replaces it."""
 
 
 def path_of(experiment: str, directory: Path) -> Path:
-    """Where the outcome of an experiment is kept."""
+    """The file of the outcome of an experiment."""
     return directory / f"{experiment}.json"
 
 
 def load(experiment: str, directory: Path) -> Outcome | None:
     """
-    What `Outcome.save` left in a folder; None if nothing is there.
+    Load what `Outcome.save` wrote into a folder; None if there is no file.
 
     Raises:
-        InputError: what is there is not an outcome of this version.
+        InputError: the file is not an outcome of this version.
     """
     path = path_of(experiment, directory)
     try:
@@ -137,7 +137,7 @@ def load(experiment: str, directory: Path) -> Outcome | None:
 
 
 def _check(outcome: Outcome, experiment: str) -> None:
-    """A ValueError or TypeError where a field is not what the class says; JSON has no types that would see to it."""
+    """Raise a ValueError or TypeError if a field has a wrong value, since JSON does not check types."""
     if outcome.experiment != experiment:
         raise ValueError(f"it is of {outcome.experiment}")
     if outcome.size not in get_args(Size):

@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: measurements, their summary, and where and how they were made. Plain data, plain JSON."""
+"""The result of the demonstration: measurements, their summary, and how they were made, as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Training:
 
     Attributes:
         arm: name of the compared variant.
-        seed: of the initial weights and of the order of the batches.
-        learning_rate: of plain stochastic gradient descent.
-        steps: at which the next four were measured: often at the learning rate common to all arms, seldom at others.
-        validation_accuracy: share, in evaluation mode.
-        loss: of the batch before the step; None where it was not finite.
-        percentiles: 15th, 50th and 85th of what a typical unit of the last activation receives of the validation images, in
-            evaluation mode; None where not finite. Empty, like `drift`, at other learning rates than the one common to all arms.
-        gradient_norms: of each linear layer's weights, from input to output; None where not finite.
-        drift: how far that unit's median went from its start at most, in widths (15th to 85th) of the start.
+        seed: seed of the initial weights and of the order of the batches.
+        learning_rate: learning rate of plain stochastic gradient descent.
+        steps: the steps at which the next four were measured: often at the learning rate common to all arms, rarely at others.
+        validation_accuracy: share of correct classes, in evaluation mode.
+        loss: loss of the batch before the step; None if not finite.
+        percentiles: 15th, 50th and 85th percentile of the input of a typical unit of the last activation on the validation images,
+            in evaluation mode; None if not finite. Empty, and `drift` None, at learning rates other than the common one.
+        gradient_norms: norm of the gradient of each linear layer's weights, from input to output; None if not finite.
+        drift: the largest distance of that unit's median from its start, in widths (15th to 85th) at the start.
         steps_to_target: first measured step with the target accuracy on validation; None if there is none.
-        test_accuracy: share, after the last step.
+        test_accuracy: share of correct classes after the last step.
         seconds: wall-clock time.
     """
 
@@ -53,16 +53,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Arm:
-    """What all trainings of one variant say together; lists have one entry per seed.
+    """The summary of all trainings of one variant; lists have one entry per seed.
 
     Attributes:
         name: as in `Training.arm`.
-        label: for tables and legends.
-        best_learning_rate: chosen by mean validation accuracy.
-        test_accuracy: at that learning rate.
-        common_test_accuracy: at the learning rate common to all arms.
-        steps_to_target: at the common learning rate.
-        drift: at the common learning rate.
+        label: its name in tables and legends.
+        best_learning_rate: the one with the best mean validation accuracy.
+        test_accuracy: test accuracy at that learning rate.
+        common_test_accuracy: test accuracy at the learning rate common to all arms.
+        steps_to_target: steps to the target accuracy at the common learning rate.
+        drift: drift at the common learning rate.
         trains_at: the learning rates at which every seed ends with the target accuracy on validation.
     """
 
@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement the experiment can contradict: what was claimed, whether it held here, and the numbers."""
+    """A statement that the experiment can contradict, whether it held, and the numbers."""
 
     claim: str
     holds: bool
@@ -87,7 +87,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """An experiment's whole outcome; `complete` is False when some of its trainings are missing."""
+    """The complete result; `complete` is False if trainings are missing."""
 
     experiment: str
     question: str
@@ -102,11 +102,11 @@ class Result:
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON types."""
+        """The result as plain data for JSON."""
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        """Write the result as JSON, whole or not at all."""
+        """Write the result as JSON, completely or not at all."""
         write(path, to_json(self.to_dict()))
 
     @classmethod
@@ -129,7 +129,7 @@ class Result:
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to know to make the numbers again: versions, the kind of machine, and when."""
+    """What is needed to reproduce the numbers: versions, kind of machine, and date."""
     return {
         "batchnorm": __version__,
         "torch": torch.__version__,

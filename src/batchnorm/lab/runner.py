@@ -1,9 +1,9 @@
-"""Runs many independent pieces of work over worker processes, and never the same one twice.
+"""Runs many independent jobs in worker processes, and stores their results, so that no job runs twice.
 
-Each result is stored at once under a key made of its arguments and of the code it depends on, so an interrupted run goes on
-where it stopped, and a change of either starts afresh. Workers compute with one thread each: results do not
-depend on how many there are. Where the system allows it, they are forked from one server process that has imported torch
-and the experiment once for all of them; the server itself computes nothing, so no thread is lost in the fork.
+Each result is stored at once, under a key of its arguments and of the code that it depends on. So an interrupted run continues where it
+stopped, and a change of arguments or code gives a new run. Workers compute with one thread each, so results do not depend on their number.
+If the system supports it, workers are forked from a server process that has imported torch and the experiment; the server computes
+nothing, so no thread is lost in the fork.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ R = TypeVar("R")
 
 
 class Job(Protocol[R]):
-    """The arguments of one piece of work: where its result is stored, and how."""
+    """The arguments of a job, and how its result is stored."""
 
     @property
     def file_name(self) -> str:
-        """Different for different arguments, data or code."""
+        """A name that is unique for arguments, data and code."""
         ...
 
     def pack(self, result: R, /) -> Any:
-        """The result as JSON types."""
+        """The result as plain data for JSON."""
         ...
 
     def unpack(self, data: Any, /) -> R:
-        """What `pack` made; a ValueError, TypeError, KeyError or AttributeError if it is something else."""
+        """The inverse of `pack`; raises ValueError, TypeError, KeyError or AttributeError on other data."""
         ...
 
 
@@ -51,7 +51,7 @@ J = TypeVar("J", bound=Job[Any])
 
 
 def stored(job: Job[R], directory: Path) -> R | None:
-    """The result that `run` left in `directory` for this job; None if there is none, or a damaged one."""
+    """The result that `run` stored in `directory` for this job; None if there is none, or if it is damaged."""
     try:
         return job.unpack(read_json(directory / job.file_name))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -59,23 +59,23 @@ def stored(job: Job[R], directory: Path) -> R | None:
 
 
 def all_stored(jobs: Sequence[Job[R]], directory: Path) -> list[R]:
-    """The results that `run` left in `directory`, in the order of the jobs."""
+    """The results that `run` stored in `directory`, in the order of the jobs."""
     return [result for job in jobs if (result := stored(job, directory)) is not None]
 
 
 def run(measure: Callable[[J], R], jobs: Sequence[J], directory: Path, workers: int) -> Generator[R, None, None]:
-    """Yield every job's result: first those stored in `directory`, then the others as they finish, stored before.
+    """Yield the results of all jobs: first those stored in `directory`, then the others as they finish and are stored.
 
     Args:
         measure: a module-level function, called in the workers.
-        jobs: in the order in which they are begun.
-        directory: where results are stored; made if needed.
-        workers: how many processes.
+        jobs: the jobs, in the order in which they start.
+        directory: where results are stored; created if needed.
+        workers: number of processes.
 
     Raises:
         InputError: `directory` cannot be written.
-        BatchNormError: what `measure` raised of ours.
-        StateError: a worker died, for instance for want of memory.
+        BatchNormError: if `measure` raised it.
+        StateError: a worker died, for instance because memory ran out.
     """
     check_writable(directory)
     found = [(job, stored(job, directory)) for job in jobs]
@@ -112,7 +112,7 @@ def _receive(connection: Connection, process: BaseProcess, job: Job[R]) -> R:
 
 
 def prepare(measure: Callable[[Any], Any]) -> None:
-    """Start importing what `measure` needs in the server of workers, while this process goes on with something else."""
+    """Start the server process of the workers, which imports what `measure` needs, and return at once."""
     context = _context(measure)
     if context.get_start_method() == "forkserver":
         from multiprocessing.forkserver import ensure_running
@@ -131,7 +131,7 @@ def _context(measure: Callable[[Any], Any]) -> SpawnContext | ForkServerContext:
 
 @contextmanager
 def _pool(measure: Callable[[Any], Any], size: int) -> Iterator[dict[Connection, BaseProcess]]:
-    """Worker processes by their connection; ended on leaving, whatever they do."""
+    """Worker processes by their connection; at the end of the context they are terminated."""
     context = _context(measure)
     pool: dict[Connection, BaseProcess] = {}
     try:
@@ -153,10 +153,10 @@ def _pool(measure: Callable[[Any], Any], size: int) -> Iterator[dict[Connection,
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Children started here inherit deafness to Ctrl-C, which a terminal sends to them too; the parent ends them."""
+    """Make processes that start in this context ignore Ctrl-C, which a terminal sends to them too; the parent ends them."""
     try:
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which is the only one that Ctrl-C interrupts
+    except ValueError:  # not the main thread; only that one is interrupted by Ctrl-C
         yield
         return
     try:
@@ -166,7 +166,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _work(measure: Callable[[Any], Any], connection: Connection) -> None:
-    """Answer jobs until the parent closes the line, or is gone."""
+    """Run jobs until the parent closes the connection or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -175,9 +175,7 @@ def _work(measure: Callable[[Any], Any], connection: Connection) -> None:
             job = connection.recv()
             try:
                 answer = measure(job)
-            except (
-                BatchNormError
-            ) as error:  # the data changed under us, or are not what they should be: the parent says so
+            except BatchNormError as error:  # about the data, for example; the parent raises it
                 answer = error
             connection.send(answer)
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -185,7 +183,7 @@ def _work(measure: Callable[[Any], Any], connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes nothing that a worker in the middle of its job would look at."""
+    """End this worker when its parent ends; a killed parent cannot do it."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""One training loop for every classification experiment, and what can be measured on the way."""
+"""The training loop of the classification experiments, and measurements during training."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from batchnorm.lab.data import Examples
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stochastic gradient descent without weight decay: plain and at a constant learning rate, unless it says otherwise."""
+    """Stochastic gradient descent without weight decay; by default without momentum, at a constant learning rate."""
 
     learning_rate: float
     steps: int
@@ -33,7 +33,7 @@ class Schedule:
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Indices (size,) without end: a new permutation for every pass, the incomplete last batch dropped."""
+    """An endless iterator of indices (size,): a new permutation for every pass, without the incomplete last batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -44,16 +44,16 @@ def train(
     network: nn.Module,
     examples: Examples,
     schedule: Schedule,
-    seen: Callable[[Examples], Examples] = lambda batch: batch,
+    transform: Callable[[Examples], Examples] = lambda batch: batch,
 ) -> Iterator[tuple[int, float]]:
     """
     Train `network` in place; after each step yield its number, from 1, and the loss before it.
 
-    Between two steps the caller may measure: `.grad` still holds the gradient that the step followed.
-    Training ends early, after yielding it, at a loss that is not finite. `seen` makes of a batch what the network is shown.
+    Between two steps the caller may measure; `.grad` still has the gradient of the last step.
+    If a loss is not finite, training yields it and ends. `transform` is applied to each batch.
 
     Raises:
-        InputError: the examples do not fill a batch.
+        InputError: there are fewer examples than a batch needs.
     """
     if len(examples) < schedule.batch_size:
         raise InputError(
@@ -64,7 +64,7 @@ def train(
     velocities = [torch.zeros_like(parameter) for parameter in parameters]
     order = batches(len(examples), schedule.batch_size, schedule.seed)
     for step in range(1, schedule.steps + 1):
-        batch = seen(examples[next(order)])
+        batch = transform(examples[next(order)])
         network.train()
         loss = F.cross_entropy(network(batch.images), batch.labels)
         network.zero_grad()
@@ -77,7 +77,7 @@ def train(
 
 @torch.no_grad()
 def _descend(parameters: list[nn.Parameter], velocities: list[Tensor], rate: float, momentum: float) -> None:
-    """One step of `torch.optim.SGD`, to the bit; that one costs a worker seconds, for it imports torch's compiler."""
+    """One step, bit-identical to `torch.optim.SGD`, which would import torch's compiler and cost each worker seconds."""
     for parameter, velocity in zip(parameters, velocities, strict=True):
         if parameter.grad is not None:
             direction = velocity.mul_(momentum).add_(parameter.grad) if momentum else parameter.grad
@@ -103,7 +103,7 @@ def gradient_norms(network: nn.Module) -> list[float]:
 
 @torch.no_grad()
 def look_inside(network: nn.Sequential, examples: Examples) -> tuple[float, Tensor]:
-    """`accuracy`, and what the last activation receives in that same pass in evaluation mode, (N, units)."""
+    """`accuracy`, and the input of the last activation in the same pass in evaluation mode, (N, units)."""
     network.eval()
     last = _last_activation(network)
     received = network[:last](examples.images)
@@ -114,9 +114,9 @@ def look_inside(network: nn.Sequential, examples: Examples) -> tuple[float, Tens
 @torch.no_grad()
 def activation_input(network: nn.Sequential, examples: Examples) -> Tensor:
     """
-    What the last activation of `network` receives for `examples`, as in training, (N, units).
+    The input of the last activation of `network` for `examples` in training mode, (N, units).
 
-    Batch normalization takes the statistics of these very examples and keeps its running statistics.
+    Batch normalization uses the statistics of these examples, and its running statistics do not change.
     """
     last = _last_activation(network)
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}

@@ -1,4 +1,4 @@
-"""The unit of the lab's work: one arm of one experiment with one seed, and what is stored of it."""
+"""The unit of the lab's work: one arm of one experiment with one seed, and its stored result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchnorm.lab.fingerprint import code_version
 
 @dataclass(frozen=True)
 class Unit:
-    """Everything that a measurement depends on besides the code; `data_version` stands for the files in `setting.data`."""
+    """Everything that a measurement depends on besides the code; `data_version` identifies the files in `setting.data`."""
 
     experiment: str
     arm: str
@@ -26,7 +26,7 @@ class Unit:
 
     @property
     def file_name(self) -> str:
-        """Readable, and different for different arguments, data or code; where the data lie does not matter."""
+        """A readable name that is unique for arguments, data and code; the path of the data does not matter."""
         arguments = asdict(self)
         arguments["setting"]["data"] = None
         version = code_version(experiments.module_of(self.experiment))
@@ -34,11 +34,11 @@ class Unit:
         return f"{self.experiment}-{self.arm}-seed{self.setting.seed}-{self.setting.size}-{key[:12]}.json"
 
     def pack(self, finished: Finished) -> dict[str, Any]:
-        """The result as JSON types; the arguments stand in the name of the file."""
+        """The result as plain data for JSON; the name of the file identifies the arguments."""
         return {"measured": packed(finished.measured), "seconds": finished.seconds}
 
     def unpack(self, data: Any) -> Finished:
-        """What `pack` made, as it was; a ValueError, TypeError, KeyError or AttributeError if it is something else."""
+        """The inverse of `pack`; raises ValueError, TypeError, KeyError or AttributeError on other data."""
         measured = unpacked(data["measured"])
         if not experiments.load(self.experiment).fits(measured):
             raise ValueError(f"not the metrics of {self.experiment}")
@@ -47,7 +47,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Finished:
-    """A unit, what was measured, and the processor's seconds it took: of the clock it may be more, where others compute too."""
+    """A unit, its measurements, and the seconds of processor time that they took."""
 
     unit: Unit
     measured: Measured
@@ -55,14 +55,14 @@ class Finished:
 
 
 def measure(unit: Unit) -> Finished:
-    """Run one unit; in a worker."""
+    """Measure one unit; runs in a worker process."""
     start = time.process_time()
     measured = experiments.load(unit.experiment).measure(unit.arm, unit.setting)
     return Finished(unit, measured, time.process_time() - start)
 
 
 def packed(measured: Measured) -> dict[str, Any]:
-    """Values and curves as JSON types, numbers that JSON has not as words."""
+    """Values and curves as plain data for JSON; NaN and infinities as strings."""
     return {
         "values": {name: spelled(value) for name, value in measured.values.items()},
         "curves": {name: [[spelled(x), spelled(y)] for x, y in points] for name, points in measured.curves.items()},
@@ -70,7 +70,7 @@ def packed(measured: Measured) -> dict[str, Any]:
 
 
 def unpacked(data: Mapping[str, Any]) -> Measured:
-    """What `packed` made."""
+    """The inverse of `packed`."""
 
     def points(listed: Sequence[Sequence[Any]]) -> list[tuple[float, float]]:
         return [(float(x), float(y)) for x, y in listed]

@@ -1,1 +1,1 @@
-"""From a result of the lab to something a person reads: `rows` for a table, `page` for a self-contained HTML page with plots."""
+"""Presents results to readers: `rows` as tables, `page` as a self-contained HTML page with plots."""

@@ -1,4 +1,4 @@
-"""Benchmark rows as a page: what was promised and what came out, a drawing for each comparison, and every number."""
+"""Benchmark rows as a page: targets and results, a plot for each comparison, and all numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Key = tuple[str, str, str, str, str, int]
 
 
 def render(rows: Sequence[Row], command: str) -> str:
-    """The page of rows that were measured together, as text."""
+    """The HTML page of rows that were measured together."""
     calls = [row for row in rows if row.ratio_to_limit is not None]
     steps = [row for row in rows if row.ratio_to_limit is None]
     summaries = summarize(calls)
@@ -72,7 +72,7 @@ def _summaries(summaries: Sequence[Summary]) -> list[str]:
         title = f"{group.suite}, {group.dtype}, {group.outputs} outputs, {threads(group.threads)}"
         groups.setdefault(title, []).append(summary)
     note = (
-        f"<p class='note'>Geometric means over the shapes above {LARGE // 2**20} MB (of layers: all), each weighed by how many "
+        f"<p class='note'>Geometric means over the shapes above {LARGE // 2**20} MB (for layers: all), each weighted by how many "
         "layers of the network have it; targets in brackets.</p>"
     )
     return [note, *(f"<p>{escape(title)}</p>\n{_summary(title, members)}" for title, members in groups.items())]
@@ -99,7 +99,7 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> str:
-    columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "kept for backward", "peak")]
+    columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "saved for backward", "peak")]
     lines = [
         (
             f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}: {row.provider}",
@@ -124,7 +124,7 @@ def _figures(groups: dict[Key, list[Row]]) -> str:
 
 
 def _ratios(name: str, key: Key, rows: Sequence[Row]) -> str:
-    """One line per shape, one mark per provider."""
+    """A plot with a line for each shape and a mark for each provider."""
     shapes = list(dict.fromkeys((row.shape, row.epilogue) for row in rows))
     places = {shape: -index for index, shape in enumerate(shapes)}
 

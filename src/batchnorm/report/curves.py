@@ -1,4 +1,4 @@
-"""The plots of an experiment of the lab: one for each kind of curve, or of the headline number where there is none."""
+"""The plots of a lab experiment: one for each kind of curve, or one of the headline number if there are no curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DASHES: tuple[Any, ...] = (
     "solid",
     (0, (1, 1.2)),
     (0, (5, 1.2, 1, 1.2)),
-)  # a second sign beside the color
+)  # distinguishes arms without color too
 SIZE = (5.6, 3.9)
 Points = list[tuple[float, float]]
 
@@ -38,7 +38,7 @@ def drawings(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
 
 
 def _curves(experiment: Experiment, results: Results, name: str) -> str:
-    """One line for each arm: the mean over seeds, in their range or in the band that they brought."""
+    """A line for each arm, the mean over seeds, in the range of the seeds or in its own band."""
     curve = experiment.curves[name]
     lines = {arm: _mean(results.by_arm[arm], name) for arm in experiment.arms}
 
@@ -60,7 +60,7 @@ def _curves(experiment: Experiment, results: Results, name: str) -> str:
 
 
 def _mean(seeds: Sequence[Measured], name: str) -> Points:
-    """Over the seeds, where all of them have a finite point."""
+    """The mean over the seeds at points where all of them are finite."""
     by_x: dict[float, list[float]] = {}
     for measured in seeds:
         for x, y in measured.curves.get(name, ()):
@@ -97,7 +97,7 @@ def _scale(axes: Axes, log_x: bool, log_y: bool, xs: Sequence[float]) -> None:
 
 
 def _legend(figure: Figure, lines: int) -> None:
-    """Above the plot, in as many columns as the labels leave room for."""
+    """Place the legend above the plot, in as many columns as fit."""
     for columns in range(2 if lines > 3 else lines, 0, -1):
         legend = figure.legend(loc="outside upper left", ncols=columns, fontsize=10, handlelength=2.6)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
@@ -110,7 +110,7 @@ def _ends(line: Points) -> str:
 
 
 def _dots(experiment: Experiment, results: Results, name: str) -> str:
-    """One row for each arm: a dot for each seed, a bar at their mean."""
+    """A row for each arm, with a dot for each seed and a bar at their mean."""
     metric = experiment.metrics[name]
     values = {arm: _finite(results.values(arm, name)) for arm in experiment.arms}
 

@@ -1,4 +1,4 @@
-"""What the lab measured as a page of the documentation: Markdown, and one drawing for each experiment."""
+"""The results of the lab as a page of the documentation: Markdown, and a plot for each experiment."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ FONT = "text { font-family: system-ui, sans-serif; }"
 
 
 def render(known: Sequence[tuple[Experiment, Outcome]], folder: str) -> tuple[str, dict[str, str]]:
-    """The page of what is complete, and its drawings by the name of their files, which the page expects in `folder`."""
+    """The page of the complete experiments, and their plots by file name; the page links to them in `folder`."""
     judged = [
         (experiment, outcome, verdict)
         for experiment, outcome in known
         if (verdict := outcome.verdict(experiment)) is not None
     ]
-    parts = [INTRODUCTION, _lines([("experiment", "claim", "verdict"), *_overview(judged)])]
+    blocks = [INTRODUCTION, _lines([("experiment", "claim", "verdict"), *_overview(judged)])]
     svgs = dict[str, str]()
     for experiment, outcome, verdict in judged:
         name = f"{experiment.name}.svg"
         svg, title = drawings(experiment, outcome.results())[0]
         svgs[name] = _standalone(svg)
-        parts.append(_section(experiment, outcome, verdict, f"![{title}]({folder}/{name})"))
+        blocks.append(_section(experiment, outcome, verdict, f"![{title}]({folder}/{name})"))
     environments = {
         ", ".join(f"{name} {value}" for name, value in outcome.environment.items()) for _, outcome, _ in judged
     }
-    parts.append("Measured with " + "; ".join(sorted(environments)) + ".\n")
-    return "\n".join(parts), svgs
+    blocks.append("Measured with " + "; ".join(sorted(environments)) + ".\n")
+    return "\n".join(blocks), svgs
 
 
 def _overview(judged: Iterable[tuple[Experiment, Outcome, Verdict]]) -> Iterable[tuple[str, str, str]]:
     for experiment, _, verdict in judged:
-        anchor = re.sub(r"[^\w-]", "", experiment.name)  # as Markdown makes it of the heading
+        anchor = re.sub(r"[^\w-]", "", experiment.name)  # as Markdown derives it from the heading
         yield f"[{experiment.name}](#{anchor})", experiment.claim, verdict.answer
 
 
@@ -65,14 +65,14 @@ def _section(experiment: Experiment, outcome: Outcome, verdict: Verdict, drawing
 
 
 def _lines(rows: Iterable[tuple[str, ...]]) -> str:
-    """A Markdown table, the first row its head."""
+    """A Markdown table with the first row as header."""
     head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     rule = "|" + "---|" * (head.count(" | ") + 1)
     return "\n".join([head, rule, *body, ""])
 
 
 def _standalone(svg: str) -> str:
-    """A drawing that is a file: with its namespace, the page's colors for light and dark, and no more digits than can be seen."""
+    """The plot as a standalone file: with namespace, colors for light and dark, and rounded coordinates."""
     css = resources.files("batchnorm.report").joinpath("page.css").read_text(encoding="utf-8")
     colors = css[: css.index("* {")].strip()
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)

@@ -1,4 +1,4 @@
-"""What the lab measured as one page: every claim with its verdict, then each experiment with plots, numbers and protocol."""
+"""The results of the lab as one page: all claims with verdicts, then each experiment with plots, numbers and protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Known = tuple[Experiment, Outcome | Damaged | None]
 
 
 def render(known: Sequence[Known]) -> str:
-    """The page of all experiments, measured or not, as text; at least one of them is begun."""
+    """The HTML page of all experiments, measured or not; at least one must have results."""
     begun = [(experiment, outcome) for experiment, outcome in known if isinstance(outcome, Outcome)]
     verdicts = {experiment.name: outcome.verdict(experiment) for experiment, outcome in begun}
     judged = [verdict.answer for verdict in verdicts.values() if verdict is not None]
@@ -51,7 +51,7 @@ def _anchor(experiment: Experiment) -> str:
 
 
 def _sign(experiment: Experiment, outcome: Outcome | Damaged | None, verdict: Verdict | None) -> tuple[str, str]:
-    """A CSS class, and words."""
+    """The CSS class and the text of a verdict."""
     if verdict is not None:
         return SIGNS[verdict.answer]
     if outcome is None:

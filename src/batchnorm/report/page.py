@@ -1,4 +1,4 @@
-"""A result as one HTML file: no script, no address to load from, light and dark, from a telephone's width up."""
+"""A result as a self-contained HTML page without scripts, light and dark, for every screen width."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAGE = """<!doctype html>
 
 
 def render(result: Result) -> str:
-    """The page of a complete result, as text."""
+    """The HTML page of a complete result."""
     protocol = result.protocol
     body = [
         section("In numbers", _table("Headline numbers", "", result, summary_rows(result))),
@@ -59,7 +59,7 @@ def render(result: Result) -> str:
 
 
 def document(kicker: str, title: str, lead: str, body: Iterable[str], footer: str) -> str:
-    """A whole page around sections that are HTML already; the other texts are not."""
+    """A complete page around `body`, sections in HTML; the other arguments are plain text."""
     return PAGE.format(
         kicker=escape(kicker),
         title=escape(title),
@@ -71,7 +71,7 @@ def document(kicker: str, title: str, lead: str, body: Iterable[str], footer: st
 
 
 def verdict(result: Result) -> str:
-    """In two sentences, what came out."""
+    """The result in two sentences."""
     plain, normalized = result.arms
     target, rates = f"{result.protocol['target']:.0%}", len(result.protocol["learning_rates"])
     held, claims = sum(claim.holds for claim in result.claims), len(result.claims)
@@ -92,7 +92,7 @@ def _when(arm: Arm) -> str:
 
 
 def section(heading: str, *content: str) -> str:
-    """A heading, and HTML below it."""
+    """A section with a heading and its HTML content."""
     return "\n".join(["<section>", f"<h2>{heading}</h2>", *content, "</section>"])
 
 
@@ -101,7 +101,7 @@ def _table(caption: str, corner: str, result: Result, rows: Iterable[tuple[str, 
 
 
 def table(caption: str, corner: str, columns: Iterable[tuple[str, str]], rows: Iterable[tuple[str, list[str]]]) -> str:
-    """A table of text; each column has a CSS class and a label."""
+    """An HTML table of plain text; each column has a CSS class and a label."""
     head = "".join(f'<th scope="col" class="{css}">{escape(label)}</th>' for css, label in columns)
     body = "\n".join(
         f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'

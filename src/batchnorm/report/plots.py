@@ -1,4 +1,4 @@
-"""The four plots of the demonstration, as inline SVG that takes its fonts and colors from the page around it.
+"""The four plots of the demonstration, as inline SVG that uses the fonts and colors of its page.
 
 Matplotlib draws with placeholder colors; they become CSS variables, so that one drawing serves light and dark.
 """
@@ -25,7 +25,7 @@ MORE = ("#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PLAIN: "--plain", BATCH_NORM: "--batch-norm"}
 VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(MORE, start=3)}
 COLORS = {"plain": PLAIN, "batch_norm": BATCH_NORM}
-LINES: dict[str, Any] = {  # a second sign beside the color
+LINES: dict[str, Any] = {  # distinguishes arms without color too
     "plain": {"color": PLAIN, "linestyle": (0, (4, 1.5))},
     "batch_norm": {"color": BATCH_NORM, "linestyle": "solid"},
 }
@@ -53,7 +53,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-# In inches of 72 units: about as many units as a telephone has pixels, so that text stays legible there.
+# In inches of 72 units. The width has about as many units as a phone has pixels, so text stays legible there.
 SIZE = (5.6, 3.8)
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
 PLAIN_NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
@@ -87,7 +87,7 @@ def learning_curves(result: Result) -> str:
 
 
 def learning_rate_sweep(result: Result) -> str:
-    """Test accuracy against the learning rate: mean of the seeds, and a bar from the least to the greatest."""
+    """Test accuracy against the learning rate: mean of the seeds, and a bar from the smallest to the largest."""
     rates = sorted(result.protocol["learning_rates"])
 
     def draw(figure: Figure) -> None:
@@ -111,7 +111,7 @@ def learning_rate_sweep(result: Result) -> str:
 
 
 def hidden_distribution(result: Result) -> str:
-    """Percentiles 15, 50 and 85 of what a typical unit of the last hidden activation receives (paper, figure 1b and c)."""
+    """Percentiles 15, 50 and 85 of the input of a typical unit of the last hidden activation (paper, figure 1b and c)."""
 
     def draw(figure: Figure) -> None:
         for axes, arm in _panels(figure, result):
@@ -119,7 +119,7 @@ def hidden_distribution(result: Result) -> str:
             drawn = [
                 (step, *row) for step, row in zip(training.steps, training.percentiles, strict=True) if None not in row
             ]
-            if len(drawn) < 2:  # one point is no line
+            if len(drawn) < 2:  # a single point is not a line
                 _say_nothing_to_show(axes)
                 continue
             steps, low, middle, high = (list(column) for column in zip(*drawn, strict=True))
@@ -146,23 +146,23 @@ def gradient_norms(result: Result) -> str:
     """Norm of the gradient of each linear layer's weights against the step, mean of the seeds; the dot is the initialization."""
 
     def means(arm: Arm) -> list[tuple[int, list[float]]]:
-        """Step, and a mean for each layer; steps at which a seed diverged are left out."""
+        """Steps with the mean of each layer, except steps at which a seed has diverged."""
         group = _common(result, arm)
-        kept = []
+        steps_and_means = []
         for index, step in enumerate(_shared_steps(group)):
             by_layer = list(zip(*(training.gradient_norms[index] for training in group), strict=True))
             finite = [[norm for norm in seeds if norm is not None] for seeds in by_layer]
             if all(len(seeds) == len(group) for seeds in finite):
-                kept.append((step, list(map(fmean, finite))))
-        return kept
+                steps_and_means.append((step, list(map(fmean, finite))))
+        return steps_and_means
 
     def draw(figure: Figure) -> None:
         for axes, arm in _panels(figure, result):
-            kept = means(arm)
-            if not kept:
+            steps_and_means = means(arm)
+            if not steps_and_means:
                 _say_nothing_to_show(axes)
                 continue
-            steps, norms = zip(*kept, strict=True)
+            steps, norms = zip(*steps_and_means, strict=True)
             for number, (layer, line) in enumerate(zip(zip(*norms, strict=True), LAYER_LINES, strict=True), start=1):
                 axes.plot(steps, layer, label=f"layer {number}", linewidth=1.5, color=COLORS[arm.name], linestyle=line)
                 axes.plot(steps[0], layer[0], marker="o", markersize=4.5, color=COLORS[arm.name])
@@ -174,10 +174,10 @@ def gradient_norms(result: Result) -> str:
         figure.axes[0].set_ylabel("gradient norm")
 
     def say(arm: Arm) -> str:
-        kept = means(arm)
-        if not kept:
+        steps_and_means = means(arm)
+        if not steps_and_means:
             return "diverged"
-        _, initial = kept[0]
+        _, initial = steps_and_means[0]
         return ", ".join(f"layer {number} {norm:.2g}" for number, norm in enumerate(initial, start=1))
 
     title = "Gradient norm of each layer's weights against the step; at initialization"
@@ -190,7 +190,7 @@ def _common(result: Result, arm: Arm) -> list[Training]:
 
 
 def _shared_steps(group: Sequence[Training]) -> list[int]:
-    """The steps at which every seed was measured: one that diverged ends early."""
+    """The steps at which every seed was measured; a seed that diverges ends early."""
     return min((training.steps for training in group), key=len)
 
 
@@ -208,12 +208,12 @@ def _say_nothing_to_show(axes: Axes) -> None:
 
 
 def _description(title: str, result: Result, say: Callable[[Arm], str]) -> str:
-    """The plot in words, for who does not see it."""
+    """The plot in words, for screen readers."""
     return f"{title}: " + "; ".join(f"{arm.label} {say(arm)}" for arm in result.arms) + "."
 
 
 def inline_svg(name: str, description: str, draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
-    """Run `draw` on an empty figure and return its `<svg>` element: no fonts, colors or addresses of its own."""
+    """Run `draw` on an empty figure and return its `<svg>` element, without fonts, colors and links."""
     with mpl.rc_context(STYLE), mpl.rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
@@ -221,17 +221,19 @@ def inline_svg(name: str, description: str, draw: Callable[[Figure], None], size
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # an inline drawing has no XML declaration, no doctype, no namespaces
+    svg = svg[svg.index("<svg") :]  # inline SVG needs no XML declaration, doctype and namespaces
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # several drawings share one page
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the page
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;", _size_only, svg)  # the page's font
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # several plots share one page
+    svg = re.sub(
+        r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL
+    )  # it would apply to the whole page
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;", _size_only, svg)  # use the font of the page
     for placeholder, variable in VARIABLES.items():
         svg = svg.replace(placeholder, f"var({variable})")
     opening = f'<svg role="img" aria-label="{html.escape(description)}" '
-    return re.sub(r"<svg [^>]*?(?=viewBox)", lambda _: opening, svg, count=1)  # no width, no height: the page decides
+    return re.sub(r"<svg [^>]*?(?=viewBox)", lambda _: opening, svg, count=1)  # no width and height: the page decides
 
 
 def _size_only(font: re.Match[str]) -> str:
-    """Older versions of matplotlib write size and family in one property."""
+    """Keep only the font size; older versions of matplotlib write it and the family in one property."""
     return f"font-size: {font[1]}" if font[1] else ""

@@ -1,4 +1,4 @@
-"""The numbers of a result as text, for the terminal and for the page alike."""
+"""The numbers of a result as text, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from batchnorm.lab.experiment import Experiment, Metric, Results
 from batchnorm.lab.result import Arm, Result
 
 MISSING = "–"
-MOST_COLUMNS = 3  # of arms beside one another
+MOST_COLUMNS = 3  # maximum number of arms side by side
 
 
 def percent(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation of shares, in percent."""
     if not values:
         return MISSING
-    spread = f"\u00a0±\u00a0{100 * stdev(values):.1f}" if len(values) > 1 else ""  # spaces that do not break
+    spread = f"\u00a0±\u00a0{100 * stdev(values):.1f}" if len(values) > 1 else ""  # no-break spaces
     return f"{100 * fmean(values):.1f}{spread}%"
 
 
 def steps(values: Sequence[int | None]) -> str:
-    """Each seed's number of steps, and their mean if all came that far."""
+    """The number of steps of each seed, and their mean if all seeds reached the target."""
     if not values:
         return MISSING
     reached = [value for value in values if value is not None]
@@ -33,7 +33,7 @@ def steps(values: Sequence[int | None]) -> str:
 
 
 def learning_rates(trains_at: Sequence[float], tried: Sequence[float]) -> str:
-    """The range of learning rates that train, or their list when there are gaps in it."""
+    """The range of learning rates that train, or their list if there are gaps."""
     if not trains_at:
         return "none"
     inside = [rate for rate in tried if trains_at[0] <= rate <= trains_at[-1]]
@@ -71,7 +71,7 @@ def sweep_rows(result: Result) -> list[tuple[str, list[str]]]:
 
 
 def test_accuracy(result: Result, arm: Arm, rate: float) -> list[float]:
-    """Of the finished seeds."""
+    """The test accuracy of each finished seed."""
     return [
         training.test_accuracy
         for training in result.trainings
@@ -80,7 +80,7 @@ def test_accuracy(result: Result, arm: Arm, rate: float) -> list[float]:
 
 
 def comparison(experiment: Experiment, results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Labels of columns, and rows of a label and cells: a column for each arm, or a row where the arms are many."""
+    """Labels of columns, and rows of a label and cells: a column for each arm, or a row for each if there are many."""
     cells = {
         (arm, name): spread(metric, results.values(arm, name))
         for arm in experiment.arms
@@ -95,7 +95,7 @@ def comparison(experiment: Experiment, results: Results) -> tuple[list[str], lis
 
 
 def spread(metric: Metric, values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation of the seeds; each seed where one of them never came there."""
+    """Mean ± sample standard deviation of the seeds; a list of all seeds if one of them never reached the target."""
     measured = [value for value in values if not math.isnan(value)]
     if not measured:
         return MISSING

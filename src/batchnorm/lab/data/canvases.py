@@ -1,4 +1,4 @@
-"""Two to five digits scattered on dark, noisy canvases of 64x64 pixels: something to detect."""
+"""Two to five digits scattered on dark, noisy canvases of 64x64 pixels: data for object detection."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from batchnorm.lab.boxes import Labeled
 from batchnorm.lab.data import digits
 from batchnorm.lab.data.examples import Examples
 
-VERSION = 1  # another one for every change of what is drawn
+VERSION = 1  # increase it with every change of the generated data
 SIZE = 64
 NOISE = 0.15
 
 
 @dataclass(frozen=True)
 class Canvases:
-    """Images (N, 1, 64, 64) and what is on each."""
+    """Images (N, 1, 64, 64), and the boxes and classes of the digits on each."""
 
     images: Tensor
     objects: list[Labeled]
@@ -28,7 +28,7 @@ class Canvases:
 
 @dataclass(frozen=True)
 class Split:
-    """Three parts whose digits are from the three parts of scikit-learn's."""
+    """Three splits; their digits are from the corresponding splits of the bundled digits."""
 
     train: Canvases
     validation: Canvases
@@ -38,7 +38,7 @@ class Split:
 
 def load(train: int, held_out: int) -> Split:
     """
-    So many canvases to train, and so many each to validate and to test; the same on every call.
+    Draw canvases for training, validation and test, in the given numbers; the same on every call.
 
     Raises:
         MissingExtraError: NumPy is not installed.
@@ -46,8 +46,8 @@ def load(train: int, held_out: int) -> Split:
     source = digits.load(8)
     low, high = source.train.images.aminmax()
 
-    def draw(part: Examples, count: int, seed: int) -> Canvases:
-        return scatter(Examples((part.images - low) / (high - low), part.labels), count, seed)
+    def draw(digits: Examples, count: int, seed: int) -> Canvases:
+        return scatter(Examples((digits.images - low) / (high - low), digits.labels), count, seed)
 
     return Split(
         draw(source.train, train, 0),
@@ -57,8 +57,8 @@ def load(train: int, held_out: int) -> Split:
     )
 
 
-def scatter(part: Examples, count: int, seed: int) -> Canvases:
-    """Canvases with digits of `part`, (N, 1, 8, 8) in 0..1, of 12 to 22 pixels and half to full brightness, none over another."""
+def scatter(digits: Examples, count: int, seed: int) -> Canvases:
+    """Canvases with digits of `digits`, (N, 1, 8, 8) in 0..1, of 12 to 22 pixels and half to full brightness, none over another."""
     rng = random.Random(seed)
     images = NOISE * torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     objects = []
@@ -71,13 +71,13 @@ def scatter(part: Examples, count: int, seed: int) -> Canvases:
                 left, top = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
                 right, bottom = left + side, top + side
                 if all(right <= b[0] or b[2] <= left or bottom <= b[1] or b[3] <= top for b in boxes):
-                    digit = rng.randrange(len(part))
+                    digit = rng.randrange(len(digits))
                     drawn = F.interpolate(
-                        part.images[digit : digit + 1], (side, side), mode="bilinear", align_corners=False
+                        digits.images[digit : digit + 1], (side, side), mode="bilinear", align_corners=False
                     )
                     canvas[:, top:bottom, left:right] += drawn[0] * rng.uniform(0.5, 1)
                     boxes.append((left, top, right, bottom))
-                    labels.append(int(part.labels[digit]))
+                    labels.append(int(digits.labels[digit]))
                     break
         objects.append(Labeled(torch.tensor(boxes, dtype=torch.float32), torch.tensor(labels)))
     return Canvases(images, objects)

@@ -15,13 +15,13 @@ RECORD = 1 + 3 * 32 * 32
 
 def load(directory: Path) -> Dataset:
     """
-    Load a standardized data set of (N, 3, 16, 16) images, each pixel the mean of four, from the files in `directory`.
+    Load a standardized data set of (N, 3, 16, 16) images, averaged over 2x2 pixels, from the files in `directory`.
 
-    Of the `data_batch` files that are there a fixed random draw of at most 10 000 images trains and at most 500 others validate;
-    `test_batch` is used whole.
+    A fixed random sample of the `data_batch` files gives at most 10 000 training and 500 validation images; `test_batch` is the test
+    split.
 
     Raises:
-        InputError: a file is missing, is not CIFAR-10's, or shows nothing.
+        InputError: a file is missing, is not CIFAR-10's, or has only one color.
     """
     if not directory.is_dir():
         raise InputError(f"--data must be a folder with CIFAR-10's binary files; there is no folder {directory}")

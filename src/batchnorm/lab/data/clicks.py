@@ -1,4 +1,4 @@
-"""Who clicks on what: sparse categories and heavy-tailed numbers with a planted structure, for a recommender to find."""
+"""Synthetic clicks for a recommender: sparse categories and heavy-tailed numbers with a planted structure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1  # another one for every change of what is drawn
+VERSION = 1  # increase it with every change of the generated data
 SIZES = (2000, 1000, 200, 50, 20, 7)  # categories of user, item, brand, place, device, weekday
-COUNTS = 6  # numbers beside them: prices, visits, seconds
-RANK = 4  # of the planted tastes
+COUNTS = 6  # numbers such as prices, visits, seconds
+RANK = 4  # size of the planted embeddings
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Clicks:
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint parts, and the chance of a click that was planted in the test part, (N,): no network can know more."""
+    """Three disjoint splits, and the true probabilities of a click on the test split, (N,), which no network can exceed."""
 
     train: Clicks
     validation: Clicks
@@ -40,10 +40,10 @@ class Split:
 
 
 def load(train: int, held_out: int) -> Split:
-    """So many to train, and so many each to validate and to test; the same on every call."""
+    """Generate clicks for training, validation and test, in the given numbers; the same on every call."""
     generator = torch.Generator().manual_seed(0)
     N = train + 2 * held_out
-    # Few users, items and so on make most of the traffic: the chance of category k goes as 1 / (k + 1).
+    # A few users, items and so on cause most of the clicks: the probability of category k is proportional to 1 / (k + 1).
     categories = torch.stack(
         [
             torch.multinomial(1 / torch.arange(1.0, size + 1), N, replacement=True, generator=generator)

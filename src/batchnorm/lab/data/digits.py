@@ -2,7 +2,7 @@
 Handwritten digits, 1797 images of 8x8 pixels in 17 shades, as scikit-learn distributes them; no download, and scikit-learn is not needed.
 
 `digits.npz` holds them with their split: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, CC BY 4.0.
-Its parts hold the ten classes in equal shares: scikit-learn's `train_test_split(..., stratify=classes, random_state=0)`, twice.
+Its splits have the ten classes in equal shares: scikit-learn's `train_test_split(..., stratify=classes, random_state=0)`, twice.
 """
 
 from pathlib import Path
@@ -31,5 +31,5 @@ def load(size: int = 28) -> Dataset:
     images = of_file["pixels"].float().reshape(-1, 1, 8, 8) / 16
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)  # (1797, 1, size, size)
     examples = Examples(images, of_file["classes"].long())
-    train, validation, test = (examples[of_file[part].long()] for part in ("train", "validation", "test"))
+    train, validation, test = (examples[of_file[split].long()] for split in ("train", "validation", "test"))
     return Dataset("scikit-learn digits", train, validation, test, fingerprint=f"digits-{size}").standardized()

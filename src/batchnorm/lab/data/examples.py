@@ -1,4 +1,4 @@
-"""What every data set of the lab looks like."""
+"""The data structures of the lab's image data sets."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 
-TRAIN = 10_000  # of MNIST's 60 000: a batch of 64 for 1000 steps sees each image about six times
+TRAIN = 10_000  # of MNIST's 60 000; 1000 steps with batches of 64 use each image about six times
 VALIDATION = 500
 
 
@@ -25,14 +25,14 @@ class Examples:
         return Examples(self.images[index], self.labels[index])
 
     def to(self, device: str) -> "Examples":
-        """The same on a device."""
+        """Copy the examples to a device."""
         return Examples(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Dataset:
     """
-    Three disjoint parts: networks learn from `train`, choices are made on `validation`, `test` is only reported.
+    Three disjoint splits: networks train on `train`, choices are made on `validation`, results are reported on `test`.
 
     `fingerprint` changes when the data change.
     """
@@ -45,34 +45,34 @@ class Dataset:
 
     def standardized(self) -> "Dataset":
         """
-        The same data with the mean and the standard deviation of all training pixels taken out of every part.
+        Standardize every split with the mean and standard deviation of all training pixels.
 
         Raises:
             InputError: the training pixels are all the same.
         """
         low, high = self.train.images.aminmax()
-        if low == high:  # rounding may leave a deviation above 0
+        if low == high:  # rounding may give a deviation above 0
             raise InputError(
                 f"training images must show something; every pixel of all {len(self.train)} in the {self.name} is "
                 f"{float(low):g} of 1: give other images"
             )
         deviation, mean = torch.std_mean(self.train.images)
 
-        def standardize(part: Examples) -> Examples:
-            return Examples((part.images - mean) / deviation, part.labels)
+        def standardize(split: Examples) -> Examples:
+            return Examples((split.images - mean) / deviation, split.labels)
 
         return Dataset(
             self.name, standardize(self.train), standardize(self.validation), standardize(self.test), self.fingerprint
         )
 
     def to(self, device: str) -> "Dataset":
-        """The same data on a device."""
-        train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
+        """Copy the data to a device."""
+        train, validation, test = (split.to(device) for split in (self.train, self.validation, self.test))
         return Dataset(self.name, train, validation, test, self.fingerprint)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of examples in each part."""
+        """The number of examples in each split."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
 
 

@@ -20,11 +20,11 @@ def load(directory: Path) -> Dataset:
     """
     Load a standardized data set from `{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]` in `directory`.
 
-    Of the training files a fixed random draw of at most 10 000 images trains and at most 500 others validate;
-    the test files are used whole.
+    A fixed random sample of the training files gives at most 10 000 training and 500 validation images; all images of the test files are
+    test images.
 
     Raises:
-        InputError: a file is missing, is not IDX, or the files contradict each other or show nothing.
+        InputError: a file is missing or is not IDX, or the files contradict each other or have only one color.
     """
     if not directory.is_dir():
         raise InputError(f"--data must be a folder with MNIST's IDX files; there is no folder {directory}")
@@ -33,9 +33,9 @@ def load(directory: Path) -> Dataset:
     return drawn("IDX files", learn, test, f"idx-{learn_digest}-{test_digest}")
 
 
-def _examples(directory: Path, part: str) -> tuple[Examples, str]:
+def _examples(directory: Path, split: str) -> tuple[Examples, str]:
     """The images and labels of "train" or "t10k", and a digest of their bytes."""
-    image_file, label_file = _find(directory, f"{part}-images", "idx3"), _find(directory, f"{part}-labels", "idx1")
+    image_file, label_file = _find(directory, f"{split}-images", "idx3"), _find(directory, f"{split}-labels", "idx1")
     images, labels = read(image_file, dimensions=3), read(label_file, dimensions=1)
     if len(images) != len(labels):
         raise InputError(
@@ -67,7 +67,7 @@ def read(path: Path, dimensions: int) -> Tensor:
     Read one IDX file of unsigned bytes with the given number of dimensions into a uint8 tensor.
 
     Raises:
-        InputError: it cannot be read, or its header and its length do not agree with that.
+        InputError: it cannot be read, or its header or its length is wrong.
     """
     try:
         content = path.read_bytes()

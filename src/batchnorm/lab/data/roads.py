@@ -1,4 +1,4 @@
-"""Roads as a camera behind the windshield sees them, and how far to steer."""
+"""Images of roads from a camera behind the windshield, with steering angles."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1  # another one for every change of what is drawn
+VERSION = 1  # increase it with every change of the generated data
 SIZE = 32
-HORIZON = 10  # the first row that shows ground
+HORIZON = 10  # the first row with ground
 
 
 @dataclass(frozen=True)
 class Roads:
-    """Images (N, 1, 32, 32) in 0..1 and the steering angle for each, (N,) in degrees, to the right positive."""
+    """Images (N, 1, 32, 32) in 0..1, and steering angles (N,) in degrees, positive to the right."""
 
     images: Tensor
     angles: Tensor
@@ -22,9 +22,9 @@ class Roads:
 
 def render(count: int, seed: int) -> Roads:
     """
-    So many roads, all drawn from the seed: curved, seen from beside their middle, between night and noon, in noise.
+    Render `count` random roads: curved, seen from next to their middle, in different light, with noise.
 
-    The angle is what leads to the middle and around the curve: 6 degrees for each half width beside it, 12 for each unit of curvature.
+    The angle steers to the middle and along the curve: 6 degrees for each half width of offset, 12 for each unit of curvature.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""Sentences of a small made-up language and their translations: other words, other order, endings that agree."""
+"""Sentences of a small artificial language and their translations, with other words, another order, and agreement."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1  # another one for every change of the grammar
+VERSION = 1  # increase it with every change of the grammar
 NOUNS, VERBS, ADJECTIVES = 40, 20, 20
-END = 0  # ends a translation, begins its reading, and fills up what is shorter
+END = 0  # ends a translation, is the first input of the decoder, and pads shorter ones
 SOURCE_WORDS = 1 + NOUNS + VERBS + ADJECTIVES + 1  # and one for "not", the last
 TARGET_WORDS = 1 + NOUNS + 2 * VERBS + 2 * ADJECTIVES + 1  # verbs and adjectives have two endings
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Source sentences (N, S) with their lengths (N,), and translations (N, T) that end with `END`; the rest is `END` too."""
+    """Source sentences (N, S) with their lengths (N,), and translations (N, T), padded with at least one `END`."""
 
     source: Tensor
     lengths: Tensor
@@ -32,7 +32,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Split:
-    """Three parts without a sentence in common."""
+    """Three splits without common sentences."""
 
     train: Pairs
     validation: Pairs
@@ -44,8 +44,8 @@ def sentence(rng: random.Random) -> tuple[list[int], list[int]]:
     """
     A sentence and its translation.
 
-    A sentence is phrase [NOT] verb phrase, a phrase up to two adjectives and a noun. In the translation the verb comes last with NOT behind
-    it, adjectives follow their noun in reverse, and have the ending of their noun's gender, as the verb has that of its subject's.
+    A sentence is "phrase [NOT] verb phrase"; a phrase has up to two adjectives and a noun. In the translation, the verb is last, followed
+    by NOT; adjectives follow their noun in reverse order. Adjectives agree in gender with their noun, the verb with its subject.
     """
 
     def phrase() -> tuple[list[int], list[int], int]:
@@ -64,7 +64,7 @@ def sentence(rng: random.Random) -> tuple[list[int], list[int]]:
 
 
 def load(train: int = 6000, held_out: int = 500) -> Split:
-    """So many sentences to train, and so many each to validate and to test; the same on every call."""
+    """Generate sentences for training, validation and test, in the given numbers; the same on every call."""
     rng, known = random.Random(0), {}
     while len(known) < train + 2 * held_out:
         said, translated = sentence(rng)

@@ -1,4 +1,4 @@
-"""Spoken words and their letters: ours, synthesized (`speech_recipe`), or a folder of WAV files with a table of transcripts."""
+"""Spoken words and their letters: synthesized ones (`speech_recipe`), or a folder of WAV files with a table of transcripts."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from torch import Tensor
 from batchnorm.errors import InputError
 from batchnorm.lab import extras
 
-VERSION = 1  # another one for every change of the features or the recipe
+VERSION = 1  # increase it with every change of the features or the recipe
 FILE = Path(__file__).with_name("speech.npz")
 TABLE = "transcripts.csv"
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # the letter at position i has the number i + 1; 0 is CTC's blank
 BANDS = 40
-WINDOW, HOP = 0.025, 0.0125  # seconds of sound in a frame, and between the beginnings of two
+WINDOW, HOP = 0.025, 0.0125  # length of a frame, and distance between frames, in seconds
 LOWEST, HIGHEST = 60.0, 7600.0  # hertz of the bands
-LEVELS = 40  # steps in which features of ours are kept, for each band between its extremes
-FLOOR = 1e-5  # the power below which all is silence
-HELD_OUT = {"validation": ("m5", "f3"), "test": ("m3", "m7", "f2", "f5")}  # voices of ours that no network trains on
+LEVELS = 40  # quantization levels of the stored features, for each band between its extremes
+FLOOR = 1e-5  # power below which a frame is silent
+# Synthesized voices that are not used for training.
+HELD_OUT = {"validation": ("m5", "f3"), "test": ("m3", "m7", "f2", "f5")}
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """Logarithmic mel features (frames, 40) of a recording, what is said, and by whom."""
+    """Logarithmic mel features (frames, 40) of a recording, its text, and its voice."""
 
     features: Tensor
     text: str
@@ -46,7 +47,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Speech:
-    """Three parts, spoken by different voices; features are standardized by those of `train`."""
+    """Three splits with different voices; the statistics of `train` standardize the features."""
 
     name: str
     train: list[Utterance]
@@ -57,17 +58,17 @@ class Speech:
 
 def load(directory: str | Path | None = None) -> Speech:
     """
-    The synthesized words, or WAV files in `directory` with its `transcripts.csv` (columns file and text, and voice if known).
+    Load the synthesized words, or WAV files in `directory` with its `transcripts.csv` (columns file, text, optionally voice).
 
-    Of a folder a tenth of the voices, at least one, validates and a fifth, at least one, tests; without that column every file has a voice
-    of its own.
+    In a folder, a tenth of the voices, at least one, is for validation, and a fifth, at least one, for test. Without the column voice,
+    every file counts as a different voice.
 
     Raises:
-        InputError: a file cannot be read or is not what it should be, or there are fewer than three voices.
+        InputError: a file cannot be read or has a wrong format, or there are fewer than three voices.
         MissingExtraError: numpy is not installed.
     """
     if directory is not None:
-        return _parted("WAV files", *_read_folder(Path(directory)))
+        return _split("WAV files", *_read_folder(Path(directory)))
     extras.require()
     import numpy
 
@@ -75,25 +76,25 @@ def load(directory: str | Path | None = None) -> Speech:
         steps, low, high, lengths = (torch.from_numpy(stored[name]) for name in ("steps", "low", "high", "lengths"))
         texts, voices = stored["texts"].tolist(), stored["voices"].tolist()
         fingerprint = f"speech-{int(stored['version'])}"
-    levels = [part.cumsum(0).to(torch.uint8) for part in steps.split(lengths.tolist())]  # differences, modulo 256
+    levels = [one.cumsum(0).to(torch.uint8) for one in steps.split(lengths.tolist())]  # differences, modulo 256
     utterances = [
         Utterance(low + level * (high - low) / LEVELS, text, voice)
         for level, text, voice in zip(levels, texts, voices, strict=True)
     ]
 
-    held_out = {voice: part for part, held in HELD_OUT.items() for voice in held}
-    parts = [held_out.get(one.voice.rpartition("+")[2], "train") for one in utterances]
-    return _parted("synthesized words", utterances, parts, fingerprint)
+    held_out = {voice: split for split, held in HELD_OUT.items() for voice in held}
+    splits = [held_out.get(one.voice.rpartition("+")[2], "train") for one in utterances]
+    return _split("synthesized words", utterances, splits, fingerprint)
 
 
 def features(sound: Tensor, rate: int) -> Tensor:
     """
     Logarithms of the power in 40 bands equally wide in mel, 60 to 7600 Hz, each 12.5 ms, of samples (n,) in -1..1: (frames, 40).
 
-    Silence before and after is left out. Source of the scale: O'Shaughnessy 1987, mel = 2595 log10(1 + f / 700).
+    Silence at the start and end is removed. Source of the scale: O'Shaughnessy 1987, mel = 2595 log10(1 + f / 700).
 
     Raises:
-        InputError: fewer than 16000 samples a second, or shorter than a frame.
+        InputError: fewer than 16000 samples per second, or shorter than a frame.
     """
     size, hop = round(WINDOW * rate), round(HOP * rate)
     if rate < 16_000 or len(sound) < size:
@@ -120,16 +121,16 @@ def features(sound: Tensor, rate: int) -> Tensor:
 
 def samples(file: Path | IO[bytes], name: str) -> tuple[Tensor, int]:
     """
-    The first channel of a WAV file of 16-bit samples, (n,) in -1..1, and how many there are a second.
+    The first channel of a WAV file of 16-bit samples, (n,) in -1..1, and the sample rate.
 
     Raises:
-        InputError: it cannot be read, or is of another kind.
+        InputError: it cannot be read, or has another format.
     """
     try:
         with wave.open(str(file) if isinstance(file, Path) else file) as content:
             width, channels, rate = content.getsampwidth(), content.getnchannels(), content.getframerate()
             raw = bytearray(content.readframes(content.getnframes()))
-    except (OSError, EOFError, ValueError, wave.Error) as error:  # a path with a NUL is a ValueError
+    except (OSError, EOFError, ValueError, wave.Error) as error:  # a path with a NUL raises ValueError
         raise InputError(
             f"cannot read {name} as a WAV file: {error or 'it ends too early'}; record or convert it again"
         ) from error
@@ -141,23 +142,23 @@ def samples(file: Path | IO[bytes], name: str) -> tuple[Tensor, int]:
     return torch.frombuffer(raw, dtype=torch.int16).reshape(-1, channels)[:, 0] / 32768, rate
 
 
-def _parted(name: str, utterances: Sequence[Utterance], parts: Sequence[str], fingerprint: str) -> Speech:
-    """The data set, its features standardized."""
-    everything = torch.cat([one.features for one, part in zip(utterances, parts, strict=True) if part == "train"])
+def _split(name: str, utterances: Sequence[Utterance], splits: Sequence[str], fingerprint: str) -> Speech:
+    """The data set with standardized features; `splits` names the split of each utterance."""
+    everything = torch.cat([one.features for one, split in zip(utterances, splits, strict=True) if split == "train"])
     mean, deviation = everything.mean(), everything.std()
 
     def of(wanted: str) -> list[Utterance]:
         return [
             replace(one, features=(one.features - mean) / deviation)
-            for one, part in zip(utterances, parts, strict=True)
-            if part == wanted
+            for one, split in zip(utterances, splits, strict=True)
+            if split == wanted
         ]
 
     return Speech(name, of("train"), of("validation"), of("test"), fingerprint)
 
 
 def _read_folder(directory: Path) -> tuple[list[Utterance], list[str], str]:
-    """Utterances of a folder, the part of each, and a fingerprint of all."""
+    """The utterances of a folder, the split of each, and a fingerprint of all."""
     table = directory / TABLE
     try:
         with table.open(encoding="utf-8-sig", newline="") as lines:
@@ -185,5 +186,5 @@ def _read_folder(directory: Path) -> tuple[list[Utterance], list[str], str]:
     random.Random(0).shuffle(voices)
     validation = voices[: max(1, len(voices) // 10)]
     test = voices[len(validation) : len(validation) + max(1, len(voices) // 5)]
-    part = {**dict.fromkeys(voices, "train"), **dict.fromkeys(validation, "validation"), **dict.fromkeys(test, "test")}
-    return utterances, [part[one.voice] for one in utterances], f"wav-{VERSION}-{digest.hexdigest()[:12]}"
+    split = {**dict.fromkeys(voices, "train"), **dict.fromkeys(validation, "validation"), **dict.fromkeys(test, "test")}
+    return utterances, [split[one.voice] for one in utterances], f"wav-{VERSION}-{digest.hexdigest()[:12]}"

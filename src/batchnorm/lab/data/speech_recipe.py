@@ -1,6 +1,6 @@
-"""How `speech.npz` came to be: `python -m batchnorm.lab.data.speech_recipe FILE`, which needs Debian's `espeak-ng` on the PATH.
+"""Creates `speech.npz`: `python -m batchnorm.lab.data.speech_recipe FILE`, which needs Debian's `espeak-ng` on the PATH.
 
-Ten words in seven accents of English, by thirteen voices, at many speeds and pitches. What is kept are features in `LEVELS` steps.
+Ten words in seven accents of English, by thirteen voices, at many speeds and pitches. The file stores features in `LEVELS` levels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ COUNT = 700
 
 
 def say(word: str, voice: str, speed: int, pitch: int) -> tuple[torch.Tensor, int]:
-    """What espeak-ng makes of a word: samples in -1..1, and how many a second."""
+    """Synthesize a word with espeak-ng: samples in -1..1, and the sample rate."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", word]
-    # It streams, so the header does not know the length; reading to the end does.
+    # espeak-ng streams, so its header has no length; read to the end.
     content = subprocess.run(command, capture_output=True, check=True).stdout
     return speech.samples(io.BytesIO(content), word)
 

@@ -1,7 +1,7 @@
-"""One file per question: what is asked, of which data and networks, what is measured, and who claimed the answer.
+"""The experiments, one file each: question, data, networks, measurements, and the source of the claim.
 
 `NAMES` is the order of lists and of the report. The experiment `a-b.c` is `EXPERIMENT` in the module `a_b_c` of this folder, imported
-when asked for. `learning_rates` is the demonstration's, with a grid and a result of its own.
+on demand. `learning_rates` is the demonstration, with its own grid and result.
 """
 
 from importlib import import_module
@@ -29,17 +29,17 @@ NAMES = (
     "driving",
 )
 
-FIRST = ("lr-range", "depth")  # where to begin: short, and the effect is large
+FIRST = ("lr-range", "depth")  # good to start with: short, with a large effect
 
 
 def module_of(name: str) -> str:
-    """The module that holds the experiment of this name."""
+    """The module of the experiment with this name."""
     return f"{__name__}.{name.replace('-', '_').replace('.', '_')}"
 
 
 def load(name: str) -> Experiment:
     """
-    The experiment of this name.
+    Load the experiment with this name.
 
     Raises:
         InputError: there is none.

@@ -1,9 +1,9 @@
-"""What small normalization batches lose, and how much of it each remedy brings back.
+"""How much accuracy small normalization batches lose, and how much of it each remedy recovers.
 
-The normalization batch is decoupled from SGD's: every batch of 64 goes through the linear layers at once and through a batch norm in
-groups, as if each were on a device of its own. Only the statistics change. The running statistics move with every group, by a momentum of
-0.1 for 64 samples. Two settings: noise of 1.5 deviations on the images, groups at random; and no noise with each batch sorted by
-class, so that a group shows one class or two.
+The normalization batch is independent of SGD's batch: every batch of 64 passes the linear layers at once and each batch norm in groups, as
+if each group were on its own device. Only the statistics differ. Every group updates the running statistics, with a momentum of 0.1 per 64
+samples. Two settings: noise of 1.5 deviations on the images, groups at random; and no noise with each batch sorted by
+class, so that a group has one class or two.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from batchnorm.surgery import freeze
 
 BATCH = 64
 NOISE = 1.5
-SMALL = {"noise": 2, "sorted": 4}  # where the remedies are judged
-PROMISED = {"noise": 0.60, "sorted": 0.85}  # of plain's loss, to come back
+SMALL = {"noise": 2, "sorted": 4}  # normalization batch at which the remedies are judged
+PROMISED = {"noise": 0.60, "sorted": 0.85}  # share of plain's loss that must be recovered
 
 
 class InGroups(nn.Module):
-    """A layer that in training sees every `size` samples alone."""
+    """A layer that is applied to groups of `size` samples separately in training."""
 
     def __init__(self, layer: nn.Module, size: int) -> None:
         super().__init__()
@@ -37,30 +37,30 @@ class InGroups(nn.Module):
         return torch.cat([self.layer(group) for group in x.split(self.size)]) if self.training else self.layer(x)
 
 
-def _grouped(part: Statistics, channels: int, size: int) -> nn.Module:
-    return InGroups(BatchNorm1d(channels, momentum=0.1 * size / BATCH, statistics=part), size)
+def _grouped(source: Statistics, channels: int, size: int) -> nn.Module:
+    return InGroups(BatchNorm1d(channels, momentum=0.1 * size / BATCH, statistics=source), size)
 
 
 # From channels, size of the normalization batch, and steps of the training.
-PARTS: dict[str, Callable[[int, int, int], nn.Module]] = {
+LAYERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "plain": lambda channels, size, _: _grouped(Batch(), channels, size),
-    # The groups inside one call, and running statistics that follow the whole batch.
+    # Groups within one call; the whole batch updates the running statistics.
     "ghost": lambda channels, size, _: BatchNorm1d(channels, statistics=Ghost(size)),
-    # Plain for a twentieth of the training, with the full bounds after two fifths.
+    # Plain normalization for 1/20 of the training, full bounds after 2/5.
     "renorm": lambda channels, size, steps: _grouped(Renorm(warmup=steps * BATCH // size // 20), channels, size),
-    # Averages over as many groups as a batch has.
+    # Averages over the groups of one batch.
     "moving_average": lambda channels, size, steps: _grouped(
         MovingAverage(BATCH // size, warmup=steps * (BATCH // size) // 20), channels, size
     ),
     # Frozen for the last fifth (Wu & Johnson 2021, section 3.4).
     "frozen": lambda channels, size, _: _grouped(Batch(), channels, size),
-    # No batch at all, beside which the parts have to stand.
+    # A comparison that does not use batch statistics.
     "group_norm": lambda channels, *_: nn.GroupNorm(8, channels),
 }
 
 
-def errors(part: str, setting: str, size: int, seed: int, epochs: int, device: str = "cpu") -> tuple[float, float]:
-    """The shares of validation and of test images that are classified wrong after one training."""
+def errors(arm: str, setting: str, size: int, seed: int, epochs: int, device: str = "cpu") -> tuple[float, float]:
+    """The error rates on validation and test images after one training."""
     data, noise = digits.load().to(device), NOISE if setting == "noise" else 0.0
     drawn = torch.Generator().manual_seed(99)
     held_out = torch.cat([data.validation.images, data.test.images])
@@ -69,16 +69,16 @@ def errors(part: str, setting: str, size: int, seed: int, epochs: int, device: s
 
     drawn = torch.Generator().manual_seed(seed)
 
-    def seen(batch: Examples) -> Examples:
+    def transform(batch: Examples) -> Examples:
         if setting == "sorted":
             return batch[batch.labels.argsort(stable=True)]
         return replace(batch, images=batch.images + noise * torch.randn(batch.images.shape, generator=drawn).to(device))
 
     steps = epochs * (len(data.train) // BATCH)
     torch.manual_seed(seed)
-    network = perceptron((784, 512, 256, 10), lambda channels: PARTS[part](channels, size, steps)).to(device)
-    for step, _ in train(network, data.train, Schedule(0.05, steps, BATCH, seed, momentum=0.9, cosine=True), seen):
-        if part == "frozen" and step == steps * 4 // 5:
+    network = perceptron((784, 512, 256, 10), lambda channels: LAYERS[arm](channels, size, steps)).to(device)
+    for step, _ in train(network, data.train, Schedule(0.05, steps, BATCH, seed, momentum=0.9, cosine=True), transform):
+        if arm == "frozen" and step == steps * 4 // 5:
             freeze(network, affine=False)
     return (
         1 - accuracy(network, replace(data.validation, images=validation)),
@@ -94,7 +94,7 @@ def measure(arm: str, setting: Setting) -> Measured:
     epochs = setting.pick(5, 10, 30)
     values, curves = dict[str, float](), dict[str, list[tuple[float, float]]]()
     for kind, tried in sizes.items():
-        # Group norm knows no batch: once is enough.
+        # Group norm does not depend on the batch, so one run is enough.
         once = {
             size: errors(arm, kind, size, setting.seed, epochs, setting.device)
             for size in (tried[:1] if arm == "group_norm" else tried)
@@ -108,10 +108,10 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def recovered(results: Results, kind: str) -> tuple[str, float]:
-    """The remedy with the best validation error at the small normalization batch, and the share of plain's loss it brings back on test."""
+    """The remedy with the best validation error at the small normalization batch, and the share of plain's loss it recovers on test."""
     small, large = f"{kind}_{SMALL[kind]}", f"{kind}_{BATCH}"
-    remedies = [part for part in PARTS if part not in ("plain", "group_norm")]
-    best = min(remedies, key=lambda part: results.mean(part, f"{small}_validation"))
+    remedies = [arm for arm in LAYERS if arm not in ("plain", "group_norm")]
+    best = min(remedies, key=lambda arm: results.mean(arm, f"{small}_validation"))
     lost = results.mean("plain", small) - results.mean("plain", large)
     return best, (results.mean("plain", small) - results.mean(best, small)) / lost if lost > 0 else 0.0
 
@@ -125,12 +125,12 @@ def judge(results: Results) -> Verdict:
         f"{found[kind][1]:.0%} of the loss back."
         for kind, size in SMALL.items()
     )
-    kept = [found[kind][1] >= share for kind, share in PROMISED.items()]
+    met = [found[kind][1] >= share for kind, share in PROMISED.items()]
     evidence = " ".join(told)
-    if all(kept):
+    if all(met):
         return Verdict("holds", evidence)
-    if any(kept):
-        groups = "at random" if kept[0] else "sorted"
+    if any(met):
+        groups = "at random" if met[0] else "sorted"
         return Verdict("holds only when", f"Groups are {groups}. {evidence}")
     return Verdict("does not hold", evidence)
 

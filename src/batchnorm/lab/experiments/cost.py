@@ -1,6 +1,6 @@
-"""What batch normalization adds to a training step's time, and to what a step keeps for its backward.
+"""How much batch normalization adds to the time of a training step, and to the memory saved for its backward.
 
-Each arm runs in turns with the network without normalization, so that a ratio is of one run whatever else the machine does.
+Each arm alternates with the network without normalization, so that a busy machine affects both sides of a ratio.
 """
 
 import gc
@@ -37,7 +37,7 @@ def measure(arm: str, setting: Setting) -> Measured:
         plain, normalized = build(None), build(layer)
         if arm != "torch":
             convert(normalized, fuse=True, save_memory=arm == "save_memory")
-        values[f"memory_{name}"] = _kept(normalized, images, labels) / _kept(plain, images, labels)
+        values[f"memory_{name}"] = _saved(normalized, images, labels) / _saved(plain, images, labels)
         rounds = setting.pick(15, 60, 300)
         times = _in_turns([lambda net=net: _step(net, images, labels) for net in (plain, normalized)], rounds)
         values[f"time_{name}"] = times[1] / times[0]
@@ -50,19 +50,19 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 
 def _in_turns(steps: list[Callable[[], None]], rounds: int) -> list[float]:
-    """The median seconds of each, of the processor where it computes."""
+    """The median processor seconds of each function, called alternately."""
     taken: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 3):
         for step, times in zip(steps, taken, strict=True):
             start = time.thread_time()
             step()
-            if number >= 3:  # the first ones allocate
+            if number >= 3:  # the first calls allocate
                 times.append(time.thread_time() - start)
     return [median(times) for times in taken]
 
 
-def _kept(network: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes that a forward leaves for its backward; what waits for the collector is not to be freed meanwhile."""
+def _saved(network: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes that a forward saves for its backward; collects garbage first, so that nothing is freed meanwhile."""
     gc.collect()
     return saved_bytes(lambda: F.cross_entropy(network(images), labels))
 

@@ -1,6 +1,6 @@
-"""How deep a plain stack of sigmoid layers still learns, and what of the gradient reaches its first layer.
+"""How deep a plain stack of sigmoid layers can be and still learn, and how much of the gradient reaches its first layer.
 
-Also the other side: in deep stacks of ReLU begun as He et al. propose, batch normalization makes gradients explode.
+Also a disadvantage: in deep stacks of ReLU with He's initialization, batch normalization makes gradients explode.
 """
 
 import math
@@ -28,7 +28,7 @@ def measure(arm: str, setting: Setting) -> Measured:
     accuracies = list[tuple[float, float]]()
     for depth in depths:
         tried = [_trained(_network(arm, depth, nn.Sigmoid, setting), data, rate, steps, setting) for rate in RATES]
-        values[f"accuracy_{depth}"] = max(tried)[1]  # the learning rate with the better validation
+        values[f"accuracy_{depth}"] = max(tried)[1]  # the learning rate with the better validation accuracy
         accuracies.append((depth, values[f"accuracy_{depth}"]))
     sigmoid = _first_gradients(_network(arm, 30, nn.Sigmoid, setting), data, setting.seed)
     rectified = _first_gradients(_network(arm, 50, nn.ReLU, setting), data, setting.seed)
@@ -55,7 +55,7 @@ def _network(arm: str, depth: int, activation: type[nn.Module], setting: Setting
 
 
 def _trained(network: nn.Sequential, data: Dataset, rate: float, steps: int, setting: Setting) -> tuple[float, float]:
-    """Accuracy on validation and on test images."""
+    """Accuracy on validation and test images after training."""
     for _ in train(network, data.train, Schedule(rate, steps, 64, setting.seed)):
         pass
     return accuracy(network, data.validation), accuracy(network, data.test)

@@ -1,6 +1,6 @@
-"""Does batch normalization make a two-stage detector better, and in which of its stages?
+"""Does batch normalization improve a two-stage detector, and in which of its stages?
 
-The proposal network says where something is, the region network what it is (Ren et al. 2015, Faster R-CNN, in small).
+The proposal network finds objects, the region network classifies them (a small version of Faster R-CNN, Ren et al. 2015).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ ARMS = {
 }
 BATCH = 16
 LEARNING_RATE = {"none": 0.03, "both": 0.1, "regions": 0.03, "proposals": 0.03}
-GAP = 0.1  # how much mean average precision BN must bring
+GAP = 0.1  # by how much BN must raise mean average precision
 
 load = lru_cache(maxsize=1)(canvases.load)
 
 
-def judged(detector: Detector, part: canvases.Canvases) -> tuple[float, float]:
-    """Mean average precision, and the share of digits that a proposal overlaps by half."""
-    found, proposed = detect(detector, part.images)
+def judged(detector: Detector, split: canvases.Canvases) -> tuple[float, float]:
+    """Mean average precision, and the share of digits that a proposal overlaps by at least one half."""
+    found, proposed = detect(detector, split.images)
     hits = [
-        (overlaps(truth.boxes, boxes) >= ENOUGH).any(1) for truth, boxes in zip(part.objects, proposed, strict=True)
+        (overlaps(truth.boxes, boxes) >= ENOUGH).any(1) for truth, boxes in zip(split.objects, proposed, strict=True)
     ]
-    return mean_average_precision(found, part.objects), float(torch.cat(hits).float().mean())
+    return mean_average_precision(found, split.objects), float(torch.cat(hits).float().mean())
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Detector]]:
-    """The detector after each step, counted from 1; it ends early at a loss that is not finite."""
+    """Train, and yield the detector after each step, from 1; ends early if a loss is not finite."""
     data = load(*setting.pick((200, 50), (400, 100)))
     torch.manual_seed(setting.seed)
     backbone, regions, proposals = arm == "both", arm in ("both", "regions"), arm in ("both", "proposals")
@@ -61,7 +61,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Dete
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Train, and judge by the test canvases."""
+    """Train, and measure on the test canvases."""
     test = load(*setting.pick((200, 50), (400, 100))).test
     every = setting.pick(60, 100)
     precision, recall, curve = 0.0, 0.0, []

@@ -1,7 +1,7 @@
-"""Does batch normalization let deep Q-learning do without a target network?
+"""Can batch normalization replace the target network in deep Q-learning?
 
-Without one the network chases its own estimates, and collapses. CrossQ's recipe is batch normalization and one joint forward of
-the states and the next states, so that both are normalized by the statistics of both.
+Without a target network, the network is trained toward its own estimates, and collapses. CrossQ uses batch normalization, and a joint
+forward of states and next states, so that both are normalized by their common statistics.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ WIDTH = 128
 DISCOUNT = 0.99
 BEGIN = 500  # steps before the first update
 REFRESH = 250  # steps between two copies to the target network
-MARGIN = 5.0  # how many times the return with BN must be that without
-LEARNED = 100  # mean return over the run that shows that something was learned; 9 is the least
+MARGIN = 5.0  # the smallest ratio of returns with and without BN
+LEARNED = 100  # mean return over the run above which something was learned; 9 is the minimum
 
 
 class Memory:
-    """Every transition so far: state, action, next state, and whether the pole fell."""
+    """All transitions so far: state, action, next state, and whether the pole fell."""
 
     def __init__(self, capacity: int) -> None:
         self.states, self.next_states = torch.empty(2, capacity, 4)
@@ -43,13 +43,13 @@ class Memory:
         self.size = 0
 
     def add(self, state: Tensor, action: Tensor, next_state: Tensor, fell: Tensor) -> None:
-        """Keep one transition."""
+        """Store one transition."""
         row, self.size = self.size, self.size + 1
         self.states[row], self.actions[row], self.next_states[row], self.fell[row] = state, action, next_state, fell
 
 
 def q_network(arm: str) -> nn.Sequential:
-    """States (N, 4) to the values of both actions (N, 2)."""
+    """A network from states (N, 4) to the values of both actions (N, 2)."""
 
     def normalization(channels: int) -> nn.Module:
         if arm in ("joint", "separate"):
@@ -59,7 +59,7 @@ def q_network(arm: str) -> nn.Sequential:
     return nn.Sequential(
         normalization(4)
         if arm != "layer_norm"
-        else nn.Identity(),  # over four quantities of different units it makes no sense
+        else nn.Identity(),  # it makes no sense over four quantities of different units
         *(nn.Linear(4, WIDTH), normalization(WIDTH), nn.ReLU()),
         *(nn.Linear(WIDTH, WIDTH), normalization(WIDTH), nn.ReLU()),
         nn.Linear(WIDTH, 2),
@@ -80,7 +80,7 @@ def temporal_difference(arm: str, network: nn.Module, target: nn.Module, memory:
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Learn from one pole and play twenty others on the way."""
+    """Train on one pole, and test on twenty others during training."""
     steps, every = setting.pick(2500, 5000, 20_000), setting.pick(250, 500)
     torch.manual_seed(setting.seed)
     network, target = q_network(arm), q_network(arm)
@@ -124,7 +124,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether the joint forward returns five times as much; what else does without a target network stands beside it."""
+    """Whether the joint forward has five times the return; the other arms without a target network are reported too."""
     returns = results.means("mean_return")
     evidence = "Mean return over the run: " + listed(ARMS, returns, ".0f")
     learned = {arm: sum(value >= LEARNED for value in results.values(arm, "mean_return")) for arm in ("none", "joint")}

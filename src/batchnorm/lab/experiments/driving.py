@@ -1,6 +1,6 @@
-"""Does batch normalization help a network that steers by what a camera sees?
+"""Does batch normalization help a network that predicts steering angles from camera images?
 
-A regression, so the noise of batch statistics goes straight into the answer; and the light differs from image to image.
+In a regression, the noise of batch statistics directly affects the output; and the light differs between images.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ARMS = {
 }
 BATCH = 64
 LEARNING_RATE = {"none": 0.003, "both": 0.01, "convolutions": 0.01, "input": 0.01}
-RATIO = 1.2  # how many times smaller the error must be with BN
+RATIO = 1.2  # the smallest ratio of errors without and with BN
 
 render = lru_cache(maxsize=3)(roads.render)
-TRAIN, VALIDATION, TEST = (3000, 0), (500, 1), (1000, 2)  # how many, and the seed
+TRAIN, VALIDATION, TEST = (3000, 0), (500, 1), (1000, 2)  # number of roads, and the seed
 
 
 def network(arm: str) -> nn.Sequential:
-    """Images (N, 1, 32, 32) to angles (N, 1) in deviations of 10 degrees: PilotNet (Bojarski et al. 2016) in small."""
+    """A small PilotNet (Bojarski et al. 2016): images (N, 1, 32, 32) to angles (N, 1) in units of 10 degrees."""
 
     def convolution(inputs: int, outputs: int, size: int) -> list[nn.Module]:
         normalization = BatchNorm2d(outputs) if arm in ("both", "convolutions") else nn.Identity()
@@ -54,14 +54,14 @@ def network(arm: str) -> nn.Sequential:
 
 
 @torch.no_grad()
-def judged(trained: nn.Module, part: roads.Roads) -> float:
-    """The root mean square error in degrees, in inference."""
-    angles = 10 * trained.eval()(part.images).squeeze(1)
-    return float((angles - part.angles).square().mean().sqrt())
+def judged(trained: nn.Module, split: roads.Roads) -> float:
+    """The root mean square error in inference, in degrees."""
+    angles = 10 * trained.eval()(split.images).squeeze(1)
+    return float((angles - split.angles).square().mean().sqrt())
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.Sequential]]:
-    """The network after each step, counted from 1."""
+    """Train, and yield the network after each step, from 1."""
     train = render(*TRAIN)
     torch.manual_seed(setting.seed)
     steering, order = network(arm), batches(len(train.angles), BATCH, setting.seed)
@@ -78,7 +78,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.S
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Train, and judge by the test roads."""
+    """Train, and measure on the test roads."""
     test, every = render(*TEST), setting.pick(100, 200, 500)
     curve = [
         (step, judged(steering, test))
@@ -89,7 +89,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether BN after every layer makes the error smaller, and more so than standard images alone."""
+    """Whether BN after every layer reduces the error, and more than standardized images alone do."""
     error = results.means("error")
     evidence = "Degrees of error: " + listed(ARMS, error, ".2f") + "."
     if error["none"] < RATIO * error["both"]:

@@ -1,7 +1,7 @@
 """What does batch normalization do for a generator and a discriminator?
 
-And what if the discriminator normalizes real and generated images in one batch? Then each image tells it what the others are.
-Statistics for each domain, `Domains(("real", "fake"))`, are the cure: in training, and for a discriminator that is used afterwards.
+What if the discriminator normalizes real and generated images in one batch? Then the statistics of the batch reveal which images are real.
+Separate statistics, `Domains(("real", "fake"))`, avoid this in training, and for a discriminator that is used afterwards.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ LEARNING_RATE = {
     "joint": 0.004,
     "domains": 0.001,
 }
-RATIO = 3.0  # how many times closer generated images must be with BN
+RATIO = 3.0  # the smallest ratio of distances without and with BN
 
 
-def seen(discriminator: nn.Module, images: Tensor, name: str, arm: str) -> Tensor:
-    """What the discriminator says of images that are all "real" or all "fake"."""
+def scores_of(discriminator: nn.Module, images: Tensor, name: str, arm: str) -> Tensor:
+    """The scores of the discriminator for images that are all "real" or all "fake"."""
     with domain(name) if arm == "domains" else nullcontext():
         return discriminator(images)
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.Sequential, nn.Sequential]]:
-    """Generator and discriminator after each step, counted from 1."""
+    """Train, and yield generator and discriminator after each step, from 1."""
     images = in_range(judged_by()[0].train.images)
     torch.manual_seed(setting.seed)
     statistics = Domains(("real", "fake")) if arm == "domains" else None
@@ -68,54 +68,54 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, nn.S
         if arm == "joint":
             of_real, of_fake = discriminator(torch.cat([real, fake])).chunk(2)
         else:
-            of_real, of_fake = seen(discriminator, real, "real", arm), seen(discriminator, fake, "fake", arm)
+            of_real, of_fake = scores_of(discriminator, real, "real", arm), scores_of(discriminator, fake, "fake", arm)
         of_discriminator.zero_grad()
         (loss(of_real, 0.9 * ones) + loss(of_fake, zeros)).backward()
         of_discriminator.step()
 
         fake = generator(torch.randn(BATCH, NOISE, generator=noise))
         of_generator.zero_grad()
-        loss(seen(discriminator, fake, "fake", arm), ones).backward()
+        loss(scores_of(discriminator, fake, "fake", arm), ones).backward()
         of_generator.step()
         yield step, generator, discriminator
 
 
 @torch.no_grad()
-def judged(generator: nn.Module, part: Examples) -> tuple[float, float]:
-    """The Fréchet distance of 1000 generated images from those of a part, and exp(entropy) of the classes they show."""
+def judged(generator: nn.Module, split: Examples) -> tuple[float, float]:
+    """The Fréchet distance between 1000 generated images and those of a split, and exp(entropy) of the classes of the former."""
     features, classes = judged_by()[1]
     noise = torch.randn(1000, NOISE, generator=torch.Generator().manual_seed(0))
     fake = features(generator.eval()(noise))
     shares = torch.bincount(classes(fake).argmax(1), minlength=10) / len(fake)
-    real = features(in_range(part.images))
+    real = features(in_range(split.images))
     return frechet_distance(fake, real), float(torch.special.entr(shares).sum().exp())
 
 
 @torch.no_grad()
-def mistaken(arm: str, generator: nn.Module, discriminator: nn.Module, part: Examples) -> float:
-    """The share of images that the discriminator takes for the other kind in inference, both kinds weighed alike."""
+def error_rate(arm: str, generator: nn.Module, discriminator: nn.Module, split: Examples) -> float:
+    """The error rate of the discriminator in inference; real and generated images have equal weight."""
     discriminator.eval()
-    fake = generator.eval()(torch.randn(len(part), NOISE, generator=torch.Generator().manual_seed(1)))
-    of_real = seen(discriminator, in_range(part.images), "real", arm)
-    of_fake = seen(discriminator, fake, "fake", arm)
+    fake = generator.eval()(torch.randn(len(split), NOISE, generator=torch.Generator().manual_seed(1)))
+    of_real = scores_of(discriminator, in_range(split.images), "real", arm)
+    of_fake = scores_of(discriminator, fake, "fake", arm)
     return float((of_real < 0).float().mean() + (of_fake >= 0).float().mean()) / 2
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Train both, and judge what the generator makes in inference by the test images."""
+    """Train both, and compare images of the generator in inference with the test images."""
     test = judged_by()[0].test
     every, distances = setting.pick(150, 100), []
     classes = error = math.nan
     for step, generator, discriminator in trained(arm, setting, LEARNING_RATE[arm]):
         if step % every == 0:
             distance, classes = judged(generator, test)
-            error = mistaken(arm, generator, discriminator, test)
+            error = error_rate(arm, generator, discriminator, test)
             distances.append((step, distance))
     return Measured({"distance": distances[-1][1], "classes": classes, "error": error}, {"distance": distances})
 
 
 def judge(results: Results) -> Verdict:
-    """Whether images are three times closer with BN in both, also than those of plain networks with a rate of their own."""
+    """Whether images are three times closer with BN in both networks, also than with plain networks at their own learning rate."""
     distance = results.means("distance")
     evidence = "Fréchet distance: " + listed(ARMS, distance, ".1f") + "."
     if distance["none"] < RATIO * distance["both"]:

@@ -1,6 +1,6 @@
 """Three kinds of image networks with and without batch normalization, and without it but with He's initialization.
 
-What batch normalization brings over PyTorch's default initialization is large; over an initialization made for ReLU it is less.
+The benefit of batch normalization is large with PyTorch's default initialization, and smaller with an initialization made for ReLU.
 """
 
 import math
@@ -30,7 +30,7 @@ Course = list[tuple[float, float]]
 
 
 def load(directory: str | None) -> Dataset:
-    """CIFAR-10's files in a folder, or the digits: images of 16x16 pixels."""
+    """Load CIFAR-10 from a folder, or the digits; images of 16x16 pixels."""
     return digits.load(size=16) if directory is None else cifar.load(Path(directory))
 
 

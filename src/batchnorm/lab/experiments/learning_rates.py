@@ -1,4 +1,4 @@
-"""Over which learning rates does the tutorial's network train, and how fast, with and without batch normalization?"""
+"""At which learning rates does the tutorial's network train, and how fast, with and without batch normalization?"""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 COMMON = 0.1
 TARGET = 0.95
 QUANTILES = (0.15, 0.5, 0.85)
-SELDOM = 10  # at other learning rates only the end counts: they are measured this many times more seldom
+SELDOM = 10  # at other learning rates only the end matters, so they are measured less often by this factor
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training's arguments: everything that its result depends on, besides the code."""
+    """The arguments of a training: everything that its result depends on besides the code."""
 
     experiment: str
     arm: str
@@ -52,17 +52,17 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """Readable, and different for different arguments or code; where the data lie does not matter, the fingerprint does."""
+        """A readable name that is unique for arguments and code; it depends on the fingerprint of the data, not on their path."""
         arguments = asdict(self) | {"data": None}
         key = hashlib.sha256(json.dumps([arguments, code_version(__name__)], sort_keys=True).encode()).hexdigest()
         return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}-{key[:12]}.json"
 
     def pack(self, training: Training) -> dict[str, Any]:
-        """The training as JSON types."""
+        """The training as plain data for JSON."""
         return asdict(training)
 
     def unpack(self, data: Any) -> Training:
-        """What `pack` made; a TypeError if it is something else."""
+        """The inverse of `pack`; raises TypeError on other data."""
         return Training(**data)
 
 
@@ -87,10 +87,10 @@ class Plan:
         return cls(seeds or 3)
 
     def jobs(self, dataset: Dataset) -> list[Job]:
-        """Every training, the common learning rate first and the others outward from it, both arms side by side.
+        """All trainings: the common learning rate first, then the others by distance from it, with both arms next to each other.
 
         Raises:
-            InputError: the training images do not fill a batch.
+            InputError: there are fewer training images than a batch needs.
         """
         if len(dataset.train) < self.batch_size:
             raise InputError(
@@ -120,12 +120,12 @@ _load_once = lru_cache(maxsize=1)(load)
 
 
 def measure(job: Job) -> Training:
-    """Train one network and measure it on the way. Both arms of a seed start from the same weights and see the same batches."""
+    """Train one network, and measure it during training. Both arms of a seed start from the same weights and use the same batches."""
     start = time.perf_counter()
     data = _load_once(job.data).to(job.device)
     torch.manual_seed(job.seed)
     network = tutorial_network(batch_norm=job.arm == "batch_norm").to(job.device)
-    watched = job.learning_rate == COMMON  # quantiles cost as much as a training step
+    watched = job.learning_rate == COMMON  # quantiles cost as much time as a training step
     steps, validation, losses, norms, received = list[int](), list[float](), [], [], []
 
     def look(step: int) -> None:
@@ -168,7 +168,7 @@ def _quantiles(inputs: Tensor) -> Tensor:
 
 
 def _typical(received: Tensor) -> tuple[list[list[float]], float]:
-    """Of quantiles over time (T, 3, units) those (T, 3) of the unit whose drift is the median one, and that drift."""
+    """Select from quantiles over time (T, 3, units) those (T, 3) of the unit with the median drift; also returns this drift."""
     low, middle, high = received.unbind(1)  # (T, units) each
     drift = (middle - middle[0]).abs().amax(0) / (high[0] - low[0])  # (units,)
     unit = int(drift.argsort()[len(drift) // 2])
@@ -176,12 +176,12 @@ def _typical(received: Tensor) -> tuple[list[list[float]], float]:
 
 
 def _finite(value: float) -> float | None:
-    """Six digits of a measurement, as JSON can hold it."""
+    """A measurement rounded to six digits; None if not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def summarize(plan: Plan, dataset: Dataset, trainings: Sequence[Training], command: str) -> Result:
-    """What the trainings that are there say. While some of the plan's are missing, no claim is judged."""
+    """The result of the trainings so far. Claims are judged only if none is missing."""
     arms = [_arm(plan, name, [training for training in trainings if training.arm == name]) for name in ARMS]
     complete = len(trainings) == len(plan.jobs(dataset))
     return Result(
@@ -207,7 +207,7 @@ def summarize(plan: Plan, dataset: Dataset, trainings: Sequence[Training], comma
 
 
 def _arm(plan: Plan, name: str, trainings: Sequence[Training]) -> Arm:
-    """Choices are made on validation accuracy alone, among the learning rates that all seeds have finished."""
+    """The summary of an arm. Choices use validation accuracy, among the learning rates that all seeds have finished."""
     by_rate: dict[float, list[Training]] = {}
     for training in sorted(trainings, key=lambda training: training.seed):
         by_rate.setdefault(training.learning_rate, []).append(training)
@@ -231,7 +231,7 @@ def _validation(trainings: Sequence[Training]) -> list[float]:
 
 
 def _claims(plain: Arm, normalized: Arm) -> list[Claim]:
-    """A comparison holds only if it holds for every seed, each against the same seed of the other arm."""
+    """The claims. A comparison holds only if it holds for every seed, against the same seed of the other arm."""
     steps = _paired(plain.steps_to_target, normalized.steps_to_target)
     drifts = _paired(plain.drift, normalized.drift)
     accuracies = list(zip(plain.test_accuracy, normalized.test_accuracy, strict=True))
@@ -264,7 +264,7 @@ def _claims(plain: Arm, normalized: Arm) -> list[Claim]:
 
 
 def _paired(plain: Sequence[float | None], normalized: Sequence[float | None]) -> list[tuple[float, float]]:
-    """Seed by seed; what never happened took infinitely long, what diverged went infinitely far."""
+    """Pair the values of both arms by seed; None, for never or diverged, becomes infinity."""
     pairs = zip(plain, normalized, strict=True)
     return [(math.inf if a is None else a, math.inf if b is None else b) for a, b in pairs]
 

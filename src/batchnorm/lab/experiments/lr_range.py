@@ -1,7 +1,7 @@
 """At how many learning rates, and from how many initial scales, does the tutorial's network train?
 
-The demonstration's trainings, and the same network begun with other weights. It is the claim that is easiest to see: batch
-normalization makes a layer blind to the scale of its weights, so neither the step nor the start has to be right.
+It runs the demonstration's trainings, and the same network with other initial weights. The claim is easy to see: with batch normalization,
+the output of a layer does not depend on the scale of its weights, so learning rate and initialization matter less.
 """
 
 import math
@@ -17,8 +17,8 @@ from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.result import Training
 from batchnorm.lab.train import Schedule, accuracy, train
 
-DEVIATIONS = (0.001, 0.003, 0.01, 0.05, 0.2, 1.0, 5.0)  # of the initial weights
-ENOUGH, TOO_MANY = 5, 3  # learning rates of seven at which it is to train with and without
+DEVIATIONS = (0.001, 0.003, 0.01, 0.05, 0.2, 1.0, 5.0)  # standard deviations of the initial weights
+ENOUGH, TOO_MANY = 5, 3  # at how many of seven learning rates it must train with and without
 
 
 def measure(arm: str, setting: Setting) -> Measured:
@@ -63,7 +63,7 @@ def _validation(training: Training) -> float:
 
 
 def _begun(arm: str, deviation: float, plan: Plan, setting: Setting) -> tuple[float, float]:
-    """Accuracy on validation and on test images after weights drawn with this deviation, at the common learning rate."""
+    """Accuracy on validation and test images, with initial weights of this standard deviation, at the common learning rate."""
     data = load(setting.data).to(setting.device)
     torch.manual_seed(setting.seed)
     network = tutorial_network(batch_norm=arm == "batch_norm")

@@ -1,7 +1,7 @@
 """The paper's first experiment: three layers of 100 sigmoids on handwritten digits, small random weights, batches of 60.
 
-Each arm runs at several learning rates, so that the ratio of steps is printed both for one learning rate common to both, as in the
-paper, and for each arm's own best. A typical input of the last sigmoids is followed as in the paper's figure 1.
+Each arm runs at several learning rates. The ratio of steps is given for a learning rate common to both, as in the paper, and for the best
+one of each arm. A typical input of the last sigmoids is tracked as in the paper's figure 1.
 """
 
 import math
@@ -21,11 +21,11 @@ COMMON = 0.1
 RATES = (COMMON, 0.3, 1.0, 3.0)
 TARGET = 0.95
 QUANTILES = (0.15, 0.5, 0.85)
-RATIO, TUNED_RATIO = 10, 3  # of the steps without to those with batch normalization
+RATIO, TUNED_RATIO = 10, 3  # ratio of steps without and with batch normalization
 
 
 class Look(NamedTuple):
-    """At a network after so many steps; `received` are quantiles (3, units) of the last sigmoids' inputs."""
+    """Measurements of a network at a step; `received` are quantiles (3, units) of the inputs of the last sigmoids."""
 
     step: int
     validation: float
@@ -35,7 +35,7 @@ class Look(NamedTuple):
 
 def measure(arm: str, setting: Setting) -> Measured:
     data, steps = load(setting.data).to(setting.device), setting.pick(3000, 4000, 20_000)
-    # The common learning rate is the smallest: what is quicker needs fewer steps.
+    # The common learning rate is the smallest; larger ones need fewer steps.
     runs = {rate: _run(arm, data, rate, steps if rate == COMMON else steps // 3, setting.seed) for rate in RATES}
     quickest = min(RATES, key=lambda rate: (_reached(runs[rate], "validation"), -runs[rate][-1].validation))
     common = runs[COMMON]
@@ -62,7 +62,7 @@ def _run(arm: str, data: Dataset, rate: float, steps: int, seed: int) -> list[Lo
     network.to(data.train.images.device)
     looks = list[Look]()
     for step, loss in train(network, data.train, Schedule(rate, steps, 60, seed)):
-        # Often in the beginning, which is all that the quick ones need.
+        # Often at the start, since fast arms reach the target early.
         if step % (5 if step <= 300 else 50) == 0 or not math.isfinite(loss):
             shares = accuracy(network, data.validation), accuracy(network, data.test)
             received = activation_input(network, data.validation).cpu()
@@ -70,12 +70,12 @@ def _run(arm: str, data: Dataset, rate: float, steps: int, seed: int) -> list[Lo
     return looks
 
 
-def _reached(looks: list[Look], part: str) -> float:
-    return next((look.step for look in looks if getattr(look, part) >= TARGET), math.inf)
+def _reached(looks: list[Look], name: str) -> float:
+    return next((look.step for look in looks if getattr(look, name) >= TARGET), math.inf)
 
 
 def _typical(received: Tensor) -> tuple[float, list[list[float]]]:
-    """Of (T, 3, units) the unit whose median goes neither further nor less far than most: how far in all, and its three lines."""
+    """The unit of (T, 3, units) with the median drift: this drift, and its three lines."""
     middle = received[:, 1]  # (T, units)
     shift = (middle - middle[0]).abs().amax(0)  # (units,)
     unit = int(shift.argsort()[len(shift) // 2])
@@ -83,7 +83,7 @@ def _typical(received: Tensor) -> tuple[float, list[list[float]]]:
 
 
 def _fewer(results: Results, metric: str, taken: float) -> tuple[float, str]:
-    """How many times fewer steps it takes with batch normalization, and that in words; who never came there took `taken`."""
+    """The ratio of steps without and with batch normalization, and the same in words; without success, `taken` steps count."""
     plain, normalized = (results.values(arm, metric) for arm in ("plain", "batch_norm"))
     if math.inf in normalized:
         return 0.0, f"with BN {normalized.count(math.inf)} of {len(normalized)} seeds never come there"

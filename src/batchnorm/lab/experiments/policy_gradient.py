@@ -1,7 +1,7 @@
 """Does batch normalization of the input let a policy gradient learn from observations in badly scaled units?
 
-Whoever sets up a task hands over what the sensors say: millimeters from the wall, kilometers per hour, turns. A network started
-for inputs of deviation 1 cannot use them; batch normalization of the input learns their scale on the way.
+In practice, observations have the units of sensors: millimeters from a wall, kilometers per hour, turns. A network that is initialized for
+inputs of standard deviation 1 cannot use them; batch normalization of the input learns their scale during training.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ARMS = {
 SCALE = torch.tensor([1000.0, 3.6, 1 / (2 * math.pi), 60 / (2 * math.pi)])
 OFFSET = torch.tensor([3000.0, 0.0, 0.0, 0.0])
 POLES = 16
-HORIZON = 64  # steps of each pole between two updates
+HORIZON = 64  # steps of each pole per update
 DISCOUNT, TRACE = 0.99, 0.95  # gamma and lambda of the advantages
 CLIP = 0.2
 
 
 def network(arm: str, outputs: int) -> nn.Sequential:
-    """Observations (N, 4) to (N, outputs)."""
+    """A network from observations (N, 4) to (N, outputs)."""
 
     def hidden(inputs: int) -> list[nn.Module]:
         normalization: list[nn.Module] = [BatchNorm1d(64)] if arm in ("hidden", "both") else []
@@ -55,7 +55,7 @@ def advantages(values: Tensor, next_values: Tensor, over: Tensor) -> Tensor:
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Proximal policy optimization from 16 poles, played on 20 others on the way."""
+    """Proximal policy optimization on 16 poles, tested on 20 others during training."""
     rounds = setting.pick(12, 40, 100)
     scale, offset = (torch.ones(4), torch.zeros(4)) if arm == "si" else (SCALE, OFFSET)
     torch.manual_seed(setting.seed)
@@ -69,35 +69,35 @@ def measure(arm: str, setting: Setting) -> Measured:
         return states * scale + offset
 
     def roll_out() -> tuple[Tensor, ...]:
-        """Observations, actions, their log probabilities, advantages and returns of the steps that count."""
+        """Collect observations, actions, their log probabilities, advantages and returns, without steps after the end of an episode."""
         rows: list[tuple[Tensor, ...]] = []
         both.eval()
         for _ in range(HORIZON):
-            seen, counts = observe(poles.states), ~poles.over
-            log_probabilities = policy(seen).log_softmax(1)
+            observed, counts = observe(poles.states), ~poles.over
+            log_probabilities = policy(observed).log_softmax(1)
             actions = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
             fell = poles.step(actions.squeeze(1))
             next_value = value(observe(poles.states)).squeeze(1) * ~fell
             chosen = log_probabilities.gather(1, actions)
-            rows.append((seen, actions, chosen, value(seen).squeeze(1), next_value, poles.over, counts))
-        seen, actions, chosen, values, next_values, over, counts = map(torch.stack, zip(*rows, strict=True))
+            rows.append((observed, actions, chosen, value(observed).squeeze(1), next_value, poles.over, counts))
+        observed, actions, chosen, values, next_values, over, counts = map(torch.stack, zip(*rows, strict=True))
         gain = advantages(values, next_values, over | ~counts)
-        return tuple(part[counts] for part in (seen, actions, chosen, gain, gain + values))
+        return tuple(rows[counts] for rows in (observed, actions, chosen, gain, gain + values))
 
-    def improve(seen: Tensor, actions: Tensor, chosen: Tensor, gain: Tensor, returns: Tensor) -> None:
+    def improve(observed: Tensor, actions: Tensor, chosen: Tensor, gain: Tensor, returns: Tensor) -> None:
         """Four passes over the steps in batches of 256."""
         gain = (gain - gain.mean()) / (gain.std() + 1e-8)
         both.train()
         for _ in range(4):
-            for rows in torch.randperm(len(seen), generator=generator).split(256):
+            for rows in torch.randperm(len(observed), generator=generator).split(256):
                 if len(rows) < 2:  # a single step has no variance
                     continue
-                log_probabilities = policy(seen[rows]).log_softmax(1)
+                log_probabilities = policy(observed[rows]).log_softmax(1)
                 ratio = (log_probabilities.gather(1, actions[rows]) - chosen[rows]).exp().squeeze(1)
                 clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
                 surrogate = torch.minimum(ratio * gain[rows], clipped * gain[rows]).mean()
                 entropy = -(log_probabilities.exp() * log_probabilities).sum(1).mean()
-                error = F.mse_loss(value(seen[rows]).squeeze(1), returns[rows])
+                error = F.mse_loss(value(observed[rows]).squeeze(1), returns[rows])
                 loss = 5 * error - surrogate - 0.01 * entropy
                 optimizer.zero_grad()
                 loss.backward()
@@ -109,12 +109,10 @@ def measure(arm: str, setting: Setting) -> Measured:
         return policy(observe(states)).argmax(1)
 
     with torch.no_grad():
-        first = roll_out()[
-            0
-        ]  # of a policy that knows nothing yet; running statistics begin as those of its observations
+        first = roll_out()[0]  # initialize the running statistics with observations of the untrained policy
     if arm in ("input", "hidden", "both"):
-        for part in both:
-            recalibrate(part, [first])
+        for model in both:
+            recalibrate(model, [first])
     played = []
     for number in range(1, rounds + 1):
         with torch.no_grad():
@@ -135,7 +133,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether every seed solves the task with BN on the input and none does without; else whether at least more of them do."""
+    """Whether every seed solves the task with BN on the input and none without; or at least more seeds with it."""
     solved = {arm: [step for step in results.values(arm, "solved") if math.isfinite(step)] for arm in results.by_arm}
     seeds = len(results.by_arm["none"])
     evidence = "Seeds that solve it: " + ", ".join(

@@ -1,6 +1,6 @@
-"""Early in training or with a small momentum the running statistics lag behind the network; population statistics do not.
+"""Early in training, or with a small momentum, running statistics lag behind the network; population statistics do not.
 
-One training is looked at in evaluation mode with three kinds of statistics; the network's weights are the same.
+One training is evaluated with three kinds of statistics; the weights of the network are the same.
 """
 
 import copy
@@ -43,7 +43,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def _recalibrated(network: nn.Module, examples: Examples, samples: int) -> nn.Module:
-    """A copy with the statistics of the first `samples` images."""
+    """A copy with the population statistics of the first `samples` images."""
     return recalibrate(copy.deepcopy(network), examples.images[:samples].split(64))
 
 

@@ -1,6 +1,6 @@
 """Does batch normalization help a recommender, a wide network on sparse categories and heavy-tailed numbers?
 
-Numbers of unknown scale can be taken to their logarithm by whoever knows them, or be normalized by the network's first layer.
+If you know numbers to be heavy-tailed, you can take logarithms; otherwise the first layer of the network can normalize them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ARMS = {
 }
 BATCH, EMBEDDED, WIDTH = 256, 8, 256
 LEARNING_RATE = {"none": 0.003, "input": 0.01, "hidden": 0.01, "both": 0.03, "logarithm": 0.01}
-GAP = 0.02  # how much area under the curve BN must bring
+GAP = 0.02  # by how much BN must raise the area under the curve
 
 load = lru_cache(maxsize=1)(clicks.load)
 
 
 class Network(nn.Module):
-    """Categories (N, 6) and numbers (N, 6) to the logit of a click (N,)."""
+    """A network from categories (N, 6) and numbers (N, 6) to the logit of a click (N,)."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class Network(nn.Module):
         inputs = EMBEDDED * len(clicks.SIZES) + clicks.COUNTS
         self.layers = nn.Sequential(*layer(inputs, WIDTH), *layer(WIDTH, WIDTH), nn.Linear(WIDTH, 1))
 
-    def forward(self, part: clicks.Clicks) -> Tensor:
-        numbers = self.numbers(part.numbers.log() if self.logarithm else part.numbers)
-        embedded = [embedding(part.categories[:, field]) for field, embedding in enumerate(self.embeddings)]
+    def forward(self, batch: clicks.Clicks) -> Tensor:
+        numbers = self.numbers(batch.numbers.log() if self.logarithm else batch.numbers)
+        embedded = [embedding(batch.categories[:, field]) for field, embedding in enumerate(self.embeddings)]
         return self.layers(torch.cat([*embedded, numbers], 1)).squeeze(1)
 
 
 def area_under_curve(scores: Tensor, positive: Tensor) -> float:
-    """The chance that a positive example scores higher than a negative one, ties counting half (Hanley & McNeil 1982)."""
+    """The probability that a positive example scores higher than a negative one; ties count half (Hanley & McNeil 1982)."""
     values, counts = scores.unique(return_counts=True)
     ranks = counts.cumsum(0) - (counts - 1) / 2  # the mean rank of equal scores, from 1
     of_positive = ranks[torch.searchsorted(values, scores[positive])].double()
@@ -63,27 +63,27 @@ def area_under_curve(scores: Tensor, positive: Tensor) -> float:
 
 
 @torch.no_grad()
-def judged(network: nn.Module, part: clicks.Clicks) -> float:
-    """Area under the curve in inference."""
-    return area_under_curve(network.eval()(part), part.clicked)
+def judged(network: nn.Module, split: clicks.Clicks) -> float:
+    """The area under the curve in inference."""
+    return area_under_curve(network.eval()(split), split.clicked)
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Network]]:
-    """The network after each step, counted from 1."""
+    """Train, and yield the network after each step, from 1."""
     train = load(*setting.pick((20_000, 5000), (60_000, 10_000))).train
     torch.manual_seed(setting.seed)
     network, order = Network(arm), batches(len(train), BATCH, setting.seed)
     optimizer = torch.optim.Adam(network.parameters(), rate)
     for step in range(1, setting.pick(150, 450, 900) + 1):
-        part = train[next(order)]
+        batch = train[next(order)]
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(network.train()(part), part.clicked.float()).backward()
+        F.binary_cross_entropy_with_logits(network.train()(batch), batch.clicked.float()).backward()
         optimizer.step()
         yield step, network
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Train, and judge by the test part."""
+    """Train, and measure on the test split."""
     split, every = load(*setting.pick((20_000, 5000), (60_000, 10_000))), setting.pick(50, 75)
     curve = [
         (step, judged(network, split.test))
@@ -96,7 +96,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether BN everywhere brings .02 of area under the curve, also over logarithms."""
+    """Whether BN everywhere raises the area under the curve by .02, also compared with logarithms."""
     area = results.means("area")
     evidence = "Area under the curve: " + listed(ARMS, area, ".3f")
     evidence += f"; possible {results.mean('none', 'possible'):.3f}."

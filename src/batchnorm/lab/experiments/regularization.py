@@ -1,6 +1,6 @@
-"""Does the noise of batch statistics regularize, and is dropout needed beside it?
+"""Does the noise of batch statistics regularize, and is dropout needed too?
 
-A network that knows all of its few training images by heart: what differs on test images is what regularizes.
+The network memorizes all of its few training images, so differences on test images show regularization.
 """
 
 from statistics import fmean
@@ -17,7 +17,7 @@ from batchnorm.statistics import Ghost
 
 IMAGES = 300
 RATES = (0.02, 0.05, 0.2)
-MATTERS = 0.005  # of accuracy: twice the standard error of three seeds of three draws is about that
+MATTERS = 0.005  # of accuracy: about twice the standard error of three seeds with three draws
 
 
 def _ghost(size: int) -> Normalization:
@@ -49,7 +49,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def _best(arm: str, data: Dataset, seed: int, setting: Setting) -> tuple[float, float]:
-    """Test and training accuracy after the training that is best on validation."""
+    """Test and training accuracy of the training with the best validation accuracy."""
     drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     images, tried = data.train[drawn], list[tuple[float, float, float]]()
     for rate in setting.pick(RATES[1:2], RATES):

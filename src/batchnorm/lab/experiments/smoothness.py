@@ -1,8 +1,8 @@
-"""Is it a stable distribution of inputs that batch normalization helps by, or a smoother loss?
+"""Does batch normalization help by a stable distribution of inputs, or by a smoother loss?
 
-Santurkar et al. put noise after each batch norm: every unit is shifted and stretched anew at every step, so that the next layer's inputs
-are less stable than without batch normalization. Beside the accuracy, the loss's smoothness is measured as they do: how far the loss
-and its gradient change along the gradient, in the first steps.
+Santurkar et al. add noise after each batch norm: at every step, every unit is shifted and scaled at random, so the inputs of the next layer
+are less stable than without batch normalization. Besides the accuracy, smoothness is measured as in their paper: how much the loss and its
+gradient change along the gradient in the first steps.
 """
 
 import copy
@@ -22,14 +22,11 @@ DEPTH, SHALLOW, WIDTH = 20, 5, 64
 RATES = (0.03, 0.1, 0.3)
 WALKS = (0.5, 1.0, 2.0, 4.0)  # learning rates along the gradient
 NOISE = 0.25
-NEAR, FAR = (
-    0.1,
-    0.5,
-)  # how close the noisy network is to come to the one with batch normalization, and to leave the plain one
+NEAR, FAR = 0.1, 0.5  # largest gap of the noisy network to batch normalization, smallest gap to the plain one
 
 
 class Noise(nn.Module):
-    """Shifts and stretches each unit at random, another way at each step, alike for the whole batch; in training only."""
+    """Shift and scale each unit at random, differently at each step, equally for the whole batch; in training only."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -57,7 +54,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 def _trained(
     arm: str, rate: float, data: Dataset, steps: int, seed: int
 ) -> tuple[float, float, list[tuple[float, float]], float]:
-    """Validation and test accuracy, validation accuracy by step, and how far the last sigmoids' mean inputs move in 10 steps."""
+    """Validation and test accuracy, validation accuracy by step, and how far the mean inputs of the last sigmoids change in 10 steps."""
     torch.manual_seed(seed)
     network = perceptron((64, *[WIDTH] * DEPTH, 10), NORMALIZATIONS[arm], nn.Sigmoid).to(data.train.images.device)
     course, means = list[tuple[float, float]](), list[Tensor]()
@@ -72,8 +69,8 @@ def _trained(
 
 def _roughness(arm: str, he: bool, examples: Examples, seed: int) -> tuple[float, float]:
     """
-    Along the gradient in the first 50 steps of a network that learns either way: how much the loss varies at most, and how far the
-    gradient turns, relative to itself; both means over steps.
+    Smoothness along the gradient in the first 50 steps of a network that learns with and without BN: the range of the loss, and the
+    relative change of the gradient; both are means over steps.
     """
     torch.manual_seed(seed)
     network, rate = perceptron((64, *[WIDTH] * SHALLOW, 10), NORMALIZATIONS[arm]), 0.1
@@ -103,15 +100,15 @@ def _roughness(arm: str, he: bool, examples: Examples, seed: int) -> tuple[float
 
 
 def _gradient(network: nn.Module, batch: Examples, seed: int) -> tuple[float, list[Tensor]]:
-    """The loss and its gradient; any noise is the same at every place of a walk."""
+    """The loss and its gradient; any noise is the same at all points along the gradient."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loss = F.cross_entropy(network(batch.images), batch.labels)
     return loss.item(), list(torch.autograd.grad(loss, list(network.parameters())))
 
 
-def _norm(parts: list[Tensor]) -> float:
-    return float(torch.stack([part.norm() for part in parts]).norm())
+def _norm(gradients: list[Tensor]) -> float:
+    return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
 
 def judge(results: Results) -> Verdict:
@@ -126,7 +123,9 @@ def judge(results: Results) -> Verdict:
         f"shrink signals, by {usual['batch_norm']:.2g} and {usual['plain']:.2g}."
     )
     noise = share["noisy"] >= share["batch_norm"] - NEAR and share["noisy"] >= share["plain"] + FAR
-    unstable = moved["noisy"] > max(moved["plain"], moved["batch_norm"])  # or the noise says nothing
+    unstable = moved["noisy"] > max(
+        moved["plain"], moved["batch_norm"]
+    )  # if not, the noise was too small to show anything
     smooth = {"He's": turn["batch_norm"] < turn["plain"], "PyTorch's": usual["batch_norm"] < usual["plain"]}
     if not (noise and unstable and any(smooth.values())):
         return Verdict("does not hold", evidence)

@@ -1,7 +1,7 @@
-"""Does batch normalization make a recognizer of letters better, in its convolutions and its recurrent layers?
+"""Does batch normalization improve a recognizer of letters, in its convolutions and in its recurrent layers?
 
-Recordings differ in length, so statistics must not count padding: `lengths=` says what counts. Sequence-wise they are of all steps
-(Laurent et al. 2016; Amodei et al. 2016), per step of one time step over the batch (Cooijmans et al. 2017).
+Recordings differ in length, so `lengths=` excludes padding from the statistics. Sequence-wise statistics are taken over all steps (Laurent
+et al. 2016; Amodei et al. 2016), per-step statistics over the batch at one time step (Cooijmans et al. 2017).
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ ARMS = {
 }
 BATCH = 32
 LEARNING_RATE = 0.1
-RATIO = 3.0  # how many times fewer letters must be wrong with BN
+RATIO = 3.0  # the smallest ratio of errors without and with BN
 
 load = lru_cache(maxsize=1)(speech.load)
 
 
 def batch_of(spoken: list[speech.Utterance]) -> tuple[Tensor, Tensor]:
-    """Padded features (N, T, 40), and how many frames of each count."""
+    """Padded features (N, T, 40), and the number of valid frames of each."""
     return pad_sequence([one.features for one in spoken], batch_first=True), torch.tensor(
         [len(one.features) for one in spoken]
     )
 
 
 @torch.no_grad()
-def judged(network: nn.Module, part: list[speech.Utterance]) -> float:
-    """The share of wrong letters."""
-    scores, lengths = network.eval()(*batch_of(part))
+def judged(network: nn.Module, split: list[speech.Utterance]) -> float:
+    """The error rate of letters."""
+    scores, lengths = network.eval()(*batch_of(split))
     read = [best_path(one, length) for one, length in zip(scores, lengths.tolist(), strict=True)]
-    return error_rate(read, [one.letters.tolist() for one in part])
+    return error_rate(read, [one.letters.tolist() for one in split])
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Recognizer]]:
-    """The recognizer after each step, counted from 1; an InputError if the recordings do not fill a batch."""
+    """Train, and yield the recognizer after each step, from 1; an InputError if there are fewer recordings than a batch needs."""
     train = load(setting.data).train
     if len(train) < BATCH:
         raise InputError(f"there must be {BATCH} recordings to train at least, but there are {len(train)}: add some")
@@ -65,7 +65,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Reco
         scores, lengths = network.train()(*batch_of(spoken))
         letters = [one.letters for one in spoken]
         counts = torch.tensor([len(one) for one in letters])
-        # A text that is longer than its recording has steps is impossible: it counts as 0.
+        # A text with more letters than its recording has steps has an infinite loss, which counts as 0.
         loss = F.ctc_loss(
             scores.log_softmax(2).transpose(0, 1), torch.cat(letters), lengths, counts, zero_infinity=True
         )
@@ -77,7 +77,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Reco
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Train, and judge by the voices held out for the test."""
+    """Train, and measure on the voices of the test split."""
     test, every, curve = load(setting.data).test, setting.pick(21, 21, 100), []
     for step, network in trained(arm, setting, LEARNING_RATE):
         if step % every == 0:
@@ -86,7 +86,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether with BN three times fewer letters are wrong."""
+    """Whether BN reduces the errors to a third."""
     wrong = results.means("letters")
     evidence = "Letters wrong: " + listed(ARMS, wrong, ".1%") + "."
     return Verdict(

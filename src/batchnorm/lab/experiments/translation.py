@@ -1,7 +1,7 @@
-"""Does batch normalization serve a small transformer as layer normalization does?
+"""Does batch normalization work as well as layer normalization in a small transformer?
 
-Sentences differ in length, so statistics must not count padding: `lengths=`. In training they see the whole translation, also words
-that are not said yet; in inference they are constants.
+Sentences differ in length, so `lengths=` excludes padding from the statistics. In training, statistics include later words of the
+translation; in inference they are constants.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from batchnorm.lab.translator import Translator
 ARMS = {"none": "without normalization", "batch_norm": "BN", "layer_norm": "layer norm"}
 BATCH = 64
 LEARNING_RATE = 0.01
-NEAR = 0.02  # how much worse than layer norm still counts as serving as well
+NEAR = 0.02  # largest accepted gap to layer norm
 
 load = lru_cache(maxsize=1)(sentences.load)
 
 
 def shifted(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Translations as the decoder reads them, END first, and how many words of each count, its END included."""
+    """The inputs of the decoder, which start with END, and the number of valid words of each, END included."""
     said = torch.cat([torch.full_like(target[:, :1], sentences.END), target[:, :-1]], 1)
     return said, (target != sentences.END).sum(1) + 1
 
 
 @torch.no_grad()
-def judged(translator: Translator, part: sentences.Pairs) -> float:
-    """The share of sentences translated without a mistake, each word the likeliest after those before it."""
-    source, absent = translator.eval().encode(part)
-    said = torch.full((len(part), 1), sentences.END)
-    for _ in range(part.target.shape[1]):
-        lengths = torch.full((len(part),), said.shape[1])
+def judged(translator: Translator, split: sentences.Pairs) -> float:
+    """The share of sentences translated without a mistake by greedy decoding."""
+    source, absent = translator.eval().encode(split)
+    said = torch.full((len(split), 1), sentences.END)
+    for _ in range(split.target.shape[1]):
+        lengths = torch.full((len(split),), said.shape[1])
         said = torch.cat([said, translator.decode(said, lengths, source, absent)[:, -1].argmax(1, keepdim=True)], 1)
-    counts = torch.arange(part.target.shape[1]) < shifted(part.target)[1][:, None]
-    return float(((said[:, 1:] == part.target) | ~counts).all(1).float().mean())
+    counts = torch.arange(split.target.shape[1]) < shifted(split.target)[1][:, None]
+    return float(((said[:, 1:] == split.target) | ~counts).all(1).float().mean())
 
 
 def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Translator]]:
-    """The translator after each step, counted from 1."""
+    """Train, and yield the translator after each step, from 1."""
     train, steps = load().train, setting.pick(150, 150, 1000)
     torch.manual_seed(setting.seed)
     translator, order = Translator(arm), batches(len(train), BATCH, setting.seed)
@@ -65,7 +65,7 @@ def trained(arm: str, setting: Setting, rate: float) -> Iterator[tuple[int, Tran
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    """Train, and judge by the test sentences."""
+    """Train, and measure on the test sentences."""
     test, every = load().test, setting.pick(50, 50, 100)
     curve = [
         (step, judged(translator, test))
@@ -76,7 +76,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def judge(results: Results) -> Verdict:
-    """Whether BN comes near layer norm."""
+    """Whether BN comes close to layer norm."""
     right = results.means("right")
     evidence = "Sentences right: " + listed(ARMS, right, ".1%") + "."
     return Verdict("holds" if right["batch_norm"] >= right["layer_norm"] - NEAR else "does not hold", evidence)
