@@ -13,10 +13,12 @@ import copy
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -413,6 +415,14 @@ def is_wrong(row: dict[str, Any]) -> bool:
 # The page
 
 
+def counted(left: dict[str, int]) -> Counter[str]:
+    """How often each reason occurs, whatever the names of the modules in it."""
+    reasons = Counter[str]()
+    for why, count in left.items():
+        reasons[re.sub(r"\w+(\.\w+)+", "…", why)] += count
+    return reasons
+
+
 def page(result: dict[str, Any]) -> str:
     """docs/models.md."""
     rows, packages = result["rows"], result["versions"]
@@ -450,13 +460,13 @@ def page(result: dict[str, Any]) -> str:
         ]
         counts = f"{row['converted']}/{row['total']} | {row['fused']} | {row['folded']}/{row['fold_total']}"
         lines.append(f"| {row['name']} | {counts} | " + " | ".join(cells) + " |")
-    lines += ["", "`fused` counts the batch norms that apply the activation or addition after them.", ""]
-    lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    lines += ["", "`fused` counts the batch norms that apply the activation or addition after them."]
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))] if notes else []
     lines += ["", "## What is left, and why", ""]
     for row in rows:
         if row["left"]:
             lines += [f"**{row['name']}**", ""]
-            lines += [f"- {count} × {why}" for why, count in row["left"].items()]
+            lines += [f"- {count} × {why}" for why, count in counted(row["left"]).items()]
             lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 

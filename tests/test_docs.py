@@ -1,7 +1,9 @@
 """The documentation runs: Python blocks as they stand, one namespace a page; commands print what the page says they print."""
 
 import contextlib
+import importlib.util
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -97,3 +99,14 @@ def test_every_page_is_in_the_index():
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"({page.name})" in index, page.name
         assert page.name in navigation, page.name
+
+
+def test_the_page_of_models_is_what_the_rows_say():
+    """Make it again with: make models"""
+    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
+    models = importlib.util.module_from_spec(spec)
+    sys.modules["models"] = models  # where dataclasses look for their types
+    spec.loader.exec_module(models)
+    result = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text())
+    assert (ROOT / "docs" / "models.md").read_text() == models.page(result)
+    assert not [row["name"] for row in result["rows"] if models.is_wrong(row)]
