@@ -8,6 +8,11 @@ namespace batchnorm {
 
 enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
 
+// In bytes.
+static constexpr int64_t element_size(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
 // The activations, in the order of `ACTIVATIONS` in kernels/cpu.py. kernels/activation.h has the formula of each; without it, a row here
 // does not compile.
 #define ACTIVATIONS(ROW) ROW(identity) ROW(relu) ROW(relu6) ROW(leaky_relu) ROW(silu) ROW(hardswish) ROW(gelu) ROW(gelu_tanh)

@@ -108,8 +108,8 @@ void advance(Pointer& pointer, int64_t bytes) {
 // Samples are the outermost axis of both layouts, so a group is a contiguous slice of every tensor.
 Task group_of(const Task& task, int64_t number) {
     Task group = task;
-    const int64_t first = number * task.group_size, size = task.dtype == Dtype::float64 ? 8 : task.dtype == Dtype::float32 ? 4 : 2;
-    const int64_t values = first * task.C * task.S * size, channels = number * task.C * (int64_t)sizeof(double);
+    const int64_t first = number * task.group_size;
+    const int64_t values = first * task.C * task.S * element_size(task.dtype), channels = number * task.C * (int64_t)sizeof(double);
     group.groups = 0;
     group.N = number + 1 < task.groups ? task.group_size : task.N - first;
     advance(group.x, values), advance(group.dy, values), advance(group.residual, values);
@@ -128,10 +128,9 @@ Task group_of(const Task& task, int64_t number) {
 void run(Task& task) {
     if (forked) task.threads = 1;
     if (task.groups <= 1) return run_group(task);
-    const int64_t rounds = (task.groups + task.threads - 1) / task.threads;
-    // A thread for each group, unless the threads would be idle more than half as long as they work.
-    const bool group_per_thread = task.threads > 1 && rounds * task.threads * 2 <= task.groups * 3 &&
-                       task.N * task.C * task.S >= 2 * values_worth_a_thread;
+    // A thread for each group, or all threads for one group after the other.
+    const bool group_per_thread = task.threads > 1 && is_balanced(task.threads, task.groups) &&
+                                  task.N * task.C * task.S >= 2 * values_worth_a_thread;
     parallel(group_per_thread ? task.threads : 1, task.groups, [&](int64_t number) {
         Task group = group_of(task, number);
         if (group_per_thread) group.threads = 1;

@@ -72,9 +72,7 @@ uint64_t fuzz_one() {
     task.C = one_of({1, 2, 3, 13, 64, 65, 131});
     task.S = one_of({1, 2, 3, 7, 15, 16, 17, 49, 101, 128, 196, 301, 511, 512, 1031});
     if (numbers() % 16 == 0) task.N = 1, task.C = one_of({1, 2}), task.S = 140001;
-    const int64_t values = task.N * task.C * task.S, size = task.dtype == Dtype::float64   ? 8
-                                                            : task.dtype == Dtype::float32 ? 4
-                                                                                           : 2;
+    const int64_t values = task.N * task.C * task.S, size = element_size(task.dtype);
     const bool backward = task.verb == Verb::backward || task.verb == Verb::input_grad || task.verb == Verb::reduce_grad;
     const int64_t shift = numbers() % 2 ? 64 : size * (numbers() % 32);
     Block x(values * size, shift), dy(values * size, shift), residual(values * size, shift), mask(task.N * task.S, 0);

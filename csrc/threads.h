@@ -13,6 +13,12 @@
 namespace batchnorm {
 namespace {  // each build has its own copy, see simd/types.h
 
+// Whether `threads` threads that share so many equal tasks are idle at most half as long as they work.
+inline bool is_balanced(int64_t threads, int64_t tasks) {
+    const int64_t rounds = (tasks + threads - 1) / threads;
+    return rounds * threads * 2 <= tasks * 3;
+}
+
 // Runs body(0 ... tasks - 1) on up to `threads` threads. If one is enough, the caller runs them and wakes no thread.
 template <class Body>
 void parallel(int threads, int64_t tasks, const Body& body) {

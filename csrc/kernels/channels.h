@@ -190,13 +190,23 @@ class Channels {
         for (int64_t copy = 0; copy < copies; ++copy) Stored::store(&table.at(number, copy * task.C + c), values, lanes);
     }
     template <class Lanes>
-    Doubles scale_of(int64_t c, Lanes lanes) const {
-        const Doubles weight = weight_of(c, lanes), rstd = Float64::load(task.rstd + c, lanes);
-        return rstd * (task.r ? Float64::load(task.r + c, lanes) * weight : weight);
+    Doubles given_weight(int64_t c, Lanes lanes) const {
+        return task.weight ? Float64::load(task.weight + c, lanes) : Doubles{} + 1.0;
     }
+    // The weight and the bias, renormalized where r and d are given: r · weight and d · weight + bias.
     template <class Lanes>
     Doubles weight_of(int64_t c, Lanes lanes) const {
-        return task.weight ? Float64::load(task.weight + c, lanes) : Doubles{} + 1.0;
+        const Doubles weight = given_weight(c, lanes);
+        return task.r ? Float64::load(task.r + c, lanes) * weight : weight;
+    }
+    template <class Lanes>
+    Doubles bias_of(int64_t c, Lanes lanes) const {
+        const Doubles bias = task.bias ? Float64::load(task.bias + c, lanes) : Doubles{};
+        return task.d ? Float64::load(task.d + c, lanes) * given_weight(c, lanes) + bias : bias;
+    }
+    template <class Lanes>
+    Doubles scale_of(int64_t c, Lanes lanes) const {
+        return Float64::load(task.rstd + c, lanes) * weight_of(c, lanes);
     }
     // The rounding error of the values as Real; 0 where Real overflows.
     static Doubles rounding_error_of(Doubles values) {
@@ -218,12 +228,11 @@ class Channels {
     // `rest` is the rounding error of the mean in float64, which only float64 tensors show.
     template <class Lanes>
     void set_normalize(int64_t c, Doubles rest, Lanes lanes) {
-        const Doubles scale = scale_of(c, lanes), given = task.bias ? Float64::load(task.bias + c, lanes) : Doubles{};
-        const Doubles bias = task.d ? Float64::load(task.d + c, lanes) * weight_of(c, lanes) + given : given;
+        const Doubles scale = scale_of(c, lanes);
         set(Numbers::mean, c, Float64::load(task.mean + c, lanes), lanes);
         set(Numbers::scale, c, scale, lanes);
         set(Numbers::scale_rest, c, rounding_error_of(scale), lanes);
-        set(Numbers::offset, c, bias - (rounding_error_of_mean(c, lanes) + rest) * scale, lanes);
+        set(Numbers::offset, c, bias_of(c, lanes) - (rounding_error_of_mean(c, lanes) + rest) * scale, lanes);
     }
 
     // Sets what z is recomputed from for the derivative of the activation. Where y is given in place of the residual, z = y: scale and

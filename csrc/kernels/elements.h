@@ -8,6 +8,7 @@
 
 namespace {
 
+using batchnorm::is_balanced;
 using batchnorm::parallel;
 
 constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, in a sum that one thread computes
@@ -103,20 +104,11 @@ struct Elements {
     }
 };
 
-template <bool first, class A, class B>
-struct Choose {
-    typedef A Type;
-};
-template <class A, class B>
-struct Choose<false, A, B> {
-    typedef B Type;
-};
-
 // The terms of the reductions. Under a mask the loops pass only elements that count, so the terms ignore the mask.
 // `again`: the second sums, about the mean that the first sums gave.
 template <class E, bool again>
 struct MomentTerm {
-    typedef typename Choose<again, EvenAndOdd<Sums<typename E::T>>, typename Sums<typename E::T>::Block>::Type Block;
+    typedef typename BlockOfMoments<typename E::T, again>::Type Block;
     static constexpr bool has_mask = E::has_mask;
     static constexpr int64_t unrolled = vectors_of_block;
     const typename E::Unmasked elements;
@@ -138,7 +130,7 @@ struct MomentTerm {
 
 template <class E>
 struct GradTerm {
-    typedef EvenAndOdd<Sums<typename E::T>> Block;
+    typedef EvenAndOdd<typename E::T> Block;
     static constexpr bool has_mask = E::has_mask;
     static constexpr int64_t unrolled = E::Activation::unrolled;
     const typename E::Unmasked elements;

@@ -220,10 +220,8 @@ class Planar {
         return at_least(at_most(block, most_columns / S) / lines * lines, lines);  // whole cache lines
     }
 
-    // Whether the threads would be idle more than half as long as they work, and the channels can be cut.
-    bool too_few(int64_t tasks) const {
-        return task.threads > 1 && divide_up(tasks, task.threads) * task.threads * 2 > tasks * 3 && chunks > 1;
-    }
+    // Whether there are too few blocks of channels for the threads, and the channels can be cut.
+    bool too_few(int64_t tasks) const { return task.threads > 1 && !is_balanced(task.threads, tasks) && chunks > 1; }
 
     Span chunk(int64_t number) const {
         const int64_t n0 = number / chunks_of_row * rows, s0 = number % chunks_of_row * row_values;

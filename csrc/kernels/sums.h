@@ -47,10 +47,13 @@ struct DeviationTermValues {
     Vector x;
 };
 
+template <class T>
+struct Sums;
+
 // Adds up to eight consecutive vectors, alternately to two sums, so that an addition need not wait for the one before it.
-template <class S>
+template <class T>
 struct EvenAndOdd {
-    S &even, &odd;
+    Sums<T> &even, &odd;
 
     template <class Term, class Center>
     INLINE void add(const Term& term, Center center, int64_t number) {
@@ -59,10 +62,9 @@ struct EvenAndOdd {
     INLINE void flush() {}
 };
 
-// The two sums of a reduction in each lane. A `Block` adds the moments of up to eight vectors to them.
-template <class T>
-struct Sums {
-    typedef EvenAndOdd<Sums> Block;  // when the moments are summed for the first time
+// The two sums of a reduction in each lane.
+template <>
+struct Sums<Float32> {
     static constexpr bool about_zero = true, grads_about_zero = true, may_overflow = false;
     static constexpr double worst_cancellation = 4096.0;  // Σx² / M2, above which the sums are computed again about the mean
     static constexpr int64_t vectors_together = 1;        // added up in one block before they join the other sums
@@ -101,26 +103,41 @@ struct SumsOfHalfPrecision : Sums<Float32> {
     static constexpr bool about_zero = false, may_overflow = true;
     static constexpr double worst_cancellation = 16.0;
     static constexpr int64_t vectors_together = vectors_of_block;
-
-    struct Block {
-        Sums<Float32> &all, &unused;
-        Floats value = {}, product = {};
-
-        INLINE void add(DeviationTermValues<Floats> term, Floats center, int64_t) {
-            const Floats d = term.x - center;
-            value += d, product += d * d;
-        }
-        INLINE void flush() {
-            const Wide values(value), products(product);
-            all.value[0] += values.low, all.value[1] += values.high;
-            all.product[0] += products.low, all.product[1] += products.high;
-        }
-    };
 };
 template <>
 struct Sums<BFloat16> : SumsOfHalfPrecision {};
 template <>
 struct Sums<Float16> : SumsOfHalfPrecision {};
+
+// Adds up to eight consecutive vectors in float32, and then their sum to the sums.
+struct InFloat32 {
+    Sums<Float32> &all, &unused;
+    Floats value = {}, product = {};
+
+    INLINE void add(DeviationTermValues<Floats> term, Floats center, int64_t) {
+        const Floats d = term.x - center;
+        value += d, product += d * d;
+    }
+    INLINE void flush() {
+        const Wide values(value), products(product);
+        all.value[0] += values.low, all.value[1] += values.high;
+        all.product[0] += products.low, all.product[1] += products.high;
+    }
+};
+
+// How moments are added, the first time and `again`.
+template <class T, bool again>
+struct BlockOfMoments {
+    typedef EvenAndOdd<T> Type;
+};
+template <>
+struct BlockOfMoments<BFloat16, false> {
+    typedef InFloat32 Type;
+};
+template <>
+struct BlockOfMoments<Float16, false> {
+    typedef InFloat32 Type;
+};
 
 // A compensated sum: `lost` adds up the rounding errors of `sum` (Knuth's two-sum).
 template <class Real>
@@ -148,7 +165,6 @@ struct CompensatedSum {
 // The rounding errors of x - center are compensated too: so the moments are as accurate as torch's at any mean and scale.
 template <>
 struct Sums<Float64> {
-    typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = false, grads_about_zero = false, may_overflow = false;
     static constexpr double worst_cancellation = 1.0001;  // more would show in the mean, which is K plus a rounded number
     static constexpr int64_t vectors_together = 1;
@@ -180,7 +196,6 @@ struct Sums<Float64> {
 
 template <>
 struct Sums<ExactFloat32> {
-    typedef EvenAndOdd<Sums> Block;
     static constexpr bool about_zero = true, grads_about_zero = false, may_overflow = false;
     static constexpr double worst_cancellation = Sums<Float32>::worst_cancellation;
     static constexpr int64_t vectors_together = 1;

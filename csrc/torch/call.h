@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <optional>
 #include <stdexcept>
 
 #include "api.h"
@@ -70,7 +71,7 @@ class Call {
         if (!tensor.has_layout_of(x)) {
             expect(tensor.has_sizes_of(x) && is_floating(tensor.dtype), "dy and the residual must be as x");
             Tensor copy = x.empty_like();
-            use_huge_pages(copy, copy.values() * element_size());
+            use_huge_pages(copy, copy.values() * element_size(task.dtype));
             check(aoti_torch_copy_(copy.handle, tensor.handle, 0), "copy a tensor to the layout of another");
             tensor = static_cast<Tensor&&>(copy);
         }
@@ -80,7 +81,7 @@ class Call {
     // output left in the cache, and this one would get other memory.
     Tensor output() {
         Tensor tensor = x.empty_like();
-        const int64_t bytes = tensor.values() * element_size();
+        const int64_t bytes = tensor.values() * element_size(task.dtype);
         use_huge_pages(tensor, bytes);
         task.stream = bytes >= bytes_worth_streaming;
         return tensor;
@@ -115,12 +116,8 @@ class Call {
     const Tensor& x;
 
     static Dtype dtype_of(const Tensor& x) {
-        for (int dtype = 0; dtype < 4; ++dtype)
-            if (x.dtype == dtypes[dtype]) return (Dtype)dtype;
+        if (const std::optional<Dtype> dtype = floating_dtype(x.dtype)) return *dtype;
         throw std::runtime_error("batchnorm: the CPU kernels take float32, float64, bfloat16 and float16");
-    }
-    int64_t element_size() const {
-        return task.dtype == Dtype::float64 ? 8 : task.dtype == Dtype::float32 ? 4 : 2;
     }
 
     void set_layout() {

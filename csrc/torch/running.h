@@ -9,7 +9,7 @@ namespace {
 // batch is not finite as Real. Returns whether all are finite.
 template <class Real>
 bool update(const Tensor& running_mean, const Tensor& running_var, const double* mean, const double* m2, int64_t C,
-          double divisor, double momentum, bool enabled, bool skip_nonfinite) {
+            double divisor, double momentum, bool enabled, bool skip_nonfinite) {
     const Scratch variances = scratch(C);
     double* variance = variances.get();
     int bad = 0;
@@ -36,16 +36,17 @@ bool update(const Tensor& running_mean, const Tensor& running_var, const double*
 
 #define RUNNING_ARGUMENTS                               \
     "Tensor(a!) running_mean, Tensor(b!) running_var, " \
-    "Tensor(c!)? moved_batches, Tensor(d!)? nonfinite_batches"
+    "Tensor(c!)? updates, Tensor(d!)? nonfinite_batches"
 
 // A layer's running statistics and counters.
 struct Running {
-    Tensor mean, variance, moved_batches, nonfinite_batches;
+    Tensor mean, variance;
+    Tensor updates, nonfinite_batches;  // how many batches updated them, and how many were not finite
 
     explicit Running(Arguments& arguments)
         : mean(arguments.tensor()),
           variance(arguments.tensor()),
-          moved_batches(arguments.optional_tensor()),
+          updates(arguments.optional_tensor()),
           nonfinite_batches(arguments.optional_tensor()) {}
 
     // Checks them before they are written.
@@ -57,7 +58,7 @@ struct Running {
         const int32_t dtype = mean.dtype;
         const bool has_kernel = dtype == dtypes[(int)Dtype::float32] || dtype == dtypes[(int)Dtype::float64];
         expect(has_kernel, "running statistics must be float32 or float64");
-        for (const Tensor* counter : {&moved_batches, &nonfinite_batches})
+        for (const Tensor* counter : {&updates, &nonfinite_batches})
             expect(!*counter || (counter->dtype == int64 && counter->values() == 1), "a counter must be one int64");
     }
 
@@ -67,7 +68,7 @@ struct Running {
         const double divisor = unbiased ? count - 1.0 : count;
         const auto step = mean.dtype == dtypes[(int)Dtype::float32] ? update<float> : update<double>;
         const bool finite = step(mean, variance, batch_mean, m2, C, divisor > 1.0 ? divisor : 1.0, momentum, enabled, skip_nonfinite);
-        if (moved_batches && enabled && (finite || !skip_nonfinite)) ++*moved_batches.data<int64_t>();
+        if (updates && enabled && (finite || !skip_nonfinite)) ++*updates.data<int64_t>();
         if (nonfinite_batches && skip_nonfinite && !finite) ++*nonfinite_batches.data<int64_t>();
         return finite;
     }

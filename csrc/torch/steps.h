@@ -87,8 +87,8 @@ void run_training_step(StableIValue* stack) {
     if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
     if (!takes_fast_path(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
-        !is_counter(running.moved_batches) || !is_counter(running.nonfinite_batches) ||
-        (renormalized && !running.moved_batches))
+        !is_counter(running.updates) || !is_counter(running.nonfinite_batches) ||
+        (renormalized && !running.updates))
         return decline(stack, x);
     LayerCall layer(Verb::forward, x, weight, bias, eps, arguments, renormalized);
     const Scratch m2 = scratch(layer.C);
@@ -98,7 +98,7 @@ void run_training_step(StableIValue* stack) {
     const ChannelValues variances(renormalized ? running.variance : none, layer.C);
     if (renormalized) {
         task.running_mean = means, task.running_var = variances;
-        bounds->set(task, *running.moved_batches.data<int64_t>());
+        bounds->set(task, *running.updates.data<int64_t>());
     }
     task.count = count_of(x, {});
     task.m2 = m2.get();

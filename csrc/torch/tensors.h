@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -59,17 +60,18 @@ inline void expect(bool holds, const char* invariant) {
     if (!holds) throw std::invalid_argument(std::string("batchnorm: ") + invariant);
 }
 
-inline bool is_floating(int32_t dtype) {
-    for (const int32_t known : dtypes)
-        if (dtype == known) return true;
-    return false;
+// Ours for torch's dtype; none for those that are not floating, or that no kernel takes.
+inline std::optional<Dtype> floating_dtype(int32_t dtype) {
+    for (int ours = 0; ours < 4; ++ours)
+        if (dtype == dtypes[ours]) return (Dtype)ours;
+    return {};
 }
+inline bool is_floating(int32_t dtype) { return floating_dtype(dtype).has_value(); }
 
 // The bytes of an element of the dtypes that are read here; 0 for others.
 inline int64_t element_size_of(int32_t dtype) {
-    if (dtype == dtypes[(int)Dtype::float64] || dtype == int64) return 8;
-    if (dtype == dtypes[(int)Dtype::float32]) return 4;
-    return is_floating(dtype) ? 2 : dtype == boolean;
+    if (const std::optional<Dtype> floating = floating_dtype(dtype)) return element_size(*floating);
+    return dtype == int64 ? 8 : dtype == boolean;
 }
 
 // A tensor that this object owns, or none.
