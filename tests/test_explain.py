@@ -156,7 +156,7 @@ def test_the_table_is_aligned():
         ({"values": [1e200, -1e200]}, "small enough"),
         ({"values": [1.0, 2.0], "eps": 0.0}, "eps must be above 0"),
         ({"values": [1.0, 2.0], "eps": math.nan}, "eps must be a finite"),
-        ({"values": [1.0, 2.0], "momentum": 1.5}, "momentum, the weight of the new value, must be from 0 to 1"),
+        ({"values": [1.0, 2.0], "momentum": 1.5}, "momentum weighs the new value and must be from 0 to 1"),
         ({"values": [1.0, 2.0], "gamma": math.inf}, "gamma must be a finite"),
         ({"values": [1.0, 2.0], "beta": 10**400}, "beta must be a finite"),
         ({"values": [1.0, 2.0], "grad_output": [1.0]}, "one number per value, but got 1 for 2"),

@@ -304,7 +304,7 @@ def test_of_what_cannot_be_traced_the_parts_are_folded():
     )
     found, report = folded(model, normal(2, 3, 5, 5), batch_norms=1)
     assert [pair.batch_norm for pair in report.folded] == ["1", "4", "2.layers.0.1", "2.watched.1"]
-    assert report.left == {"2.norm": "it is in a module that could not be traced"}
+    assert report.left == {"2.norm": "its module could not be traced"}
     assert "symbolically traced variables" in report.untraced["2"]
     assert type(found[2]) is Unclear
 
@@ -430,7 +430,7 @@ def test_the_report_is_a_table_and_plain_data():
 
 def test_the_model_may_be_a_batch_norm_itself():
     assert folded(nn.BatchNorm2d(3), normal(2, 3, 4, 4), batch_norms=1)[1].left == {
-        "the model": "it is in a module that could not be traced"
+        "the model": "its module could not be traced"
     }
 
 

@@ -174,24 +174,20 @@ def explain(
         raise InputError(f"eps must be above 0 to keep the division finite, but got {eps:g}; leave it at 1e-5")
     if not 0 <= momentum <= 1:
         raise InputError(
-            f"momentum, the weight of the new value, must be from 0 to 1, but got {momentum:g}; leave it at 0.1"
+            f"momentum weighs the new value and must be from 0 to 1, but got {momentum:g}; leave it at 0.1"
         )
 
     x = _row(values, "values")
     m = len(x)
     if m < 2:
-        raise InputError(
-            f"values must be at least 2 numbers, since a single one has no variance, but got {m}; give more"
-        )
+        raise InputError(f"values must be at least 2 numbers, since one has no variance, but got {m}; give more")
     dy = (1.0,) + (0.0,) * (m - 1) if grad_output is None else _row(grad_output, "grad_output")
     if len(dy) != m:
         raise InputError(f"grad_output must have one number per value, but got {len(dy)} for {m} values")
     try:
         explanation = _explanation(x, gamma, beta, eps, momentum, dy)
         if not all(map(isfinite, (*explanation.squared_deviations, *explanation.output, *explanation.grad_input))):
-            raise OverflowError(
-                "a product is not finite"
-            )  # `**` and `fsum` raise by themselves, `*` and `/` return infinity or NaN
+            raise OverflowError("a product is not finite")  # `**` and `fsum` raise, `*` and `/` return infinity or NaN
     except (OverflowError, ValueError) as error:
         raise InputError(
             "values, gamma, beta and grad_output must be small enough for finite squares and products in float64, "

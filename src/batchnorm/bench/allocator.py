@@ -84,7 +84,5 @@ def _clones(setting: str, numel: int, clones: int) -> list[float]:
         check=False,
     )
     if done.returncode != 0:
-        raise StateError(
-            f"a process must be able to clone {4 * numel} bytes, but it failed: {done.stderr.strip()[-200:]}"
-        )
+        raise StateError(f"a process must be able to clone {4 * numel} bytes, but: {done.stderr.strip()[-200:]}")
     return [float(line) for line in done.stdout.split()][1:]

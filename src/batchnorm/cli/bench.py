@@ -62,9 +62,7 @@ def several(
 )
 @click.option("--quick", is_flag=True, help="Four of the layers, on all threads; for a model, a small batch.")
 @click.option("--model", metavar="NAME", help=f"Time whole training steps of {', '.join(models.MODELS)} instead.")
-@click.option(
-    "--batch", type=click.IntRange(min=2), help=f"Batch size of a model.  [default: {BATCH}, quick: {QUICK_BATCH}]"
-)
+@click.option("--batch", type=click.IntRange(min=2), help=f"Batch size.  [default: {BATCH}, quick: {QUICK_BATCH}]")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),

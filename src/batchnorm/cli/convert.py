@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.cli.common import Console, check_outputs, force_option
-from batchnorm.cli.models import build_model, clean_stdout, load_weights, require_format, save_weights
+from batchnorm.cli.models import build_model, load_weights, redirected, require_format, save_weights
 from batchnorm.cli.text import print_json, visible
 from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
@@ -51,7 +51,7 @@ def convert_command(
     if out is not None:
         require_format(out)
         check_outputs({"--out": out}, force=force or dry_run)
-    with clean_stdout(as_json=as_json):
+    with redirected(as_json=as_json):
         original = build_model(spec)
         model = copied(original)
         model = fuse(model) if fused else convert(model)

@@ -15,15 +15,7 @@ from torch import nn
 
 from batchnorm.cli.common import Console, check_outputs, force_option
 from batchnorm.cli.export import PROGRAMS, export, require_exporter
-from batchnorm.cli.models import (
-    SAFETENSORS,
-    build,
-    build_model,
-    clean_stdout,
-    load_weights,
-    require_format,
-    save_weights,
-)
+from batchnorm.cli.models import SAFETENSORS, build, build_model, load_weights, redirected, require_format, save_weights
 from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.folding import FoldReport, fold
@@ -56,9 +48,7 @@ _SUFFIXES = (*PROGRAMS, SAFETENSORS, ".pt")
     type=click.Path(path_type=Path),
     help="File to write: .onnx and .pt2 (torch.export) are programs, .safetensors and .pt weights.",
 )
-@click.option(
-    "--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest accepted error."
-)
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Accepted error.")
 @force_option
 @click.option("--fixed-batch", is_flag=True, help="Export for the example's batch size only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
@@ -83,7 +73,7 @@ def fold_command(
     require_format(out)
     require_exporter(out)
     check_outputs({"--out": out}, force=force)
-    with clean_stdout(as_json=as_json):
+    with redirected(as_json=as_json):
         model = build_model(spec)
         if weights is not None:
             load_weights(model, weights)

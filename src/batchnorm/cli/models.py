@@ -72,7 +72,7 @@ def build_model(spec: str) -> nn.Module:
     return model
 
 
-def clean_stdout(*, as_json: bool) -> AbstractContextManager[Any]:
+def redirected(*, as_json: bool) -> AbstractContextManager[Any]:
     """With `as_json`, redirect all other output to stderr, so that stdout has only JSON."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
@@ -95,9 +95,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"but {_first_line(error)}"
         ) from error
     if not isinstance(state, Mapping):
-        raise InputError(
-            f"{path} must contain a state_dict, but contains a {type(state).__name__}; save model.state_dict()"
-        )
+        raise InputError(f"{path} must contain a state_dict, not a {type(state).__name__}; save model.state_dict()")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         names = ", ".join(name if isinstance(name, str) else repr(name) for name in state)
         raise InputError(
@@ -122,9 +120,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise InputError(
             f"the model must have a state_dict to write, but it raised {_first_line(error)}; nothing was written"
         ) from error
-    others = [
-        name for name, value in state.items() if not isinstance(value, Tensor)
-    ]  # such as those of get_extra_state
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]  # from get_extra_state
     if others and path.suffix == SAFETENSORS:
         raise InputError(
             f"safetensors files contain only tensors, but the model's state has {', '.join(others)[:200]}; "

@@ -17,9 +17,9 @@ from batchnorm.cli.models import (
     build,
     build_model,
     check_data,
-    clean_stdout,
     find,
     load_weights,
+    redirected,
     require_format,
     save_weights,
 )
@@ -76,7 +76,7 @@ def recalibrate_command(
     start = time.perf_counter()
     require_format(out)
     check_outputs({"--out": out}, force=force)
-    with clean_stdout(as_json=as_json):
+    with redirected(as_json=as_json):
         model = build_model(spec)
         if weights is not None:
             load_weights(model, weights)

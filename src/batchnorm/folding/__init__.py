@@ -123,9 +123,7 @@ def _note_left(model: nn.Module, folding: Folding, counts: Counter[int]) -> None
     for name, norm in norms.items():
         if id(norm) not in named:
             named.add(id(norm))
-            folding.left[name] = (
-                "it is in a module that could not be traced" if counts[id(norm)] else "it is not called"
-            )
+            folding.left[name] = "its module could not be traced" if counts[id(norm)] else "it is not called"
 
 
 def _restoring(model: nn.Module) -> Callable[[], None]:

@@ -79,9 +79,7 @@ def to_haiku(layer: nn.Module, *, dimensions: int) -> HaikuBatchNorm:
     """
     numbers = Numbers.of(layer)
     if not isinstance(dimensions, int) or dimensions < 2:
-        raise InputError(
-            f"dimensions must be the number of axes of the input, at least 2 (batch and channels), but got {dimensions!r}"
-        )
+        raise InputError(f"dimensions must be the number of axes of the input, at least 2, but got {dimensions!r}")
     axis = numbers.channel_axis % dimensions
     shape = [-1 if one == axis else 1 for one in range(dimensions)]
     decay = complement(numbers.momentum)
@@ -104,9 +102,7 @@ def to_haiku(layer: nn.Module, *, dimensions: int) -> HaikuBatchNorm:
         "data_format": "channels_last" if axis == dimensions - 1 else "channels_first",
     }
     if axis not in (1, dimensions - 1):
-        raise InputError(
-            f"Haiku has the channels on axis 1 or the last one, but they are on axis {axis}; transpose the input"
-        )
+        raise InputError(f"Haiku has the channels on axis 1 or the last one, but they are on axis {axis}; transpose")
     values = (("scale", numbers.scale), ("offset", numbers.offset))
     params = {name: array(value.view(shape)) for name, value in values if value is not None}
     return HaikuBatchNorm(

@@ -1,4 +1,4 @@
-"""Adversarial networks that draw digits of 16x16 pixels, and the classifier whose features judge what they draw."""
+"""Adversarial networks that generate digits of 16x16 pixels, and the classifier whose features evaluate them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def networks(
 ) -> tuple[nn.Sequential, nn.Sequential]:
     """Generator, noise (N, 64) to images (N, 1, 16, 16) in -1..1, and discriminator, images to scores (N, 1).
 
-    DCGAN's (Radford et al. 2016) with one more convolution at each size; no BN on the generator's output and the discriminator's input.
+    DCGAN (Radford et al. 2016) with one more convolution at each size; no BN on the generator's output and the discriminator's input.
 
     Args:
-        generates: the generator has batch normalization.
-        discriminates: the discriminator has.
+        generates: whether the generator has batch normalization.
+        discriminates: whether the discriminator has batch normalization.
         statistics: of the discriminator's layers; None is `Batch()`.
     """
     C = WIDTH
@@ -61,7 +61,7 @@ def networks(
 
 @lru_cache(maxsize=1)
 def judged_by() -> tuple[Dataset, tuple[nn.Module, nn.Module]]:
-    """The digits at 16x16, and the features (N, 64) and scores (N, 10) of a classifier of them: the same for every arm and seed."""
+    """The digits at 16x16, and the features (N, 64) and scores (N, 10) of a classifier; the same for every arm and seed."""
     dataset = digits.load(16)
     images = in_range(dataset.train.images)
     with torch.random.fork_rng():
@@ -84,6 +84,6 @@ def judged_by() -> tuple[Dataset, tuple[nn.Module, nn.Module]]:
 
 
 def in_range(images: Tensor) -> Tensor:
-    """Standardized images, their darkest and brightest pixel at -1 and 1 as the generator's tanh has them."""
+    """Scale images so that the darkest and brightest pixel are -1 and 1, the range of the generator's tanh."""
     low, high = images.aminmax()
     return (images - low) / (high - low) * 2 - 1

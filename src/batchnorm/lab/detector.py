@@ -1,4 +1,4 @@
-"""A detector in two stages (Ren et al. 2015, Faster R-CNN, arXiv:1506.01497, in small): where something is, then what it is."""
+"""A small two-stage detector after Faster R-CNN (Ren et al. 2015, arXiv:1506.01497): it proposes regions, then classifies them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NOTHING = 10  # the class of a region without a digit
 
 
 def anchors() -> Tensor:
-    """Left, top, right, bottom of one square about each of 16x16 cells: (256, 4)."""
+    """A square around each of 16x16 cells, (256, 4): left, top, right, bottom."""
     centers = torch.arange(CELLS) * 4 + 2.0
     x, y = centers.repeat(CELLS), centers.repeat_interleave(CELLS)
     return torch.stack([x, y, x, y], 1) + torch.tensor([-1, -1, 1, 1]) * ANCHOR / 2
 
 
 class Detector(nn.Module):
-    """Features by a backbone, proposals and region scores from them."""
+    """A backbone for features, a proposal network, and a region classifier."""
 
     def __init__(self, backbone: bool, proposals: bool, regions: bool) -> None:
-        """Which of the three have batch normalization."""
+        """The arguments say which of the three have batch normalization."""
         super().__init__()
         C = 2 * WIDTH
 
@@ -36,7 +36,7 @@ class Detector(nn.Module):
             return [nn.Conv2d(inputs, outputs, 3, stride, 1), normalization, nn.ReLU()]
 
         sizes = [(1, WIDTH, 1), (WIDTH, WIDTH, 2), (WIDTH, C, 1), (C, C, 2), (C, C, 1), (C, C, 1)]
-        self.backbone = nn.Sequential(*(part for size in sizes for part in layer(*size, backbone)))
+        self.backbone = nn.Sequential(*(module for size in sizes for module in layer(*size, backbone)))
         self.proposals = nn.Sequential(*layer(C, C, 1, proposals), nn.Conv2d(C, 5, 1))
         self.regions = nn.Sequential(
             *layer(C, C, 1, regions),
@@ -51,13 +51,13 @@ class Detector(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 1, 64, 64) to features (N, C, 16, 16), what speaks for each anchor (N, 256), and its change to a box (N, 256, 4)."""
+        """Images (N, 1, 64, 64) to features (N, C, 16, 16), scores of anchors (N, 256), and changes to boxes (N, 256, 4)."""
         features = self.backbone(images)
         proposed = self.proposals(features).flatten(2).mT  # (N, 256, 5)
         return features, proposed[..., 0], proposed[..., 1:]
 
     def classify(self, features: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
-        """Class scores (M, 11) of boxes (M, 4) on the images of numbers (M,): from 6x6 points of the features in each."""
+        """Class scores (M, 11) of boxes (M, 4), from 6x6 points of the features in each; `image` (M,) has the number of its image."""
         steps = (torch.arange(6) + 0.5) / 6
         points = boxes[:, None, :2] + (boxes[:, 2:] - boxes[:, :2])[:, None] * steps[None, :, None]  # (M, 6, 2)
         x, y = points[:, None, :, 0].expand(-1, 6, 6), points[:, :, None, 1].expand(-1, 6, 6)
@@ -66,7 +66,7 @@ class Detector(nn.Module):
 
 
 def wanted(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """For each anchor 1 for a digit, 0 for none, -1 between (256,); and the change to the nearest digit's box (256, 4)."""
+    """Targets of anchors: 1 for a digit, 0 for none, -1 for undecided (256,); and changes to the box of the nearest digit (256, 4)."""
     match = overlaps(anchors(), boxes)
     value, nearest = match.max(1)
     kind = torch.where(value < 0.3, 0.0, torch.where(value < ENOUGH, -1.0, 1.0))
@@ -76,7 +76,7 @@ def wanted(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidates(truth: Labeled, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Regions to learn the classes from, (3n, 4): two shifted by up to 2 pixels for each digit and one anywhere; and their classes."""
+    """Training regions with their classes, (3n, 4): for each digit, two boxes shifted by up to 2 pixels and one random box."""
     count = len(truth.boxes)
     shifted = truth.boxes.repeat(2, 1) + torch.empty(2 * count, 4).uniform_(-2, 2, generator=generator)
     corner = torch.empty(count, 2).uniform_(0, 46, generator=generator)
@@ -87,14 +87,14 @@ def candidates(truth: Labeled, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def loss(detector: Detector, images: Tensor, objects: list[Labeled], generator: torch.Generator) -> Tensor:
-    """What is wrong with the proposals, with their boxes, and with the classes of regions, in equal parts."""
+    """The sum of the losses of proposals, of their boxes, and of the classes of regions."""
     features, scores, changes = detector(images)
     kinds, targets = map(torch.stack, zip(*(wanted(truth.boxes) for truth in objects), strict=True))
     there, empty = kinds == 1, kinds == 0
-    proposing = F.softplus(-scores[there]).mean() + F.softplus(scores[empty]).mean()  # both kinds count alike
+    proposing = F.softplus(-scores[there]).mean() + F.softplus(scores[empty]).mean()  # both kinds have equal weight
     placing = F.smooth_l1_loss(changes[there], targets[there], beta=0.1)
     boxes, labels = zip(*(candidates(truth, generator) for truth in objects), strict=True)
-    image = torch.arange(len(objects)).repeat_interleave(torch.tensor([len(part) for part in boxes]))
+    image = torch.arange(len(objects)).repeat_interleave(torch.tensor([len(each) for each in boxes]))
     return (
         proposing + placing + F.cross_entropy(detector.classify(features, image, torch.cat(boxes)), torch.cat(labels))
     )
@@ -102,7 +102,7 @@ def loss(detector: Detector, images: Tensor, objects: list[Labeled], generator: 
 
 @torch.no_grad()
 def detect(detector: Detector, images: Tensor) -> tuple[list[Labeled], list[Tensor]]:
-    """In inference, for each image: detections, and the proposals (at most 12, 4) that they are the classes of."""
+    """Detections for each image in inference, and the proposals (at most 12, 4) that they are based on."""
     detector.eval()
     features, scores, changes = detector(images)
     found, proposed = [], []
@@ -111,10 +111,10 @@ def detect(detector: Detector, images: Tensor) -> tuple[list[Labeled], list[Tens
         boxes = decode(changes[number, top], anchors()[top]).clamp(0, canvases.SIZE)
         large = ((boxes[:, 2:] - boxes[:, :2]) > 3).all(1)
         boxes, trust = boxes[large], scores[number, top][large].sigmoid()
-        kept = strongest(boxes, trust)[:PROPOSALS]
-        boxes, trust = boxes[kept], trust[kept]
-        shares = detector.classify(features, torch.full((len(kept),), number), boxes).softmax(1)[:, :NOTHING]
-        likely = (shares * trust[:, None]).flatten()  # every box may be every class
+        chosen = strongest(boxes, trust)[:PROPOSALS]
+        boxes, trust = boxes[chosen], trust[chosen]
+        shares = detector.classify(features, torch.full((len(chosen),), number), boxes).softmax(1)[:, :NOTHING]
+        likely = (shares * trust[:, None]).flatten()  # a box may be detected with several classes
         some = likely > 0.02
         labels = torch.arange(NOTHING).repeat(len(boxes))
         found.append(Labeled(boxes.repeat_interleave(NOTHING, 0)[some], labels[some], likely[some]))

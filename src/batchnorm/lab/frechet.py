@@ -1,4 +1,4 @@
-"""How far apart two sets of features lie."""
+"""The Fréchet distance between two sets of features."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
     The squared Fréchet distance of the normal distributions fitted to two sets of features, (N, C) and (M, C), in float64.
 
     |mean - mean'|² + trace(S + S' - 2 (S S')^(1/2)), covariances with N - 1 and M - 1 (Heusel et al. 2017, arXiv:1706.08500,
-    section 2). Few examples make it larger than it is: compare sets of the same sizes.
+    section 2). With few examples it is too large: compare only sets of equal sizes.
 
     Raises:
         InputError: fewer than two examples, or features of different numbers.

@@ -1,6 +1,6 @@
-"""Small relatives of three image networks, for images (N, channels, 16, 16): the same plan, fewer channels.
+"""Small versions of three image networks, for images (N, channels, 16, 16): the same structure with fewer channels.
 
-`normalization` makes a layer from a number of channels and stands after each convolution; without it the convolution has a bias.
+`normalization` creates a layer for a number of channels, placed after each convolution; without it, the convolution has a bias.
 """
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from batchnorm.lab.networks import Normalization
 def convolution(
     normalization: Normalization | None, inputs: int, outputs: int, size: int = 3, stride: int = 1
 ) -> list[nn.Module]:
-    """A convolution that keeps the size of its maps, divided by `stride`, and what normalizes it."""
+    """A padded convolution, and its normalization."""
     layer = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=normalization is None)
     return [layer] if normalization is None else [layer, normalization(outputs)]
 

@@ -1,4 +1,4 @@
-"""From CTC's scores to letters, and how far they are from what was said (Graves et al. 2006)."""
+"""Decodes CTC scores into letters, and computes their error rate (Graves et al. 2006)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def best_path(scores: Tensor, length: int) -> list[int]:
 
 
 def edit_distance(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many letters have to be inserted, left out or replaced to make one sequence the other (Levenshtein 1966)."""
+    """The number of insertions, deletions and replacements that turn one sequence into the other (Levenshtein 1966)."""
     row = list(range(len(theirs) + 1))
     for i, letter in enumerate(ours, 1):
         diagonal, row[0] = row[0], i
@@ -26,7 +26,7 @@ def edit_distance(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 
 def error_rate(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """Edits over letters that should be there, pooled; above 1 where much too much was read.
+    """The number of edits over the number of true letters, over all sequences; above 1 if far too many letters are found.
 
     Raises:
         InputError: different numbers of sequences, or no letter at all.

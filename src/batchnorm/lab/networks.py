@@ -14,10 +14,10 @@ def perceptron(
     sizes: Sequence[int], normalization: Normalization | None, activation: type[nn.Module] = nn.ReLU
 ) -> nn.Sequential:
     """
-    Linear layers from `sizes[0]` to `sizes[-1]` features, between them normalization and activation: (N, ...) to (N, sizes[-1]).
+    Linear layers from `sizes[0]` to `sizes[-1]` features, with normalization and activation in between: (N, ...) to (N, sizes[-1]).
 
-    After the same `torch.manual_seed` the weights are the same with and without batch normalization: the linear layers keep
-    their biases under it, which costs nothing in accuracy (beta takes over) and keeps the random draws equal.
+    After the same `torch.manual_seed`, weights are the same with and without batch normalization: linear layers have biases in both cases,
+    so the random draws are equal. With batch normalization these biases have no effect.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes[:-1]):

@@ -1,4 +1,4 @@
-"""A recognizer of letters: convolutions and recurrent layers over recordings of different lengths (Amodei et al. 2016, in small)."""
+"""A recognizer of letters: convolutions and recurrent layers for recordings of different lengths (after Amodei et al. 2016)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from batchnorm.lab.data import speech
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 HIDDEN = 64
-STEPS = 16  # that have statistics of their own, where there are some per step
+STEPS = 16  # number of time steps with their own statistics in `PerStep`
 
 
 class Masked(nn.Module):
-    """No normalization, but padding is 0 as after one."""
+    """No normalization; sets padding to 0, as normalization does."""
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         return x * (torch.arange(x.shape[-1]) < lengths[:, None]).view(len(x), *[1] * (x.dim() - 2), -1)
 
 
 class PerStep(nn.Module):
-    """Statistics of each of the first 16 time steps, and of all later ones together; gamma and beta are common (Cooijmans et al. 2017)."""
+    """Separate statistics for each of the first 16 time steps and for the rest; gamma and beta are shared (Cooijmans et al. 2017)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class PerStep(nn.Module):
             layer.weight, layer.bias = self.layers[0].weight, self.layers[0].bias
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(N, C, T), of which so many steps count, to the same."""
+        """Normalize (N, C, T), of which the first `lengths` steps are valid."""
         pieces = [*x[..., :STEPS].split(1, -1), *([x[..., STEPS:]] if x.shape[-1] > STEPS else [])]
         left = (lengths - step for step in range(STEPS + 1))
         return torch.cat(
             [
-                layer(part, lengths=count.clamp(0, part.shape[-1]))
-                for layer, part, count in zip(self.layers, pieces, left, strict=False)
+                layer(piece, lengths=count.clamp(0, piece.shape[-1]))
+                for layer, piece, count in zip(self.layers, pieces, left, strict=False)
             ],
             -1,
         )
@@ -46,7 +46,7 @@ class Recognizer(nn.Module):
     """Features (N, T, 40) to scores of the letters (N, T / 2, 29): two convolutions, two bidirectional recurrent layers."""
 
     def __init__(self, convolutions: bool, recurrent: bool, per_step: bool) -> None:
-        """Which of the two kinds of layers have batch normalization, and whether the recurrent ones per step."""
+        """The arguments say which layers have batch normalization, and whether that of recurrent ones is per step."""
         super().__init__()
 
         def between(channels: int) -> nn.Module:
@@ -62,7 +62,7 @@ class Recognizer(nn.Module):
         self.scores = nn.Linear(2 * HIDDEN, len(speech.ALPHABET) + 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and how many steps of them count, (N,)."""
+        """Scores, and the number of valid steps of each, (N,)."""
         x, lengths = x.mT.unsqueeze(1), (lengths + 1) // 2  # (N, 1, 40, T); the first convolution's stride is 2
         for convolution, normalize in zip(self.convolutions, self.after, strict=True):
             x = normalize(convolution(x), lengths=lengths).relu()

@@ -12,7 +12,7 @@ WIDTH, HEADS, LAYERS = 64, 4, 2
 
 
 class Normalize(nn.Module):
-    """Batch, layer or no normalization of (N, T, C) of which so many steps count."""
+    """Batch, layer or no normalization of (N, T, C), of which the first `lengths` steps are valid."""
 
     def __init__(self, normalization: str) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Normalize(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention to itself, to the source in the decoder, and two linear layers; each normalized before (Xiong et al. 2020)."""
+    """Self-attention, in the decoder attention to the source, and two linear layers, each after a normalization (Xiong et al. 2020)."""
 
     def __init__(self, normalization: str, decodes: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class Translator(nn.Module):
-    """Source words (N, S) and the translation so far (N, T) to scores of the next word at each place (N, T, words)."""
+    """Source words (N, S) and a translation (N, T) to scores of the next word at each position (N, T, words)."""
 
     def __init__(self, normalization: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Translator(nn.Module):
         self.scores = nn.Linear(WIDTH, sentences.TARGET_WORDS)
 
     def encode(self, pairs: sentences.Pairs) -> tuple[Tensor, Tensor]:
-        """The source as the decoder sees it (N, S, C), and where there is none (N, S)."""
+        """The encoded source for the decoder (N, S, C), and a mask of its padding (N, S)."""
         absent = torch.arange(pairs.source.shape[1]) >= pairs.lengths[:, None]
         x = self.words[0](pairs.source) + self.places[: pairs.source.shape[1]]
         for block in self.encoder:
@@ -72,7 +72,7 @@ class Translator(nn.Module):
         return self.after[0](x, pairs.lengths), absent
 
     def decode(self, said: Tensor, lengths: Tensor, source: Tensor, absent: Tensor) -> Tensor:
-        """Scores after each word of `said`, which begins with END."""
+        """Scores of the next word after each word of `said`, which starts with END."""
         x = self.words[1](said) + self.places[: said.shape[1]]
         for block in self.decoder:
             x = block(x, lengths, source, absent)

@@ -20,14 +20,13 @@ DEPTH = 16  # steps of a recipe from saved tensors; computing it temporarily hol
 
 _ADD = (torch.add, Tensor.add, Tensor.add_)
 _RELU = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-# Elementwise functions of one tensor, mapped to the function that computes the same out of place.
+# Elementwise functions of one tensor, mapped to the out-of-place function; those with a parameter `inplace`, to its position.
 ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys(_RELU, torch.relu),
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid), torch.sigmoid),
     **dict.fromkeys((torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, F.tanh), torch.tanh),
     F.gelu: F.gelu,
 }
-# Those with a parameter `inplace`, with its position.
 _WITH_INPLACE = {F.relu: 1, F.relu6: 1, F.silu: 1, F.mish: 1, F.hardswish: 1, F.hardsigmoid: 1, F.leaky_relu: 2,
                  F.elu: 2, F.celu: 2, F.selu: 1, F.hardtanh: 3}  # fmt: skip
 

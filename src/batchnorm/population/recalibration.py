@@ -234,9 +234,7 @@ def _why_left(layer: _BatchNorm, model: nn.Module) -> str | None:
         return "it has no running statistics"
     if isinstance(getattr(layer, "statistics", None), Running):
         return "it is frozen"
-    return (
-        "it is in inference mode while the model is in training mode" if model.training and not layer.training else None
-    )
+    return "it is in inference mode, the model in training mode" if model.training and not layer.training else None
 
 
 def _ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

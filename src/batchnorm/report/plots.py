@@ -224,9 +224,7 @@ def inline_svg(name: str, description: str, draw: Callable[[Figure], None], size
     svg = svg[svg.index("<svg") :]  # inline SVG needs no XML declaration, doctype and namespaces
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # several plots share one page
-    svg = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL
-    )  # it would apply to the whole page
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the page
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;", _size_only, svg)  # use the font of the page
     for placeholder, variable in VARIABLES.items():
         svg = svg.replace(placeholder, f"var({variable})")

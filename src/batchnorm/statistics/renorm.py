@@ -54,9 +54,7 @@ class Renorm:
         if not (self.r_max >= 1 and self.d_max >= 0 and self.warmup >= 0):
             raise InputError(f"r_max must be at least 1, d_max and warmup at least 0, but got {self}")
         if self.warmup and not (math.isfinite(self.r_max) and math.isfinite(self.d_max)):
-            raise InputError(
-                f"with a warmup r_max and d_max must be finite, but got {self}; use large numbers, or warmup=0"
-            )
+            raise InputError(f"with a warmup, r_max and d_max must be finite, but got {self}; or use warmup=0")
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:

@@ -105,9 +105,7 @@ def revert(model: nn.Module) -> nn.Module:
         if not isinstance(layer, BatchNorm):
             continue
         before = layer.__dict__.get(_STATISTICS)
-        frozen_since = (
-            isinstance(layer.statistics, Running) and layer.statistics != Running()
-        )  # `convert` sets this one
+        frozen_since = isinstance(layer.statistics, Running) and layer.statistics != Running()  # as set by `convert`
         if before is not None and not frozen_since:
             layer.statistics = before
             del layer.__dict__[_STATISTICS]

@@ -79,9 +79,7 @@ def _attributes(module: nn.Module) -> list[tuple[Any, Any]]:
                 continue
             inner: list[Any] = list(value.values()) if isinstance(value, dict) else []
             inner = list(value) if isinstance(value, _CONTAINERS) else inner
-            for number, each_value in enumerate((value, *inner)):
-                version = (
-                    each_value._version if isinstance(each_value, Tensor) and not each_value.is_inference() else None
-                )
-                found.append(((path, name, number, version), each_value))
+            for number, item in enumerate((value, *inner)):
+                version = item._version if isinstance(item, Tensor) and not item.is_inference() else None
+                found.append(((path, name, number, version), item))
     return found

@@ -123,9 +123,7 @@ def judge(results: Results) -> Verdict:
         f"shrink signals, by {usual['batch_norm']:.2g} and {usual['plain']:.2g}."
     )
     noise = share["noisy"] >= share["batch_norm"] - NEAR and share["noisy"] >= share["plain"] + FAR
-    unstable = moved["noisy"] > max(
-        moved["plain"], moved["batch_norm"]
-    )  # if not, the noise was too small to show anything
+    unstable = moved["noisy"] > max(moved["plain"], moved["batch_norm"])  # if not, the noise was too small
     smooth = {"He's": turn["batch_norm"] < turn["plain"], "PyTorch's": usual["batch_norm"] < usual["plain"]}
     if not (noise and unstable and any(smooth.values())):
         return Verdict("does not hold", evidence)
