@@ -325,6 +325,7 @@ def test_a_page_of_made_up_rows_says_what_held():
     assert "0 of 1 targets held" in render(made_up_rows(ours=0.3), "-")
 
 
+@pytest.mark.slow
 def test_clones_are_timed_in_processes_of_their_own():
     clone = allocator.measure_clone(numel=1000, processes=1, clones=2)
     assert clone.faster == pytest.approx(clone.without_ms[1] / clone.with_ms[1], rel=1e-3)

@@ -209,7 +209,7 @@ def different_models(rank, size):
         bn.synchronize(nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(1 + rank))))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_replicas_equal_one_process(size):
     on_replicas(equal_to_one_process, size)
 

@@ -24,7 +24,6 @@ BEYOND = {
     "cumulative", "biased", "ghost", "ghost-remainder", "renorm-warming-up", "renorm", "moving-average", "domains-ghost",
     "renorm-at-once",
 }  # fmt: skip
-every_row = pytest.mark.parametrize("row", [*ROWS, *MORE], ids=lambda row: row.name)
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
     "ignore:.*torch.jit:DeprecationWarning",
@@ -45,7 +44,7 @@ def operators(program):
     return [node for node in program.graph.nodes if node.op == "call_function"]
 
 
-@every_row
+@each_kind([*ROWS, *MORE])
 def test_torch_export(row):
     exported_equals_layer(row, strict=False)
 
@@ -96,7 +95,7 @@ class Scaled(nn.Module):
         return x * self.scale
 
 
-@every_row
+@each_kind([*ROWS, *MORE])
 def test_jit_trace_takes_other_batch_sizes(row):
     if row.name == "ghost-remainder" or "ghost" in row.name:
         pytest.skip("how many groups there are is fixed when it is traced")

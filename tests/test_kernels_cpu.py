@@ -517,8 +517,9 @@ def free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(free_memory() < 16 << 30, reason="needs 16 GiB of free memory")
-@pytest.mark.parametrize("layout", [pytest.param("planar", marks=pytest.mark.slow), "interleaved"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_elements_than_int32_counts(layout):
     torch.set_num_threads(2)
     N, C, S = 3, 2, 357_913_943  # 2^31 + 10 elements

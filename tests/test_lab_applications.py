@@ -107,9 +107,9 @@ class Tiny(Setting):
     [
         ("detection", "both"),
         ("speech", "both"),
-        ("gan", "joint"),
+        pytest.param("gan", "joint", marks=pytest.mark.slow),
         ("dqn", "joint"),
-        ("policy-gradient", "input"),
+        pytest.param("policy-gradient", "input", marks=pytest.mark.slow),
         ("recommender", "input"),
         ("translation", "batch_norm"),
         ("driving", "both"),

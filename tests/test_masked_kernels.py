@@ -109,7 +109,7 @@ def test_no_bit_depends_on_where_the_counted_values_lie(name, dtype):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
-@pytest.mark.parametrize("build", ["own", "AVX2", "baseline"])
+@pytest.mark.parametrize("build", ["own", "AVX2", pytest.param("baseline", marks=pytest.mark.slow)])
 def test_each_build_at_the_borders_of_memory(build):
     """In a process of its own, which a touch ends; and there the places again."""
     script = (

@@ -113,7 +113,11 @@ def bytes_in_hooks(function, besides) -> int:
 
 class TestGradients:
     @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
-    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+    @pytest.mark.parametrize(
+        "activation",
+        [pytest.param(name, marks=() if name in (None, "relu", "silu") else pytest.mark.slow) for name in ACTIVATIONS],
+        ids=str,
+    )
     @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
     def test_are_equal_to_the_last_bit(self, activation, training, fused, recomputed):
         for kernels in ("all", "eager"):

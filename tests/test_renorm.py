@@ -281,7 +281,7 @@ def test_memory_is_saved_to_the_same_bits():
     assert same(steps(other, partial(saving, model=other), 3), steps(one, one, 3))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("aot_eager_decomp_partition", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plainly", [False, True], ids=["as ever", "plain torch"])
 def test_compiled(monkeypatch, backend, plainly):
     """Two micro-batches: what the first one's backward needs must not be computed again from buffers the second moved."""

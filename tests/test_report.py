@@ -182,7 +182,9 @@ class TestVerdict:
         assert "in widths of the first distribution: without BN diverged, diverged; with BN 0.10, 0.10." in text
         assert "nothing to show" not in text
 
-    @pytest.mark.parametrize("arms", [["plain"], ["batch_norm"], ["plain", "batch_norm"]], ids=str)
+    @pytest.mark.parametrize(
+        "arms", [["plain"], pytest.param(["batch_norm"], marks=pytest.mark.slow), ["plain", "batch_norm"]], ids=str
+    )
     @pytest.mark.parametrize("start", [[0.0, 1.0, 2.0], [None] * 3], ids=["finite", "not finite"])
     def test_a_training_that_diverged_at_once_leaves_nothing_to_show(self, arms, start):
         diverged = {

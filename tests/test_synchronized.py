@@ -292,7 +292,7 @@ def inductor(rank, size):
     compare_gradients("inductor", ours, single)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_torch_tests_of_its_own(size):
     on_replicas(torchs_tests, size)
 
