@@ -37,7 +37,7 @@ $(VENV)/lab: $(BUILT_FROM)
 	@touch $@
 
 $(VENV)/dev: $(BUILT_FROM)
-	@BATCHNORM_BUILDS=all BATCHNORM_REQUIRE_KERNELS=1 $(PYTHON) scripts/environment.py $(VENV) dev $(CONSTRAINTS)
+	@BATCHNORM_BUILDS=all BATCHNORM_REQUIRE_KERNELS=$(BATCHNORM_WERROR) $(PYTHON) scripts/environment.py $(VENV) dev $(CONSTRAINTS)
 	@touch $@ $(VENV)/lab
 
 demo: $(VENV)/lab
