@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 from collections import Counter
@@ -16,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from batchnorm.errors import ArgumentError, StateError
 from batchnorm.folding.concrete import ConcreteTracer
 from batchnorm.folding.flow import Shapes
+from batchnorm.functional.compiled import eager
 from batchnorm.surgery.tracing import IsLeaf, Tracer
-from batchnorm.torch_state import compiler_is_loaded
 
 
 class Call(NamedTuple):
@@ -108,10 +107,8 @@ class Record:
         return self._calls[id(module)]
 
     def _run(self, handles: list[Any]) -> Any:
-        # compiled code ignores hooks that were registered later
-        compiled = compiler_is_loaded()
         try:
-            with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            with eager():  # compiled code ignores hooks that were registered later
                 return call(self._model, self._args, self._kwargs)
         finally:
             for handle in handles:
