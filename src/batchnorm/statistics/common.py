@@ -22,7 +22,7 @@ from batchnorm.functional import (
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_eps, check_input, check_momentum, epilogue_of
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
-from batchnorm.kernels import Renormalization
+from batchnorm.kernels import Renormalization, Steps
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Applying, Layer
@@ -152,24 +152,34 @@ def train_on_fast_path(
         return None
     if layer.reducer is not None or accumulating() or in_one_batch():
         return None
-    parameters, buffers = (
-        layer._parameters,
-        layer._buffers,
-    )  # an attribute look-up of each would cost half a microsecond
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, variance = buffers["running_mean"], buffers["running_var"]
-        batches = buffers["num_batches_tracked"]
-    except KeyError:  # pruned or parametrized: attributes that are computed
+    found = _on_fast_path(layer, x)
+    if found is None:
         return None
-    if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
-        return None
+    steps, weight, bias, mean, variance, batches = found
     skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
         skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
     return fast_path.call(steps, getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
+
+
+def _on_fast_path(
+    layer: nn.Module, x: Tensor
+) -> tuple[Steps, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
+    """The one-operator calls for x, and the layer's weight, bias, running mean, running variance and counter; None if it has no such calls.
+
+    They are read from the module's dictionaries: an attribute look-up of each would cost half a microsecond.
+    """
+    parameters, buffers = layer._parameters, layer._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, variance, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # pruned or parametrized: attributes that are computed
+        return None
+    if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
+        return None
+    return steps, weight, bias, mean, variance, batches
 
 
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
@@ -236,17 +246,10 @@ def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
         layer = layer.owner
     if not isinstance(layer, nn.Module):
         return None
-    parameters, buffers = (
-        layer._parameters,
-        layer._buffers,
-    )  # an attribute look-up of each would cost half a microsecond
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, variance = buffers["running_mean"], buffers["running_var"]
-    except KeyError:  # pruned or parametrized: attributes that are computed
+    found = _on_fast_path(layer, x)
+    if found is None:
         return None
-    if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
-        return None
+    steps, weight, bias, mean, variance, _ = found
     return fast_path.call(steps, steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
