@@ -9,7 +9,7 @@ from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_momentum, check_widths
 from batchnorm.functional.components import components_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
-from batchnorm.kernels import Running, Update, eager, select_update
+from batchnorm.kernels import Running, Update, select_update
 from batchnorm.moments import Moments
 from batchnorm.torch_state import outside_transforms, static_address
 
@@ -62,8 +62,7 @@ def update_running_statistics(
         unless = recomputing_now(moments.mean)
     running = Running(running_mean, running_var, batches, skipped)
     update = Update(momentum, unbiased, skip_nonfinite, unless)
-    kernel = eager if exporting() else select_update(running, moments, update)  # a trace counts values by tensors
-    return kernel.update_running(running, moments, update)
+    return select_update(running, moments, update).update_running(running, moments, update)
 
 
 def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:

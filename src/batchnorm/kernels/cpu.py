@@ -20,7 +20,7 @@ from batchnorm.kernels.activation import Activation
 from batchnorm.kernels.contract import Backward, Epilogue, Groups, Running, Step, Steps, Update, values_per_channel
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
-from batchnorm.torch_state import differentiated_by_torch
+from batchnorm.torch_state import differentiated_by_torch, is_tracing
 
 name = "cpu"
 
@@ -162,6 +162,7 @@ def takes_update(running: Running, moments: Moments, update: Update) -> bool:
         and moments.mean.is_cpu
         and all(counter is None or (counter.is_cpu and counter.dtype is torch.int64) for counter in counters)
         and not torch.compiler.is_compiling()
+        and not is_tracing()  # a trace counts values by tensors
         and not differentiated_by_torch()
     )
 
