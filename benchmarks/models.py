@@ -427,12 +427,11 @@ def page(result: dict[str, Any]) -> str:
     """docs/models.md."""
     rows, packages = result["rows"], result["versions"]
     of = ", ".join(f"{name} {version}" for name, version in packages.items())
-    signs = {"right": "✓"}
     notes = list[str]()
 
     def sign(cell: str) -> str:
-        if cell in signs:
-            return signs[cell]
+        if cell == "right":
+            return "✓"
         if cell not in notes:
             notes.append(cell)
         return f"[{notes.index(cell) + 1}]"

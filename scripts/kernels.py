@@ -6,7 +6,7 @@ with a path it links the library too, for those who work on csrc/: `python scrip
 An object is compiled once: build/objects/ holds each under a key of its sources, flags and compiler.
 
     BATCHNORM_BUILDS   `all`: a build for each instruction set; `host`: the one that this processor runs. Default: `all`
-    BATCHNORM_WERROR   not empty: a warning is an error. The Makefile sets it; an installation must survive a newer compiler's warnings
+    BATCHNORM_WERROR   not empty: a warning is an error, as in continuous integration; an installation survives a newer compiler's
     CXX, CXXFLAGS      the compiler, and flags to add
 """
 

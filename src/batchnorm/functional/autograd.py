@@ -88,7 +88,7 @@ class StepCall(NamedTuple):
     activation: Activation | None
     kernel: Kernel
 
-    reducer = groups = mask = None
+    reducer = groups = None
 
 
 class Saved(NamedTuple):
@@ -186,7 +186,9 @@ class Normalize(torch.autograd.Function):
                 dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *call.code, wants_dx)
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
                 return dx, dweight, dbias if wants_dbias else None, None, None
-            saved = _saved_of_step(ctx)
+            saved = _saved_of_step(*ctx.saved_tensors)
+            ctx.kernel = call.kernel
+            ctx.count = None if call.step.constant_statistics else values_per_channel(saved.x)
         else:
             saved = Saved(*ctx.saved_tensors)
         activation = call.activation
@@ -201,11 +203,9 @@ class Normalize(torch.autograd.Function):
         return dx, dweight, dbias, dresidual, None
 
 
-def _saved_of_step(ctx: Any) -> Saved:
+def _saved_of_step(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Saved:
     """What the general path would have saved."""
-    x, statistics, weight, bias = ctx.saved_tensors
     mean, rstd, *r_and_d = statistics.unbind()
-    ctx.kernel, ctx.count = ctx.call.kernel, None if ctx.call.step.constant_statistics else values_per_channel(x)
     return Saved(x, mean, rstd, weight, bias, None, None, None, None, *(r_and_d or (None, None)))
 
 
