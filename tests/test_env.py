@@ -20,6 +20,10 @@ class Picky:
     name = "picky"
 
     @staticmethod
+    def status():
+        return "it takes little"
+
+    @staticmethod
     def refuses(x, epilogue):
         if x.dtype != torch.float32:
             return f"x is {x.dtype}"
@@ -44,10 +48,10 @@ def test_choices_are_those_of_the_kernels(picky):
 
 def test_kernels_tell_how_they_run(monkeypatch):
     monkeypatch.setattr(kernels.cpu, "_library", kernels.cpu._Library(None, "AVX2", ("AVX2", "baseline")))
-    assert env.environment().kernels == {
-        "cpu": "C++, AVX2 (built for AVX2, baseline)",
-        "eager": "torch's operators, for every call",
-    }
+    found = env.environment().kernels
+    assert list(found) == [kernel.name for kernel in kernels.KERNELS]
+    assert found["cpu"] == "C++, AVX2 (built for AVX2, baseline)"
+    assert found["eager"] == "torch's operators, for every call"
     monkeypatch.setattr(kernels.cpu, "_library", kernels.cpu._Library("the C++ kernels were not built"))
     assert env.environment().kernels["cpu"] == "the C++ kernels were not built"
 
@@ -70,6 +74,7 @@ def test_the_table_says_why(picky):
     result = call()
     assert result.exit_code == 0, result.output
     assert "picky: there is a mask" in " ".join(result.stdout.split())
+    assert "it takes little" in result.stdout
     assert torch.__version__ in result.stdout
 
 

@@ -43,7 +43,7 @@ class Normalized(NamedTuple):
 
     mean: Tensor
     rstd: Tensor
-    count: int | Tensor | None
+    count: int | Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride] (of a tuple's method)
 
 
 def forward(

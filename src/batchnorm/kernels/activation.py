@@ -120,7 +120,9 @@ class Activation:
 
 
 WITHOUT_SLOPE = {name: Activation(name) for name, row in ROWS.items() if not row.has_slope}
-OF_FUNCTION = {function: Activation(name) for name, row in ROWS.items() for function in row.functions}
+OF_FUNCTION: dict[Any, Activation] = {
+    function: Activation(name) for name, row in ROWS.items() for function in row.functions
+}
 
 
 def parse(activation: str | nn.Module | Activation | None) -> Activation | None:
