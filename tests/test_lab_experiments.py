@@ -150,7 +150,8 @@ def test_equal_arms_hold_no_claim(name):
         def __missing__(self, key):
             return 0.5
 
-    verdict = experiment.judge(Results({arm: [Measured(Same(), {"course": [(9.0, 0.5)]})] for arm in experiment.arms}))
+    (judge,) = experiment.claims.values()
+    verdict = judge(Results({arm: [Measured(Same(), {"course": [(9.0, 0.5)]})] for arm in experiment.arms}))
     assert verdict.answer == "does not hold"
     assert verdict.evidence
 
@@ -173,7 +174,8 @@ def test_what_a_judge_says_of_a_part_of_a_claim(name, plain, normalized, answer,
         return [Measured(dict.fromkeys(experiment.metrics, 60.0) | values, {"course": [(3000.0, 0.9)]})]
 
     arms = {arm: measured(plain if arm == "plain" else normalized) for arm in experiment.arms}
-    verdict = experiment.judge(Results(arms))
+    (judge,) = experiment.claims.values()
+    verdict = judge(Results(arms))
     assert verdict.answer == answer
     assert told in verdict.evidence
     assert "inf" not in verdict.evidence

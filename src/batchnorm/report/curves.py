@@ -26,15 +26,15 @@ SIZE = (5.6, 3.9)
 Points = list[tuple[float, float]]
 
 
-def drawings(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
-    """Each plot as inline SVG, with its title."""
+def drawings(experiment: Experiment, results: Results) -> list[tuple[str, str, str]]:
+    """Each plot as inline SVG, with its title and caption."""
     drawn = [
-        (_curves(experiment, results, name), curve.title)
+        (_curves(experiment, results, name), curve.title, curve.caption)
         for name, curve in experiment.curves.items()
         if any(name in measured.curves for arm in experiment.arms for measured in results.by_arm[arm])
     ]
     headline = next(iter(experiment.metrics))
-    return drawn or [(_dots(experiment, results, headline), experiment.metrics[headline].label)]
+    return drawn or [(_dots(experiment, results, headline), experiment.metrics[headline].label, "")]
 
 
 def _curves(experiment: Experiment, results: Results, name: str) -> str:

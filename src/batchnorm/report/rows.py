@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from batchnorm.lab.experiment import Experiment, Metric, Results
+from batchnorm.lab.outcome import Outcome
 from batchnorm.lab.result import Arm, Result
 
 MISSING = "–"
@@ -92,6 +93,15 @@ def comparison(experiment: Experiment, results: Results) -> tuple[list[str], lis
         return list(experiment.arms.values()), rows
     rows = [(label, [cells[arm, name] for name in labels]) for arm, label in experiment.arms.items()]
     return list(labels.values()), rows
+
+
+def extent(experiment: Experiment, outcome: Outcome) -> str:
+    """Size and seeds of a run, and how they are summarized."""
+    if not outcome.verdicts(experiment):
+        return f"{outcome.size}, {outcome.finished} of {outcome.units} measured; numbers are of the finished ones"
+    return f"{outcome.size}, " + (
+        "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds; mean ± standard deviation"
+    )
 
 
 def spread(metric: Metric, values: Sequence[float]) -> str:

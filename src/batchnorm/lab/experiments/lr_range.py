@@ -95,7 +95,9 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="lr-range",
     question="Does batch normalization let the same network train over a wider range of learning rates and initial weights?",
-    claim="With batch normalization the network trains at most learning rates of three orders of magnitude, without at a few.",
+    claims={
+        "With batch normalization the network trains at most learning rates of three orders of magnitude, without at a few.": judge
+    },
     source="Ioffe & Szegedy 2015, section 3.3 (arXiv:1502.03167); Bjorck et al. 2018 (arXiv:1806.02375)",
     paper="Inception trains at 5 and 30 times the learning rate with BN, and diverges at 5 times without (section 4.2.2)",
     arms=learning_rates.ARMS,
@@ -107,7 +109,6 @@ EXPERIMENT = Experiment(
         "best_rate": Metric("best rate (on validation)", ".3g", "neither"),
     },
     measure=measure,
-    judge=judge,
     curves={
         "sweep": Curve("Test accuracy by learning rate", "learning rate", "test accuracy", log_x=True),
         "begun": Curve("Test accuracy by initial scale", "deviation of initial weights", "test accuracy", log_x=True),
