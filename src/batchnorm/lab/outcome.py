@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
+
+import torch
 
 from batchnorm.errors import InputError
 from batchnorm.files import read_json, to_json, write
 from batchnorm.lab.experiment import Experiment, Measured, Results, Size, Verdict
-from batchnorm.lab.result import environment
 from batchnorm.lab.unit import Finished, packed, unpacked
+from batchnorm.version import __version__
 
 SCHEMA = 1
 
@@ -54,7 +58,13 @@ class Outcome:
             data=setting.data,
             by_arm={arm: [measured.get((arm, seed)) for seed in range(seeds)] for arm in experiment.arms},
             seconds=sum(each.seconds for each in finished),
-            environment=environment(),
+            environment={
+                "batchnorm": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": f"{platform.system()} {platform.machine()}",
+                "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            },
             command=command,
         )
 

@@ -112,7 +112,7 @@ def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:
     return [
         claims,
         f'<div class="figures">\n{figures}\n</div>',
-        table(experiment.question, "", [("", label) for label in columns], rows),
+        table(experiment.question, columns, rows),
         f"<dl>\n{listed}<dt>Make it again</dt><dd><code>{escape(outcome.command)}</code></dd>\n</dl>",
     ]
 
