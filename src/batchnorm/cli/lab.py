@@ -224,6 +224,8 @@ def measure_all(
 def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:
     """The units to measure, one experiment after the other, with all arms of a seed next to each other.
 
+    The first arm, the baseline, comes last: it is the quickest as a rule, so that workers end at about the same time.
+
     Raises:
         InputError: the device does not exist, or an experiment does not run there; no experiment accepts the data, or they are not a
             folder.
@@ -247,7 +249,7 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
         units += [
             Unit(experiment.name, arm, replace(own, seed=seed), version if own.data else "")
             for seed in range(seeds)
-            for arm in experiment.arms
+            for arm in reversed(list(experiment.arms))
         ]
     return units
 

@@ -90,7 +90,7 @@ def _scale(axes: Axes, log_x: bool, log_y: bool, xs: Sequence[float]) -> None:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         if high < 1000 * low:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(PLAIN_NUMBER)
             axes.yaxis.set_minor_locator(NullLocator())
     if log_x:
