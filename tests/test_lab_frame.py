@@ -293,6 +293,9 @@ class TestOutcome:
     def test_seeds_as_text(self, values, text):
         assert spread(Metric("", ".2f"), values).replace("\u00a0", " ") == text
 
+    def test_chosen_numbers_have_no_mean(self):
+        assert spread(Metric("", ".3g", each=True), [0.3, 3.0, math.nan]) == "0.3, 3"
+
 
 class TestPage:
     def test_it_holds_everything_and_no_address(self):

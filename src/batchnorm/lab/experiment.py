@@ -52,11 +52,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """Name and format of a number, and whether higher is better; `form` is a format specification such as ".1%" or "d"."""
+    """Name and format of a number, and whether higher is better; `form` is a format specification such as ".1%" or "d".
+
+    With `each`, tables show every seed in place of mean and deviation, for numbers that were chosen from a few.
+    """
 
     label: str
     form: str = ".3g"
     better: Literal["higher", "lower", "neither"] = "higher"
+    each: bool = False
 
     def __call__(self, value: float) -> str:
         """The number as text: "never" for infinity, a dash for NaN."""

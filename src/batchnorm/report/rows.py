@@ -38,11 +38,11 @@ def extent(experiment: Experiment, outcome: Outcome) -> str:
 
 
 def spread(metric: Metric, values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation of the seeds; a list of all seeds if one of them never reached the target."""
+    """Mean ± sample standard deviation of the seeds; a list of all seeds if the metric asks for it, or one never reached the target."""
     measured = [value for value in values if not math.isnan(value)]
     if not measured:
         return MISSING
-    if not all(map(math.isfinite, measured)):
+    if metric.each or not all(map(math.isfinite, measured)):
         return ", ".join(map(metric, measured))
     deviation = f"\u00a0±\u00a0{metric(stdev(measured))}" if len(measured) > 1 else ""
     return f"{metric(fmean(measured))}{deviation}"

@@ -112,7 +112,7 @@ def _typical(received: Tensor) -> tuple[float, list[list[float]]]:
 ARMS = {"plain": "without BN", "batch_norm": "with BN"}
 METRICS = {
     "accuracy": Metric("test accuracy, best learning rate", ".1%"),
-    "best_rate": Metric("best learning rate (on validation)", ".3g", "neither"),
+    "best_rate": Metric("best learning rate (on validation)", ".3g", "neither", each=True),
     "common_accuracy": Metric(f"test accuracy, learning rate {COMMON:g}", ".1%"),
     "steps": Metric(f"steps to {TARGET:.0%}, learning rate {COMMON:g}", ".0f", "lower"),
     "rates": Metric("learning rates that train", ".3g"),

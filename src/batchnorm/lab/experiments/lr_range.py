@@ -80,7 +80,7 @@ EXPERIMENT = Experiment(
         "deviations": Metric(f"initial scales of {len(DEVIATIONS)} that train", ".3g"),
         "steps": Metric(f"steps to {TARGET:.0%} at {COMMON:g}", ".0f", "lower"),
         "accuracy": Metric("test accuracy, best rate", ".1%"),
-        "best_rate": Metric("best rate (on validation)", ".3g", "neither"),
+        "best_rate": Metric("best rate (on validation)", ".3g", "neither", each=True),
     },
     measure=measure,
     curves={

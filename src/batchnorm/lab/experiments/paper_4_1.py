@@ -124,7 +124,7 @@ EXPERIMENT = Experiment(
     metrics={
         "steps": Metric(f"steps to {TARGET:.0%}, rate {COMMON:g}", ".0f", "lower"),
         "tuned_steps": Metric(f"steps to {TARGET:.0%}, own rate", ".0f", "lower"),
-        "tuned_rate": Metric("own rate (on validation)", ".3g", "neither"),
+        "tuned_rate": Metric("own rate (on validation)", ".3g", "neither", each=True),
         "accuracy": Metric("test accuracy at the end, own rate", ".1%"),
         "shift": Metric("largest move of a typical median", ".2f", "lower"),
     },
