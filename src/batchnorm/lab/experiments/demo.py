@@ -192,11 +192,11 @@ EXPERIMENT = Experiment(
             "step",
             "distance from the first median",
             caption=(
-                "15th, 50th and 85th percentile of the input of the last hidden activation over the validation images, in inference, at "
-                f"learning rate {COMMON:g}, mean of the seeds: the unit whose median moves neither more nor less than most, in widths of its first "
-                "distribution, mirrored if the median moves down. With BN the running statistics have seen no image at first, so the "
-                "distribution widens. "
-                "How far it moves need not be what makes training fast or slow (Santurkar et al. 2018, arXiv:1805.11604)."
+                "15th, 50th and 85th percentile of the input of the last hidden activation over the validation images, in inference, "
+                f"at learning rate {COMMON:g}, mean of the seeds: the unit whose median moves neither more nor less than most, in "
+                "widths of its first distribution, mirrored if the median moves down. With BN the running statistics have seen no "
+                "image at first, so the distribution widens. How far it moves need not be what makes training fast or slow "
+                "(Santurkar et al. 2018, arXiv:1805.11604)."
             ),
         ),
         "gradient": Curve(
