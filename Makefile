@@ -21,7 +21,7 @@ help:
 	@echo "make test-all  run those marked slow too: the trainings that show each effect's direction"
 	@echo "make coverage  run the tests and measure which lines they run"
 	@echo "make models    every operation on 45 architectures of other libraries (docs/models.md; some 5 GB of packages)"
-	@echo "make lint      ruff and pyright"
+	@echo "make lint      ruff, clang-format and pyright"
 	@echo "make docs      build docs/ into site/"
 	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean     remove the virtual environment and what was built"
@@ -78,6 +78,7 @@ models: .venv-models/models
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/dev

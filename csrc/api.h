@@ -9,12 +9,10 @@ namespace batchnorm {
 enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
 
 // In bytes.
-static constexpr int64_t element_size(Dtype dtype) {
-    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+static constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// The activations, in the order of `ACTIVATIONS` in kernels/cpu.py. kernels/activation.h has the formula of each; without it, a row here
-// does not compile.
+// The activations by their names in kernels/activation.py; Python reads their numbers from the library. kernels/activation.h has the
+// formula of each; without it, a row here does not compile.
 #define ACTIVATIONS(ROW) ROW(identity) ROW(relu) ROW(relu6) ROW(leaky_relu) ROW(silu) ROW(hardswish) ROW(gelu) ROW(gelu_tanh)
 
 #define ENUMERATOR(name) name,
@@ -43,13 +41,13 @@ struct Task {
     void* output;             // y or dx; null if dx is not needed
     void* dresidual;          // or null
 
-    const double* weight;  // (C,), or null for 1
-    const double* bias;    // (C,), or null for 0
-    double* mean;          // (C,), written by moments and forward, read by the others
-    double* m2;            // (C,), written by moments and forward
-    double* rstd;          // (C,), written by forward, read by the others
-    double* sum_grad;       // (C,), written by reduce_grad and backward
-    double* sum_grad_xhat;  // (C,), likewise
+    const double* weight;          // (C,), or null for 1
+    const double* bias;            // (C,), or null for 0
+    double* mean;                  // (C,), written by moments and forward, read by the others
+    double* m2;                    // (C,), written by moments and forward
+    double* rstd;                  // (C,), written by forward, read by the others
+    double* sum_grad;              // (C,), written by reduce_grad and backward
+    double* sum_grad_xhat;         // (C,), likewise
     const double* mean_grad;       // (C,), read by input_grad; null where the statistics are constants
     const double* mean_grad_xhat;  // (C,), likewise
 

@@ -15,8 +15,8 @@ namespace batchnorm {
 #else
 #define MAYBE
 #endif
-#define DECLARE_BUILD(isa)           \
-    namespace isa {                  \
+#define DECLARE_BUILD(isa)            \
+    namespace isa {                   \
     MAYBE void run_float(Task& task); \
     MAYBE void run_half(Task& task);  \
     }
@@ -59,8 +59,8 @@ Builds known_builds() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
     const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
     return {{{"AVX-512 BF16", x86_64_v4::run_float, x86_64_v4_bf16::run_half, bf16},
              {"AVX-512", x86_64_v4::run_float, x86_64_v4::run_half, v4},
@@ -129,8 +129,8 @@ void run(Task& task) {
     if (forked) task.threads = 1;
     if (task.groups <= 1) return run_group(task);
     // A thread for each group, or all threads for one group after the other.
-    const bool group_per_thread = task.threads > 1 && is_balanced(task.threads, task.groups) &&
-                                  task.N * task.C * task.S >= 2 * values_worth_a_thread;
+    const bool group_per_thread =
+        task.threads > 1 && is_balanced(task.threads, task.groups) && task.N * task.C * task.S >= 2 * values_worth_a_thread;
     parallel(group_per_thread ? task.threads : 1, task.groups, [&](int64_t number) {
         Task group = group_of(task, number);
         if (group_per_thread) group.threads = 1;

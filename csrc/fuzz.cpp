@@ -128,8 +128,8 @@ uint64_t fuzz_one() {
             }
         if (threads == 1) first = bits;
         if (bits != first) {
-            printf("verb %d, dtype %d, (%ld, %ld, %ld), interleaved %d: other bits on %d threads\n", (int)task.verb,
-                   (int)task.dtype, (long)task.N, (long)task.C, (long)task.S, task.interleaved, threads);
+            printf("verb %d, dtype %d, (%ld, %ld, %ld), interleaved %d: other bits on %d threads\n", (int)task.verb, (int)task.dtype,
+                   (long)task.N, (long)task.C, (long)task.S, task.interleaved, threads);
             exit(1);
         }
     }

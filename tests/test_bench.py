@@ -14,7 +14,8 @@ from rich.console import Console
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.bench import allocator, memory, model, providers, run, targets, timing
+from batchnorm import measure
+from batchnorm.bench import allocator, memory, model, providers, run, targets
 from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import DIRECTIONS, tensors
 from batchnorm.bench.row import Row, load
@@ -22,9 +23,9 @@ from batchnorm.bench.suite import Layer
 from batchnorm.bench.tables import summary_tables
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
-from batchnorm.lab import allocation
 from batchnorm.lab.networks import resnet50
 from batchnorm.report.bench import render
+from tests.layer_table import ACTIVATIONS
 from tests.test_bench_cases import case
 from tests.test_report import Page
 
@@ -48,16 +49,16 @@ class TestArithmetic:
     @pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0, 3.0], list(range(100))])
     @pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
     def test_percentiles_are_numpys(self, values, percent):
-        assert timing.percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), abs=1e-12)
+        assert measure.percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), abs=1e-12)
 
     def test_geometric_mean(self):
-        assert timing.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-        assert timing.geometric_mean([1.0, 16.0], [3, 1]) == pytest.approx(2.0)
+        assert measure.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+        assert measure.geometric_mean([1.0, 16.0], [3, 1]) == pytest.approx(2.0)
 
     def test_rounds_take_turns_in_changing_order(self):
         order = []
         functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
-        samples = timing.interleaved(functions, timing.Effort(0.0, least=6), FakeClock())
+        samples = measure.interleaved(functions, measure.Effort(0.0, least=6), FakeClock())
         assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 6)
         rounds = [tuple(order[-3 * k : len(order) - 3 * k + 3]) for k in range(6, 0, -1)]
         assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
@@ -66,14 +67,15 @@ class TestArithmetic:
     def test_rounds_end_with_the_time_and_with_the_most(self):
         functions = {"a": lambda: None}
         assert (
-            len(timing.interleaved(functions, timing.Effort(1e9, least=1, most=4), FakeClock(), FakeClock())["a"]) == 4
+            len(measure.interleaved(functions, measure.Effort(1e9, least=1, most=4), FakeClock(), FakeClock())["a"])
+            == 4
         )
-        assert len(timing.interleaved(functions, timing.Effort(0.0, least=2), FakeClock())["a"]) == 2
+        assert len(measure.interleaved(functions, measure.Effort(0.0, least=2), FakeClock())["a"]) == 2
 
     def test_short_calls_are_repeated_within_a_sample(self):
         calls = []
         ticks = iter(i * 1e-5 for i in range(10**6))
-        timing.interleaved({"a": lambda: calls.append(1)}, timing.Effort(0.0, least=1), lambda: next(ticks))
+        measure.interleaved({"a": lambda: calls.append(1)}, measure.Effort(0.0, least=1), lambda: next(ticks))
         assert (
             len(calls) == 4 + 2 * 401
         )  # the first looks, a sample to warm up, one that counts: 4e-3 s / 1e-5 s, rounded up
@@ -147,7 +149,7 @@ class TestProviders:
                 with torch.set_grad_enabled(one.needs_grad):
                     assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
 
-    @pytest.mark.parametrize("activation", [None, "relu6", "leaky_relu", "silu", "hardswish", "gelu"])
+    @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
     def test_activations(self, activation):
         one = case(layer=Layer((4, 6, 5, 5), activation=activation), direction="step")
         given = tensors(one)
@@ -176,14 +178,14 @@ class TestMemory:
             del first
             return torch.empty(1 << 18) + 1
 
-        assert 4 << 20 <= allocation.peak_bytes(work) < 5 << 20
+        assert 4 << 20 <= measure.peak_bytes(work) < 5 << 20
 
     def test_saved_is_what_the_graph_keeps(self):
         x = torch.randn(100, 100, requires_grad=True)
-        assert allocation.saved_bytes(lambda: x.neg().exp().sum()) == 4 * 100 * 100
-        assert allocation.saved_bytes(lambda: x.square().square().sum()) == 4 * 100 * 100
+        assert measure.saved_bytes(lambda: x.neg().exp().sum()) == 4 * 100 * 100
+        assert measure.saved_bytes(lambda: x.square().square().sum()) == 4 * 100 * 100
         with torch.no_grad():
-            assert allocation.saved_bytes(lambda: x.square().square().sum()) == 0
+            assert measure.saved_bytes(lambda: x.square().square().sum()) == 0
 
     def test_reused_outputs_need_glibc(self, monkeypatch):
         monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("musl", ""))

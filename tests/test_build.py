@@ -16,8 +16,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import kernels  # noqa: E402
 import library_size  # noqa: E402
 
-# An instruction set's build is 380 KB and some 350 functions; before there was a ceiling it was 2 MB and took five times as long.
-MOST_CODE, MOST_FUNCTIONS = 500 * 1024, 480
+# An instruction set's build is 380 to 440 KB and some 380 functions (2 MB before there was a ceiling, and five times as long to compile); the operators
+# and the choice of the build are 67 KB and 100 functions.
+MOST_CODE, MOST_FUNCTIONS = 460 * 1024, 400
+OPERATORS_CODE, OPERATORS_FUNCTIONS = 80 * 1024, 120
 
 
 @pytest.mark.skipif(
@@ -25,8 +27,8 @@ MOST_CODE, MOST_FUNCTIONS = 500 * 1024, 480
 )
 def test_the_library_stays_small():
     found, builds = library_size.measure(library_size.LIBRARY), len(cpu.builds())
-    assert 100_000 < found.code < builds * MOST_CODE
-    assert 100 < found.functions < builds * MOST_FUNCTIONS
+    assert 100_000 < found.code < OPERATORS_CODE + builds * MOST_CODE
+    assert 100 < found.functions < OPERATORS_FUNCTIONS + builds * MOST_FUNCTIONS
 
 
 @pytest.fixture

@@ -42,11 +42,14 @@ def test_choices_are_those_of_the_kernels(picky):
     assert env.choice("cpu", torch.float32, "channels_last", masked=True).refusals == {"picky": "there is a mask"}
 
 
-def test_the_library_names_its_builds(monkeypatch):
-    monkeypatch.setattr(kernels.cpu, "_unavailable", None)
-    monkeypatch.setattr(kernels.cpu, "_instruction_set", "AVX2")
-    monkeypatch.setattr(kernels.cpu, "_builds", ("AVX2", "baseline"))
-    assert env.library() == "loaded, AVX2 (built for AVX2, baseline)"
+def test_kernels_tell_how_they_run(monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "_library", kernels.cpu._Library(None, "AVX2", ("AVX2", "baseline")))
+    assert env.environment().kernels == {
+        "cpu": "C++, AVX2 (built for AVX2, baseline)",
+        "eager": "torch's operators, for every call",
+    }
+    monkeypatch.setattr(kernels.cpu, "_library", kernels.cpu._Library("the C++ kernels were not built"))
+    assert env.environment().kernels["cpu"] == "the C++ kernels were not built"
 
 
 def test_every_kind_of_input_is_asked_about():

@@ -81,7 +81,7 @@ def test_the_default_gradient_is_that_of_the_first_output():
     it = explain([3.0, -1.0, 2.0])
     assert it.grad_output == (1.0, 0.0, 0.0)
     assert sum(it.grad_input) == pytest.approx(0, abs=1e-12)  # a common shift of the values changes nothing
-    assert "how every xᵢ moves the first output" in str(it)
+    assert "how the first output depends on every xᵢ" in str(it)
     assert "for the given dL/dyᵢ" in str(explain([3.0, -1.0, 2.0], grad_output=[0, 1, 0]))
 
 

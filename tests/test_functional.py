@@ -9,15 +9,12 @@ import batchnorm as bn
 from batchnorm import Moments
 from batchnorm.functional import batch_norm, normalize, normalize_with, update_running_statistics
 from batchnorm.kernels import Activation, parse
+from batchnorm.kernels.activation import NAMES
+from tests.layer_table import ACTIVATIONS
 
-ACTIVATIONS = {
-    "relu": nn.ReLU(),
-    "relu6": nn.ReLU6(),
-    "leaky_relu": nn.LeakyReLU(),
-    "silu": nn.SiLU(),
-    "hardswish": nn.Hardswish(),
-    "gelu": nn.GELU(),
-}
+
+def test_every_activation_is_tested():
+    assert tuple(ACTIVATIONS) == NAMES
 
 
 def leaves(*shapes, dtype=torch.float64):

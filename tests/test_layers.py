@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
-from batchnorm.statistics import Batch, Running
+from batchnorm.statistics import Batch, Domains, MovingAverage, Renorm, Running
 
 GOLDEN = Path(__file__).parent / "golden" / "state_layouts.json"
 LAYERS = {
@@ -33,6 +33,11 @@ VARIANTS = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
     "activation": {"activation": "relu"},
+    "domains": {"statistics": Domains(("real", "fake"))},
+    "domains-of-moving-averages": {"statistics": Domains(("real", "fake"), within=MovingAverage(window=4))},
+    "moving-average": {"statistics": MovingAverage(window=4)},
+    "renorm": {"statistics": Renorm()},
+    "running": {"statistics": Running()},
 }
 
 
@@ -52,7 +57,8 @@ def test_state_layouts_are_the_golden_ones():
         for variant, options in VARIANTS.items()
     }
     if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(layouts, indent=1, sort_keys=True) + "\n")
+        lines = [f"{json.dumps(name)}: {json.dumps(layout)}" for name, layout in sorted(layouts.items())]
+        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     assert layouts == json.loads(GOLDEN.read_text()), "if this is meant, write it anew with UPDATE_GOLDEN=1 pytest"
 
 

@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.kernels import KERNELS, cpu
-from batchnorm.lab.allocation import saved_bytes
 from batchnorm.lab.networks import resnet50
+from batchnorm.measure import saved_bytes
 from batchnorm.memory import contexts
 from batchnorm.memory.recipes import Recipe
 from batchnorm.memory.saver import DEPTH
-from tests.layer_table import ROWS
+from tests.layer_table import ACTIVATIONS, ROWS
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -115,7 +114,10 @@ class TestGradients:
     @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
     @pytest.mark.parametrize(
         "activation",
-        [pytest.param(name, marks=() if name in (None, "relu", "silu") else pytest.mark.slow) for name in ACTIVATIONS],
+        [
+            pytest.param(name, marks=() if name in (None, "relu", "silu") else pytest.mark.slow)
+            for name in (None, *ACTIVATIONS)
+        ],
         ids=str,
     )
     @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

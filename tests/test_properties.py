@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm import reference
+from tests import layer_table
 from tests.budget import assert_same_bits, assert_ulps, largest
 
 
@@ -37,12 +38,7 @@ DTYPES = tuple(ULPS)
 GELU_TANH = nn.GELU("tanh")
 ACTIVATIONS = {
     None: lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
+    **layer_table.ACTIVATIONS,
     nn.LeakyReLU(0.3): lambda z: F.leaky_relu(z, 0.3),
     GELU_TANH: lambda z: F.gelu(z, approximate="tanh"),
 }

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.surgery import Absorbed
+from tests.layer_table import ACTIVATIONS
 from tests.networks import FrozenBatchNorm2d, settle
 from tests.test_blocks import BatchNormAct2d
 from tests.test_surgery import shape_of
@@ -99,11 +100,7 @@ def functional(function):
 
 
 FUNCTIONS = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
+    **{name: module.forward for name, module in ACTIVATIONS.items() if name != "leaky_relu"},
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "leaky_relu(0.3)": lambda z: F.leaky_relu(z, 0.3),
     "None": lambda z: z,

@@ -58,10 +58,10 @@ struct Channel {
 // The numbers of `one` in these lanes, of `other` in the rest.
 template <class Vector>
 INLINE Channel<Vector> joined(const Channel<Vector>& one, const Channel<Vector>& other, Partial lanes) {
-    const auto both = [&](Vector Channel<Vector>::*number) { return within(one.*number, other.*number, lanes); };
+    const auto both = [&](Vector Channel<Vector>::* number) { return within(one.*number, other.*number, lanes); };
     typedef Channel<Vector> Numbers;
-    return {both(&Numbers::mean), both(&Numbers::scale), both(&Numbers::scale_rest), both(&Numbers::offset),
-            both(&Numbers::grad_scale), both(&Numbers::rstd), both(&Numbers::slope), both(&Numbers::level)};
+    return {both(&Numbers::mean),       both(&Numbers::scale), both(&Numbers::scale_rest), both(&Numbers::offset),
+            both(&Numbers::grad_scale), both(&Numbers::rstd),  both(&Numbers::slope),      both(&Numbers::level)};
 }
 
 // The numbers of many channels, stored as one array for each number. A place of the arrays belongs to a channel, or to a column of a
@@ -83,8 +83,7 @@ class Table {
             for (int64_t c = c0; c < c1; ++c) {
                 const Vector value = Vector{} + other.at(number, c);
                 // The last vector reaches into the next channel, which overwrites it, or past the end.
-                for (int64_t copy = 0; copy < copies; copy += T::width)
-                    memcpy(&at(number, (c - c0) * copies + copy), &value, sizeof value);
+                for (int64_t copy = 0; copy < copies; copy += T::width) memcpy(&at(number, (c - c0) * copies + copy), &value, sizeof value);
             }
     }
     ~Table() { free(values); }
@@ -120,9 +119,7 @@ class Channels {
     typedef typename T::Real Real;
 
     // The table holds `copies` of each channel, `C` apart, for the interleaved loops, which join several rows.
-    Channels(const Task& task, int64_t copies) : task(task), copies(copies), table(task.C * copies) {
-        unfinished = (bool*)malloc(task.C);
-    }
+    Channels(const Task& task, int64_t copies) : task(task), copies(copies), table(task.C * copies) { unfinished = (bool*)malloc(task.C); }
     ~Channels() { free(unfinished); }
     Channels(const Channels&) = delete;
     Channels& operator=(const Channels&) = delete;

@@ -69,8 +69,8 @@ void sum_columns(const Task& task, const Table<T>& table, const Rows& all, const
 // Maps columns `begin` ... `end` - 1, and prefetches `ahead` elements ahead. If they are not whole vectors, the last vector overlaps the
 // one before it: a map may write an element twice. The last of an odd number of rows is mapped twice.
 template <bool stream, class T, class Map, class Out>
-NOINLINE void map_whole_columns(
-    const Table<T>& table, const Rows& all, int64_t begin, int64_t end, int64_t ahead, const Map& given, const Out& given_out) {
+NOINLINE void map_whole_columns(const Table<T>& table, const Rows& all, int64_t begin, int64_t end, int64_t ahead, const Map& given,
+                                const Out& given_out) {
     const Map map = given;
     const Out out = given_out;
     for (int64_t j0 = begin; j0 < end; j0 += tile_columns) {
@@ -110,8 +110,7 @@ void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool
     }
     const int64_t whole = stream ? rows.columns / T::width * T::width : 0;
     if (whole) map_whole_columns<true>(table, rows, 0, whole, ahead, map, out);
-    if (whole < rows.columns)
-        map_whole_columns<false>(table, rows, whole ? rows.columns - T::width : 0, rows.columns, ahead, map, out);
+    if (whole < rows.columns) map_whole_columns<false>(table, rows, whole ? rows.columns - T::width : 0, rows.columns, ahead, map, out);
 }
 
 // The loops that are compiled for each kind of call; their callers are compiled once for each storage type.

@@ -172,8 +172,7 @@ struct NormalizeMap {
     INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
     template <class Lanes>
-    INLINE Written<typename E::Vector> operator()(
-        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+    INLINE Written<typename E::Vector> operator()(int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         const auto z = elements.pre_activation(i, elements.deviation(i, channel, lanes), channel, lanes);
         const auto y = elements.counted(elements.activation.value(z), typename E::Vector{}, m, lanes);
         return {y, y};
@@ -190,8 +189,7 @@ struct InputGradMap {
     INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
     template <class Lanes>
-    INLINE Written<typename E::Vector> operator()(
-        int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+    INLINE Written<typename E::Vector> operator()(int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         const auto d = elements.deviation(i, channel, lanes);
         const typename E::Vector nothing = {};
         const auto g = elements.counted(elements.grad(i, d, channel, lanes), nothing, m, lanes);
@@ -205,8 +203,7 @@ template <class T, bool two>
 struct Outputs {
     typename T::Element *first, *second;
 
-    explicit Outputs(const Task& task)
-        : first((typename T::Element*)task.output), second((typename T::Element*)task.dresidual) {}
+    explicit Outputs(const Task& task) : first((typename T::Element*)task.output), second((typename T::Element*)task.dresidual) {}
 
     template <class Lanes>
     INLINE void store(int64_t i, const Written<typename T::Vector>& values, Lanes lanes) const {

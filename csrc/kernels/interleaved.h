@@ -130,13 +130,11 @@ class Interleaved {
         if (task.mask) {
             sum_counted(sum, chunk, sums);
         } else {
-            for_rows(chunk * rows, at_most((chunk + 1) * rows, M),
-                     [&](const Rows& taken) { sum(task, channels.table, taken, {}, sums); });
+            for_rows(chunk * rows, at_most((chunk + 1) * rows, M), [&](const Rows& taken) { sum(task, channels.table, taken, {}, sums); });
         }
         double* columns = (double*)malloc(2 * vectors * T::width * sizeof(double));
         double* products = columns + vectors * T::width;
-        for (int64_t vector = 0; vector < vectors; ++vector)
-            sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
+        for (int64_t vector = 0; vector < vectors; ++vector) sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
         if (length == C) {
             memcpy(totals, columns, C * sizeof(double)), memcpy(totals + C, products, C * sizeof(double));
         } else {

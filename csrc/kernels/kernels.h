@@ -20,9 +20,7 @@ NOINLINE void run_loops(Task& task, const Loops& loops) {
     }
 }
 
-bool goes_forward(const Task& task) {
-    return task.verb == Verb::moments || task.verb == Verb::normalize || task.verb == Verb::forward;
-}
+bool goes_forward(const Task& task) { return task.verb == Verb::moments || task.verb == Verb::normalize || task.verb == Verb::forward; }
 
 // Moments do not depend on the epilogue: all activations share their loops.
 template <class E>
@@ -51,13 +49,17 @@ template <class E>
 void run_masked_planar(Task& task) {
     typedef Planar<typename E::T> Layout;
     if (goes_forward(task)) {
-        run_loops<Layout, typename Layout::Loops>(
-            task, {{}, &Layout::template sum_counted<MomentTerm<Plain<E>, false>>, &Layout::template sum_counted<MomentTerm<Plain<E>, true>>,
-                   &Layout::template map_rows<NormalizeMap<E>>, &Layout::template map_joined<NormalizeMap<E>>});
+        run_loops<Layout, typename Layout::Loops>(task, {{},
+                                                         &Layout::template sum_counted<MomentTerm<Plain<E>, false>>,
+                                                         &Layout::template sum_counted<MomentTerm<Plain<E>, true>>,
+                                                         &Layout::template map_rows<NormalizeMap<E>>,
+                                                         &Layout::template map_joined<NormalizeMap<E>>});
     } else {
-        run_loops<Layout, typename Layout::Loops>(
-            task, {{}, &Layout::template sum_counted<GradTerm<E>>, &Layout::template sum_counted<GradTerm<E>>,
-                   &Layout::template map_rows<InputGradMap<E>>, &Layout::template map_joined<InputGradMap<E>>});
+        run_loops<Layout, typename Layout::Loops>(task, {{},
+                                                         &Layout::template sum_counted<GradTerm<E>>,
+                                                         &Layout::template sum_counted<GradTerm<E>>,
+                                                         &Layout::template map_rows<InputGradMap<E>>,
+                                                         &Layout::template map_joined<InputGradMap<E>>});
     }
 }
 

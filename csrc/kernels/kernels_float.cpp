@@ -7,7 +7,8 @@ constexpr int64_t exact_values = Simd::multiply_add_rounds_once ? 4096 : INT64_M
 
 void run_float(Task& task) {
     if (task.dtype == Dtype::float64) return run_storage<Float64>(task);
-    task.counted * task.C <= exact_values ? run_storage<ExactFloat32>(task) : run_storage<Float32>(task);
+    const int64_t values = task.counted * task.C;
+    values <= exact_values ? run_storage<ExactFloat32>(task) : run_storage<Float32>(task);
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -17,7 +17,7 @@ constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes 
 constexpr int64_t short_plane = 128;         // values; blocks of shorter planes are seen as columns
 constexpr int64_t most_joined = 4 * short_plane;
 constexpr int64_t most_columns = 4096;
-constexpr int64_t prefetch_bytes = 8192;     // from what is read to what is prefetched
+constexpr int64_t prefetch_bytes = 8192;  // from what is read to what is prefetched
 
 // Rows n0 ... n1 - 1 and in each the elements s0 ... s1 - 1.
 struct Span {
@@ -76,8 +76,7 @@ class Planar {
     void reduce() {
         const int64_t block = channels_per_task(tensors_of_both(task)), tasks = divide_up(C, block);
         if (too_few(tasks)) return reduce_split();
-        parallel(task.threads, tasks,
-                 [&](int64_t number) { reduce_block(number * block, at_most((number + 1) * block, C)); });
+        parallel(task.threads, tasks, [&](int64_t number) { reduce_block(number * block, at_most((number + 1) * block, C)); });
     }
 
     void map() {
@@ -292,8 +291,8 @@ class Planar {
     }
 
     template <class Term>
-    INLINE Sums<T> add_vectors(
-        const typename CountedVectors<T>::Portion& portion, int64_t first, Channel<Vector> channel, const Term term, Sums<T> sums) const {
+    INLINE Sums<T> add_vectors(const typename CountedVectors<T>::Portion& portion, int64_t first, Channel<Vector> channel, const Term term,
+                               Sums<T> sums) const {
         const auto add = [&](int64_t i, auto lanes) INLINED {
             typename Term::Block block = {sums, sums};
             block.add(term(i, channel, lanes), channel.mean, 0);
@@ -310,18 +309,16 @@ class Planar {
     // Adds a row to the sums of its even and of its odd vectors. For prefetching: `left` elements are contiguous from i on, and what is read
     // after them lies `jump` elements further on.
     template <class Term>
-    static INLINE void sum_row(
-        int64_t i, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term, Sums<T>& even_sums,
-        Sums<T>& odd_sums) {
+    static INLINE void sum_row(int64_t i, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term,
+                               Sums<T>& even_sums, Sums<T>& odd_sums) {
         constexpr int64_t width = T::width;
         Sums<T> even = even_sums, odd = odd_sums;
         int64_t j = 0;
         for (; j + vectors_of_block * width <= count; j += vectors_of_block * width) {
             term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
             typename Term::Block block = {even, odd};
-            for_block<Term>([&](int64_t vector) INLINED {
-                block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector);
-            });
+            for_block<Term>([&](int64_t vector)
+                                INLINED { block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector); });
             block.flush();
         }
         term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));

@@ -53,7 +53,7 @@ struct Sums;
 // Adds up to eight consecutive vectors, alternately to two sums, so that an addition need not wait for the one before it.
 template <class T>
 struct EvenAndOdd {
-    Sums<T> &even, &odd;
+    Sums<T>&even, &odd;
 
     template <class Term, class Center>
     INLINE void add(const Term& term, Center center, int64_t number) {
@@ -111,7 +111,7 @@ struct Sums<Float16> : SumsOfHalfPrecision {};
 
 // Adds up to eight consecutive vectors in float32, and then their sum to the sums.
 struct InFloat32 {
-    Sums<Float32> &all, &unused;
+    Sums<Float32>&all, &unused;
     Floats value = {}, product = {};
 
     INLINE void add(DeviationTermValues<Floats> term, Floats center, int64_t) {

@@ -45,16 +45,12 @@ struct Storage : Conversion::Computed {
     typedef typename Conversion::Computed::Vector Vector;
 
     static INLINE Vector load(const Element* from, Whole) { return Conversion::widen(load_vector<InMemory>(from)); }
-    static INLINE Vector load(const Element* from, Partial lanes) {
-        return Conversion::widen(Simd::load_partial<InMemory>(from, lanes));
-    }
+    static INLINE Vector load(const Element* from, Partial lanes) { return Conversion::widen(Simd::load_partial<InMemory>(from, lanes)); }
     static INLINE void store(Element* to, Vector values, Whole) {
         const InMemory narrow = Conversion::narrow(values);
         memcpy(to, &narrow, sizeof narrow);
     }
-    static INLINE void store(Element* to, Vector values, Partial lanes) {
-        Simd::store_partial(to, Conversion::narrow(values), lanes);
-    }
+    static INLINE void store(Element* to, Vector values, Partial lanes) { Simd::store_partial(to, Conversion::narrow(values), lanes); }
     static INLINE void stream(Element* to, Vector values) { Simd::stream(to, Conversion::narrow(values)); }
     // The values that a store and a load leave.
     static INLINE Vector rounded(Vector values) { return Conversion::widen(Conversion::narrow(values)); }

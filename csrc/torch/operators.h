@@ -26,9 +26,9 @@ struct Operator {
 
 }  // namespace
 
-#define OPERATOR(name, arguments, results)                                               \
-    void name(StableIValue* stack, uint64_t, uint64_t);                                  \
-    const Operator name##_operator(#name, #name "(" arguments ") -> " results, name);    \
+#define OPERATOR(name, arguments, results)                                            \
+    void name(StableIValue* stack, uint64_t, uint64_t);                               \
+    const Operator name##_operator(#name, #name "(" arguments ") -> " results, name); \
     void name(StableIValue* stack, uint64_t, uint64_t)
 
 // Arguments that several operators share.

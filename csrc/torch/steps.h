@@ -16,8 +16,8 @@ inline bool is_float32_or_float64(const Tensor& tensor) {
 }
 
 // Whether the fast path takes these arguments. The general path takes all others, and raises the errors.
-inline bool takes_fast_path(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var) {
+inline bool takes_fast_path(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
+                            const Tensor& running_var) {
     if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
@@ -64,8 +64,7 @@ inline void decline(StableIValue* stack, const Tensor& x) { stack[0] = nothing(x
 struct Bounds {
     const double r_max, d_max, warmup;
 
-    explicit Bounds(Arguments& arguments)
-        : r_max(arguments.number()), d_max(arguments.number()), warmup(arguments.number()) {}
+    explicit Bounds(Arguments& arguments) : r_max(arguments.number()), d_max(arguments.number()), warmup(arguments.number()) {}
 
     void set(Task& task, int64_t batches) const {
         task.r_max = r_max, task.d_max = d_max;
@@ -80,15 +79,13 @@ template <bool renormalized>
 void run_training_step(StableIValue* stack) {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
-    Running running(arguments);
-    const double momentum = arguments.number();
-    const bool unbiased = arguments.flag(), skip_nonfinite = arguments.flag();
+    const Running running(arguments);
+    const Update update(arguments);
     std::optional<Bounds> bounds;
     if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
     if (!takes_fast_path(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
-        !is_counter(running.updates) || !is_counter(running.nonfinite_batches) ||
-        (renormalized && !running.updates))
+        !is_counter(running.updates) || !is_counter(running.nonfinite_batches) || (renormalized && !running.updates))
         return decline(stack, x);
     LayerCall layer(Verb::forward, x, weight, bias, eps, arguments, renormalized);
     const Scratch m2 = scratch(layer.C);
@@ -103,24 +100,21 @@ void run_training_step(StableIValue* stack) {
     task.count = count_of(x, {});
     task.m2 = m2.get();
     layer.call.run();
-    running.update_by(task.mean, task.m2, layer.C, task.count, true, momentum, unbiased, skip_nonfinite);
+    running.update_by({task.mean, task.m2, layer.C, task.count}, update);
     layer.return_on(stack);
 }
 
-#define STEP_ARGUMENTS \
-    "Tensor x, Tensor? weight, Tensor? bias, " RUNNING_ARGUMENTS ", float momentum, bool unbiased, bool skip_nonfinite, "
+#define STEP_ARGUMENTS "Tensor x, Tensor? weight, Tensor? bias, " RUNNING_ARGUMENTS ", " UPDATE_ARGUMENTS ", "
 
 OPERATOR(training_step, STEP_ARGUMENTS "float eps, " ACTIVATION_ARGUMENTS, "(Tensor, Tensor)") { run_training_step<false>(stack); }
 
-OPERATOR(renormalization_step,
-         STEP_ARGUMENTS "float r_max, float d_max, float warmup, float eps, " ACTIVATION_ARGUMENTS,
+OPERATOR(renormalization_step, STEP_ARGUMENTS "float r_max, float d_max, float warmup, float eps, " ACTIVATION_ARGUMENTS,
          "(Tensor, Tensor)") {
     run_training_step<true>(stack);
 }
 
 OPERATOR(inference_step,
-         "Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
-         ACTIVATION_ARGUMENTS,
+         "Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, " ACTIVATION_ARGUMENTS,
          "(Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();

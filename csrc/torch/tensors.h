@@ -22,7 +22,7 @@ typedef void* Handle;
 // The functions of libtorch that are used; each is looked up by its name. A result other than 0 is an error.
 #define TORCH_FUNCTIONS(_)                                                                                            \
     _(aoti_torch_library_init_impl, int32_t, const char*, const char*, const char*, uint32_t, Handle*)                \
-    _(aoti_torch_library_impl, int32_t, Handle, const char*, void (*)(StableIValue*, uint64_t, uint64_t))                     \
+    _(aoti_torch_library_impl, int32_t, Handle, const char*, void (*)(StableIValue*, uint64_t, uint64_t))             \
     _(aoti_torch_get_data_ptr, int32_t, Handle, void**)                                                               \
     _(aoti_torch_get_sizes, int32_t, Handle, int64_t**)                                                               \
     _(aoti_torch_get_strides, int32_t, Handle, int64_t**)                                                             \
@@ -136,9 +136,7 @@ class Tensor {
         for (int axis = 0; axis < rank; ++axis) product *= sizes[axis];
         return product;
     }
-    bool has_sizes_of(const Tensor& other) const {
-        return rank == other.rank && !memcmp(sizes, other.sizes, rank * sizeof *sizes);
-    }
+    bool has_sizes_of(const Tensor& other) const { return rank == other.rank && !memcmp(sizes, other.sizes, rank * sizeof *sizes); }
     bool is_contiguous() const {
         if (values() == 0) return true;
         int64_t stride = 1;

@@ -23,7 +23,7 @@ EXPORT const char* batchnorm_register() {
     if (!torch) torch = dlopen("libtorch_cpu.dylib", RTLD_NOLOAD | RTLD_LAZY);
     if (!torch) return "libtorch_cpu is not loaded";
 #define LOOK_UP(name, ...) \
-    if (!(*(void**)&name = dlsym(torch, #name))) return "torch has no " #name;
+    if (!(*(void**)& name = dlsym(torch, #name))) return "torch has no " #name;
     TORCH_FUNCTIONS(LOOK_UP)
 #undef LOOK_UP
     *(void**)&torch_delete_stable_ivalue = dlsym(torch, "torch_delete_stable_ivalue");
@@ -43,5 +43,13 @@ EXPORT const char* batchnorm_register() {
 }
 
 EXPORT const char* batchnorm_instruction_set() { return instruction_set(); }
+
+// The name of activation `number`, "identity" first; null after the last.
+EXPORT const char* batchnorm_activation_name(int number) {
+#define NAME(name) #name,
+    static const char* const names[] = {ACTIVATIONS(NAME) nullptr};
+#undef NAME
+    return names[number];
+}
 
 EXPORT const char* batchnorm_build_name(int number) { return build_name(number); }

@@ -44,8 +44,7 @@ OPERATOR(forward, "Tensor x, Tensor? count, float eps, " EPILOGUE_ARGUMENTS, "(T
 }
 
 OPERATOR(forward_renormalized,
-         "Tensor x, Tensor? count, float eps, Tensor running_mean, Tensor running_var, Tensor r_max, Tensor d_max, "
-         EPILOGUE_ARGUMENTS,
+         "Tensor x, Tensor? count, float eps, Tensor running_mean, Tensor running_var, Tensor r_max, Tensor d_max, " EPILOGUE_ARGUMENTS,
          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)") {
     Arguments arguments(stack);
     ForwardCall forward(arguments);
@@ -60,9 +59,7 @@ OPERATOR(forward_renormalized,
     forward.run(arguments, stack);
     stack[4] = r.release(), stack[5] = d.release();
 }
-OPERATOR(forward_groups,
-         "Tensor x, int groups, int size, float eps, " EPILOGUE_ARGUMENTS,
-         "(Tensor, Tensor, Tensor, Tensor, Tensor)") {
+OPERATOR(forward_groups, "Tensor x, int groups, int size, float eps, " EPILOGUE_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor();
     const int64_t groups = arguments.integer(), size = arguments.integer();
@@ -93,10 +90,7 @@ OPERATOR(normalize, "Tensor x, Tensor mean, Tensor rstd, " EPILOGUE_ARGUMENTS, "
     stack[0] = y.release();
 }
 
-
-OPERATOR(infer,
-         "Tensor x, Tensor running_mean, Tensor running_var, float eps, " EPILOGUE_ARGUMENTS,
-         "(Tensor, Tensor, Tensor)") {
+OPERATOR(infer, "Tensor x, Tensor running_mean, Tensor running_var, float eps, " EPILOGUE_ARGUMENTS, "(Tensor, Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
@@ -131,8 +125,7 @@ struct BackwardCall {
     }
 };
 
-OPERATOR(reduce_grad,
-         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, " EPILOGUE_ARGUMENTS ", bool residual_is_output",
+OPERATOR(reduce_grad, "Tensor dy, Tensor x, Tensor mean, Tensor rstd, " EPILOGUE_ARGUMENTS ", bool residual_is_output",
          "(Tensor, Tensor)") {
     Arguments arguments(stack);
     BackwardCall backward(Verb::reduce_grad, arguments);
@@ -147,8 +140,8 @@ OPERATOR(reduce_grad,
 }
 
 OPERATOR(input_grad,
-         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, "
-         EPILOGUE_ARGUMENTS ", bool residual_is_output, bool wants_dresidual",
+         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, " EPILOGUE_ARGUMENTS
+         ", bool residual_is_output, bool wants_dresidual",
          "(Tensor, Tensor)") {
     Arguments arguments(stack);
     BackwardCall backward(Verb::input_grad, arguments);
@@ -168,8 +161,8 @@ OPERATOR(input_grad,
 }
 
 OPERATOR(backward,
-         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, "
-         EPILOGUE_ARGUMENTS ", bool residual_is_output, bool wants_dresidual, bool wants_dx",
+         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, " EPILOGUE_ARGUMENTS
+         ", bool residual_is_output, bool wants_dresidual, bool wants_dx",
          "(Tensor, Tensor, Tensor, Tensor)") {
     Arguments arguments(stack);
     BackwardCall backward(Verb::backward, arguments);
@@ -195,8 +188,8 @@ OPERATOR(backward,
 }
 
 OPERATOR(backward_groups,
-         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, int size, "
-         EPILOGUE_ARGUMENTS ", bool residual_is_output, bool wants_dresidual, bool wants_dx",
+         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, int size, " EPILOGUE_ARGUMENTS
+         ", bool residual_is_output, bool wants_dresidual, bool wants_dx",
          "(Tensor, Tensor, Tensor, Tensor)") {
     Arguments arguments(stack);
     Tensor dy = arguments.tensor();

@@ -17,7 +17,7 @@ from batchnorm.functional.components import components_of_buffer
 from batchnorm.layers import STATISTICS
 from batchnorm.logs import logger
 from batchnorm.merging import merged, source_buffers
-from batchnorm.statistics import Running
+from batchnorm.statistics.contract import is_frozen
 from batchnorm.surgery import batch_norms
 from batchnorm.surgery.transaction import transactional
 
@@ -158,9 +158,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
     for name, layer in layers.items():
         if isinstance(layer.running_mean, UninitializedBuffer):
             raise StateError(f"{name}: a lazy layer must have had its first input; call the model once")
-    return {
-        name: layer for name, layer in layers.items() if not isinstance(getattr(layer, "statistics", None), Running)
-    }
+    return {name: layer for name, layer in layers.items() if not is_frozen(layer)}
 
 
 def _state(layer: _BatchNorm) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from batchnorm import kernels
-from batchnorm.kernels import Activation, Epilogue, cpu
+from batchnorm.kernels import Activation, Epilogue
 from batchnorm.version import __version__
 
 TESTED = ("2.11", "2.14")  # the oldest and the newest torch that the tests run on
@@ -56,7 +56,7 @@ class Environment:
     versions: dict[str, str]
     machine: Machine
     threads: int
-    library: str
+    kernels: dict[str, str]
     huge_pages: str
     torch_huge_pages: bool
     gpus: list[str]
@@ -75,7 +75,7 @@ def environment() -> Environment:
         versions=versions(),
         machine=machine(),
         threads=torch.get_num_threads(),
-        library=library(),
+        kernels={kernel.name: kernel.status() for kernel in kernels.KERNELS},
         huge_pages=pages,
         torch_huge_pages=allowed,
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -110,11 +110,6 @@ def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if "model name" not in found:
         return platform.processor() or platform.machine()
     return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
-
-
-def library() -> str:
-    """Which build of the C++ kernels runs, and which were compiled; or why none runs."""
-    return cpu.unavailable() or f"loaded, {cpu.instruction_set()} (built for {', '.join(cpu.builds())})"
 
 
 def huge_pages() -> str:

@@ -122,7 +122,7 @@ class Explanation:
                 ),
                 "",
                 "Backward (section 3), "
-                + ("for L = y₁: how every xᵢ moves the first output" if one_hot else "for the given dL/dyᵢ"),
+                + ("for L = y₁: how the first output depends on every xᵢ" if one_hot else "for the given dL/dyᵢ"),
                 *_formulas(
                     ("variance", "dL/dσ² = Σ dL/dx̂ᵢ · (xᵢ - µ) · -½ (σ² + ε)^(-3/2)", self.grad_variance, ""),
                     ("mean", "dL/dµ = Σ dL/dx̂ᵢ · -1 / √(σ² + ε) + dL/dσ² · Σ -2 (xᵢ - µ) / m", self.grad_mean, ""),

@@ -97,11 +97,11 @@ def compiler_is_loaded() -> bool:
 
 
 def static_address(tensor: Tensor) -> None:
-    """What `torch._dynamo.mark_static_address` does, without loading the compiler: CUDA graphs refuse code that writes other tensors."""
+    """`torch._dynamo.mark_static_address` without loading the compiler. CUDA graphs reject code that writes other tensors."""
     tensor._dynamo_static_input_type = "unguarded"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def constant_while_compiling(function: Any) -> Any:
-    """What `torch.compiler.assume_constant_result` does, without loading the compiler."""
+    """`torch.compiler.assume_constant_result` without loading the compiler."""
     function._dynamo_marked_constant = True
     return function

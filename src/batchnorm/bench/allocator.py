@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batchnorm.bench.row import circumstances
-from batchnorm.bench.timing import digits, percentile
 from batchnorm.env import ADVICE, huge_pages
 from batchnorm.errors import StateError
+from batchnorm.measure import digits, percentile
 
 PROGRAM = """
 import time, torch

@@ -126,7 +126,7 @@ def usual(suite: Suite) -> tuple[str, ...]:
 
 
 def quick(suite: Suite) -> Suite:
-    """The same network with four of its layers, from the largest to the smallest."""
+    """A copy of the suite with four of its layers, from the largest to the smallest."""
     ordered = sorted(suite.layers, key=lambda layer: -math.prod(layer.shape))
     chosen = {round(index * (len(ordered) - 1) / 3) for index in range(4)}
     return Suite(suite.name, suite.source, tuple(ordered[index] for index in sorted(chosen)), suite.through)

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from batchnorm.bench import memory
 from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.run import settled
-from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
 from batchnorm.errors import InputError
-from batchnorm.lab.allocation import peak_bytes, saved_bytes
 from batchnorm.lab.networks import resnet50
+from batchnorm.measure import Effort, clock_for, digits, interleaved, peak_bytes, percentile, saved_bytes
 from batchnorm.surgery import convert, fuse
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet50": resnet50}

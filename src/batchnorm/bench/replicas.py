@@ -26,8 +26,8 @@ from batchnorm.bench.case import Case, Tensors, tensors
 from batchnorm.bench.providers import Copy, Eager, Ours, Timed, layer_of_ours, timed_layer
 from batchnorm.bench.row import Row
 from batchnorm.bench.run import rows, settled
-from batchnorm.bench.timing import SAMPLE
 from batchnorm.distributed import synchronize
+from batchnorm.measure import SAMPLE
 
 REPLICAS = 2
 MOST_ROUNDS = 200
@@ -101,7 +101,7 @@ def _replica(rank: int, folder: str, cases: list[Case], seconds: float, least: i
 
 
 def _in_step(timed: dict[str, Timed], seconds: float, least: int) -> dict[str, list[float]]:
-    """As `timing.interleaved`, but every process takes the same number of samples, of the same number of calls."""
+    """As `measure.interleaved`, but every process takes the same number of samples, of the same number of calls."""
     once = torch.tensor([min(_sample(function, 1) for _ in range(3)) for function in timed.values()])
     dist.all_reduce(once, op=dist.ReduceOp.MAX)
     repeats = [max(1, math.ceil(SAMPLE / max(cost, 1e-9))) for cost in once.tolist()]

@@ -15,8 +15,7 @@ from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import Case, Tensors, tensors
 from batchnorm.bench.providers import SOURCES, Provider, Timed
 from batchnorm.bench.row import Row, circumstances
-from batchnorm.bench.timing import Effort, clock_for, digits, interleaved, percentile
-from batchnorm.lab.allocation import peak_bytes
+from batchnorm.measure import Effort, clock_for, digits, interleaved, peak_bytes, percentile
 
 MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
 UNITS = {"us": 1e6, "ms": 1e3}

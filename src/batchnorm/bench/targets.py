@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from batchnorm.bench.row import Row
-from batchnorm.bench.timing import geometric_mean
+from batchnorm.measure import geometric_mean
 
 LARGE = 4 * 2**20  # bytes; above this size memory bandwidth is the limit
 

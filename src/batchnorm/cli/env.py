@@ -40,7 +40,7 @@ def _facts(found: Environment, clone: Clone | None) -> Table:
         "cpu": f"{machine.cpu}, {machine.cores} core{'s' if machine.cores > 1 else ''}, {machine.system}",
         "instruction set": machine.isa,
         "threads": str(found.threads),
-        "C++ kernels": found.library,
+        **{f"kernel {name}": status for name, status in found.kernels.items()},
         "huge pages": f"{found.huge_pages}; {allowed}",
         "GPU": ", ".join(found.gpus) or "none",
     }

@@ -12,12 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.folding.modules import Rest
 from batchnorm.layers import BatchNorm
-from batchnorm.statistics import Batch, Ghost, MovingAverage, Renorm, Running
+from batchnorm.statistics.contract import infers_by_running_statistics
 from batchnorm.surgery import is_frozen_norm
 from batchnorm.surgery.subclasses import rest_of_layer
 from batchnorm.surgery.walker import is_watched
-
-_SOURCES = (Batch, Ghost, Renorm, MovingAverage, Running)  # these use the running statistics in inference
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,8 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
         return "it has no running statistics"
     if not norm.running_mean.is_floating_point():
         return "it is complex"
-    if isinstance(norm, BatchNorm):
-        source = norm.statistics.before if isinstance(norm.statistics, Running) else norm.statistics
-        if source is not None and not isinstance(source, _SOURCES):
-            return f"its statistics source is {source!r}, which may change in inference"
+    if not infers_by_running_statistics(norm):
+        return f"its statistics source is {norm.statistics!r}, which may change in inference"
     if axis >= len(shape) or shape[axis] != norm.running_mean.numel():
         return "its input has another number of channels"
     if 0 in shape:

@@ -1,4 +1,4 @@
-"""The autograd node over the kernels, and the conditions under which a call needs it."""
+"""The autograd node over the kernels, and whether a call needs it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from batchnorm import kernels, memory
 from batchnorm.functional import reduction
-from batchnorm.functional.reduction import Reducer
-from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Renormalization, Step, eager
+from batchnorm.functional.reduction import Normalized, Reducer
+from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch
@@ -34,7 +34,7 @@ def needs_grad(input: Tensor, epilogue: Epilogue) -> bool:
 
 
 def distinct(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`others` as arguments of `Normalize`: while compiling, no tensor comes twice, which Dynamo cannot trace."""
+    """`others` as arguments of `Normalize`. While compiling, a tensor that comes twice is replaced by a view: Dynamo cannot trace it."""
     if not torch.compiler.is_compiling():
         return others
     earlier: list[Tensor] = [x]
@@ -47,17 +47,17 @@ def distinct(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class Call(NamedTuple):
-    """What a call of `Normalize` knows beside the tensors that may need a gradient.
+    """The arguments of `Normalize` that need no gradient.
 
     Attributes:
         eps: added to the variance.
         activation: applied last, or None.
         mask: bool, (N, 1, *S), or None.
-        constants: mean and variance, (C,) each, that normalize x; None takes the statistics of the batch.
-        known: the moments of the batch, where they are known.
-        renormalization: corrects the result toward running statistics, or None.
+        constants: the mean and variance to normalize x with, (C,) each; None for the statistics of the batch.
+        known: the moments of the batch, if they were computed before.
+        renormalization: the correction toward running statistics, or None.
         reducer: merges the moments with those of other replicas, or None.
-        groups: of samples with statistics of their own, or None.
+        groups: groups of samples that are normalized separately, or None.
     """
 
     eps: float
@@ -78,7 +78,6 @@ class StepCall(NamedTuple):
         arguments: of the operator, after x, weight and bias.
         code: the activation as the operators take it.
         eps, activation: as in `Call`, for a backward that is itself differentiated.
-        kernel: for the same.
     """
 
     step: Step
@@ -86,22 +85,21 @@ class StepCall(NamedTuple):
     code: tuple[int, float]
     eps: float
     activation: Activation | None
-    kernel: Kernel
 
     reducer = groups = None
 
 
 class Saved(NamedTuple):
-    """What `Normalize` saves for backward, in this order, each (C,) if nothing else is said.
+    """The tensors that `Normalize` saves for backward, in this order; (C,) unless stated otherwise.
 
     Attributes:
         x: (N, C, *S).
-        mean, rstd: that normalized x.
+        mean, rstd: the statistics that x was normalized with.
         weight: or None.
-        bias: or None, also if no gradient depends on it because there is no activation.
+        bias: or None, also without an activation, since no gradient depends on it then.
         residual, output: of the `Epilogue`.
         mask: of the call.
-        counted: values per channel where only the device knows how many, 0-d or (G,), or None.
+        counted: values per channel if only the device knows the number, 0-d or (G,), or None.
         r, d: of batch renormalization, or None.
     """
 
@@ -119,9 +117,9 @@ class Saved(NamedTuple):
 
 
 class Normalize(torch.autograd.Function):
-    """The one autograd node: y of a call, and the moments of its batch, which are not differentiable.
+    """The one autograd node. A `Call` returns y and the moments of its batch, which are not differentiable.
 
-    Of a `StepCall` it is y alone, or None if the operator does not take the call.
+    A `StepCall` returns y, or None if the operator does not accept the call.
     """
 
     @staticmethod
@@ -144,7 +142,7 @@ class Normalize(torch.autograd.Function):
         if call.constants is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, *call.constants, call.eps, epilogue)
-            _remember(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
+            _record(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
             ctx.save_for_backward(*Saved(x, mean, rstd, weight, bias, *saved_of_residual(epilogue, y), call.mask))
             return y, None, None, None
         known, renormalization = call.known, call.renormalization
@@ -164,7 +162,7 @@ class Normalize(torch.autograd.Function):
             def again(x: Tensor, given: Epilogue) -> Tensor:
                 return kernel.normalize(x, moments.mean, rstd, given.corrected(correction))
 
-        _remember(y, x, epilogue, again)
+        _record(y, x, epilogue, again)
         count = moments.count if isinstance(moments.count, Tensor) else None
         ctx.count = None if count is not None else moments.count
         r, d = correction or (None, None)
@@ -187,7 +185,7 @@ class Normalize(torch.autograd.Function):
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
                 return dx, dweight, dbias if wants_dbias else None, None, None
             saved = _saved_of_step(*ctx.saved_tensors)
-            ctx.kernel = call.kernel
+            ctx.kernel = call.step.kernel
             ctx.count = None if call.step.constant_statistics else values_per_channel(saved.x)
         else:
             saved = Saved(*ctx.saved_tensors)
@@ -195,31 +193,30 @@ class Normalize(torch.autograd.Function):
         epilogue = Epilogue(saved.weight, saved.bias, saved.residual, saved.mask, activation, saved.output)
         count = ctx.count if saved.counted is None else saved.counted
         correction = None if saved.r is None or saved.d is None else Correction(saved.r, saved.d)
-        dx, dweight, dbias, dresidual = gradients(
-            ctx, dy, saved.x, saved.mean, saved.rstd, epilogue, count, ctx.needs_input_grad[2], correction
-        )
+        by = Normalized(saved.mean, saved.rstd, count)
+        dx, dweight, dbias, dresidual = gradients(ctx, dy, saved.x, by, epilogue, ctx.needs_input_grad[2], correction)
         if activation is None and ctx.needs_input_grad[3]:
             dresidual = counted(dy, saved.mask)
         return dx, dweight, dbias, dresidual, None
 
 
 def _saved_of_step(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Saved:
-    """What the general path would have saved."""
+    """The saved tensors of a step in the form of the general path."""
     mean, rstd, *r_and_d = statistics.unbind()
     return Saved(x, mean, rstd, weight, bias, None, None, None, None, *(r_and_d or (None, None)))
 
 
-def _remember(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:
-    """Where memory is saved, tell how y is computed again: by the call that computed it, so that not a bit differs.
+def _record(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:
+    """If memory is saved, record how to compute y again: by the same call, so the result is the same to the last bit.
 
-    Weight and bias are copied: they are small, and may move, or be given back by those who shard them, before the backward.
+    Weight and bias are copied: they are small, and may be updated, or freed by sharding, before the backward.
     """
     saver = memory.recording()
     if saver is None:
         return
     weight, bias = (None if value is None else value.detach().clone() for value in epilogue[:2])
     activation = epilogue.activation
-    saver.remember(
+    saver.record(
         y,
         lambda x, residual, mask: again(x, Epilogue(weight, bias, residual, mask, activation)),
         x,
@@ -232,34 +229,30 @@ def gradients(
     ctx: Any,
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    by: Normalized,
     epilogue: Epilogue,
-    count: int | Tensor | None,
     wants_dbias: bool,
     correction: Correction | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and residual, from the node's kernel or such that can be differentiated again.
+    """Gradients of x, weight, bias and residual, by the node's kernel, or differentiable if grad mode is on.
 
-    `count` is None where the statistics are constants. Of its node it takes `call`, `kernel` and `bias_dtype`.
+    Of the node `ctx` it reads `call`, `kernel` and `bias_dtype`.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        given = (mean, rstd) if count is None else None
+        given = (by.mean, by.rstd) if by.count is None else None
         dx, dweight, dbias, dresidual = _differentiable_backward(
             dy, x, given, ctx.call.eps, epilogue, ctx.call.reducer, ctx.call.groups, correction
         )
         if epilogue.activation is None and wants_dbias:
-            dbias = counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=mean.dtype).to(ctx.bias_dtype)
+            dbias = counted(dy, epilogue.mask).sum([0, *range(2, dy.dim())], dtype=by.mean.dtype).to(ctx.bias_dtype)
         return dx, dweight, dbias, dresidual
     kernel = eager if differentiated_by_torch() else ctx.kernel  # vmap over dy: a batch of gradients at once
     dx, dresidual, sum_grad, sum_grad_xhat = reduction.backward(
         kernel,
         dy,
         x,
-        mean,
-        rstd,
+        by,
         epilogue.corrected(correction),
-        count,
         ctx.needs_input_grad[0],
         ctx.call.reducer,
         ctx.call.groups,
@@ -278,7 +271,7 @@ def counted(dy: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def saved_of_residual(epilogue: Epilogue, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What the backward needs of the residual, as `Epilogue.residual` and `Epilogue.output`; without an activation nothing."""
+    """The residual or the output, as `Epilogue.residual` and `Epilogue.output`: what the backward of the activation needs."""
     if epilogue.residual is None or epilogue.activation is None:
         return None, None
     from_output = epilogue.activation.derivative_from_output and epilogue.residual.dtype == y.dtype
@@ -297,8 +290,8 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and residual that can be differentiated again, to any order.
 
-    Each input is taken by a fresh alias: where weight was itself computed from x, the gradient of x must not run through weight.
-    An activation whose derivative is read off y is made of straight lines: there the derivative is a constant.
+    Each input is a fresh alias: if weight was computed from x, the gradient of x must not flow through weight. An activation with
+    `derivative_from_output` is piecewise linear, so its derivative is a constant.
     """
     x = x.view_as(x)
     weight, bias, residual = (None if value is None else value.view_as(value) for value in epilogue[:3])

@@ -1,4 +1,4 @@
-"""What the functions refuse, and in which words."""
+"""Checks of arguments, with their error messages."""
 
 from __future__ import annotations
 

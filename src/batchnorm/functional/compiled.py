@@ -1,4 +1,4 @@
-"""What compiled code cannot do."""
+"""Runs compiled code uncompiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batchnorm.torch_state import compiler_is_loaded
 
 
 def eager() -> Any:
-    """A context in which compiled code runs as written: it does not see hooks that came after it, and cannot wait for other threads."""
+    """A context in which compiled code runs uncompiled: compiled code ignores hooks added later, and cannot wait for other threads."""
     if not compiler_is_loaded():
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

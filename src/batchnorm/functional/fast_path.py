@@ -33,7 +33,6 @@ def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
 
 
 def call(
-    steps: Steps,
     step: Step,
     x: Tensor,
     weight: Tensor | None,
@@ -46,8 +45,7 @@ def call(
     """y, or None if the operator does not take the call; then nothing was written.
 
     Args:
-        steps: of `steps_for`.
-        step: one of them.
+        step: one of `steps_for`.
         x: (N, C, *S).
         weight: gamma, (C,).
         bias: beta, (C,).
@@ -59,12 +57,14 @@ def call(
     if recomputing():
         # A checkpoint expects the same tensors to be saved, so the recomputation takes the same path, on copies of the buffers.
         running = tuple(value.clone() if isinstance(value, Tensor) else value for value in running)
-    code = steps.activation_code(activation)
+    code = step.activation_code(activation)
+    if code is None:
+        return None
     arguments = (*running, eps, *code)
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, bias, None, StepCall(step, arguments, code, eps, activation, steps.kernel))
+        return _apply(x, weight, bias, None, StepCall(step, arguments, code, eps, activation))
     y, statistics = step.forward(x, weight, bias, *arguments)
     if not y.numel():
         return None

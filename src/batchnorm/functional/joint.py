@@ -1,12 +1,12 @@
-"""Parts of one batch in one process: their statistics meet between the reductions and the maps, in the forward and in the backward.
+"""Statistics of one batch from micro-batches in one process, merged between the reductions and the maps, in forward and backward.
 
-Over processes the backward of a layer can wait for the others. In one process it cannot: autograd runs one node after another. So the
-graph itself says what has to come before what, by two nodes for each part and one for all:
+In several processes, the backward of a layer can wait for the others. In one process it cannot, since autograd runs one node after
+another. So the graph itself fixes the order, with two nodes for each micro-batch and one for all:
 
     x ──enter──▶ x, (count, mean, M2) ──pool──▶ those of all ──leave──▶ y
     dx ◀──enter── dy, (Σg, Σg·x̂) of all ◀──pool── (Σg, Σg·x̂) ◀──leave── dy
 
-What comes back along an edge is not the gradient of what went forward, but what the node there needs for `input_grad`.
+In the backward, an edge does not carry the gradient of its forward value, but what the next node needs for `input_grad`.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from batchnorm.moments import Moments, at_least_one
 
 
 class Joint(ABC):
-    """The reducer of a layer that is called for several parts of one batch."""
+    """The reducer of a layer that is called for several micro-batches of one batch."""
 
     size = 2  # or more
     replicas: Reducer | None  # of the layer
 
     @abstractmethod
-    def takes(self, own: Tensor) -> bool:
-        """Whether the call with these moments is one of a part, which only a call that runs again need not be."""
+    def accepts(self, own: Tensor) -> bool:
+        """Whether the call with these moments belongs to a micro-batch; a recomputation may not."""
 
     @abstractmethod
     def join(self, own: Tensor) -> Tensor:
-        """The moments of all parts, for those of one; rows of `Moments.row`, and differentiable in the sense of this module."""
+        """The moments of all micro-batches, given those of one, as `Moments.row`; differentiable in the sense of this module."""
 
     @abstractmethod
-    def seen(self, call: Call) -> None:
-        """Told of each call that has a graph, for its recomputation."""
+    def record(self, call: Call) -> None:
+        """Store a call that has a graph, for its recomputation."""
 
     def merge(self, moments: Moments) -> Moments:
         return Moments.of_row(self.join(moments.row()))
 
     def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002 (the protocol)
         raise StateError(
-            "the parts of one batch meet in autograd's graph, and not within a backward; use Batch() or Renorm() under as_one_batch"
+            "micro-batches are merged by nodes of autograd's graph, not within a backward; use Batch() or Renorm() under as_one_batch"
         )
 
 
 class Call:
-    """What the two nodes of one part share.
+    """What the two nodes of a micro-batch share.
 
     Attributes:
-        own: the moments of the part, and
-        all: of all of them, as rows.
-        rstd: of all, (C,).
+        own: the moments of the micro-batch, as a row.
+        all: the moments of all micro-batches, as a row.
+        rstd: 1 / sqrt(variance + eps) of all micro-batches, (C,).
         correction: r and d of batch renormalization, or None.
-        epilogue: from the one node's backward for the other's.
+        epilogue: passed from the backward of `_Leave` to that of `_Enter`.
     """
 
     def __init__(self, kernel: Kernel, own: Tensor) -> None:
@@ -75,25 +75,25 @@ class Call:
 def normalize(
     x: Tensor, eps: float, epilogue: Epilogue, joint: Joint, renormalization: Renormalization | None
 ) -> tuple[Tensor, Moments] | None:
-    """`functional.normalize` with the moments of all parts, where a gradient is needed; None where the call is of no part."""
+    """`functional.normalize` with the moments of all micro-batches, if a gradient is needed; None if the call is not of a micro-batch."""
     weight, bias, residual, mask, activation, _ = epilogue
     kernel = kernels.select(x, epilogue)
     with torch.no_grad():
         call = Call(kernel, kernel.moments(x, mask).row())
-        if not joint.takes(call.own):
+        if not joint.accepts(call.own):
             return None
-    constant = None if weight is None else weight.detach()  # its gradient is the other node's
+    constant = None if weight is None else weight.detach()  # the other node computes its gradient
     x, residual, own = _Enter.apply(x, residual, constant, mask, activation is None, call)
     pooled = joint.join(own)
     batch = Moments.of_row(pooled.detach())
     call.all, call.rstd = pooled.detach(), batch.rstd(eps)
     call.correction = None if renormalization is None else renormalization.of(batch, eps)
-    joint.seen(call)
+    joint.record(call)
     return _Leave.apply(x, residual, pooled, weight, bias, mask, activation, call), batch
 
 
 def pool(rows: list[Tensor], replicas: Reducer | None) -> Tensor:
-    """The moments of all parts, and of the other replicas' parts, of the rows of each."""
+    """The moments of all micro-batches of all replicas, given the rows of this replica's micro-batches."""
     return _Pool.apply(replicas, *rows)
 
 
@@ -121,9 +121,9 @@ class _Enter(torch.autograd.Function):
         call: Call = ctx.call
         x, weight, mask = ctx.saved_tensors
         epilogue, call.epilogue = call.epilogue, None
-        if total is None:  # of no part's output there is a gradient
+        if total is None:  # no micro-batch's output has a gradient
             return (None,) * 6
-        if dy is None or epilogue is None:  # there is one of other parts' outputs, through the statistics
+        if dy is None or epilogue is None:  # only the outputs of others have one, which flows through the statistics
             dy, epilogue = torch.zeros_like(x), Epilogue(weight, None, None, mask).corrected(call.correction)
         count, mean, _m2 = Moments.of_row(call.all)
         sums = Moments.of_row(total)
@@ -139,7 +139,7 @@ class _Enter(torch.autograd.Function):
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, replicas: Reducer | None, *rows: Tensor) -> Tensor:
-        ctx.replicas, ctx.parts = replicas, len(rows)
+        ctx.replicas, ctx.micro_batches = replicas, len(rows)
         pooled = Moments.pooled_rows(torch.stack(rows))
         return (pooled if replicas is None else replicas.merge(pooled)).row()
 
@@ -151,7 +151,7 @@ class _Pool(torch.autograd.Function):
         if ctx.replicas is not None:
             count, *sums = Moments.of_row(total)
             total = Moments(count, *ctx.replicas.sum(*sums)).row()
-        return None, *[total] * ctx.parts
+        return None, *[total] * ctx.micro_batches
 
 
 class _Leave(torch.autograd.Function):

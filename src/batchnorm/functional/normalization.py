@@ -67,8 +67,8 @@ def batch_norm(
 
     Args:
         input: (N, C, *S), floating or complex, any strides.
-        running_mean: (C,), used in inference, moved in training; None in training moves nothing.
-        running_var: (C,), likewise; moved by the unbiased variance, as in torch.
+        running_mean: (C,), used in inference and updated in training; None in training updates nothing.
+        running_var: (C,), likewise; updated with the unbiased variance, as in torch.
         weight: gamma, (C,).
         bias: beta, (C,).
         training: normalize with the statistics of `input` rather than with the running ones.
@@ -176,9 +176,9 @@ def normalize(
     if isinstance(reducer, Joint) and groups is None:
         if differentiated_by_torch() or exporting():
             raise StateError(
-                "the parts of one batch meet in the graph of autograd, which torch.func and exporters do without; call the model as it is"
+                "micro-batches are merged in autograd's graph, which torch.func and exporters do not record; call the model without them"
             )
-        if torch.is_grad_enabled():  # where this part needs no gradient, another may
+        if torch.is_grad_enabled():  # if this micro-batch needs no gradient, another may
             found = joint.normalize(input, eps, epilogue, reducer, renormalization)
             if found is not None:
                 return found

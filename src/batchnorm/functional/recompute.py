@@ -1,8 +1,8 @@
-"""Knowing that a forward is a recomputation: activation checkpointing runs it again during the backward, and it must move nothing.
+"""Detects recomputations: activation checkpointing runs a forward again in the backward, where it must not update statistics again.
 
-Both kinds of `torch.utils.checkpoint`, and whatever else recomputes activations, do so while autograd works through a graph: in the
-backward of a node (reentrant) or in the hook that unpacks a saved tensor (non-reentrant). A forward there is a recomputation. Autograd
-tells by the id of its current graph task, which is -1 outside of a backward; it is one per thread, so other threads do not matter.
+Both kinds of `torch.utils.checkpoint`, and other code that recomputes activations, run the forward while autograd executes a graph: in
+the backward of a node (reentrant) or in the hook that unpacks a saved tensor (non-reentrant). Outside of a backward, the id of autograd's
+current graph task is -1. The id is thread-local, so other threads do not matter.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def recomputing() -> bool:
 
 
 def may_be_recomputed() -> bool:
-    """Whether the forward that runs now looks like a checkpoint's: nothing is recorded, or hooks take what is saved."""
+    """Whether a checkpoint may run the current forward again: gradients are off, or hooks intercept saved tensors."""
     return not torch.is_grad_enabled() or saved_tensors_hooks() is not None
 
 
 @contextmanager
 def recomputation(active: bool = True) -> Iterator[None]:
-    """Say of the forwards in here whether they are recomputations, which move no running statistics.
+    """Declare whether the forwards in this context are recomputations, which do not update running statistics.
 
-    Needed only where the rule "a forward during a backward is a recomputation" is wrong: for code that recomputes outside of a
-    backward, and, with False, for a backward that runs a forward of its own (a deep equilibrium model, say).
+    You need it only if the rule "a forward during a backward is a recomputation" is wrong: for code that recomputes outside of a
+    backward and, with False, for a backward that runs a new forward, as that of a deep equilibrium model does.
     """
     before, _said.active = _said.active, active
     try:
@@ -48,8 +48,8 @@ def recomputation(active: bool = True) -> Iterator[None]:
         _said.active = before
 
 
-# The same for compiled code, which may be called by a checkpoint: an operator, so that the question is asked at each call.
-# It takes a tensor because an operator without inputs would be computed once and for all.
+# The same for compiled code, which a checkpoint may call: as an operator, it is evaluated at each call. It takes a tensor because
+# compilers evaluate an operator without inputs only once.
 torch.library.define("batchnorm::recomputing", "(Tensor like) -> Tensor")
 
 
@@ -64,5 +64,5 @@ def _(like: Tensor) -> Tensor:
 
 
 def recomputing_now(like: Tensor) -> Tensor:
-    """`recomputing` as a 0-d bool on the device of `like`, asked at each call of compiled code too."""
+    """`recomputing` as a 0-d bool on the device of `like`, evaluated at each call of compiled code too."""
     return torch.ops.batchnorm.recomputing.default(like)

@@ -1,14 +1,14 @@
-"""Between the reductions and the maps: the one place where moments and sums of gradients meet those of other replicas.
+"""Between the reductions and the maps: the one place where moments and sums of gradients are merged with those of other replicas.
 
     x ─moments─▶ (count, mean, M2) ─merge─▶ mean, rstd ─normalize─▶ y
     dy ─reduce_grad─▶ (Σg, Σg·x̂) ─sum─▶ ─input_grad─▶ dx
 
-Without a reducer nothing stands there, and the kernels run each line fused.
+Without a reducer, the kernels run each line fused.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,11 +17,11 @@ from batchnorm.moments import Moments, at_least_one
 
 
 class Reducer(Protocol):
-    """What merges the statistics of several replicas; every replica gets the same."""
+    """Merges the statistics of several replicas; every replica gets the same result."""
 
     @property
     def size(self) -> int:
-        """How many replicas there are."""
+        """Number of replicas."""
         ...
 
     def merge(self, moments: Moments) -> Moments:
@@ -31,6 +31,19 @@ class Reducer(Protocol):
     def sum(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
         """Σg and Σg·x̂, (C,) each, of all replicas together."""
         ...
+
+
+class Normalized(NamedTuple):
+    """The statistics that x was normalized with.
+
+    Attributes:
+        mean, rstd: (C,), or (G, C) of groups.
+        count: values per channel, also 0-d, or (G,) of groups; None where the statistics are constants.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    count: int | Tensor | None
 
 
 def forward(
@@ -43,9 +56,9 @@ def forward(
     known: Moments | None = None,
     renormalization: Renormalization | None = None,
 ) -> tuple[Tensor, Moments, Tensor, Correction | None]:
-    """`Kernel.forward`, with the statistics of all replicas: y, the moments it was normalized with, their rstd, and r and d if asked for.
+    """`Kernel.forward` with the statistics of all replicas: y, the moments that normalized x, their rstd, and r and d of renormalization.
 
-    Groups have no replicas. `known` moments are those of all replicas already, and nothing is reduced.
+    Groups are not merged with those of replicas. `known` moments are of all replicas already, so nothing is reduced.
     """
     if known is None and (groups is not None or reducer is None):
         if renormalization is not None:
@@ -62,29 +75,26 @@ def backward(
     kernel: Kernel,
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    by: Normalized,
     epilogue: Epilogue,
-    count: int | Tensor | None,
     needs_input_grad: bool,
     reducer: Reducer | None,
     groups: Groups | None = None,
 ) -> Backward:
     """`Kernel.backward`, with dx through the statistics of all replicas.
 
-    The sums that become dweight and dbias are this replica's own: adding those of all replicas, as data-parallel training does,
-    is left to whoever owns the parameters.
+    The sums, which become dweight and dbias, are of this replica only: data-parallel training adds those of all replicas.
     """
     if groups is not None or reducer is None or not needs_input_grad:
-        return kernel.backward(dy, x, mean, rstd, epilogue, count, needs_input_grad, groups)
-    sums = kernel.reduce_grad(dy, x, mean, rstd, epilogue)
-    divisor = at_least_one(0 if count is None else count)
+        return kernel.backward(dy, x, by.mean, by.rstd, epilogue, by.count, needs_input_grad, groups)
+    sums = kernel.reduce_grad(dy, x, by.mean, by.rstd, epilogue)
+    divisor = at_least_one(0 if by.count is None else by.count)
     total, total_xhat = reducer.sum(*sums)
     means = total / divisor, total_xhat / divisor
-    dx, dresidual = kernel.input_grad(dy, x, mean, rstd_for_input_grad(rstd, count), epilogue, means)
+    dx, dresidual = kernel.input_grad(dy, x, by.mean, rstd_for_input_grad(by.rstd, by.count), epilogue, means)
     return Backward(dx, dresidual, *sums)
 
 
 def rstd_for_input_grad(rstd: Tensor, count: int | Tensor | None) -> Tensor:
-    """rstd, or 0 if the statistics are those of one value: it is its own mean, so dx is 0, and the formula would leave rounding."""
+    """rstd, or 0 if there is one value per channel: it equals the mean, so dx is 0, where the formula would give rounding errors."""
     return rstd if count is None else rstd * (count != 1)

@@ -1,10 +1,11 @@
-"""The activations that a kernel applies in the same pass: y = activation(affine(x̂) + residual)."""
+"""The activations that a kernel applies in the same pass: y = activation(affine(x̂) + residual). One row of `ROWS` each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,77 @@ from torch.nn import functional as F
 
 from batchnorm.errors import InputError
 
-NAMES = ("relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
 
-_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+class Row(NamedTuple):
+    """One activation, an elementwise function of the pre-activation z; a function with a slope takes it as second argument.
+
+    Attributes:
+        module: torch's module of it.
+        function: its value.
+        derivative: d activation / dz, of z's shape and dtype; at a kink it is torch's choice.
+        functions: torch's functions of z alone that compute it, in place or not.
+        options: attributes of the module that it needs to have these values.
+        derivative_from_output: whether the derivative at z is the derivative at y: no kink is crossed between them.
+        has_slope: whether it has a slope for negative z.
+    """
+
+    module: type[nn.Module]
+    function: Callable[..., Tensor]
+    derivative: Callable[..., Tensor]
+    functions: tuple[Callable[..., Tensor], ...] = ()
+    options: Mapping[str, Any] = {}
+    derivative_from_output: bool = False
+    has_slope: bool = False
+
+
+def _silu_derivative(z: Tensor) -> Tensor:
+    sigmoid = z.sigmoid()
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+def _gelu_derivative(z: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
+
+
+def _gelu_tanh_derivative(z: Tensor) -> Tensor:
+    """Of 0.5 z (1 + tanh u), u = sqrt(2/π) (z + 0.044715 z³)."""
+    scale = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(scale * (z + 0.044715 * z**3))
+    slope = scale * (1 + 3 * 0.044715 * z.square())
+    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
+
+
+ROWS = {
+    "relu": Row(
+        nn.ReLU,
+        F.relu,
+        lambda z: (~(z <= 0)).to(z.dtype),
+        (F.relu, torch.relu, torch.relu_, F.relu_),
+        derivative_from_output=True,
+    ),
+    # relu6 has a kink between z and y: z just below 6 may be rounded to a y of 6.
+    "relu6": Row(nn.ReLU6, F.relu6, lambda z: (~((z <= 0) | (z >= 6))).to(z.dtype), (F.relu6,)),
+    "leaky_relu": Row(
+        nn.LeakyReLU,
+        F.leaky_relu,
+        lambda z, slope: torch.full_like(z, slope).masked_fill_(z > 0, 1.0),
+        derivative_from_output=True,
+        has_slope=True,
+    ),
+    "silu": Row(nn.SiLU, F.silu, _silu_derivative, (F.silu,)),
+    "hardswish": Row(
+        nn.Hardswish,
+        F.hardswish,
+        lambda z: torch.where(z <= -3, 0.0, torch.where(z < 3, z / 3 + 0.5, 1.0)),
+        (F.hardswish,),
+    ),
+    "gelu": Row(nn.GELU, F.gelu, _gelu_derivative, options={"approximate": "none"}),
+    "gelu_tanh": Row(
+        nn.GELU, lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_derivative, options={"approximate": "tanh"}
+    ),
 }
+NAMES = tuple(name for name in ROWS if name != "gelu_tanh")  # which is said by its module
 
 
 @dataclass(frozen=True)
@@ -29,49 +91,36 @@ class Activation:
     """An elementwise function and its derivative, both of the pre-activation z.
 
     Attributes:
-        name: one of `NAMES`, or "gelu_tanh".
-        negative_slope: the slope below zero, of "leaky_relu" only.
+        name: a key of `ROWS`.
+        negative_slope: the slope below zero, of a row with a slope only.
     """
 
     name: str
     negative_slope: float = 0.01
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self.name == "leaky_relu":
-            return F.leaky_relu(z, self.negative_slope)
-        return _FORWARD[self.name](z)
+        return ROWS[self.name].function(z, *self._slope)
 
     def derivative(self, z: Tensor) -> Tensor:
         """d activation / dz, of z's shape and dtype. At a kink it is torch's choice."""
-        match self.name:
-            case "relu":
-                return (~(z <= 0)).to(z.dtype)
-            case "relu6":
-                return (~((z <= 0) | (z >= 6))).to(z.dtype)
-            case "leaky_relu":
-                return torch.full_like(z, self.negative_slope).masked_fill_(z > 0, 1.0)
-            case "silu":
-                sigmoid = z.sigmoid()
-                return sigmoid * (1 + z * (1 - sigmoid))
-            case "hardswish":
-                return torch.where(z <= -3, 0.0, torch.where(z < 3, z / 3 + 0.5, 1.0))
-            case "gelu":
-                density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-                return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-            case _:  # gelu_tanh: 0.5 z (1 + tanh u), u = sqrt(2/pi) (z + 0.044715 z^3)
-                scale = math.sqrt(2 / math.pi)
-                tanh = torch.tanh(scale * (z + 0.044715 * z**3))
-                slope = scale * (1 + 3 * 0.044715 * z.square())
-                return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * slope
+        return ROWS[self.name].derivative(z, *self._slope)
+
+    @property
+    def _slope(self) -> tuple[float, ...]:
+        return (self.negative_slope,) if ROWS[self.name].has_slope else ()
 
     @property
     def derivative_from_output(self) -> bool:
         """Whether the derivative at z is the derivative at y: no kink is crossed between them."""
-        # relu6 has one: z just below 6 may be rounded to a y of 6.
-        return self.name == "relu" or (self.name == "leaky_relu" and self.negative_slope > 0)
+        row = ROWS[self.name]
+        return row.derivative_from_output and (not row.has_slope or self.negative_slope > 0)
 
     def __str__(self) -> str:
-        return f"leaky_relu({self.negative_slope:g})" if self.name == "leaky_relu" else self.name
+        return f"{self.name}({self.negative_slope:g})" if ROWS[self.name].has_slope else self.name
+
+
+WITHOUT_SLOPE = {name: Activation(name) for name, row in ROWS.items() if not row.has_slope}
+OF_FUNCTION = {function: Activation(name) for name, row in ROWS.items() for function in row.functions}
 
 
 def parse(activation: str | nn.Module | Activation | None) -> Activation | None:
@@ -95,10 +144,7 @@ def parse(activation: str | nn.Module | Activation | None) -> Activation | None:
 
 def from_module(module: nn.Module) -> Activation | None:
     """The `Activation` equal to torch's module; None where there is none. A subclass may compute anything, so it is none."""
-    if type(module) is nn.LeakyReLU:
-        return Activation("leaky_relu", module.negative_slope)
-    if type(module) is nn.GELU:
-        return Activation("gelu" if module.approximate == "none" else "gelu_tanh")
-    names: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
-    name = names.get(type(module))
-    return None if name is None else Activation(name)
+    for name, row in ROWS.items():
+        if type(module) is row.module and all(getattr(module, key) == value for key, value in row.options.items()):
+            return Activation(name, module.negative_slope) if row.has_slope else Activation(name)  # pyright: ignore[reportArgumentType]
+    return None

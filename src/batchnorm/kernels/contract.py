@@ -1,4 +1,4 @@
-"""What every kernel computes, in four verbs and two fused pairs.
+"""The interface of a kernel: four verbs and two fused pairs.
 
     x ─moments─▶ (count, mean, M2) ──▶ mean, rstd ─normalize─▶ y
     dy ─reduce_grad─▶ (Σg, Σg·x̂) ──▶ ─input_grad─▶ dx, dresidual
@@ -32,7 +32,7 @@ from batchnorm.moments import Moments
 
 
 class Epilogue(NamedTuple):
-    """Everything that happens to x̂ on its way to y.
+    """The operations between x̂ and y.
 
     Attributes:
         weight: gamma, (C,) or None for 1.
@@ -40,8 +40,8 @@ class Epilogue(NamedTuple):
         residual: added before the activation; x's shape, or None.
         mask: bool, (N, 1, *S) or broadcastable to it; True counts. None counts all.
         activation: applied last, or None.
-        output: y. In the backward it may stand in place of the residual where `Activation.derivative_from_output`: what the
-            activation let through can be read off y, which the next layer keeps anyway.
+        output: y, in the backward only, instead of the residual: with `Activation.derivative_from_output` the derivative can be
+            computed from y, which the next layer saves anyway.
     """
 
     weight: Tensor | None = None
@@ -53,11 +53,11 @@ class Epilogue(NamedTuple):
 
     @property
     def has_residual(self) -> bool:
-        """Whether there is a dresidual to be computed."""
+        """Whether the backward computes dresidual."""
         return self.residual is not None or self.output is not None
 
     def corrected(self, correction: Correction | None) -> Epilogue:
-        """The epilogue that makes of x̂ what this one makes of x̂ · r + d."""
+        """The epilogue that computes from x̂ what this one computes from x̂ · r + d."""
         if correction is None:
             return self
         r, d = correction
@@ -66,7 +66,7 @@ class Epilogue(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Samples in groups, each with statistics of its own: mean, M2, rstd and the sums are then (G, C), and the count is (G,).
+    """Groups of samples that are normalized separately. Mean, M2, rstd and the sums are (G, C), and the count is (G,).
 
     Attributes:
         number: of groups, G, at least 2.
@@ -83,7 +83,7 @@ class Groups(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What the fused backward pair returns.
+    """The results of the fused backward pair.
 
     Attributes:
         input: dx, or None where it was not asked for.
@@ -104,8 +104,8 @@ class Running(NamedTuple):
     Attributes:
         mean: running mean, (C,).
         variance: running variance, (C,).
-        batches: how many batches updated them, 0-d int64, or None.
-        skipped: how many batches were not finite and did not, 0-d int64, or None.
+        batches: number of batches that updated them, 0-d int64, or None.
+        skipped: number of batches that did not, because they were not finite, 0-d int64, or None.
     """
 
     mean: Tensor
@@ -120,7 +120,7 @@ class Update(NamedTuple):
     Attributes:
         momentum: the weight of the batch; a number or a 0-d tensor.
         unbiased: whether the batch's variance is divided by count - 1.
-        skip_nonfinite: leave both buffers alone if the batch's statistics are not finite in their dtype.
+        skip_nonfinite: update neither buffer if the batch's statistics are not finite in their dtype.
         unless: 0-d bool, True where nothing is updated; None is False.
     """
 
@@ -131,19 +131,23 @@ class Update(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A layer's call as one operator, and its backward as another: what a call on a tensor of a few kilobytes needs.
+    """A layer's call as one operator, and its backward as another: a tensor of a few kilobytes costs little more than its calls.
 
     Attributes:
-        forward: takes x, weight, bias, what of the layer's buffers and options it needs, eps, and the activation as `activation_code` gives
-            it; returns y and the statistics saved for backward, (2, C) mean and rstd or (4, C) with r and d. Both are empty if it does
-            not take the call, and then nothing was written.
+        forward: takes x, weight, bias, the buffers and options of the layer, eps, and the activation as `activation_code` returns it.
+            Returns y and the statistics saved for backward: mean and rstd, (2, C), or mean, rstd, r and d, (4, C). If it does not accept
+            the call, both are empty and nothing was written.
         backward: takes dy, x, the statistics, weight, bias, the activation and whether dx is wanted; returns dx, dweight and dbias.
         constant_statistics: whether the statistics are constants in the backward.
+        activation_code: the number and the slope of an activation, as the operators take them; None if they do not have it.
+        kernel: the kernel whose verbs compute the backward if it is differentiated again.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
     constant_statistics: bool
+    activation_code: Callable[[Activation | None], tuple[int, float] | None]
+    kernel: Kernel
 
 
 class Steps(NamedTuple):
@@ -153,15 +157,11 @@ class Steps(NamedTuple):
         training: `Kernel.forward` and `Kernel.update_running`.
         renormalization: `Kernel.forward_renormalized` and `Kernel.update_running`.
         inference: `Kernel.infer`.
-        activation_code: the number and the slope of an activation, as the operators take them.
-        kernel: whose verbs the backward uses where it is itself differentiated.
     """
 
     training: Step
     renormalization: Step
     inference: Step
-    activation_code: Callable[[Activation | None], tuple[int, float]]
-    kernel: Kernel
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -170,12 +170,16 @@ def values_per_channel(x: Tensor) -> int:
 
 
 class Kernel(Protocol):
-    """One implementation of the verbs. `kernels.select` asks each in turn whether it takes a call, and so do its siblings."""
+    """An implementation of the verbs. `kernels.select` returns the first kernel that accepts a call."""
 
     name: str
 
+    def status(self) -> str:
+        """How the kernel runs on this machine, or why it accepts no call here."""
+        ...
+
     def refuses(self, x: Tensor, epilogue: Epilogue) -> str | None:
-        """Why this kernel does not take the call, or None if it does."""
+        """Why this kernel does not accept the call, or None if it does."""
         ...
 
     def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
@@ -207,19 +211,19 @@ class Kernel(Protocol):
         epilogue: Epilogue,
         mean_grads: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None where the statistics are constants."""
+        """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None if the statistics are constants."""
         ...
 
     def forward(
         self, x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None
     ) -> tuple[Tensor, Moments, Tensor]:
-        """`moments` and `normalize`, fused: y, the moments it was normalized with, and their rstd; of each group, if there are."""
+        """`moments` and `normalize`, fused: y, the moments of x or of each group, and their rstd."""
         ...
 
     def forward_renormalized(
         self, x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
     ) -> tuple[Tensor, Moments, Tensor, Correction]:
-        """`forward` with x̂ · r + d in the place of x̂, and r and d."""
+        """`forward` with x̂ · r + d instead of x̂; also returns r and d."""
         ...
 
     def backward(
@@ -233,7 +237,7 @@ class Kernel(Protocol):
         needs_input_grad: bool = True,
         groups: Groups | None = None,
     ) -> Backward:
-        """`reduce_grad` and `input_grad`, fused; `count` is None where the statistics are constants, which those of groups are not."""
+        """`reduce_grad` and `input_grad`, fused; `count` is None if the statistics are constants. Those of groups never are."""
         ...
 
     def takes_update(self, running: Running, moments: Moments, update: Update) -> bool:
@@ -241,12 +245,13 @@ class Kernel(Protocol):
         ...
 
     def update_running(self, running: Running, moments: Moments, update: Update) -> Tensor | None:
-        """Update the running statistics in place and count the batch; 0-d bool, whether its statistics were finite, if that was asked for.
+        """Update the running statistics in place, and count the batch.
 
-        Computed in the moments' dtype and rounded once. A count of less than 2 that only the device knows updates nothing.
+        Computed in the moments' dtype and rounded once. A count of less than 2 that only the device knows updates nothing. Returns a
+        0-d bool, whether the batch's statistics were finite; None without `skip_nonfinite`.
         """
         ...
 
     def steps_for(self, x: Tensor, running_mean: Tensor) -> Steps | None:
-        """The kernel's one-operator calls, if it has any for these tensors."""
+        """The kernel's one-operator calls for these tensors, or None if it has none."""
         ...

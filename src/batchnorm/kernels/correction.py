@@ -2,9 +2,9 @@
 
     r = clip(sigma / running sigma, 1 / r_max, r_max)      d = clip((mean - running mean) / running sigma, -d_max, d_max)
 
-with sigma = sqrt(variance + eps). Both are constants in the backward, where weight is w and g the gradient of z:
+with sigma = sqrt(variance + eps). Both are constants in the backward. With weight w and g, the gradient of z:
 
-    dx as of a layer of weight r · w             dw = r · Σg·x̂ + d · Σg             dbias = Σg
+    dx as of a layer with weight r · w           dw = r · Σg·x̂ + d · Σg             dbias = Σg
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Correction(NamedTuple):
     d: Tensor
 
     def weight_grad(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> Tensor:
-        """The gradient of the weight, of the sums that belong to r · weight and d · weight + bias."""
+        """The gradient of the weight, from the sums that are the gradients of r · weight and d · weight + bias."""
         return self.r * sum_grad_xhat + self.d * sum_grad
 
 
 class Renormalization(NamedTuple):
-    """What a batch is corrected toward, and how far it may be.
+    """The running statistics toward which a batch is corrected, and bounds of the correction.
 
     Attributes:
-        running_mean: (C,), before this batch moves it.
+        running_mean: (C,), before this batch updates it.
         running_var: (C,), likewise.
         r_max: 0-d, at least 1, on the same device.
         d_max: 0-d, at least 0, likewise.
@@ -51,21 +51,20 @@ class Renormalization(NamedTuple):
             running_rstd = (self.running_var.to(dtype) + eps).rsqrt()
             r = ((batch.variance() + eps).sqrt() * running_rstd).clamp(1 / r_max, r_max)
             d = ((batch.mean - self.running_mean) * running_rstd).clamp(-d_max, d_max)
-            return Correction(kept(r), kept(d))
+            return Correction(saved(r), saved(d))
 
     def copy(self) -> Renormalization:
-        """The same, whatever moves."""
+        """A copy that later updates do not change."""
         return Renormalization(*(value.clone() for value in self))
 
 
-# Compiled code computes again in its backward what was cheap to compute, from the buffers as they are by then: moved. What an
-# operator of its own gives it keeps.
-torch.library.define("batchnorm::kept", "(Tensor value) -> Tensor")
-torch.library.impl("batchnorm::kept", "CompositeExplicitAutograd")(Tensor.clone)
-torch.library.register_fake("batchnorm::kept")(torch.empty_like)
+# Compiled code may compute cheap values again in its backward, when the buffers have been updated. It saves the result of an operator.
+torch.library.define("batchnorm::saved", "(Tensor value) -> Tensor")
+torch.library.impl("batchnorm::saved", "CompositeExplicitAutograd")(Tensor.clone)
+torch.library.register_fake("batchnorm::saved")(torch.empty_like)
 
 
-def kept(value: Tensor) -> Tensor:
-    """A constant computed from buffers that move in the same forward, as the backward has to see it."""
+def saved(value: Tensor) -> Tensor:
+    """A constant for the backward, computed from buffers that the same forward updates later."""
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return torch.ops.batchnorm.kept.default(value) if compiling else value
+    return torch.ops.batchnorm.saved.default(value) if compiling else value

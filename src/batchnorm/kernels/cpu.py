@@ -1,7 +1,8 @@
 """The verbs in C++ for the CPU: csrc/, compiled into one library beside this file and registered as operators `batchnorm::*`.
 
-Memory is read and written as often as the formulas ask for and no oftener; csrc/kernels/planar.h and interleaved.h say how. The library
-picks a build for the processor when it is loaded. It needs no particular torch: csrc/torch/torch_shim.cpp finds what it uses at run time.
+The kernels read and write memory no more often than the formulas require; csrc/kernels/planar.h and interleaved.h explain how. When the
+library is loaded, it selects a build for the processor. One library serves all versions of torch: csrc/torch/torch_shim.cpp looks up the
+functions that it uses at run time.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import ctypes
 import itertools
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +28,17 @@ name = "cpu"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The order is that of `enum class Activation` in csrc/api.h.
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
-_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
-
 
 def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device.type}"
-    if _unavailable is not None:
+    if _library.unavailable is not None:
         _warn_once()
-        return _unavailable
+        return _library.unavailable
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
+    if code(epilogue.activation) is None:
+        return f"the C++ kernels have no {epilogue.activation}"
     if not (x.is_contiguous() or _is_interleaved(x)):
         return "x is neither (N, C, *S) nor (N, *S, C) in memory"
     for beside in (epilogue.residual, epilogue.output):
@@ -148,10 +148,10 @@ def backward(
 
 
 def takes_update(running: Running, moments: Moments, update: Update) -> bool:
-    """A compiler does better with plain operators, which it fuses."""
+    """Not while compiling: a compiler fuses plain operators."""
     mean, variance, *counters = running
     return (
-        _unavailable is None
+        _library.unavailable is None
         and isinstance(update.momentum, float)
         and update.unless is None
         and (mean.dtype is torch.float32 or mean.dtype is torch.float64)
@@ -181,19 +181,23 @@ def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
     return _STEPS if x.is_cpu and running_mean.is_cpu else None
 
 
+def status() -> str:
+    return unavailable() or f"C++, {instruction_set()} (built for {', '.join(builds())})"
+
+
 def unavailable() -> str | None:
     """Why these kernels cannot be used on this machine, or None if they can."""
-    return _unavailable
+    return _library.unavailable
 
 
 def instruction_set() -> str | None:
     """Which of the library's builds runs here: "AVX-512 BF16", "AVX-512", "AVX2" or "baseline"; None without the library."""
-    return _instruction_set
+    return _library.instruction_set
 
 
 def builds() -> tuple[str, ...]:
     """The names of the library's builds, the fastest first, whether this processor runs them or not."""
-    return _builds
+    return _library.builds
 
 
 def _arguments(
@@ -202,12 +206,17 @@ def _arguments(
     weight, bias, residual, mask, activation, output = epilogue
     mask = _whole(mask, x)
     residual = residual if output is None else output
-    return weight, bias, residual, mask, *code(activation)
+    known = code(activation)
+    assert known is not None, "`refuses` was asked"
+    return weight, bias, residual, mask, *known
 
 
-def code(activation: Activation | None) -> tuple[int, float]:
-    """Which one it is to the library, and its slope."""
-    return (0, 0.0) if activation is None else (_CODES[activation.name], activation.negative_slope)
+def code(activation: Activation | None) -> tuple[int, float] | None:
+    """The number of an activation in the library, and its slope; None if the library does not have it."""
+    if activation is None:
+        return 0, 0.0
+    number = _library.activations.get(activation.name)
+    return None if number is None else (number, activation.negative_slope)
 
 
 def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -224,40 +233,58 @@ def _is_interleaved(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _load() -> tuple[str | None, str | None, tuple[str, ...]]:
-    """Load the library and register its operators: why that did not work, the build that runs here, and all builds there are."""
+class _Library(NamedTuple):
+    """Properties of the compiled library.
+
+    Attributes:
+        unavailable: why it cannot be used here, or None if it can.
+        instruction_set: the build that runs here.
+        builds: all builds that it has.
+        activations: their numbers by name.
+    """
+
+    unavailable: str | None
+    instruction_set: str | None = None
+    builds: tuple[str, ...] = ()
+    activations: Mapping[str, int] = {}
+
+
+def _load() -> _Library:
+    """Load the library and register its operators."""
     path = Path(__file__).with_name("_cpu.so")
     if not path.exists():
-        return "the C++ kernels were not built (is there a C++ compiler?)", None, ()
+        return _Library("the C++ kernels were not built (is there a C++ compiler?)")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"the C++ kernels could not be loaded: {error}", None, ()
+        return _Library(f"the C++ kernels could not be loaded: {error}")
     for function in (
         library.batchnorm_register,
         library.batchnorm_schema,
         library.batchnorm_instruction_set,
         library.batchnorm_build_name,
+        library.batchnorm_activation_name,
     ):
         function.restype = ctypes.c_char_p
     found = _texts(library.batchnorm_build_name)
     running = library.batchnorm_instruction_set()
     if running is None:
         other = f"the C++ kernels were built for {' and '.join(found)}, which this processor does not run"
-        return f"{other}; install with BATCHNORM_BUILDS=all", None, found
+        return _Library(f"{other}; install with BATCHNORM_BUILDS=all", builds=found)
     schemas = {schema.partition("(")[0]: schema for schema in _texts(library.batchnorm_schema)}
     for operator, schema in schemas.items():
         torch.library.define(f"batchnorm::{operator}", schema.removeprefix(operator))
     problem = library.batchnorm_register()
     if problem is not None:
-        return f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", None, found
+        return _Library(f"the C++ kernels do not fit torch {torch.__version__}: {problem.decode()}", builds=found)
     for operator in schemas:
         torch.library.register_fake(f"batchnorm::{operator}", _FAKES[operator])
-    return None, running.decode(), found
+    activations = {name: number for number, name in enumerate(_texts(library.batchnorm_activation_name))}
+    return _Library(None, running.decode(), found, activations)
 
 
 def _texts(function: Any) -> tuple[str, ...]:
-    """What a function of the library returns for 0, 1, 2 ..., until it returns null."""
+    """The texts that a function of the library returns for 0, 1, 2 ..., until it returns null."""
     texts = (function(number) for number in itertools.count())
     return tuple(text.decode() for text in itertools.takewhile(lambda text: text is not None, texts))
 
@@ -319,7 +346,7 @@ _FAKES = {
 # Their names in `torch.ops.batchnorm`.
 OPERATORS = tuple(_FAKES)
 
-_unavailable, _instruction_set, _builds = _load()
+_library = _load()
 
 
 def _steps() -> Steps:
@@ -327,17 +354,16 @@ def _steps() -> Steps:
     operators = torch.ops.batchnorm
     training, training_backward = operators.training_step.default._op, operators.training_step_backward.default._op
     inference, inference_backward = operators.inference_step.default._op, operators.inference_step_backward.default._op
+    kernel: Any = sys.modules[__name__]
     return Steps(
-        Step(training, training_backward, False),
-        Step(operators.renormalization_step.default._op, training_backward, False),
-        Step(inference, inference_backward, True),
-        code,
-        sys.modules[__name__],  # pyright: ignore[reportArgumentType] (a module is a kernel)
+        Step(training, training_backward, False, code, kernel),
+        Step(operators.renormalization_step.default._op, training_backward, False, code, kernel),
+        Step(inference, inference_backward, True, code, kernel),
     )
 
 
-_STEPS = None if _unavailable is not None else _steps()
-_warned = _unavailable is None
+_STEPS = None if _library.unavailable is not None else _steps()
+_warned = _library.unavailable is None
 
 
 def _warn_once() -> None:
@@ -345,5 +371,5 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"batchnorm runs on plain torch operators on the CPU: {_unavailable}", RuntimeWarning, stacklevel=2
+            f"batchnorm runs on plain torch operators on the CPU: {_library.unavailable}", RuntimeWarning, stacklevel=2
         )

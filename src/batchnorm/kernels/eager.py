@@ -1,7 +1,7 @@
-"""The verbs in plain torch: any device, any dtype, any strides. Last in the list of kernels, and the measure for the others.
+"""The verbs in plain torch, for any device, dtype and strides. It is the last kernel of the list, and the reference for the others.
 
-Everything is computed in the wide dtype and rounded once at the end. Where x already has that dtype the mean is corrected by the
-mean of the deviations (two passes, Neumaier's remark in Chan et al. 1983), so that a large mean does not cost digits.
+Everything is computed in the wide dtype and rounded once at the end. If x already has that dtype, the mean is corrected by the mean of
+the deviations (two passes, Neumaier's remark in Chan et al. 1983), so that a large mean does not cost digits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from batchnorm.torch_state import is_fake, transforms_active
 name = "eager"
 
 
+def status() -> str:
+    return "torch's operators, for every call"
+
+
 def refuses(x: Tensor, epilogue: Epilogue) -> str | None:  # noqa: ARG001 (the contract's signature)
-    """Never: what nothing else takes comes here."""
+    """Never: this kernel is the last one."""
     return None
 
 
@@ -50,7 +54,7 @@ def infer(
     x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_dtype(x)
-    # A copy even where the dtype is wide already: the caller's buffers may move before the backward.
+    # A copy even if the dtype is wide already: the caller's buffers may be updated before the backward.
     mean, rstd = running_mean.detach().to(wide, copy=True), (running_var.detach().to(wide) + eps).rsqrt()
     return normalize(x, mean, rstd, epilogue), mean, rstd
 

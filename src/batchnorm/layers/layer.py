@@ -168,8 +168,8 @@ class BatchNorm(LayerState):
             proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
             return proxy if activation is None else activation(proxy)
         self._check_input_dim(input)
-        if memory.passes_over(self.save_memory):
-            with memory.passing_over():
+        if memory.skips(self.save_memory):
+            with memory.skipping():
                 return self._normalize(input, residual, mask, lengths, activation)
         return self._normalize(input, residual, mask, lengths, activation)
 

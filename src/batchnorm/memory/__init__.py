@@ -5,12 +5,12 @@ from batchnorm.memory.contexts import (
     close_for_model,
     detach,
     open_for_model,
-    passes_over,
-    passing_over,
     recorded,
     recording,
     save_memory,
     saving,
+    skipping,
+    skips,
 )
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "close_for_model",
     "detach",
     "open_for_model",
-    "passes_over",
-    "passing_over",
     "recorded",
     "recording",
     "save_memory",
     "saving",
+    "skipping",
+    "skips",
 ]

@@ -180,14 +180,14 @@ def recording() -> Saver | None:
     return saver if saver is not None and saver.recording else None
 
 
-def passes_over(wanted: bool) -> bool:
+def skips(wanted: bool) -> bool:
     """Whether memory is saved now, but not for a layer whose `save_memory` is `wanted`."""
     saver = None if wanted or torch.compiler.is_compiling() else _thread.saver
     return saver is not None and not saver.everywhere
 
 
 @contextmanager
-def passing_over() -> Iterator[None]:
+def skipping() -> Iterator[None]:
     """Save no memory for the batch norm that runs in this context."""
     saver = _thread.saver
     assert saver is not None

@@ -87,7 +87,7 @@ class Saver:
                     self._saved[key] = reference.source
             self.recording, self._packed = False, []
 
-    def remember(
+    def record(
         self,
         output: Tensor,
         function: Callable[..., Tensor],

@@ -38,8 +38,9 @@ from batchnorm.logs import logger
 from batchnorm.moments import Moments
 from batchnorm.population.items import Forward, call, check_loader
 from batchnorm.population.lineage import Lineage
-from batchnorm.statistics import Domains, Running
+from batchnorm.statistics.contract import in_domain, is_frozen
 from batchnorm.surgery import batch_norms
+from batchnorm.surgery.observe import Observer, observed
 from batchnorm.surgery.transaction import transaction
 
 METHODS = ("joint", "layerwise")
@@ -153,9 +154,7 @@ class _Recorder:
 
     def __init__(self, name: str, layer: _BatchNorm, bit: int) -> None:
         self.name, self.layer, self.bit = name, layer, bit
-        self.target: Any = layer  # its buffers are written
-        if isinstance(layer, BatchNorm) and isinstance(layer.statistics, Domains):
-            self.target = layer.statistics.in_domain(layer)
+        self.target: Any = in_domain(layer)  # its buffers are written
         self.final = False
         self.forced = False  # whether to record although its input depends on its own output
         self.begin_pass()
@@ -232,7 +231,7 @@ def _recorders(model: nn.Module) -> list[_Recorder]:
 def _why_left(layer: _BatchNorm, model: nn.Module) -> str | None:
     if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
         return "it has no running statistics"
-    if isinstance(getattr(layer, "statistics", None), Running):
+    if is_frozen(layer):
         return "it is frozen"
     return "it is in inference mode, the model in training mode" if model.training and not layer.training else None
 
@@ -257,7 +256,9 @@ def _run(
         return
     lineage = Lineage() if layerwise else None
     done = Progress(0, 0, 0, len(recorders))
-    with transaction(model, values=True), _observed(model, recorders, lineage):
+    observers = _observers(recorders, lineage)
+    # Without `track_running_stats` neither torch's layers nor ours update their buffers in training mode.
+    with transaction(model, values=True), observed(model, observers, training=False, track_running_stats=False):
         for number in itertools.count(1):
             batches = 0
             for one in recorders:
@@ -284,34 +285,13 @@ def _fresh(lineage: Lineage | None) -> contextlib.AbstractContextManager[Any]:
     return lineage
 
 
-@contextlib.contextmanager
-def _observed(model: nn.Module, recorders: list[_Recorder], lineage: Lineage | None) -> Iterator[None]:
-    """Put all modules into inference mode, and register hooks that record the inputs of layers; restore everything at the end.
-
-    `track_running_stats` of the layers is off, so torch's and ours do not update their buffers in training mode.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    tracking = [(one.layer, one.layer.track_running_stats) for one in recorders]
-    handles = list[Any]()
+def _observers(recorders: list[_Recorder], lineage: Lineage | None) -> list[Observer]:
+    """Hooks that record the inputs of layers."""
     order = itertools.count()
-    try:
-        for module, _ in modes:
-            module.training = False  # not .eval(), which some modules override to do more
-        for one in recorders:
-            one.layer.track_running_stats = False
-            handles.append(
-                one.layer.register_forward_pre_hook(_before(one, recorders, lineage, order), with_kwargs=True)
-            )
-            if lineage is not None:
-                handles.append(one.layer.register_forward_hook(_after(one, lineage), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, tracks in tracking:
-            layer.track_running_stats = tracks
-        for module, training in modes:
-            module.training = training
+    return [
+        Observer(one.layer, _before(one, recorders, lineage, order), None if lineage is None else _after(one, lineage))
+        for one in recorders
+    ]
 
 
 def _before(one: _Recorder, recorders: list[_Recorder], lineage: Lineage | None, order: Iterator[int]) -> Any:

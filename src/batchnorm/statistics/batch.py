@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ class Batch:
 
     A layer without running statistics normalizes by the batch in inference too, as in torch.
     """
+
+    infers_by_running_statistics: ClassVar[bool] = True
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         y = train_on_fast_path("training", layer, x, residual, mask)

@@ -161,7 +161,7 @@ def train_on_fast_path(
         skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
-    return fast_path.call(steps, getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
+    return fast_path.call(getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
 
 
 def _on_fast_path(
@@ -250,7 +250,7 @@ def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
     if found is None:
         return None
     steps, weight, bias, mean, variance, _ = found
-    return fast_path.call(steps, steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
+    return fast_path.call(steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
 def _update(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:

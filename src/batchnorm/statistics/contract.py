@@ -58,7 +58,14 @@ class Layer(Protocol):
 
 
 class Statistics(Protocol):
-    """A statistics source: normalizes x (N, C, *S) for a layer, and may update the layer's buffers."""
+    """A statistics source: normalizes x (N, C, *S) for a layer, and may update the layer's buffers.
+
+    A source may also have `layer_buffers` (`HasBuffers`), and these attributes, which the functions below read:
+
+        frozen: True if training normalizes by the running statistics, and does not update them.
+        infers_by_running_statistics: True if inference is an affine function with the layer's running statistics.
+        in_domain: a function of the layer that returns a stand-in with the buffers that the source uses now.
+    """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The layer's output for x, of x's shape and dtype."""
@@ -77,6 +84,23 @@ class HasBuffers(Protocol):
 def buffers_of(statistics: Statistics) -> dict[str, SourceBuffer]:
     """The buffers that this source adds to a layer, by name."""
     return statistics.layer_buffers() if isinstance(statistics, HasBuffers) else {}
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether the layer normalizes by its running statistics in training too."""
+    return getattr(getattr(layer, "statistics", None), "frozen", False)
+
+
+def infers_by_running_statistics(layer: nn.Module) -> bool:
+    """Whether the layer is an affine function with its running statistics in inference, as torch's layers are."""
+    statistics = getattr(layer, "statistics", None)
+    return statistics is None or getattr(statistics, "infers_by_running_statistics", False)
+
+
+def in_domain(layer: Any) -> Any:
+    """The layer, or a stand-in for it with the buffers that its source uses now."""
+    choose = getattr(getattr(layer, "statistics", None), "in_domain", None)
+    return layer if choose is None else choose(layer)
 
 
 def check_buffers(layer: Layer, *names: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Ghost:
     Raises:
         InputError: if size is less than 1; in training, if a group has one value per channel and `on_single` is "error".
     """
+
+    infers_by_running_statistics: ClassVar[bool] = True
 
     size: int
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from batchnorm.functional.checks import mask_along_channels
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.recompute import recomputing_now
 from batchnorm.kernels import Epilogue
-from batchnorm.kernels.correction import kept
+from batchnorm.kernels.correction import saved
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.common import check_call, reducer_of, train_or_infer
@@ -61,6 +61,8 @@ class MovingAverage:
         StateError: when used by a layer without running statistics, or under a `torch.func` transform.
         DTypeError: on complex input.
     """
+
+    infers_by_running_statistics: ClassVar[bool] = True
 
     window: int = 16
     r_max: float = 5.0
@@ -143,7 +145,7 @@ class MovingAverage:
         means, variances = (getattr(layer, name) for name in _FORWARD)
         # In a recomputation the windows already hold this batch and the counter includes it.
         again = recomputing_now(x)
-        before = kept(counter - again.to(counter.dtype))
+        before = saved(counter - again.to(counter.dtype))
         variance = batch.variance()
         finite = _is_finite(batch.mean, means) & _is_finite(variance, variances)
         counts = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
@@ -159,10 +161,10 @@ class MovingAverage:
             mean = torch.where(counts, torch.zeros_like(mean), batch.mean)
         within = torch.where(use, variances.to(mean.dtype).mean(0), variance)
         between = torch.where(use, means.to(mean.dtype) - mean, batch.mean - mean).square().mean(0)
-        mean, variance = kept(mean), kept(within + between)
+        mean, variance = saved(mean), saved(within + between)
         sigma = (variance + layer.eps).sqrt()
         r = (sigma / (running_var.to(sigma.dtype) + layer.eps).sqrt()).clamp(1 / self.r_max, self.r_max)
-        return _Used(mean, variance, kept(torch.where(use, r, torch.ones_like(r))), averaged, use, before)
+        return _Used(mean, variance, saved(torch.where(use, r, torch.ones_like(r))), averaged, use, before)
 
     def _place(self, before: Tensor) -> Tensor:
         """Which row of the windows belongs to the batch that follows `before` batches: a mask (window, 1)."""

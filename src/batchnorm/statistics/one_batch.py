@@ -217,7 +217,7 @@ class _Waiting(Joint):
     def __init__(self, micro_batch: _MicroBatch, layer: Layer, replicas: Reducer | None) -> None:
         self._micro_batch, self._layer, self.replicas = micro_batch, layer, replicas
 
-    def takes(self, own: Tensor) -> bool:  # noqa: ARG002 (the signature)
+    def accepts(self, own: Tensor) -> bool:  # noqa: ARG002 (the signature)
         return True
 
     def join(self, own: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class _Waiting(Joint):
             )
         return self._micro_batch.wait(_Arrival(self._layer, self.replicas, own))
 
-    def seen(self, call: Call) -> None:
+    def record(self, call: Call) -> None:
         if may_be_recomputed():
             _calls.setdefault(owner_of(self._layer), WeakSet()).add(call)
 
@@ -239,14 +239,14 @@ class _Recomputing(Joint):
     def __init__(self, calls: list[Call], replicas: Reducer | None) -> None:
         self._calls, self.replicas = calls, replicas
 
-    def takes(self, own: Tensor) -> bool:
+    def accepts(self, own: Tensor) -> bool:
         return self._of(own) is not None
 
     def join(self, own: Tensor) -> Tensor:
         call = self._of(own)
         return pool([own], self.replicas) if call is None else call.all
 
-    def seen(self, call: Call) -> None:
+    def record(self, call: Call) -> None:
         pass
 
     def _of(self, own: Tensor) -> Call | None:

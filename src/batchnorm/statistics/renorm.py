@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Renorm:
         StateError: when used by a layer without running statistics.
         DTypeError: on complex input.
     """
+
+    infers_by_running_statistics: ClassVar[bool] = True
 
     r_max: float = 3.0
     d_max: float = 5.0

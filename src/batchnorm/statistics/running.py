@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
 from batchnorm.statistics.common import by_running_statistics
 from batchnorm.statistics.contract import Layer, SourceBuffer, Statistics, buffers_of
-from batchnorm.statistics.domains import Domains
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,22 @@ class Running:
         learned: names of the parameters that `freeze` froze and `unfreeze` makes trainable again.
     """
 
+    frozen: ClassVar[bool] = True
     before: Statistics | None = field(default=None, repr=False)
     learned: tuple[str, ...] = field(default=(), repr=False)
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        if isinstance(self.before, Domains):
-            layer = self.before.in_domain(layer)
-        return by_running_statistics(layer, x, residual, mask)
+        return by_running_statistics(self.in_domain(layer), x, residual, mask)
+
+    @property
+    def infers_by_running_statistics(self) -> bool:
+        """As the source that it replaces, since domains stay apart."""
+        return self.before is None or getattr(self.before, "infers_by_running_statistics", False)
+
+    def in_domain(self, layer: Layer) -> Layer:
+        """The layer as the source that this one replaces uses it."""
+        choose = getattr(self.before, "in_domain", None)
+        return layer if choose is None else choose(layer)
 
     def layer_buffers(self) -> dict[str, SourceBuffer]:
         """The buffers of the source that it replaces; `unfreeze` needs them again."""

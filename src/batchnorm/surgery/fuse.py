@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from batchnorm.kernels import Activation, from_module
+from batchnorm.kernels.activation import OF_FUNCTION
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.surgery.absorb import absorb_activations
@@ -28,12 +28,6 @@ from batchnorm.surgery.subclasses import does_more
 from batchnorm.surgery.tracing import Rules, first_line, trace_module
 from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import is_sequential, is_watched, slots_of
-
-_NAMES = ("relu", "relu6", "silu", "hardswish")
-_FUNCTIONS: dict[Any, str] = {
-    **{getattr(F, name): name for name in _NAMES},
-    **dict.fromkeys((torch.relu, torch.relu_, F.relu_), "relu"),
-}
 
 
 class Pattern(NamedTuple):
@@ -236,8 +230,8 @@ def _activation(owner: nn.Module, node: fx.Node) -> Activation | None:
         return None if is_watched(module) else from_module(module)
     if len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
         return None
-    if node.op == "call_function" and node.target in _FUNCTIONS:
-        return Activation(_FUNCTIONS[node.target])
+    if node.op == "call_function" and node.target in OF_FUNCTION:
+        return OF_FUNCTION[node.target]
     return Activation("relu") if node.op == "call_method" and node.target in ("relu", "relu_") else None
 
 

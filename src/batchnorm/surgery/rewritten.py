@@ -17,11 +17,10 @@ from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
 from batchnorm.kernels import Activation
+from batchnorm.kernels.activation import WITHOUT_SLOPE
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery.classes import become, like, remade
 from batchnorm.surgery.walker import Slot
-
-_PLAIN = {name: Activation(name) for name in ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")}
 
 
 class Rewritten:
@@ -89,7 +88,7 @@ def normalize_and_apply(
 
     The source of rewritten forwards calls it by this name.
     """
-    act = None if activation is None else _PLAIN.get(activation) or Activation(activation, slope)
+    act = None if activation is None else WITHOUT_SLOPE.get(activation) or Activation(activation, slope)
     if isinstance(layer, BatchNorm):  # if not, it was replaced since
         if residual is None:
             return layer(input, activation=act)

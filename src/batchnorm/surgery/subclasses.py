@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from batchnorm.kernels import Activation
+from batchnorm.kernels.activation import WITHOUT_SLOPE
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery.classes import like, remade
 from batchnorm.surgery.walker import is_watched
 
 _TORCHS_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _OVERRIDING = ("_check_input_dim", "reset_parameters")  # methods of a subclass that replace ours
-_NAMES = ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -198,7 +198,7 @@ def _candidates(names: tuple[str, ...], found: Tensor, z: Tensor) -> Iterator[Re
     if names:
         yield Rest(names)
     yield Rest()
-    yield from (Rest((), Activation(name)) for name in _NAMES)
+    yield from (Rest((), activation) for activation in WITHOUT_SLOPE.values())
     slope = round((found[z < 0] / z[z < 0]).median().item(), 9)
     if 0 < slope < 1:
         yield Rest((), Activation("leaky_relu", slope))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.lab.allocation import saved_bytes
 from batchnorm.lab.data import digits
 from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.image_networks import resnet, vgg
 from batchnorm.lab.networks import Normalization, perceptron
+from batchnorm.measure import saved_bytes
 from batchnorm.surgery import convert
 
 BATCH = 64

@@ -1,13 +1,25 @@
-"""Timing that is robust on a busy machine: all functions run alternately, and medians are reported."""
+"""Measures time and memory.
+
+Timing is robust on a busy machine: all functions run alternately, and medians are reported. Memory is that of torch's allocator: its peak
+in a call, and what a training step saves for its backward.
+"""
 
 from __future__ import annotations
 
 import gc
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Result = TypeVar("Result")
 
 # Seconds: a shorter call is repeated within one sample, so that the cost of the clock is negligible and the caches contain what
 # the call itself leaves there.
@@ -98,3 +110,33 @@ def geometric_mean(values: Sequence[float], weights: Sequence[float] | None = No
 def digits(value: float) -> float:
     """Round to four digits, more than are significant on a busy machine."""
     return float(f"{value:.4g}")
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Peak memory of torch's allocator during a call, beyond the memory before."""
+    _, changes = _traced(function)
+    return max(accumulate(changes), default=0)
+
+
+def saved_bytes(function: Callable[[], Tensor]) -> int:
+    """Memory that stays allocated while the result of a call exists, without the result: what is saved for the backward.
+
+    The first call warms up. All memory counts, whether hooks, recipes or compiled code hold it.
+    """
+    function()
+    result, changes = _traced(function)
+    return sum(changes) - result.untyped_storage().nbytes()
+
+
+def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
+    """The result, and the bytes that torch's allocator allocated (+) and freed (-) until then, in order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = function()
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return result, [event.nbytes() for event in events]  # pyright: ignore[reportAttributeAccessIssue] (missing in torch's stubs)
