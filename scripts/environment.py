@@ -21,7 +21,11 @@ START = time.perf_counter()
 # Byte code is written by the first import: pip would compile all 12,000 files of torch and its like, of which few are used.
 PIP = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile", "--root-user-action=ignore")
 
-FIRST_IMPORTS = {"lab": "torch, batchnorm.cli.demo", "dev": "torch, batchnorm.cli.demo", "models": "torch, batchnorm"}
+FIRST_IMPORTS = {
+    "lab": "torch, batchnorm.cli.demo, batchnorm.lab.experiments.demo",
+    "dev": "torch, batchnorm.cli.demo",
+    "models": "torch, batchnorm",
+}
 
 
 def say(line: str) -> None:

@@ -28,7 +28,7 @@ def write_files(directory, learn=132, test=64):
 def test_images_and_classes(tmp_path):
     images, classes = write_files(tmp_path)
     data = load(str(tmp_path))
-    assert data.sizes == {"train": 110, "validation": 22, "test": 64}
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [110, 22, 64]
     assert data.test.images.shape == (64, 3, 16, 16)
     assert torch.equal(data.test.labels, classes[132:])
     pooled = images[132:].float().view(64, 3, 16, 2, 16, 2).mean((3, 5))
@@ -37,7 +37,6 @@ def test_images_and_classes(tmp_path):
     torch.testing.assert_close(flat, (expected - expected.min()) * slope + flat.min(), rtol=1e-4, atol=1e-4)
     everything = torch.cat([data.train.images, data.validation.images])
     assert len(torch.unique(everything.flatten(1), dim=0)) == 132  # nothing trains and validates
-    assert data.fingerprint == load(str(tmp_path)).fingerprint
 
 
 @pytest.mark.parametrize(

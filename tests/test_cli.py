@@ -14,11 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from batchnorm import __main__, cli
-from batchnorm.cli import SUMMARIES, commands, demo
+from batchnorm.cli import SUMMARIES, commands
 from batchnorm.explain import explain
 from batchnorm.kernels import cpu
-from batchnorm.lab import extras
-from batchnorm.lab.experiments.learning_rates import Plan
+from batchnorm.lab import experiments, extras
 from batchnorm.version import __version__
 from tests.idx_files import header, write_idx_files
 
@@ -209,53 +208,56 @@ class TestMissingExtras:
         assert not (tmp_path / "run").exists()
 
 
-def parts(folder):
-    return {path.name: path.stat().st_mtime_ns for path in (folder / "parts").glob("[!.]*.json")}
+def units(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "units").glob("[!.]*.json")}
 
 
 class TestDemo:
     def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(self, tmp_path):
-        arguments = ("demo", "--quick", "--workers", 1, "--out", tmp_path)
+        arguments = ("demo", "--quick", "--seeds", 2, "--workers", 1, "--out", tmp_path)
         process = start(*arguments)
-        while len(parts(tmp_path)) < 2:
+        while len(units(tmp_path)) < 2:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 130
         assert "Traceback" not in errors
-        assert "Learning rates that train" in output
-        assert not (tmp_path / "result.json").exists()
-        kept = parts(tmp_path)
-        assert 2 <= len(kept) < 6
+        assert "learning rates that train" in output
+        assert "holds" not in output  # no claim is judged before all is measured
+        assert not (tmp_path / "report.html").exists()
+        kept = units(tmp_path)
+        assert 2 <= len(kept) < 4
+        assert f"{len(kept)} of 4 measured" in output
         flat = " ".join(errors.split())
-        assert f"{len(kept)} of 6 trainings are finished and stored. Continue with: batchnorm demo" in flat
+        assert f"{len(kept)} of 4 measurements are finished and stored. Continue with: batchnorm demo" in flat
 
         process = start(*arguments, "--json")
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0
         assert not errors or cpu.unavailable() is not None  # which is warned of
-        after = parts(tmp_path)
-        assert len(after) == 6
+        after = units(tmp_path)
+        assert len(after) == 4
         assert {name: after[name] for name in kept} == kept
-        result = json.loads(output)
-        assert result == json.loads((tmp_path / "result.json").read_text())
-        assert result["complete"]
-        assert [claim["holds"] for claim in result["claims"][:2]] == [True, True]
+        (told,) = json.loads(output)
+        assert told["outcome"] == json.loads((tmp_path / "result.json").read_text())
+        assert [claim["answer"] for claim in told["claims"][:2]] == ["holds", "holds"]
         assert (tmp_path / "report.html").read_text().count("<svg") == 4
 
-    def test_idx_files_and_the_printed_table(self, tmp_path, monkeypatch):
-        tiny = Plan(seeds=1, learning_rates=(0.1,), steps=10, data=str(tmp_path / "data"))
-        monkeypatch.setattr(Plan, "of", lambda *_: tiny)
+    def test_idx_files_and_the_printed_table(self, tmp_path):
         write_idx_files(tmp_path / "data", zipped=True)
-        result = call("demo", "--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", 1)
+        arguments = ("--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", 1)
+        result = call("demo", "--quick", *arguments)
         assert result.exit_code == 0, result.output
-        assert "IDX files: 200 images train, 40 validate, 80 test" in result.output
+        assert "Does batch normalization let the same network train faster" in result.output
+        assert "quick, 1 seed" in result.output
         assert "without BN" in result.output
-        assert result.output.count("held") == 4
+        assert len(re.findall(r"^(?:holds|does not hold) ", result.output, re.MULTILINE)) == 4
+        assert "Wrote" in result.output
         saved = json.loads((tmp_path / "run" / "result.json").read_text())
         assert "--data" in saved["command"]
-        assert saved["protocol"]["sizes"] == {"train": 200, "validation": 40, "test": 80}
+        assert saved["data"] == str(tmp_path / "data")
+        assert (saved["experiment"], saved["size"]) == ("demo", "quick")
 
     @pytest.mark.parametrize("damage", ["missing", "corrupt"])
     def test_bad_idx_files_are_one_line_and_exit_2(self, tmp_path, damage):
@@ -279,13 +281,13 @@ class TestDemo:
         assert result.stdout == ""
         assert len(result.stderr.splitlines()) == 1
         assert "training images" in result.stderr
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run" / "result.json").exists()
 
     def test_ctrl_c_before_any_training_is_one_line(self, tmp_path, monkeypatch):
         def interrupted(_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(demo, "load", interrupted)
+        monkeypatch.setattr(experiments, "load", interrupted)
         result = call("demo", "--out", tmp_path / "run")
         assert result.exit_code == 130
         assert (result.stdout, result.stderr) == ("", "\nInterrupted.\n")
@@ -296,11 +298,3 @@ class TestDemo:
         assert result.exit_code == 2
         assert len(result.stderr.splitlines()) == 1
         assert "cannot write into" in result.stderr
-
-    @pytest.mark.parametrize(
-        ("arguments", "seeds", "rates", "steps"),
-        [((None, False, None), 3, 7, 240), ((None, True, None), 1, 3, 120), (("mnist", False, 2), 2, 7, 1000)],
-    )
-    def test_plans(self, arguments, seeds, rates, steps):
-        plan = Plan.of(*arguments)
-        assert (plan.seeds, len(plan.learning_rates), plan.steps, plan.data) == (seeds, rates, steps, arguments[0])

@@ -27,7 +27,6 @@ from batchnorm.cli.text import one_line, visible
 from batchnorm.errors import InputError
 from batchnorm.lab import experiments, outcome
 from batchnorm.lab.data import idx, speech
-from batchnorm.lab.result import Result
 from batchnorm.lab.runner import stored
 from batchnorm.lab.unit import packed, unpacked
 from tests.idx_files import write_idx_files
@@ -310,7 +309,7 @@ def test_outcomes_of_the_lab(folder, monkeypatch):
 )
 def test_a_result_that_could_not_be_written_is_refused_before_the_work(folder, monkeypatch, arguments, place):
     (folder / place).mkdir(parents=True)
-    for work in ("bench._collect", "demo.run", "lab.run"):
+    for work in ("bench._collect", "lab.run"):
         monkeypatch.setattr(f"batchnorm.cli.{work}", lambda *_: pytest.fail("it works first"))
     assert_refused(call(*arguments), place)
 
@@ -325,7 +324,7 @@ def test_the_bench_writes_over_nothing(folder, monkeypatch, option):
     assert (folder / "rows").read_text() == "precious"
 
 
-@pytest.mark.parametrize("reader", [Result.load, load_rows, lambda path: outcome.load(path.stem, path.parent)])
+@pytest.mark.parametrize("reader", [load_rows, lambda path: outcome.load(path.stem, path.parent)])
 def test_results_as_json(folder, reader):
     draw, path = random.Random(1), folder / "file.json"
     for content in [

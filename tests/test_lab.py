@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import json
 import math
 import os
 from itertools import islice
@@ -18,12 +17,11 @@ from batchnorm.files import check_writable, to_json, write
 from batchnorm.lab import extras, runner
 from batchnorm.lab.data import Dataset, Examples, idx, load
 from batchnorm.lab.data.digits import FILE as DIGITS
-from batchnorm.lab.experiments import learning_rates
-from batchnorm.lab.experiments.learning_rates import Job, Plan
+from batchnorm.lab.experiment import Measured, Results, Setting
+from batchnorm.lab.experiments import demo
 from batchnorm.lab.networks import tutorial_network
-from batchnorm.lab.result import Result, Training
 from batchnorm.lab.train import Schedule, accuracy, activation_input, batches, gradient_norms, look_inside, train
-from batchnorm.version import __version__
+from batchnorm.lab.unit import Finished, Unit
 from tests.idx_files import header, write_idx_files
 
 
@@ -47,8 +45,8 @@ class TestDigits:
                 assert stored[part].tolist() == index
 
     def test_three_parts_share_no_image_and_every_class(self, digits):
-        assert digits.sizes == {"train": 1197, "validation": 240, "test": 360}
         parts = (digits.train, digits.validation, digits.test)
+        assert list(map(len, parts)) == [1197, 240, 360]
         everything = torch.cat([part.images for part in parts]).flatten(1)
         assert len(torch.unique(everything, dim=0)) == 1797
         for part in parts:
@@ -69,7 +67,7 @@ class TestDigits:
         moved = digits.to("meta")
         for part in (moved.train, moved.validation, moved.test):
             assert part.images.device == part.labels.device == torch.device("meta")
-        assert moved.sizes == digits.sizes
+        assert [len(part) for part in (moved.train, moved.validation, moved.test)] == [1197, 240, 360]
 
 
 class TestIdx:
@@ -77,7 +75,7 @@ class TestIdx:
     def test_reads_what_was_written(self, tmp_path, zipped):
         images, labels = write_idx_files(tmp_path, zipped=zipped)
         data = load(tmp_path)
-        assert data.sizes == {"train": 200, "validation": 40, "test": 80}
+        assert [len(part) for part in (data.train, data.validation, data.test)] == [200, 40, 80]
         assert torch.equal(data.test.labels, labels[240:].long())
         pixels = data.test.images.squeeze(1)
         restored = (pixels - pixels.min()) / (pixels.max() - pixels.min())
@@ -90,16 +88,6 @@ class TestIdx:
         data = load(tmp_path)
         together = torch.cat([data.train.images, data.validation.images]).flatten(1)
         assert len(torch.unique(together, dim=0)) == 240
-
-    def test_the_fingerprint_follows_the_bytes(self, tmp_path):
-        write_idx_files(tmp_path)
-        before = load(tmp_path).fingerprint
-        assert load(tmp_path).fingerprint == before
-        path = tmp_path / "t10k-labels-idx1-ubyte"
-        content = bytearray(path.read_bytes())
-        content[-1] = 9 - content[-1]
-        path.write_bytes(content)
-        assert load(tmp_path).fingerprint != before
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -267,138 +255,179 @@ class TestTraining:
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def job(arm="plain", rate=0.1, seed=0, steps=60, fingerprint="test"):
-    return Job("learning_rates", arm, rate, seed, steps, 64, 5, None, fingerprint)
+def trained(arm="plain", rate=0.1, steps=60, data=None):
+    return demo._trained(arm, data or load(), Schedule(rate, steps, batch_size=64, seed=0), Setting(seed=0))
 
 
-class TestLearningRates:
-    def test_the_plan_is_paired_and_begins_with_the_common_learning_rate(self, digits):
-        jobs = Plan().jobs(digits)
-        assert len(jobs) == len({job.file_name for job in jobs}) == 2 * 3 * 7
-        assert {job.learning_rate for job in jobs[:6]} == {learning_rates.COMMON}
-        assert {(job.learning_rate == learning_rates.COMMON, job.measure_every) for job in jobs} == {
-            (True, 5),
-            (False, 50),
-        }
-        arms = [
-            {(job.learning_rate, job.seed, job.steps) for job in jobs if job.arm == arm} for arm in learning_rates.ARMS
-        ]
-        assert arms[0] == arms[1]
-
-    @pytest.mark.parametrize(("images", "left"), [(64, 54), (75, 63), (76, 64)])
-    def test_what_is_left_to_learn_from_is_at_least_a_batch(self, tmp_path, images, left):
-        write_idx_files(tmp_path, train=images)
-        data = load(tmp_path)
-        assert len(data.train) == left
-        if left >= 64:
-            assert Plan().jobs(data)
-        else:
-            with pytest.raises(InputError, match=f"one batch of 64 images .* {left} are, beside {images - left}"):
-                Plan().jobs(data)
-
-    def test_other_arguments_are_another_training(self):
-        different = [job(), job("batch_norm"), job(rate=1.0), job(seed=1), job(steps=9), job(fingerprint="other")]
-        assert len({each.file_name for each in different}) == len(different)
-        assert job().file_name == dataclasses.replace(job(), data="moved/elsewhere").file_name
+class TestDemonstration:
+    @pytest.mark.parametrize(
+        ("size", "data", "steps"), [("default", None, 240), ("quick", None, 120), ("default", "mnist", 1000), ("quick", "mnist", 120)]
+    )  # fmt: skip
+    def test_mnist_takes_more_steps(self, size, data, steps):
+        assert demo.schedule(0.3, Setting(1, size, data=data)) == Schedule(0.3, steps, batch_size=64, seed=1)
 
     def test_batch_normalization_is_faster_and_trains_where_the_plain_network_does_not(self):
-        plain, normalized = learning_rates.measure(job(steps=100)), learning_rates.measure(job("batch_norm", steps=100))
-        assert normalized.steps_to_target is not None
-        assert plain.steps_to_target is None or normalized.steps_to_target < plain.steps_to_target
-        assert normalized.drift < plain.drift
-        plain, normalized = learning_rates.measure(job(rate=3.0)), learning_rates.measure(job("batch_norm", 3.0))
-        assert plain.test_accuracy < 0.2
-        assert plain.loss[-1] is None  # it diverged, and stopped
-        assert normalized.test_accuracy > 0.9
+        measured = {arm: demo.measure(arm, Setting(0, "quick")) for arm in demo.ARMS}
+        plain, normalized = (each.values for each in measured.values())
+        assert normalized["steps"] < plain["steps"]
+        assert normalized["drift"] < plain["drift"]
+        assert normalized["rates"] > plain["rates"]
+        for each in measured.values():
+            assert each.values.keys() == demo.METRICS.keys()
+            assert demo.EXPERIMENT.curves.keys() <= each.curves.keys()
+            rates = [0.003, 0.1, 3.0]
+            assert (
+                [rate for rate, _ in each.curves["sweep"]] == [rate for rate, _ in each.curves["validation"]] == rates
+            )
+            for rate, end in each.curves["validation"]:
+                course = each.curves[f"course@{rate:g}"]
+                assert course[-1][1] == end
+                every = 5 if rate == demo.COMMON else 50
+                assert [step for step, _ in course] == [*range(0, course[-1][0], every), course[-1][0]]
+            best = max(each.curves["validation"], key=lambda point: point[1])[0]
+            assert each.values["best_rate"] == best
+            assert each.values["accuracy"] == dict(each.curves["sweep"])[best]
+            assert each.values["common_accuracy"] == dict(each.curves["sweep"])[0.1]
+            reached = [step for step, share in each.curves["course@0.1"] if share >= 0.95]
+            assert each.values["steps"] == min(reached)
+            assert max(abs(y) for _, y in each.curves["input"]) == pytest.approx(each.values["drift"])
+            assert max(y for _, y in each.curves["input"]) == pytest.approx(each.values["drift"])  # mirrored if need be
+            bands = zip(*(each.curves[name] for name in ("input.low", "input", "input.high")), strict=True)
+            assert all(low[1] < middle[1] < high[1] for low, middle, high in bands)
+            assert each.curves["input"][0] == (0, 0)
+            assert each.curves["gradient"][0][0] == 0
 
-    def test_a_network_that_learns_noise_contradicts_what_is_said_of_its_hidden_units(self, digits, monkeypatch):
+    def test_a_network_that_learns_noise_contradicts_what_is_said_of_its_hidden_units(self, digits):
         order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
         noise = dataclasses.replace(digits, train=Examples(digits.train.images, digits.train.labels[order]))
-        monkeypatch.setattr(learning_rates, "_load_once", lambda _: noise)
-        plain, normalized = (learning_rates.measure(job(arm)) for arm in learning_rates.ARMS)
-        assert normalized.drift > 1.5 * plain.drift  # 1.12 and 0.55; on the real labels 1.07 and 2.19
+        plain, normalized = (demo._typical(torch.stack(trained(arm, data=noise).received))[0] for arm in demo.ARMS)
+        assert normalized > 1.5 * plain  # 1.12 and 0.55; on the real labels 1.07 and 2.19
 
     def test_the_end_is_measured_however_seldom_the_rest_is(self):
-        training = learning_rates.measure(dataclasses.replace(job(steps=7), measure_every=50))
-        assert training.steps == [0, 7]
-        assert len(training.loss) == len(training.validation_accuracy) == len(training.gradient_norms) == 2
+        assert [step for step, _ in trained(rate=0.3, steps=7).course] == [0, 7]
+
+    def test_a_training_that_diverges_is_measured_as_far_as_it_came(self):
+        training = trained(rate=1e3, steps=60)
+        assert 0 < training.course[-1][0] < 60
+        assert training.validation < 0.2
+        assert not math.isfinite(training.gradient[-1][1])
+
+    @pytest.mark.parametrize("end", [math.nan, math.inf])
+    def test_a_distribution_that_diverges_moves_without_bounds(self, end):
+        received = torch.tensor([0.0, 1.0, 2.0]).repeat(3, 1)  # (T, quantiles)
+        received[2] = end
+        drift, (_, middle, _) = demo._typical(received[:, :, None])
+        assert drift == math.inf
+        assert middle[:2] == [0.0, 0.0]
+
+    def test_the_typical_unit_is_the_one_with_the_median_drift(self):
+        medians = torch.tensor([[0.0, 0.0, 1.0], [9.0, -2.0, 1.5], [9.0, -1.0, 1.0]])  # (T, units), drift 9, 2 and 0.5
+        received = torch.stack([medians - 1, medians, medians + 3], dim=1)
+        drift, lines = demo._typical(received)
+        assert drift == 0.5  # 2 of a width of 4
+        assert lines == [[-0.75, -0.25, -0.5], [0.0, 0.5, 0.25], [0.25, 0.75, 0.5]]  # mirrored: it moves down
 
     def test_a_training_depends_on_its_arguments_alone(self):
-        once, again = (
-            dataclasses.replace(learning_rates.measure(job("batch_norm", steps=10)), seconds=0.0) for _ in "12"
-        )
-        assert once == again
-        assert once.steps == [0, 5, 10]
-        assert len(once.loss) == len(once.validation_accuracy) == len(once.percentiles) == len(once.gradient_norms) == 3
-        assert all(low < middle < high for low, middle, high in once.percentiles)
+        once, again = (trained("batch_norm", steps=10) for _ in "12")
+        assert (once.course, once.gradient, once.test) == (again.course, again.gradient, again.test)
+        assert all(map(torch.equal, once.received, again.received))
+        assert [step for step, _ in once.course] == [0, 5, 10]
+        assert [step for step, _ in once.gradient] == [0, 4, 9]
 
 
-def record(job):
-    """A stand-in for a training: quick, and it leaves a trace of having run."""
-    if job.seed == 13:
+def measured(steps=20, accuracy=0.9, drift=2.0, trains=(0.1,)):
+    values = {
+        "accuracy": accuracy,
+        "best_rate": 0.1,
+        "common_accuracy": accuracy,
+        "steps": steps,
+        "rates": 1,
+        "drift": drift,
+    }
+    return Measured(values, {"validation": [(rate, 0.96 if rate in trains else 0.3) for rate in (0.01, 0.1, 1.0)]})
+
+
+GOOD = {"steps": 10, "accuracy": 0.95, "drift": 0.1, "trains": (0.01, 0.1, 1.0)}
+
+
+def answers(plain, normalized):
+    results = Results({"plain": plain, "batch_norm": normalized})
+    verdicts = [judge(results) for judge in demo.EXPERIMENT.claims.values()]
+    return [verdict.answer == "holds" for verdict in verdicts], [verdict.evidence for verdict in verdicts]
+
+
+class TestClaims:
+    def test_all_hold(self):
+        held, evidence = answers([measured(), measured()], [measured(**GOOD), measured(**GOOD)])
+        assert held == [True] * 4
+        assert evidence == [
+            "Steps per seed: 10, 10 with BN; 20, 20 without.",
+            "Every seed ends at 95% or more for the learning rates 0.01, 0.1, 1 with BN, for the learning rates 0.1 without.",
+            "Test accuracy per seed: 95.0%, 95.0% with BN; 90.0%, 90.0% without.",
+            "Largest move of a typical unit's median over the validation images, in widths of its first distribution: "
+            "0.10, 0.10 with BN; 2.00, 2.00 without.",
+        ]
+
+    def test_the_opposite_is_said_as_plainly(self):
+        assert answers([measured(**GOOD)], [measured()])[0] == [False] * 4
+        assert answers([measured()], [measured()])[0] == [False] * 4
+
+    @pytest.mark.parametrize(
+        ("change", "index"),
+        [({"steps": math.inf}, 0), ({"trains": ()}, 1), ({"trains": (0.1,)}, 1), ({"accuracy": 0.9}, 2), ({"drift": math.inf}, 3)],
+        ids=str,
+    )  # fmt: skip
+    def test_one_seed_against_it_is_enough(self, change, index):
+        held, evidence = answers([measured(), measured()], [measured(**GOOD), measured(**GOOD | change)])
+        assert [number for number, each in enumerate(held) if not each] == [index]
+        if change == {"steps": math.inf}:
+            assert evidence[0] == "Steps per seed: 10, never with BN; 20, 20 without."
+        if change == {"trains": ()}:
+            assert "for none with BN" in evidence[1]
+
+    def test_a_learning_rate_that_one_seed_misses_does_not_count(self):
+        ends = [measured(**GOOD | {"trains": trains}) for trains in ((0.01, 0.1), (0.1, 1.0))]
+        assert not answers([measured(), measured()], ends)[0][1]
+
+
+def unit(arm="plain", seed=0):
+    return Unit("demo", arm, Setting(seed, "quick"))
+
+
+def record(unit):
+    """A stand-in for a measurement: quick, and it leaves a trace of having run."""
+    if unit.setting.seed == 13:
         os._exit(9)
-    if job.seed == 14:
+    if unit.setting.seed == 14:
         raise InputError("the data are gone")
-    return Training(
-        job.arm, job.seed, job.learning_rate, [0], [0.5], [None], [], [[1.0]], None, None, 0.5, float(os.getpid())
-    )
+    return Finished(unit, measured(), float(os.getpid()))
 
 
 class TestRunner:
-    def test_what_is_stored_is_not_trained_again(self, tmp_path):
-        first = list(runner.run(record, [job(seed=0), job(seed=1)], tmp_path, workers=1))
-        assert {training.seed for training in first} == {0, 1}
-        assert all(training.seconds != os.getpid() for training in first)  # in another process
-        again = list(runner.run(record, [job(seed=1), job(seed=0)], tmp_path, workers=1))
-        assert sorted(again, key=lambda t: t.seed) == sorted(first, key=lambda t: t.seed)
+    def test_what_is_stored_is_not_measured_again(self, tmp_path):
+        first = list(runner.run(record, [unit(seed=0), unit(seed=1)], tmp_path, workers=1))
+        assert {each.unit.setting.seed for each in first} == {0, 1}
+        assert all(each.seconds != os.getpid() for each in first)  # in another process
+        again = list(runner.run(record, [unit(seed=1), unit(seed=0)], tmp_path, workers=1))
+        assert sorted(again, key=lambda each: each.unit.setting.seed) == sorted(
+            first, key=lambda each: each.unit.setting.seed
+        )
 
     def test_a_damaged_part_is_no_part(self, tmp_path):
-        (tmp_path / job().file_name).write_text('{"arm": ')
-        assert runner.stored(job(), tmp_path) is None
+        (tmp_path / unit().file_name).write_text('{"measured": ')
+        assert runner.stored(unit(), tmp_path) is None
 
     def test_a_dead_worker_is_reported_and_the_rest_is_kept(self, tmp_path):
         with pytest.raises(StateError, match=r"seed13.*exit code 9"):
-            list(runner.run(record, [job(seed=0), job(seed=13)], tmp_path, workers=1))
-        assert runner.stored(job(seed=0), tmp_path) is not None
+            list(runner.run(record, [unit(seed=0), unit(seed=13)], tmp_path, workers=1))
+        assert runner.stored(unit(seed=0), tmp_path) is not None
 
     def test_an_error_of_ours_comes_back_from_the_worker(self, tmp_path):
         with pytest.raises(InputError, match="the data are gone"):
-            list(runner.run(record, [job(seed=14)], tmp_path, workers=1))
-
-    def test_a_change_of_code_is_another_training(self, monkeypatch):
-        before = job().file_name
-        monkeypatch.setattr(learning_rates, "code_version", lambda module: "another")
-        assert job().file_name != before
+            list(runner.run(record, [unit(seed=14)], tmp_path, workers=1))
 
 
-class TestResult:
-    def test_saved_and_loaded_is_equal(self, tmp_path, digits):
-        plan = Plan(seeds=1, learning_rates=(0.1,))
-        trainings = [record(job(arm)) for arm in learning_rates.ARMS]
-        result = learning_rates.summarize(plan, digits, trainings, "batchnorm demo")
-        path = tmp_path / "deep" / "result.json"
-        result.save(path)
-        read = json.loads(path.read_text())
-        assert read["schema"] == 1
-        assert read["environment"]["batchnorm"] == __version__
-        assert set(read) == set(Result.__dataclass_fields__)
-        assert set(read["trainings"][0]) == set(Training.__dataclass_fields__)
-        assert to_json(Result.load(path).to_dict()) == to_json(result.to_dict())
-        assert [file.name for file in path.parent.iterdir()] == ["result.json"]  # nothing temporary is left
-
-    @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', None])
-    def test_what_is_not_a_result_is_refused(self, tmp_path, content):
-        path = tmp_path / "result.json"
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(InputError, match="must be a result of schema 1"):
-            Result.load(path)
-
-    def test_no_claim_is_judged_before_all_is_trained(self, digits):
-        result = learning_rates.summarize(Plan(seeds=1), digits, [record(job())], "batchnorm demo")
-        assert not result.complete
-        assert result.claims == []
-
+class TestFiles:
     def test_json_has_no_nan(self):
         with pytest.raises(ValueError, match="JSON compliant"):
             to_json({"loss": math.nan})
@@ -427,6 +456,6 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
 def test_a_dataset_is_standardized_with_its_training_part():
     parts = [Examples(torch.randn(50, 1, 2, 2) * 3 + shift, torch.zeros(50, dtype=torch.int64)) for shift in (5, 5, 9)]
-    data = Dataset("random", *parts, fingerprint="").standardized()
+    data = Dataset("random", *parts).standardized()
     assert float(data.train.images.mean()) == pytest.approx(0, abs=1e-5)
     assert float(data.test.images.mean()) == pytest.approx(4 / 3, abs=0.3)

@@ -191,7 +191,8 @@ def test_the_verdict_follows_the_numbers(name, metric, good, bad, answers):
             default = {"distance": 15.0, "area": 0.75, "right": 0.9, "solved": 200.0}.get(metric, 1.0)
             others = dict.fromkeys(experiment.metrics, 1.0)
             by_arm[arm] = [Measured({**others, metric: values.get(arm, default)})] * 2
-        verdict = experiment.judge(Results(by_arm))
+        (judge,) = experiment.claims.values()
+        verdict = judge(Results(by_arm))
         assert verdict.answer == answer
         assert all(label in verdict.evidence for label in experiment.arms.values())
 

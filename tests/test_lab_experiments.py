@@ -10,6 +10,7 @@ from batchnorm.lab.experiment import Measured, Results, Setting
 from batchnorm.lab.experiments import (
     batch_size,
     cost,
+    demo,
     depth,
     image_classification,
     load,
@@ -19,7 +20,7 @@ from batchnorm.lab.experiments import (
     regularization,
     smoothness,
 )
-from batchnorm.lab.experiments.learning_rates import Plan
+from batchnorm.lab.train import Schedule
 
 QUICK = Setting(seed=0, size="quick")
 
@@ -33,9 +34,9 @@ def one_thread():
 
 
 def test_lr_range_trains_at_rates_and_from_weights_that_plain_does_not(monkeypatch):
-    monkeypatch.setattr(lr_range, "LEARNING_RATES", (0.1, 3.0))
+    monkeypatch.setattr(demo, "RATES", (0.1, 3.0))
     monkeypatch.setattr(lr_range, "DEVIATIONS", (0.2,))
-    monkeypatch.setattr(Plan, "of", lambda *_, **__: Plan(seeds=1, steps=100))
+    monkeypatch.setattr(demo, "schedule", lambda rate, setting: Schedule(rate, 100, 64, setting.seed))
     plain, normalized = (lr_range.measure(arm, QUICK).values for arm in ("plain", "batch_norm"))
     assert normalized["rates"] == 2
     assert plain["rates"] <= 1
@@ -150,7 +151,8 @@ def test_equal_arms_hold_no_claim(name):
         def __missing__(self, key):
             return 0.5
 
-    verdict = experiment.judge(Results({arm: [Measured(Same(), {"course": [(9.0, 0.5)]})] for arm in experiment.arms}))
+    (judge,) = experiment.claims.values()
+    verdict = judge(Results({arm: [Measured(Same(), {"course": [(9.0, 0.5)]})] for arm in experiment.arms}))
     assert verdict.answer == "does not hold"
     assert verdict.evidence
 
@@ -173,7 +175,8 @@ def test_what_a_judge_says_of_a_part_of_a_claim(name, plain, normalized, answer,
         return [Measured(dict.fromkeys(experiment.metrics, 60.0) | values, {"course": [(3000.0, 0.9)]})]
 
     arms = {arm: measured(plain if arm == "plain" else normalized) for arm in experiment.arms}
-    verdict = experiment.judge(Results(arms))
+    (judge,) = experiment.claims.values()
+    verdict = judge(Results(arms))
     assert verdict.answer == answer
     assert told in verdict.evidence
     assert "inf" not in verdict.evidence

@@ -24,7 +24,7 @@ from batchnorm.errors import InputError
 from batchnorm.files import spelled, to_json
 from batchnorm.lab import experiments, fingerprint, outcome, runner
 from batchnorm.lab import unit as units
-from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting
+from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.fingerprint import code_version, data_version
 from batchnorm.lab.outcome import Damaged, Outcome
 from batchnorm.lab.unit import Finished, Unit, packed, unpacked
@@ -88,6 +88,13 @@ def tiny_measured(arm, seed):
     return Measured(values, {"course": [(1.0, 0.1), (2.0, share)]})
 
 
+def two_claims(experiment):
+    """A second claim, which does not hold."""
+    return dataclasses.replace(
+        experiment, claims={**experiment.claims, "It <never> fails.": lambda _: Verdict("does not hold", "It failed.")}
+    )
+
+
 def other_arms(experiment):
     return dataclasses.replace(experiment, arms={"other": "other arms"})
 
@@ -103,15 +110,16 @@ class TestRegistry:
         assert experiment.name == name
         assert len(experiment.arms) >= 2
         assert all(re.fullmatch(r"\w+", arm) for arm in experiment.arms)  # they are part of file names
-        for text in ("question", "claim", "source", "protocol"):
-            assert len(getattr(experiment, text)) > 20, text
+        for text in (experiment.question, experiment.source, experiment.protocol, *experiment.claims):
+            assert len(text) > 20, text
         assert experiment.question.endswith("?")
         assert experiment.metrics
+        assert experiment.claims
 
     def test_every_file_is_listed(self):
         files = {path.stem for path in (PACKAGE / "lab" / "experiments").glob("*.py")}
         listed = {experiments.module_of(name).rsplit(".", 1)[1] for name in experiments.NAMES}
-        assert files - {"__init__", "learning_rates"} == listed
+        assert files - {"__init__"} == listed
 
     def test_a_file_that_is_missing_is_an_error(self, monkeypatch):
         monkeypatch.setattr(experiments, "NAMES", ("nowhere",))
@@ -204,7 +212,7 @@ class TestFingerprint:
 
     def test_an_experiment_that_uses_another_one_depends_on_it(self):
         names = {path.name for path in fingerprint._reached("batchnorm.lab.experiments.lr_range")}
-        assert {"lr_range.py", "learning_rates.py"} <= names
+        assert {"lr_range.py", "demo.py"} <= names
 
     def test_it_follows_the_bytes_of_what_is_reached(self, monkeypatch, tmp_path):
         for name, source in {"a": "from batchnorm import b\n", "b": "", "c": ""}.items():
@@ -240,22 +248,20 @@ class TestFingerprint:
 class TestOutcome:
     def test_saved_and_loaded_is_equal(self, tmp_path):
         _, came_out = known(missing={("with", 1)})
-        came_out.save(tmp_path)
+        came_out.save(outcome.path_of("tiny", tmp_path))
         assert repr(outcome.load("tiny", tmp_path)) == repr(came_out)
         assert outcome.load("depth", tmp_path) is None
 
     def test_only_a_complete_one_is_judged(self):
         experiment, complete = known()
         assert (complete.finished, complete.units, complete.seeds, complete.seconds) == (4, 4, 2, 6.0)
-        verdict = complete.verdict(experiment)
-        assert verdict is not None
-        assert (verdict.answer, verdict.evidence) == ("holds", "90.5% with it.")
+        assert complete.verdicts(experiment) == {"It works.": Verdict("holds", "90.5% with it.")}
         experiment, open_ = known(missing={("with", 1)})
-        assert (open_.finished, open_.units, open_.verdict(experiment)) == (3, 4, None)
+        assert (open_.finished, open_.units, open_.verdicts(experiment)) == (3, 4, {})
         assert complete.fits(experiment)
         for other in (other_arms(experiment), other_metrics(experiment)):
             assert not complete.fits(other)
-            assert complete.verdict(other) is None
+            assert complete.verdicts(other) == {}
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 99}'])
     def test_what_is_none_is_refused(self, tmp_path, content):
@@ -265,7 +271,7 @@ class TestOutcome:
 
     @pytest.mark.parametrize("damage", DAMAGES, ids=str)
     def test_one_with_a_wrong_field_is_refused(self, tmp_path, damage):
-        known()[1].save(tmp_path)
+        known()[1].save(tmp_path / "tiny.json")
         path = tmp_path / "tiny.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | damage))
         with pytest.raises(InputError, match=r"tiny\.json must be an outcome of schema 1") as caught:
@@ -286,6 +292,9 @@ class TestOutcome:
     )
     def test_seeds_as_text(self, values, text):
         assert spread(Metric("", ".2f"), values).replace("\u00a0", " ") == text
+
+    def test_chosen_numbers_have_no_mean(self):
+        assert spread(Metric("", ".3g", each=True), [0.3, 3.0, math.nan]) == "0.3, 3"
 
 
 class TestPage:
@@ -393,8 +402,8 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("run", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
-            (("run", "all", "nope"), "there is no experiment nope; there are lr-range, paper-4.1, depth"),
+            (("run", "nope"), "there is no experiment nope; there are demo, lr-range, paper-4.1, depth"),
+            (("run", "all", "nope"), "there is no experiment nope; there are demo, lr-range, paper-4.1, depth"),
             (("run", "depth", "--quick", "--full"), "a run has one size"),
             (("run", "cost", "gan", "--device", "meta"), "but cost, gan run on the CPU only"),
             (("run", "depth", "--device", "nowhere"), "--device must be one that torch can use here; nowhere is not"),
@@ -419,7 +428,7 @@ class TestCommands:
         experiment, complete = known()
         monkeypatch.setattr(experiments, "NAMES", ("tiny", "later"))
         monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
-        complete.save(tmp_path)
+        complete.save(tmp_path / "tiny.json")
         monkeypatch.setattr(experiments, "FIRST", ("later",))
         lines = call("lab", "list", "--out", tmp_path).stdout.splitlines()
         assert [line.split() for line in lines[2:4]] == [
@@ -428,7 +437,7 @@ class TestCommands:
         ]
         assert lines[-1] == "* Start here: batchnorm lab run later --quick"
         listed = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
-        assert [each["answer"] for each in listed] == ["holds", None]
+        assert [each["claims"][0]["answer"] for each in listed] == ["holds", None]
         assert [each["begin_here"] for each in listed] == [False, True]
         monkeypatch.undo()
         assert set(experiments.FIRST) <= set(experiments.NAMES)
@@ -439,7 +448,7 @@ class TestCommands:
     )
     def test_list_tells_a_run_that_is_not_the_default(self, tmp_path, registry, size, seeds, state):
         registry("tiny")
-        known(size=size, seeds=seeds)[1].save(tmp_path)
+        known(size=size, seeds=seeds)[1].save(tmp_path / "tiny.json")
         line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[2]
         assert line.split("work?")[1].split()[2:] == state.split()
 
@@ -447,8 +456,8 @@ class TestCommands:
     def test_a_damaged_result_hides_no_other(self, tmp_path, registry, damage):
         registry("tiny", "fine")
         complete = known(size="default")[1]
-        complete.save(tmp_path)
-        dataclasses.replace(complete, experiment="fine").save(tmp_path)
+        complete.save(tmp_path / "tiny.json")
+        dataclasses.replace(complete, experiment="fine").save(tmp_path / "fine.json")
         path = tmp_path / "tiny.json"
         whole = path.read_text()
         path.write_text(whole[:-30] if damage is None else json.dumps(json.loads(whole) | damage))
@@ -470,8 +479,8 @@ class TestCommands:
     def test_a_result_of_other_arms_or_metrics_hides_no_other(self, tmp_path, registry, change):
         registry("tiny", "fine", tiny=change)
         complete = known(size="default")[1]
-        complete.save(tmp_path)
-        dataclasses.replace(complete, experiment="fine").save(tmp_path)
+        complete.save(tmp_path / "tiny.json")
+        dataclasses.replace(complete, experiment="fine").save(tmp_path / "fine.json")
         result = call("lab", "list", "--out", tmp_path)
         assert (result.exit_code, result.stderr) == (0, "")
         assert "has other arms or metrics: run" in result.stdout
@@ -479,11 +488,30 @@ class TestCommands:
         assert call("lab", "report", "--out", tmp_path).exit_code == 0
         assert "Not included" in call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md").stdout
 
+    def test_every_claim_is_told(self, tmp_path, registry):
+        registry("tiny", tiny=two_claims)
+        known(size="default", seeds=3)[1].save(tmp_path / "tiny.json")
+        line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[2]
+        assert line.split("work?")[1].split() == ["9", "s", "1", "of", "2", "hold"]
+        (listed,) = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
+        assert [(each["claim"], each["answer"]) for each in listed["claims"]] == [
+            ("It works.", "holds"), ("It <never> fails.", "does not hold")
+        ]  # fmt: skip
+        assert call("lab", "report", "--out", tmp_path).exit_code == 0
+        page = (tmp_path / "report.html").read_text()
+        assert "Of 2 claims 2 are measured to the end: 1 × holds, 1 × does not hold." in page
+        assert page.count("It &lt;never&gt; fails.") == 2  # among all claims, and with its experiment
+        assert page.count("It failed.") == 1
+        assert call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "page.md").exit_code == 0
+        text = (tmp_path / "page.md").read_text()
+        assert "| [tiny](#tiny) | It works. | holds |\n| [tiny](#tiny) | It <never> fails. | does not hold |" in text
+        assert "Claim: It <never> fails. Verdict: **does not hold**.\n\nIt failed.\n" in text
+
     def test_report_writes_the_page(self, tmp_path, monkeypatch):
         experiment, complete = known()
         monkeypatch.setattr(experiments, "NAMES", ("tiny",))
         monkeypatch.setattr(experiments, "load", lambda name: experiment)
-        complete.save(tmp_path)
+        complete.save(tmp_path / "tiny.json")
         assert call("lab", "report", "--out", tmp_path).stdout == f"Wrote {tmp_path / 'report.html'}.\n"
         assert "✓ holds" in (tmp_path / "report.html").read_text()
 
@@ -491,8 +519,8 @@ class TestCommands:
         experiment, complete = known(size="default")
         monkeypatch.setattr(experiments, "NAMES", ("tiny", "half", "later"))
         monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(experiment, name=name))
-        complete.save(tmp_path)
-        dataclasses.replace(known(missing={("with", 1)})[1], experiment="half").save(tmp_path)
+        complete.save(tmp_path / "tiny.json")
+        dataclasses.replace(known(missing={("with", 1)})[1], experiment="half").save(tmp_path / "half.json")
         page = tmp_path / "docs" / "findings.md"
         assert call("lab", "findings", "--out", tmp_path, "--page", page).stdout == (
             f"Wrote {page} and 1 plots.\nNot included, because they are incomplete: half, later.\n"
@@ -510,7 +538,7 @@ class TestCommands:
 
     def test_findings_are_never_of_quick_runs(self, tmp_path, registry):
         registry("tiny")
-        known()[1].save(tmp_path)
+        known()[1].save(tmp_path / "tiny.json")
         result = call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "x.md")
         assert (result.exit_code, result.stdout) == (2, "")
         assert (
@@ -573,7 +601,7 @@ class TestEnds:
         assert len(after) == 24
         assert {name: after[name] for name in kept} == kept
         (said,) = json.loads(output)
-        assert (said["answer"], said["evidence"]) == ("holds", "95.5% with it.")
+        assert said["claims"] == [{"claim": "It works.", "answer": "holds", "evidence": "95.5% with it."}]
         assert said["outcome"]["by_arm"]["without"][0]["values"] == {"share": 0.5, "steps": "inf", "gap": "nan"}
 
     def test_ctrl_c_says_how_to_go_on(self, tmp_path):
@@ -603,5 +631,5 @@ def test_the_page_of_findings_is_what_the_published_results_say():
         (experiment, outcome.load(experiment.name, results)) for experiment in map(experiments.load, experiments.NAMES)
     ]
     text, pictures = findings.render([(experiment, found) for experiment, found in known if found], "findings")
-    assert len(pictures) == len(known) == 17
+    assert len(pictures) == len(known) == 18
     assert (root / "docs" / "findings.md").read_text(encoding="utf-8") == text

@@ -1,57 +1,63 @@
-"""The report: verdicts follow the numbers, and the page needs nothing but itself."""
+"""A page of one experiment: verdicts follow the numbers, and the page needs nothing but itself."""
 
 import dataclasses
+import html
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
-from batchnorm.lab.data import Dataset, Examples
-from batchnorm.lab.experiments import learning_rates
-from batchnorm.lab.experiments.learning_rates import Plan
-from batchnorm.lab.result import Training
-from batchnorm.report import plots, rows
-from batchnorm.report.page import render
+from batchnorm.lab.experiment import Measured, Setting
+from batchnorm.lab.experiments import demo
+from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.unit import Finished, Unit
+from batchnorm.report import plots
+from batchnorm.report.lab import render_one
 
-EMPTY = Examples(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
-BATCH = Examples(torch.zeros(64, 1, 28, 28), torch.zeros(64, dtype=torch.int64))
-DATASET = Dataset("<made-up> data", BATCH, EMPTY, EMPTY, fingerprint="")
-PLAN = Plan(seeds=2, learning_rates=(0.01, 0.1, 1.0))
+COMMAND = "batchnorm demo --data '<made-up>' --seeds 2"
 
 
-def made_up(arm, rate, seed, *, final, steps_to_target, drift):
-    """A training of five measurements that ends at the accuracy `final`."""
-    common = rate == learning_rates.COMMON
-    return Training(
-        arm=arm,
-        seed=seed,
-        learning_rate=rate,
-        steps=[0, 5, 10, 15, 20],
-        validation_accuracy=[0.1, 0.5, 0.7, 0.8, final],
-        loss=[2.3, 1.0, 0.5, 0.3, 0.2],
-        percentiles=[[-1.0, 0.0 + step / 100, 1.0] for step in range(5)] if common else [],
-        gradient_norms=[[1.0, 0.5, 0.25]] * 5,
-        drift=drift if common else None,
-        steps_to_target=steps_to_target,
-        test_accuracy=final - 0.01 * seed,
-        seconds=1.0,
+def made_up(seed, *, end, steps, drift):
+    """Measurements at three learning rates, of which the common one is measured five times."""
+    course = [(0.0, 0.1), (5.0, 0.5), (10.0, 0.7), (15.0, 0.8), (20.0, max(end))]
+    rates = (0.01, demo.COMMON, 1.0)
+    return Measured(
+        values={
+            "accuracy": max(end) - 0.01 * seed,
+            "best_rate": demo.COMMON,
+            "common_accuracy": end[1],
+            "steps": steps,
+            "rates": sum(share >= demo.TARGET for share in end),
+            "drift": drift,
+        },
+        curves={
+            **{f"course@{rate:g}": course for rate in rates},
+            "sweep": list(zip(rates, end, strict=True)),
+            "validation": list(zip(rates, end, strict=True)),
+            "input.low": [(x, -1.0) for x, _ in course],
+            "input": [(x, x / 100) for x, _ in course],
+            "input.high": [(x, 1.0) for x, _ in course],
+            "gradient": [(x, 1.0) for x, _ in course],
+        },
     )
 
 
-def made_up_result(good="batch_norm"):
+def made_up_outcome(good="batch_norm", changed=lambda arm, seed, measured: measured):
     """One arm trains at every learning rate, in 10 steps; the other only at 0.1, in 20."""
-    trainings = []
-    for arm in learning_rates.ARMS:
-        for rate in PLAN.learning_rates:
-            for seed in range(PLAN.seeds):
-                if arm == good:
-                    training = made_up(arm, rate, seed, final=0.98, steps_to_target=10, drift=0.1)
-                else:
-                    final = 0.96 if rate == 0.1 else 0.3
-                    training = made_up(arm, rate, seed, final=final, steps_to_target=20, drift=2.0)
-                trainings.append(training)
-    return learning_rates.summarize(PLAN, DATASET, trainings, "batchnorm demo --seeds 2")
+    finished = []
+    for arm in demo.ARMS:
+        for seed in range(2):
+            if arm == good:
+                measured = made_up(seed, end=(0.98, 0.98, 0.98), steps=10.0, drift=0.1)
+            else:
+                measured = made_up(seed, end=(0.3, 0.96, 0.3), steps=20.0, drift=2.0)
+            finished.append(Finished(Unit("demo", arm, Setting(seed)), changed(arm, seed, measured), 1.0))
+    return Outcome.of(demo.EXPERIMENT, 2, finished, COMMAND)
+
+
+def render(outcome):
+    return render_one(demo.EXPERIMENT, outcome)
 
 
 class Page(HTMLParser):
@@ -73,7 +79,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text():
-    return render(made_up_result())
+    return render(made_up_outcome())
 
 
 @pytest.fixture(scope="module")
@@ -123,115 +129,61 @@ class TestPage:
         assert "font-family" not in drawings
 
     def test_what_comes_from_outside_is_escaped(self, text):
-        assert "&lt;made-up&gt; data" in text
+        assert "&lt;made-up&gt;" in text
         assert "<made-up>" not in text
 
     def test_it_tells_how_to_make_it_again(self, text):
-        assert "<code>batchnorm demo --seeds 2</code>" in text
+        assert "<code>batchnorm demo --data &#x27;&lt;made-up&gt;&#x27; --seeds 2</code>" in text
         assert f"torch {torch.__version__}" in text
 
-    def test_the_same_result_is_the_same_page(self, text):
-        result = made_up_result()
-        again = render(result)
-        date = result.environment["date"]
-        assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", date, text) == again
+    def test_plots_have_captions(self, text):
+        text = html.unescape(text)
+        for curve in demo.EXPERIMENT.curves.values():
+            assert f"<figcaption><strong>{curve.title}.</strong> {curve.caption.split('(')[0].strip()}" in text
+
+    def test_the_same_outcome_is_the_same_page(self, text):
+        outcome = made_up_outcome()
+        date = outcome.environment["date"]
+        assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", date, text) == render(outcome)
 
 
 class TestVerdict:
-    def test_all_held(self, text):
-        assert text.count("✓ held") == 4
-        assert "On these images yes: 4 of 4 claims held" in text
-        assert "trains at 3 of 3 learning rates, without it at 1" in text
-        assert "comes to 95% after 10 steps with it, after 20 steps without" in text
+    def test_all_hold(self, text):
+        assert text.count("✓ holds") == 4
+        assert "On this machine 4 of 4 claims hold. Steps per seed: 10, 10 with BN; 20, 20 without." in text
 
     def test_the_opposite_is_said_as_plainly(self):
-        result = made_up_result(good="plain")
-        text = render(result)
-        assert not any(claim.holds for claim in result.claims)
-        assert text.count("✗ did not hold") == 4
-        assert "On these images no: 0 of 4 claims held" in text
+        text = render(made_up_outcome(good="plain"))
+        assert text.count("✗ does not hold") == 4
+        assert "On this machine 0 of 4 claims hold. Steps per seed: 20, 20 with BN; 10, 10 without." in text
 
     def test_one_seed_against_it_is_enough(self):
-        result = made_up_result()
-        index = next(
-            i for i, t in enumerate(result.trainings) if (t.arm, t.seed, t.learning_rate) == ("batch_norm", 1, 0.1)
-        )
-        slow = dataclasses.replace(result.trainings[index], steps_to_target=None)
-        trainings = [*result.trainings[:index], slow, *result.trainings[index + 1 :]]
-        changed = learning_rates.summarize(PLAN, DATASET, trainings, "")
-        assert [claim.holds for claim in changed.claims] == [False, True, True, True]
-        assert "10, never with BN; 20, 20 without" in changed.claims[0].evidence
-        assert "On these images in part: 3 of 4" in render(changed)
-        assert "comes to 95% with 1 of 2 seeds with it" in render(changed)
+        def slow(arm, seed, measured):
+            never = (arm, seed) == ("batch_norm", 1)
+            return (
+                dataclasses.replace(measured, values=measured.values | {"steps": float("inf")}) if never else measured
+            )
+
+        text = render(made_up_outcome(changed=slow))
+        assert text.count("✓ holds") == 3
+        assert "On this machine 3 of 4 claims hold. Steps per seed: 10, never with BN; 20, 20 without." in text
 
     def test_a_training_that_diverged_is_drawn_as_far_as_it_came(self):
-        result = made_up_result()
-        diverged = {
-            "steps": [0, 5, 10],
-            "validation_accuracy": [0.1, 0.5, 0.1],
-            "loss": [2.3, 9.0, None],
-            "percentiles": [[0.0, 1.0, 2.0], [0.0, 2.0, 9.0], [None, None, None]],
-            "gradient_norms": [[1.0, 1.0, 1.0], [9.0, 9.0, 9.0], [None, None, None]],
-            "drift": None,
-        }
-        trainings = [
-            dataclasses.replace(t, **diverged) if (t.arm, t.learning_rate) == ("plain", 0.1) else t
-            for t in result.trainings
-        ]
-        text = render(learning_rates.summarize(PLAN, DATASET, trainings, ""))
-        assert "in widths of the first distribution: without BN diverged, diverged; with BN 0.10, 0.10." in text
-        assert "nothing to show" not in text
-
-    @pytest.mark.parametrize(
-        "arms", [["plain"], pytest.param(["batch_norm"], marks=pytest.mark.slow), ["plain", "batch_norm"]], ids=str
-    )
-    @pytest.mark.parametrize("start", [[0.0, 1.0, 2.0], [None] * 3], ids=["finite", "not finite"])
-    def test_a_training_that_diverged_at_once_leaves_nothing_to_show(self, arms, start):
-        diverged = {
-            "steps": [0, 1],
-            "validation_accuracy": [0.1, 0.1],
-            "loss": [None, None],
-            "percentiles": [start, [None] * 3],
-            "gradient_norms": [[None] * 3] * 2,
-            "drift": None,
-            "steps_to_target": None,
-        }
-        trainings = [
-            dataclasses.replace(t, **diverged) if t.arm in arms and t.learning_rate == 0.1 else t
-            for t in made_up_result().trainings
-        ]
-        result = learning_rates.summarize(PLAN, DATASET, trainings, "")
-        assert plots.hidden_distribution(result).count("nothing to show") == len(arms)
-        gradients = plots.gradient_norms(result)
-        assert gradients.count("nothing to show") == len(arms)
-        for arm in arms:
-            assert f"{learning_rates.ARMS[arm]} diverged" in gradients
-        assert render(result)
-
-
-class TestRows:
-    def test_the_headline_numbers(self):
-        cells = {
-            label: [cell.replace("\xa0", " ") for cell in row] for label, row in rows.summary_rows(made_up_result())
-        }
-        assert cells == {
-            "Test accuracy, best learning rate": ["95.5 ± 0.7%", "97.5 ± 0.7%"],
-            "Best learning rate (on validation)": ["0.1", "0.01"],
-            "Test accuracy, learning rate 0.1": ["95.5 ± 0.7%", "97.5 ± 0.7%"],
-            "Steps to 95%, learning rate 0.1": ["20 (20, 20)", "10 (10, 10)"],
-            "Learning rates that train": ["0.1", "0.01 – 1"],
+        nan, inf = float("nan"), float("inf")
+        short = {
+            "course@0.1": [(0.0, 0.1), (5.0, 0.5), (10.0, 0.1)],
+            "input.low": [(0.0, -0.5), (5.0, 0.0), (10.0, nan)],
+            "input": [(0.0, 0.0), (5.0, 2.0), (10.0, nan)],
+            "input.high": [(0.0, 0.5), (5.0, 9.0), (10.0, nan)],
+            "gradient": [(0.0, 1.0), (5.0, 9.0), (10.0, inf)],
         }
 
-    def test_nothing_trained_yet_is_a_dash(self):
-        result = learning_rates.summarize(PLAN, DATASET, [], "")
-        assert {cell for _, row in rows.summary_rows(result) for cell in row} == {rows.MISSING}
+        def diverged(arm, seed, measured):
+            if arm == "batch_norm":
+                return measured
+            return Measured({**measured.values, "drift": inf}, {**measured.curves, **short})
 
-    @pytest.mark.parametrize(
-        ("values", "expected"), [([None, None], "never"), ([5, None], "5, never"), ([5], "5"), ([5, 10], "8 (5, 10)")]
-    )
-    def test_steps(self, values, expected):
-        assert rows.steps(values) == expected
-
-    @pytest.mark.parametrize(("trains", "expected"), [([], "none"), ([1], "1"), ([1, 2], "1 – 2"), ([1, 3], "1, 3")])
-    def test_a_range_has_no_gaps(self, trains, expected):
-        assert rows.learning_rates(trains, [1, 2, 3]) == expected
+        text = render(made_up_outcome(changed=diverged))
+        assert "0.10, 0.10 with BN; never, never without." in text
+        for told in ("learns: without BN 0.1 to 0.1;", "receives: without BN 0 to 2;", "is: without BN 1 to 9;"):
+            assert told in text, told

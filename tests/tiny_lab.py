@@ -26,7 +26,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="tiny",
     question="Does <it> work?",
-    claim="It works.",
+    claims={"It works.": judge},
     source="Nobody 2026",
     paper="3.14",
     arms={"without": "without it", "with": "with it"},
@@ -36,7 +36,6 @@ EXPERIMENT = Experiment(
         "gap": Metric("gap", ".2f", "neither"),
     },
     measure=measure,
-    judge=judge,
     curves={"course": Curve("Share by step", "step", "share")},
     protocol="Nothing is trained.",
     seconds=1,

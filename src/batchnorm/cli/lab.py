@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from batchnorm.env import cores
 from batchnorm.errors import InputError
 from batchnorm.files import write
 from batchnorm.lab import experiments, extras, outcome
-from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict
+from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict, summary
 from batchnorm.lab.fingerprint import data_version
 from batchnorm.lab.outcome import Damaged, Outcome
 from batchnorm.lab.runner import all_stored, run
 from batchnorm.lab.unit import Finished, Unit, measure
-from batchnorm.report.rows import comparison
+from batchnorm.report.rows import comparison, extent
 
 OUT = Path("runs/lab")
 SEEDS, QUICK_SEEDS = 3, 1
@@ -50,7 +50,7 @@ def list_command(out: Path, as_json: bool) -> None:
     extras.require()
     found = _known(out)
     if as_json:
-        print_json([_summary(*each) for each in found])
+        print_json([_to_dict(*each) for each in found])
         return
     table = Table("experiment", "question", "time", "result so far", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for experiment, known in found:
@@ -85,13 +85,9 @@ def _loaded(name: str, out: Path) -> Outcome | Damaged | None:
         return Damaged()
 
 
-def _verdict(experiment: Experiment, known: Outcome | Damaged | None) -> Verdict | None:
-    return known.verdict(experiment) if isinstance(known, Outcome) else None
-
-
 def _time(experiment: Experiment, known: Outcome | Damaged | None) -> str:
     """Seconds of one core: measured, or estimated for the default size."""
-    if not isinstance(known, Outcome) or _verdict(experiment, known) is None:
+    if not isinstance(known, Outcome) or not known.verdicts(experiment):
         return f"~{SEEDS * experiment.seconds:.0f} s"
     return f"{known.seconds:.0f} s"
 
@@ -104,24 +100,26 @@ def _state(experiment: Experiment, known: Outcome | Damaged | None) -> str:
         return "damaged: run it again"
     if not known.fits(experiment):
         return "has other arms or metrics: run it again"
-    verdict = known.verdict(experiment)
-    answer = f"{known.finished} of {known.units} measured" if verdict is None else verdict.answer
+    verdicts = known.verdicts(experiment)
+    answer = summary(verdicts) if verdicts else f"{known.finished} of {known.units} measured"
     if (known.size, known.seeds) == ("default", SEEDS):
         return answer
     return f"{answer} ({known.size}, {known.seeds} {'seed' if known.seeds == 1 else 'seeds'})"
 
 
-def _summary(experiment: Experiment, known: Outcome | Damaged | None) -> dict[str, Any]:
-    verdict = _verdict(experiment, known)
+def _to_dict(experiment: Experiment, known: Outcome | Damaged | None) -> dict[str, Any]:
+    verdicts = known.verdicts(experiment) if isinstance(known, Outcome) else {}
     return {
         "experiment": experiment.name,
         "question": experiment.question,
-        "claim": experiment.claim,
         "begin_here": experiment.name in experiments.FIRST,
-        "answer": None if verdict is None else verdict.answer,
-        "evidence": None if verdict is None else verdict.evidence,
+        "claims": [{"claim": claim, **_answer(verdicts.get(claim))} for claim in experiment.claims],
         "outcome": known.to_dict() if isinstance(known, Outcome) else None,
     }
+
+
+def _answer(verdict: Verdict | None) -> dict[str, str | None]:
+    return {"answer": None, "evidence": None} if verdict is None else asdict(verdict)
 
 
 @lab_command.command("run", epilog="Example: batchnorm lab run lr-range paper-4.1 --seeds 5")
@@ -170,34 +168,63 @@ def run_command(
     if quick and full:
         raise InputError("a run has one size: leave out --quick or --full")
     size: Size = "quick" if quick else "full" if full else "default"
-    seeds = seeds or (QUICK_SEEDS if quick else SEEDS)
-    units = _units(chosen, Setting(0, size, device, None if data is None else str(data)), seeds)
-    results = {f"--out {out}: {each.name}": outcome.path_of(each.name, out) for each in chosen}
-    check_outputs(results, force=True)  # files in the folder are overwritten
-    command, finished = command_line(ctx), list[Finished]()
+    setting = Setting(0, size, device, None if data is None else str(data))
+    files = {each.name: outcome.path_of(each.name, out) for each in chosen}
+    measure_all(ctx, chosen, setting, seeds, files, out, workers, as_json)
+    if not as_json:
+        click.echo(f"\nFor the page: batchnorm lab report --out {shlex.quote(str(out))}")
+
+
+def measure_all(
+    ctx: click.Context,
+    chosen: Sequence[Experiment],
+    setting: Setting,
+    seeds: int | None,
+    files: Mapping[str, Path],
+    out: Path,
+    workers: int,
+    as_json: bool,
+) -> list[tuple[Experiment, Outcome]]:
+    """Measure experiments, write the outcome of each into its file, and print them; after Ctrl-C, print those so far and exit with 130.
+
+    `files` has a path by the name of each experiment, and of others that the command will write; measurements are stored in `out`.
+
+    Raises:
+        InputError: a file cannot be written, or as `_units` or an experiment.
+    """
+    seeds = seeds or (QUICK_SEEDS if setting.size == "quick" else SEEDS)
+    units, command = _units(chosen, setting, seeds), command_line(ctx)
+    check_outputs({f"--out {out}: {name}": path for name, path in files.items()}, force=True)  # they are overwritten
+
+    def outcomes(finished: Sequence[Finished]) -> list[tuple[Experiment, Outcome]]:
+        own = {each.name: [one for one in finished if one.unit.experiment == each.name] for each in chosen}
+        return [(each, Outcome.of(each, seeds, own[each.name], command)) for each in chosen if own[each.name]]
+
+    finished = list[Finished]()
+    costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
     try:
-        costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
         with progress_bar(counted=False) as progress, closing(run(measure, units, out / "units", workers)) as done:
             task = progress.add_task(f"0 of {len(units)}", total=sum(costs[unit.experiment] for unit in units))
             for each in done:
                 finished.append(each)
                 name = each.unit.experiment
-                _outcome(name, seeds, finished, command).save(out)  # at once, so that a later failure does not lose it
-                description = f"{len(finished)} of {len(units)}, last {name}"
-                progress.update(task, advance=costs[name], description=description)
+                known = {experiment.name: so_far for experiment, so_far in outcomes(finished)}
+                known[name].save(files[name])  # at once, so that a later failure does not lose it
+                progress.update(task, advance=costs[name], description=f"{len(finished)} of {len(units)}, last {name}")
     except KeyboardInterrupt:
         finished = all_stored(units, out / "units")
-        _show(chosen, seeds, finished, command, as_json)
+        _show(outcomes(finished), as_json)
         done = f"{len(finished)} of {len(units)} measurements are finished and stored"
         click.echo(f"\nInterrupted; {done}. Continue with:\n  {command}", err=True)
         ctx.exit(130)
-    _show(chosen, seeds, finished, command, as_json)
-    if not as_json:
-        click.echo(f"\nFor the page: batchnorm lab report --out {shlex.quote(str(out))}")
+    _show(outcomes(finished), as_json)
+    return outcomes(finished)
 
 
 def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:
     """The units to measure, one experiment after the other, with all arms of a seed next to each other.
+
+    The first arm, the baseline, comes last: it is the quickest as a rule, so that workers end at about the same time.
 
     Raises:
         InputError: the device does not exist, or an experiment does not run there; no experiment accepts the data, or they are not a
@@ -222,33 +249,34 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
         units += [
             Unit(experiment.name, arm, replace(own, seed=seed), version if own.data else "")
             for seed in range(seeds)
-            for arm in experiment.arms
+            for arm in reversed(list(experiment.arms))
         ]
     return units
 
 
-def _outcome(name: str, seeds: int, finished: Sequence[Finished], command: str) -> Outcome:
-    own = [each for each in finished if each.unit.experiment == name]
-    return Outcome.of(experiments.load(name), seeds, own, command)
-
-
-def _show(chosen: Sequence[Experiment], seeds: int, finished: Sequence[Finished], command: str, as_json: bool) -> None:
-    """Print the outcomes as JSON, or as a table with the verdict for each experiment."""
-    begun = {each.unit.experiment for each in finished}
-    known = [(each, _outcome(each.name, seeds, finished, command)) for each in chosen if each.name in begun]
+def _show(known: Sequence[tuple[Experiment, Outcome]], as_json: bool) -> None:
+    """Print the outcomes as JSON, or of each experiment a table and the verdict on each claim."""
     if as_json:
-        print_json([_summary(*each) for each in known])
+        print_json([_to_dict(*each) for each in known])
         return
     console = Console()
-    for experiment, came_out in known:
-        verdict = came_out.verdict(experiment)
+    for number, (experiment, came_out) in enumerate(known):
         columns, rows = comparison(experiment, came_out.results())
         table = Table("", *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for label, cells in rows:
             table.add_row(label, *cells)
-        console.print(Text(experiment.name, "bold").append(f": {experiment.claim}", "not bold"))
+        judged = Table.grid(padding=(0, 2))
+        for claim, verdict in came_out.verdicts(experiment).items():
+            judged.add_row(verdict.answer, claim)
+            judged.add_row("", verdict.evidence)
+        if number:
+            console.print()
+        console.print(Text(experiment.name, "bold").append(f": {experiment.question}", "not bold"))
+        console.print(extent(experiment, came_out) + "\n")
         console.print(table)
-        console.print(_state(experiment, came_out) + ("" if verdict is None else f": {verdict.evidence}") + "\n")
+        if judged.row_count:
+            console.print()
+            console.print(judged)
 
 
 @lab_command.command("report", epilog="Example: batchnorm lab report --page lab.html")
@@ -278,7 +306,7 @@ def findings_command(out: Path, page: Path, force: bool) -> None:
     extras.require()
     complete, incomplete = list[tuple[Experiment, Outcome]](), list[str]()
     for experiment, came_out in _known(out):
-        if isinstance(came_out, Outcome) and came_out.verdict(experiment) is not None:
+        if isinstance(came_out, Outcome) and came_out.verdicts(experiment):
             complete.append((experiment, came_out))
         else:
             incomplete.append(experiment.name)

@@ -1,4 +1,4 @@
-"""The interface of an experiment: a question, the arms to compare, a function that measures one arm, and one that judges the claim.
+"""The interface of an experiment: a question, the arms to compare, a function that measures one arm, and claims with their judges.
 
 Each file of `experiments/` defines one `Experiment`. Running, storing, tables, plots and the report are shared.
 """
@@ -52,11 +52,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """Name and format of a number, and whether higher is better; `form` is a format specification such as ".1%" or "d"."""
+    """Name and format of a number, and whether higher is better; `form` is a format specification such as ".1%" or "d".
+
+    With `each`, tables show every seed in place of mean and deviation, for numbers that were chosen from a few.
+    """
 
     label: str
     form: str = ".3g"
     better: Literal["higher", "lower", "neither"] = "higher"
+    each: bool = False
 
     def __call__(self, value: float) -> str:
         """The number as text: "never" for infinity, a dash for NaN."""
@@ -67,13 +71,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Curve:
-    """How the curves with one name are drawn: a line for each arm, the mean over seeds, in the range of the seeds or its own band."""
+    """How the curves with one name are drawn: a line for each arm, the mean over seeds, in the range of the seeds or its own band.
+
+    `caption` says what to see; it stands below the plot.
+    """
 
     title: str
     x: str
     y: str
     log_x: bool = False
     log_y: bool = False
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,19 @@ def listed(labels: Mapping[str, str], values: Mapping[str, float], form: str) ->
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the claim holds for the numbers of this machine, and the evidence as one sentence."""
+    """Whether a claim holds for the numbers of this machine, and the evidence as one sentence."""
 
     answer: Answer
     evidence: str
+
+
+Judge = Callable[[Results], Verdict]
+
+
+def summary(verdicts: Mapping[str, Verdict]) -> str:
+    """The answer to a single claim, or how many of several hold."""
+    answers = [verdict.answer for verdict in verdicts.values()]
+    return answers[0] if len(answers) == 1 else f"{answers.count('holds')} of {len(answers)} hold"
 
 
 @dataclass(frozen=True)
@@ -120,13 +137,12 @@ class Experiment:
     Attributes:
         name: its name on the command line, such as "lr-range".
         question: the question, as a sentence.
-        claim: a claim about batch normalization, as a sentence that can be false.
-        source: the source of the claim, with section.
+        claims: claims about batch normalization, as sentences that can be false, each with what judges it by the results of all seeds.
+        source: the source of the claims, with section.
         paper: the number in the source, to compare with ours; "" if there is none.
         arms: names and labels; the first arm is without batch normalization, or the baseline of the others.
         metrics: metrics by the names in `Measured.values`; the first is the headline.
         measure: measures one arm with one seed; a module-level function, since it runs in a worker process with one thread.
-        judge: gives the verdict on the results of all seeds.
         curves: curves by the names in `Measured.curves`.
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
         seconds: estimated seconds of the default size for one seed and all arms on one core.
@@ -136,13 +152,12 @@ class Experiment:
 
     name: str
     question: str
-    claim: str
+    claims: Mapping[str, Judge]
     source: str
     paper: str
     arms: Mapping[str, str]
     metrics: Mapping[str, Metric]
     measure: Callable[[str, Setting], Measured]
-    judge: Callable[[Results], Verdict]
     curves: Mapping[str, Curve] = field(default_factory=dict)
     protocol: str = ""
     seconds: float = 60.0

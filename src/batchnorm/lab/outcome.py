@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
+
+import torch
 
 from batchnorm.errors import InputError
 from batchnorm.files import read_json, to_json, write
 from batchnorm.lab.experiment import Experiment, Measured, Results, Size, Verdict
-from batchnorm.lab.result import environment
 from batchnorm.lab.unit import Finished, packed, unpacked
+from batchnorm.version import __version__
 
 SCHEMA = 1
 
@@ -54,7 +58,13 @@ class Outcome:
             data=setting.data,
             by_arm={arm: [measured.get((arm, seed)) for seed in range(seeds)] for arm in experiment.arms},
             seconds=sum(each.seconds for each in finished),
-            environment=environment(),
+            environment={
+                "batchnorm": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": f"{platform.system()} {platform.machine()}",
+                "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            },
             command=command,
         )
 
@@ -82,24 +92,25 @@ class Outcome:
         measured = (each for seeds in self.by_arm.values() for each in seeds if each is not None)
         return set(self.by_arm) == set(experiment.arms) and all(map(experiment.fits, measured))
 
-    def verdict(self, experiment: Experiment) -> Verdict | None:
-        """The verdict on a complete outcome; None if it is incomplete."""
+    def verdicts(self, experiment: Experiment) -> dict[str, Verdict]:
+        """The verdict on each claim; empty if the outcome is incomplete."""
         if self.finished < self.units or not self.fits(experiment):
-            return None
-        return experiment.judge(self.results())
+            return {}
+        results = self.results()
+        return {claim: judge(results) for claim, judge in experiment.claims.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data for JSON."""
         by_arm = {arm: [None if each is None else packed(each) for each in seeds] for arm, seeds in self.by_arm.items()}
         return {"schema": SCHEMA} | vars(self) | {"by_arm": by_arm}
 
-    def save(self, directory: Path) -> None:
+    def save(self, path: Path) -> None:
         """Write it as JSON, completely or not at all.
 
         Raises:
             InputError: the file cannot be written.
         """
-        write(path_of(self.experiment, directory), to_json(self.to_dict()))
+        write(path, to_json(self.to_dict()))
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,13 @@ class Damaged:
 
 
 def path_of(experiment: str, directory: Path) -> Path:
-    """The file of the outcome of an experiment."""
+    """The file of an experiment's outcome in a folder of the lab's results."""
     return directory / f"{experiment}.json"
 
 
 def load(experiment: str, directory: Path) -> Outcome | None:
     """
-    Load what `Outcome.save` wrote into a folder; None if there is no file.
+    Load an experiment's outcome from a folder of the lab's results; None if there is no file.
 
     Raises:
         InputError: the file is not an outcome of this version.

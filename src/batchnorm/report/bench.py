@@ -92,14 +92,14 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
         verdict = {None: "", True: "✓ held", False: "✗ missed"}[summary.holds]
         return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
 
-    columns = [("batch_norm", "ours / limit"), *(("", f"ours vs {name}") for name in others), ("", "")]
+    columns = ["ours / limit", *(f"ours vs {name}" for name in others), ""]
     named = ((summary.group, cells(summary)) for summary in summaries)
     rows = [(f"{group.direction}, {group.layout}, {group.epilogue}", found) for group, found in named]
-    return table(title, "", columns, rows)
+    return table(title, columns, rows)
 
 
 def _steps(rows: Sequence[Row]) -> str:
-    columns = [("", name) for name in ("p20", "p50", "p80", "vs eager", "saved for backward", "peak")]
+    columns = ["p20", "p50", "p80", "vs eager", "saved for backward", "peak"]
     lines = [
         (
             f"{row.suite} {row.shape} {row.layout}, {threads(row.threads)}: {row.provider}",
@@ -111,7 +111,7 @@ def _steps(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return table("Training steps", "", columns, lines)
+    return table("Training steps", columns, lines)
 
 
 def _figures(groups: dict[Key, list[Row]]) -> str:
@@ -156,7 +156,7 @@ def _ratios(name: str, key: Key, rows: Sequence[Row]) -> str:
 
 
 def _numbers(key: Key, rows: Sequence[Row]) -> str:
-    columns = [("", name) for name in ("p20", "p50", "p80", "/ limit", "vs eager", "error", "peak")]
+    columns = ["p20", "p50", "p80", "/ limit", "vs eager", "error", "peak"]
     lines = [
         (
             f"{row.shape} {row.epilogue}, {row.provider}",
@@ -170,7 +170,7 @@ def _numbers(key: Key, rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return f"<details><summary>{escape(_title(key))}</summary>\n{table(_title(key), '', columns, lines)}\n</details>"
+    return f"<details><summary>{escape(_title(key))}</summary>\n{table(_title(key), columns, lines)}\n</details>"
 
 
 def _protocol(rows: Sequence[Row], command: str) -> str:

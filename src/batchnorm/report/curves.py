@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from batchnorm.lab.experiment import Experiment, Measured, Results
 from batchnorm.report.plots import BATCH_NORM, MORE, MUTED, PLAIN, PLAIN_NUMBER, inline_svg
@@ -22,19 +22,19 @@ DASHES: tuple[Any, ...] = (
     (0, (1, 1.2)),
     (0, (5, 1.2, 1, 1.2)),
 )  # distinguishes arms without color too
-SIZE = (5.6, 3.9)
+SIZE = (5.6, 3.9)  # the width has about as many units as a phone has pixels, so text stays legible there
 Points = list[tuple[float, float]]
 
 
-def drawings(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
-    """Each plot as inline SVG, with its title."""
+def drawings(experiment: Experiment, results: Results) -> list[tuple[str, str, str]]:
+    """Each plot as inline SVG, with its title and caption."""
     drawn = [
-        (_curves(experiment, results, name), curve.title)
+        (_curves(experiment, results, name), curve.title, curve.caption)
         for name, curve in experiment.curves.items()
         if any(name in measured.curves for arm in experiment.arms for measured in results.by_arm[arm])
     ]
     headline = next(iter(experiment.metrics))
-    return drawn or [(_dots(experiment, results, headline), experiment.metrics[headline].label)]
+    return drawn or [(_dots(experiment, results, headline), experiment.metrics[headline].label, "")]
 
 
 def _curves(experiment: Experiment, results: Results, name: str) -> str:
@@ -56,7 +56,7 @@ def _curves(experiment: Experiment, results: Results, name: str) -> str:
         _legend(figure, len(lines))
 
     ends = "; ".join(f"{experiment.arms[arm]} {_ends(line)}" for arm, line in lines.items())
-    return inline_svg(f"{experiment.name.replace('.', '-')}-{name}", f"{curve.title}: {ends}.", draw, SIZE)
+    return inline_svg(f"{experiment.name}-{name}", f"{curve.title}: {ends}.", draw, SIZE)
 
 
 def _mean(seeds: Sequence[Measured], name: str) -> Points:
@@ -88,6 +88,11 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 def _scale(axes: Axes, log_x: bool, log_y: bool, xs: Sequence[float]) -> None:
     if log_y:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 1000 * low:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(PLAIN_NUMBER)
+            axes.yaxis.set_minor_locator(NullLocator())
     if log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(PLAIN_NUMBER)
@@ -131,7 +136,7 @@ def _dots(experiment: Experiment, results: Results, name: str) -> str:
 
     said = "; ".join(f"{experiment.arms[arm]} {spread(metric, results.values(arm, name))}" for arm in values)
     size = (SIZE[0], 1.0 + 0.42 * len(values))
-    return inline_svg(f"{experiment.name.replace('.', '-')}-dots", f"{metric.label}: {said}.", draw, size)
+    return inline_svg(f"{experiment.name}-dots", f"{metric.label}: {said}.", draw, size)
 
 
 def _finite(values: Iterable[float]) -> list[float]:

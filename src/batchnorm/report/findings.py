@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-from batchnorm.lab.experiment import Experiment, Verdict
+from batchnorm.lab.experiment import Experiment
 from batchnorm.lab.outcome import Outcome
 from batchnorm.report.curves import drawings
 from batchnorm.report.rows import comparison
@@ -21,40 +21,38 @@ FONT = "text { font-family: system-ui, sans-serif; }"
 
 def render(known: Sequence[tuple[Experiment, Outcome]], folder: str) -> tuple[str, dict[str, str]]:
     """The page of the complete experiments, and their plots by file name; the page links to them in `folder`."""
-    judged = [
-        (experiment, outcome, verdict)
-        for experiment, outcome in known
-        if (verdict := outcome.verdict(experiment)) is not None
-    ]
-    blocks = [INTRODUCTION, _lines([("experiment", "claim", "verdict"), *_overview(judged)])]
-    svgs = dict[str, str]()
-    for experiment, outcome, verdict in judged:
+    complete = [(experiment, outcome) for experiment, outcome in known if outcome.verdicts(experiment)]
+    overview = [("experiment", "claim", "verdict"), *(row for each in complete for row in _overview(*each))]
+    blocks, svgs = [INTRODUCTION, _lines(overview)], dict[str, str]()
+    for experiment, outcome in complete:
         name = f"{experiment.name}.svg"
-        svg, title = drawings(experiment, outcome.results())[0]
+        svg, title, _ = drawings(experiment, outcome.results())[0]
         svgs[name] = _standalone(svg)
-        blocks.append(_section(experiment, outcome, verdict, f"![{title}]({folder}/{name})"))
+        blocks.append(_section(experiment, outcome, f"![{title}]({folder}/{name})"))
     environments = {
-        ", ".join(f"{name} {value}" for name, value in outcome.environment.items()) for _, outcome, _ in judged
+        ", ".join(f"{name} {value}" for name, value in outcome.environment.items()) for _, outcome in complete
     }
     blocks.append("Measured with " + "; ".join(sorted(environments)) + ".\n")
     return "\n".join(blocks), svgs
 
 
-def _overview(judged: Iterable[tuple[Experiment, Outcome, Verdict]]) -> Iterable[tuple[str, str, str]]:
-    for experiment, _, verdict in judged:
-        anchor = re.sub(r"[^\w-]", "", experiment.name)  # as Markdown derives it from the heading
-        yield f"[{experiment.name}](#{anchor})", experiment.claim, verdict.answer
+def _overview(experiment: Experiment, outcome: Outcome) -> Iterable[tuple[str, str, str]]:
+    anchor = re.sub(r"[^\w-]", "", experiment.name)  # as Markdown derives it from the heading
+    for claim, verdict in outcome.verdicts(experiment).items():
+        yield f"[{experiment.name}](#{anchor})", claim, verdict.answer
 
 
-def _section(experiment: Experiment, outcome: Outcome, verdict: Verdict, drawing: str) -> str:
+def _section(experiment: Experiment, outcome: Outcome, drawing: str) -> str:
     columns, rows = comparison(experiment, outcome.results())
     seeds = "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds"
     return "\n".join(
         [
             f"## {experiment.name}\n",
             f"{experiment.question}\n",
-            f"Claim: {experiment.claim} Verdict: **{verdict.answer}**.\n",
-            f"{verdict.evidence}\n",
+            *(
+                f"Claim: {claim} Verdict: **{verdict.answer}**.\n\n{verdict.evidence}\n"
+                for claim, verdict in outcome.verdicts(experiment).items()
+            ),
             f"{drawing}\n",
             _lines([("", *columns), *((label, *cells) for label, cells in rows)]),
             f"- The source: {experiment.source}. Its number: {experiment.paper or 'none'}.",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1  # increase it with every change of the generated data
 SIZES = (2000, 1000, 200, 50, 20, 7)  # categories of user, item, brand, place, device, weekday
 COUNTS = 6  # numbers such as prices, visits, seconds
 RANK = 4  # size of the planted embeddings
@@ -36,7 +35,6 @@ class Split:
     validation: Clicks
     test: Clicks
     planted: Tensor
-    fingerprint: str
 
 
 def load(train: int, held_out: int) -> Split:
@@ -71,5 +69,4 @@ def load(train: int, held_out: int) -> Split:
         everything[train : train + held_out],
         everything[train + held_out :],
         chance[train + held_out :],
-        fingerprint=f"clicks-{VERSION}-{train}-{held_out}",
     )

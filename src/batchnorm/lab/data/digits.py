@@ -32,4 +32,4 @@ def load(size: int = 28) -> Dataset:
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)  # (1797, 1, size, size)
     examples = Examples(images, of_file["classes"].long())
     train, validation, test = (examples[of_file[split].long()] for split in ("train", "validation", "test"))
-    return Dataset("scikit-learn digits", train, validation, test, fingerprint=f"digits-{size}").standardized()
+    return Dataset("scikit-learn digits", train, validation, test).standardized()

@@ -1,5 +1,6 @@
 """The data structures of the lab's image data sets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +32,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """
-    Three disjoint splits: networks train on `train`, choices are made on `validation`, results are reported on `test`.
-
-    `fingerprint` changes when the data change.
-    """
+    """Three disjoint splits: networks train on `train`, choices are made on `validation`, results are reported on `test`."""
 
     name: str
     train: Examples
     validation: Examples
     test: Examples
-    fingerprint: str
 
     def standardized(self) -> "Dataset":
         """
@@ -57,26 +53,17 @@ class Dataset:
                 f"{float(low):g} of 1: give other images"
             )
         deviation, mean = torch.std_mean(self.train.images)
-
-        def standardize(split: Examples) -> Examples:
-            return Examples((split.images - mean) / deviation, split.labels)
-
-        return Dataset(
-            self.name, standardize(self.train), standardize(self.validation), standardize(self.test), self.fingerprint
-        )
+        return self._each(lambda split: Examples((split.images - mean) / deviation, split.labels))
 
     def to(self, device: str) -> "Dataset":
         """Copy the data to a device."""
-        train, validation, test = (split.to(device) for split in (self.train, self.validation, self.test))
-        return Dataset(self.name, train, validation, test, self.fingerprint)
+        return self._each(lambda split: split.to(device))
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of examples in each split."""
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+    def _each(self, change: Callable[[Examples], Examples]) -> "Dataset":
+        return Dataset(self.name, change(self.train), change(self.validation), change(self.test))
 
 
-def drawn(name: str, learn: Examples, test: Examples, fingerprint: str) -> Dataset:
+def drawn(name: str, learn: Examples, test: Examples) -> Dataset:
     """A standardized data set of a user's own images: of `learn` a fixed random draw of at most 10 000 trains, and of 500 others validates.
 
     Raises:
@@ -84,10 +71,5 @@ def drawn(name: str, learn: Examples, test: Examples, fingerprint: str) -> Datas
     """
     validation = min(VALIDATION, len(learn) // 6)
     order = torch.randperm(len(learn), generator=torch.Generator().manual_seed(0))
-    return Dataset(
-        name=name,
-        train=learn[order[validation : validation + TRAIN]],
-        validation=learn[order[:validation]],
-        test=test,
-        fingerprint=fingerprint,
-    ).standardized()
+    train = learn[order[validation : validation + TRAIN]]
+    return Dataset(name, train, learn[order[:validation]], test).standardized()

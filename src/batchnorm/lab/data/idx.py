@@ -1,7 +1,6 @@
 """MNIST's IDX files (http://yann.lecun.com/exdb/mnist: big-endian header, then unsigned bytes), plain or gzipped."""
 
 import gzip
-import hashlib
 import struct
 import zlib
 from math import prod
@@ -28,13 +27,11 @@ def load(directory: Path) -> Dataset:
     """
     if not directory.is_dir():
         raise InputError(f"--data must be a folder with MNIST's IDX files; there is no folder {directory}")
-    learn, learn_digest = _examples(directory, "train")
-    test, test_digest = _examples(directory, "t10k")
-    return drawn("IDX files", learn, test, f"idx-{learn_digest}-{test_digest}")
+    return drawn("IDX files", _examples(directory, "train"), _examples(directory, "t10k"))
 
 
-def _examples(directory: Path, split: str) -> tuple[Examples, str]:
-    """The images and labels of "train" or "t10k", and a digest of their bytes."""
+def _examples(directory: Path, split: str) -> Examples:
+    """The images and labels of "train" or "t10k"."""
     image_file, label_file = _find(directory, f"{split}-images", "idx3"), _find(directory, f"{split}-labels", "idx1")
     images, labels = read(image_file, dimensions=3), read(label_file, dimensions=1)
     if len(images) != len(labels):
@@ -50,8 +47,7 @@ def _examples(directory: Path, split: str) -> tuple[Examples, str]:
             f"at least 64 labels from 0 to 9 are needed; {label_file.name} holds {len(labels)}"
             + (f", up to {int(labels.max())}" if len(labels) else "")
         )
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:12]
-    return Examples(images.unsqueeze(1).float() / 255, labels.long()), digest
+    return Examples(images.unsqueeze(1).float() / 255, labels.long())
 
 
 def _find(directory: Path, stem: str, kind: str) -> Path:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1  # increase it with every change of the generated data
 SIZE = 32
 HORIZON = 10  # the first row with ground
 

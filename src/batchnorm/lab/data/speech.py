@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
 import random
 import wave
@@ -18,7 +17,6 @@ from torch import Tensor
 from batchnorm.errors import InputError
 from batchnorm.lab import extras
 
-VERSION = 1  # increase it with every change of the features or the recipe
 FILE = Path(__file__).with_name("speech.npz")
 TABLE = "transcripts.csv"
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # the letter at position i has the number i + 1; 0 is CTC's blank
@@ -53,7 +51,6 @@ class Speech:
     train: list[Utterance]
     validation: list[Utterance]
     test: list[Utterance]
-    fingerprint: str
 
 
 def load(directory: str | Path | None = None) -> Speech:
@@ -75,7 +72,6 @@ def load(directory: str | Path | None = None) -> Speech:
     with numpy.load(FILE) as stored:
         steps, low, high, lengths = (torch.from_numpy(stored[name]) for name in ("steps", "low", "high", "lengths"))
         texts, voices = stored["texts"].tolist(), stored["voices"].tolist()
-        fingerprint = f"speech-{int(stored['version'])}"
     levels = [one.cumsum(0).to(torch.uint8) for one in steps.split(lengths.tolist())]  # differences, modulo 256
     utterances = [
         Utterance(low + level * (high - low) / LEVELS, text, voice)
@@ -84,7 +80,7 @@ def load(directory: str | Path | None = None) -> Speech:
 
     held_out = {voice: split for split, held in HELD_OUT.items() for voice in held}
     splits = [held_out.get(one.voice.rpartition("+")[2], "train") for one in utterances]
-    return _split("synthesized words", utterances, splits, fingerprint)
+    return _split("synthesized words", utterances, splits)
 
 
 def features(sound: Tensor, rate: int) -> Tensor:
@@ -142,7 +138,7 @@ def samples(file: Path | IO[bytes], name: str) -> tuple[Tensor, int]:
     return torch.frombuffer(raw, dtype=torch.int16).reshape(-1, channels)[:, 0] / 32768, rate
 
 
-def _split(name: str, utterances: Sequence[Utterance], splits: Sequence[str], fingerprint: str) -> Speech:
+def _split(name: str, utterances: Sequence[Utterance], splits: Sequence[str]) -> Speech:
     """The data set with standardized features; `splits` names the split of each utterance."""
     everything = torch.cat([one.features for one, split in zip(utterances, splits, strict=True) if split == "train"])
     mean, deviation = everything.mean(), everything.std()
@@ -154,18 +150,17 @@ def _split(name: str, utterances: Sequence[Utterance], splits: Sequence[str], fi
             if split == wanted
         ]
 
-    return Speech(name, of("train"), of("validation"), of("test"), fingerprint)
+    return Speech(name, of("train"), of("validation"), of("test"))
 
 
-def _read_folder(directory: Path) -> tuple[list[Utterance], list[str], str]:
-    """The utterances of a folder, the split of each, and a fingerprint of all."""
+def _read_folder(directory: Path) -> tuple[list[Utterance], list[str]]:
+    """The utterances of a folder, and the split of each."""
     table = directory / TABLE
     try:
         with table.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"a folder of recordings must have a {TABLE}; cannot read {table}: {error}") from error
-    digest = hashlib.sha256()
     utterances = []
     for number, row in enumerate(rows, start=2):
         file, text = row.get("file"), " ".join((row.get("text") or "").lower().split())
@@ -179,7 +174,6 @@ def _read_folder(directory: Path) -> tuple[list[Utterance], list[str], str]:
             utterances.append(Utterance(features(sound, rate), text, row.get("voice") or file))
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
-        digest.update(sound.numpy().tobytes() + text.encode() + utterances[-1].voice.encode())
     voices = sorted({one.voice for one in utterances})
     if len(voices) < 3:
         raise InputError(f"there must be three voices at least, to train, validate and test; {TABLE} has {len(voices)}")
@@ -187,4 +181,4 @@ def _read_folder(directory: Path) -> tuple[list[Utterance], list[str], str]:
     validation = voices[: max(1, len(voices) // 10)]
     test = voices[len(validation) : len(validation) + max(1, len(voices) // 5)]
     split = {**dict.fromkeys(voices, "train"), **dict.fromkeys(validation, "validation"), **dict.fromkeys(test, "test")}
-    return utterances, [split[one.voice] for one in utterances], f"wav-{VERSION}-{digest.hexdigest()[:12]}"
+    return utterances, [split[one.voice] for one in utterances]

@@ -47,7 +47,6 @@ def main() -> None:
         steps.append(torch.cat([levels[:1], levels.diff(dim=0)]))  # differences compress better
     numpy.savez_compressed(
         Path(sys.argv[1]),
-        version=speech.VERSION,
         steps=torch.cat(steps).numpy(),
         lengths=torch.tensor([len(features) for features, _, _ in spoken], dtype=torch.int16).numpy(),
         texts=[word for _, word, _ in spoken],

@@ -1,7 +1,7 @@
 """The experiments, one file each: question, data, networks, measurements, and the source of the claim.
 
 `NAMES` is the order of lists and of the report. The experiment `a-b.c` is `EXPERIMENT` in the module `a_b_c` of this folder, imported
-on demand. `learning_rates` is the demonstration, with its own grid and result.
+on demand.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment
 
 NAMES = (
+    "demo",
     "lr-range",
     "paper-4.1",
     "depth",
@@ -29,7 +30,7 @@ NAMES = (
     "driving",
 )
 
-FIRST = ("lr-range", "depth")  # good to start with: short, with a large effect
+FIRST = ("demo", "lr-range", "depth")  # good to start with: short, with a large effect
 
 
 def module_of(name: str) -> str:

@@ -151,7 +151,7 @@ METRICS = {
 EXPERIMENT = Experiment(
     name="batch-size",
     question="What do small normalization batches cost, and which remedy brings it back?",
-    claim="Small or sorted normalization batches cost accuracy, and the best remedy brings most of it back.",
+    claims={"Small or sorted normalization batches cost accuracy, and the best remedy brings most of it back.": judge},
     source=(
         "Ioffe 2017 (arXiv:1702.03275); Wu & He 2018 (arXiv:1803.08494); Yan et al. 2020 (arXiv:2001.06838); Wu & Johnson 2021 "
         "(arXiv:2105.07576)"
@@ -163,7 +163,6 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     metrics=METRICS,
     measure=measure,
-    judge=judge,
     curves={
         "noise": Curve("Test error, groups at random, noisy images", "normalization batch", "test error", log_x=True),
         "sorted": Curve("Test error, batches sorted by class", "normalization batch", "test error", log_x=True),

@@ -96,10 +96,12 @@ CONVOLUTIONAL, HALF = ("vgg", "resnet"), 0.5
 EXPERIMENT = Experiment(
     name="cost",
     question="What does batch normalization cost in time and memory, and what of it can be spared?",
-    claim=(
-        "In convolutional networks most of the memory that batch normalization adds can be had back by computing its outputs again, "
-        "in no more time than torch's layers take."
-    ),
+    claims={
+        (
+            "In convolutional networks most of the memory that batch normalization adds can be had back by computing its outputs again, "
+            "in no more time than torch's layers take."
+        ): judge
+    },
     source="Rota Bulò et al. 2018 (arXiv:1712.02616); Pleiss et al. 2017 (arXiv:1707.06990)",
     paper="up to 50 % of activation memory for 0.8 to 2 % of time (Rota Bulò); 2.86 to 1.61 GB for 15 to 20 % of time (Pleiss)",
     arms=ARMS,
@@ -109,7 +111,6 @@ EXPERIMENT = Experiment(
         for name, (label, *_) in NETWORKS.items()
     },
     measure=measure,
-    judge=judge,
     protocol=(
         f"Forward and backward of {BATCH} images of 16x16 pixels through 256-512-256-10, a VGG- and a ResNet-like network, one thread "
         "of the CPU, each in turns with the same network without normalization: medians of 60 turns (quick: 15, full: 300) of processor "

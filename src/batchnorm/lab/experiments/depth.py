@@ -86,7 +86,12 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="depth",
     question="Does batch normalization let deep networks of saturating activations learn?",
-    claim="Thirty layers of sigmoids learn with batch normalization and stay at chance without, for no gradient reaches the first.",
+    claims={
+        (
+            "Thirty layers of sigmoids learn with batch normalization and stay at chance without, for no "
+            "gradient reaches the first."
+        ): judge
+    },
     source="Ioffe & Szegedy 2015, sections 1 and 4.2.2 (arXiv:1502.03167)",
     paper="Inception with sigmoids: 69.8 % with BN, at chance (0.1 %) without (section 4.2.2)",
     arms={"plain": "without BN", "batch_norm": "with BN"},
@@ -96,7 +101,6 @@ EXPERIMENT = Experiment(
         "gradient_relu": Metric("first layer's gradient, 50 ReLU layers", ".1e", "neither"),
     },
     measure=measure,
-    judge=judge,
     curves={
         "accuracy": Curve("Test accuracy by depth, sigmoids", "layers", "test accuracy"),
         "gradient": Curve("Gradient at the start, 30 layers of sigmoids", "layer", "gradient norm", log_y=True),

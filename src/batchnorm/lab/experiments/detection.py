@@ -82,7 +82,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="detection",
     question="Does batch normalization make a two-stage detector better, and in which of its stages?",
-    claim="With BN in both stages a detector trained for few steps finds clearly more, and more precisely.",
+    claims={"With BN in both stages a detector trained for few steps finds clearly more, and more precisely.": judge},
     source="the tutorial, section 6; Ren et al. 2015 (Faster R-CNN, arXiv:1506.01497) for the detector",
     paper="",
     arms=ARMS,
@@ -91,7 +91,6 @@ EXPERIMENT = Experiment(
         "recall": Metric("digits proposed", ".1%"),
     },
     measure=measure,
-    judge=judge,
     curves={"precision": Curve("Precision while learning", "steps", "mAP at .5")},
     protocol=(
         "Two to five of scikit-learn's digits on noisy 64x64 canvases: 400 train, 100 validate, 100 test, from separate digits. Six "

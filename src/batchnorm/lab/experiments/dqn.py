@@ -136,7 +136,12 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="dqn",
     question="Does batch normalization let deep Q-learning do without a target network?",
-    claim="With BN and a joint forward of states and next states, Q-learning without a target network learns where it collapses without.",
+    claims={
+        (
+            "With BN and a joint forward of states and next states, Q-learning without a target network learns "
+            "where it collapses without."
+        ): judge
+    },
     source="Bhatt et al. 2024 (CrossQ, arXiv:1902.05605), section 3: off-policy learning without target networks, joint forward",
     paper="",
     arms=ARMS,
@@ -146,7 +151,6 @@ EXPERIMENT = Experiment(
         "solved": Metric("steps to a return of 475", ".0f", "lower"),
     },
     measure=measure,
-    judge=judge,
     curves={"return": Curve("Return while learning", "environment steps", "mean return of 20 episodes")},
     protocol=(
         "CartPole-v1 of gymnasium, one pole; from step 500 on an update on 64 remembered transitions a step. 4-128-128-2 network, "

@@ -102,7 +102,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="driving",
     question="Does batch normalization help a network that steers by what a camera sees?",
-    claim="With BN a network steers more precisely.",
+    claims={"With BN a network steers more precisely.": judge},
     source="the tutorial, section 6; Bojarski et al. 2016 (arXiv:1604.07316) for the network",
     paper="",
     arms=ARMS,
@@ -110,7 +110,6 @@ EXPERIMENT = Experiment(
         "error": Metric("error in degrees", ".2f", "lower"),
     },
     measure=measure,
-    judge=judge,
     curves={"error": Curve("Error while learning", "steps", "degrees", log_y=True)},
     protocol=(
         "Rendered roads of 32x32 pixels, 3000 to train, 500 to validate, 1000 to test. Three convolutions of stride 2, hidden layers of "

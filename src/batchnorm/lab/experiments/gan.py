@@ -133,7 +133,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="gan",
     question="What does batch normalization do for a generator and a discriminator?",
-    claim="With BN in generator and discriminator, few steps make images several times closer to real ones.",
+    claims={"With BN in generator and discriminator, few steps make images several times closer to real ones.": judge},
     source="Radford et al. 2016 (DCGAN, arXiv:1511.06434), section 3: BN lets deep generators begin to learn",
     paper="",
     arms=ARMS,
@@ -143,7 +143,6 @@ EXPERIMENT = Experiment(
         "error": Metric("discriminator's error in inference", ".1%", "neither"),
     },
     measure=measure,
-    judge=judge,
     curves={"distance": Curve("Distance while learning", "steps", "Fréchet distance", log_y=True)},
     protocol=(
         "scikit-learn's digits at 16x16. DCGAN with one more convolution at each size, 16 channels; batches of 64, Adam (beta .5), real "

@@ -88,7 +88,9 @@ def _listed(shares: list[float]) -> str:
 EXPERIMENT = Experiment(
     name="image-classification",
     question="Do AlexNet-, VGG- and ResNet-like networks learn images faster and better with batch normalization?",
-    claim="With batch normalization all three networks classify at least 97 % of the digits, and better than without.",
+    claims={
+        "With batch normalization all three networks classify at least 97 % of the digits, and better than without.": judge
+    },
     source="Ioffe & Szegedy 2015, section 4.2 (arXiv:1502.03167); He et al. 2015 (arXiv:1502.01852) for the initialization",
     paper="ImageNet: 72.2 % after 13.3 million steps with BN instead of 31.0 million without; 74.8 % at most, with BN (figure 3)",
     arms={"plain": "without BN", "he": "without BN, He's initialization", "batch_norm": "with BN"},
@@ -99,7 +101,6 @@ EXPERIMENT = Experiment(
         },
     },
     measure=measure,
-    judge=judge,
     curves={
         name: Curve(f"Validation accuracy, {label}-like", "step", "validation accuracy")
         for name, label in LABELS.items()

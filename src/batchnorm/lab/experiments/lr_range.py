@@ -4,67 +4,41 @@ It runs the demonstration's trainings, and the same network with other initial w
 the output of a layer does not depend on the scale of its weights, so learning rate and initialization matter less.
 """
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from batchnorm.lab.data import load
+from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
-from batchnorm.lab.experiments import learning_rates
-from batchnorm.lab.experiments.learning_rates import COMMON, LEARNING_RATES, TARGET, Job, Plan
+from batchnorm.lab.experiments import demo
+from batchnorm.lab.experiments.demo import COMMON, RATES, TARGET
 from batchnorm.lab.networks import tutorial_network
-from batchnorm.lab.result import Training
-from batchnorm.lab.train import Schedule, accuracy, train
+from batchnorm.lab.train import accuracy, train
 
 DEVIATIONS = (0.001, 0.003, 0.01, 0.05, 0.2, 1.0, 5.0)  # standard deviations of the initial weights
 ENOUGH, TOO_MANY = 5, 3  # at how many of seven learning rates it must train with and without
 
 
 def measure(arm: str, setting: Setting) -> Measured:
-    plan = Plan.of(setting.data, quick=False, seeds=1)
-    trainings = [
-        learning_rates.measure(
-            Job(
-                "lr-range",
-                arm,
-                rate,
-                setting.seed,
-                plan.steps,
-                plan.batch_size,
-                plan.measure_every,
-                plan.data,
-                "",
-                setting.device,
-            )
-        )
-        for rate in LEARNING_RATES
-    ]
-    begun = [(deviation, _begun(arm, deviation, plan, setting)) for deviation in DEVIATIONS]
-    best, common = max(trainings, key=_validation), trainings[LEARNING_RATES.index(COMMON)]
+    setting = replace(setting, size="default")
+    data = load(setting.data).to(setting.device)
+    shown = demo.measure(arm, setting)
+    begun = [(deviation, *_begun(arm, data, deviation, setting)) for deviation in DEVIATIONS]
+    deviations = sum(validation >= TARGET for _, validation, _ in begun)
     return Measured(
-        values={
-            "rates": sum(_validation(training) >= TARGET for training in trainings),
-            "deviations": sum(validation >= TARGET for _, (validation, _) in begun),
-            "steps": math.inf if common.steps_to_target is None else common.steps_to_target,
-            "accuracy": best.test_accuracy,
-            "best_rate": best.learning_rate,
-        },
+        values={name: shown.values[name] for name in ("rates", "steps", "accuracy", "best_rate")}
+        | {"deviations": deviations},
         curves={
-            "sweep": [(training.learning_rate, training.test_accuracy) for training in trainings],
-            "begun": [(deviation, test) for deviation, (_, test) in begun],
-            "course": list(zip(map(float, common.steps), common.validation_accuracy, strict=True)),
+            "sweep": shown.curves["sweep"],
+            "begun": [(deviation, test) for deviation, _, test in begun],
+            "course": shown.curves[demo.COURSE],
         },
     )
 
 
-def _validation(training: Training) -> float:
-    return training.validation_accuracy[-1]
-
-
-def _begun(arm: str, deviation: float, plan: Plan, setting: Setting) -> tuple[float, float]:
+def _begun(arm: str, data: Dataset, deviation: float, setting: Setting) -> tuple[float, float]:
     """Accuracy on validation and test images, with initial weights of this standard deviation, at the common learning rate."""
-    data = load(setting.data).to(setting.device)
     torch.manual_seed(setting.seed)
     network = tutorial_network(batch_norm=arm == "batch_norm")
     for layer in network:
@@ -72,7 +46,7 @@ def _begun(arm: str, deviation: float, plan: Plan, setting: Setting) -> tuple[fl
             nn.init.normal_(layer.weight, 0, deviation)
             nn.init.zeros_(layer.bias)
     network.to(setting.device)
-    for _ in train(network, data.train, Schedule(COMMON, plan.steps, plan.batch_size, setting.seed)):
+    for _ in train(network, data.train, demo.schedule(COMMON, setting)):
         pass
     return accuracy(network, data.validation), accuracy(network, data.test)
 
@@ -80,7 +54,7 @@ def _begun(arm: str, deviation: float, plan: Plan, setting: Setting) -> tuple[fl
 def judge(results: Results) -> Verdict:
     plain, normalized = (results.values(arm, "rates") for arm in ("plain", "batch_norm"))
     evidence = (
-        f"Of {len(LEARNING_RATES)} learning rates {min(normalized):.0f} train each seed with BN, {max(plain):.0f} at most without; "
+        f"Of {len(RATES)} learning rates {min(normalized):.0f} train each seed with BN, {max(plain):.0f} at most without; "
         f"of {len(DEVIATIONS)} scales of the initial weights {results.mean('batch_norm', 'deviations'):.1f} and "
         f"{results.mean('plain', 'deviations'):.1f} on average. Test accuracy at the best learning rate: "
         f"{results.mean('batch_norm', 'accuracy'):.1%} and {results.mean('plain', 'accuracy'):.1%}."
@@ -95,31 +69,32 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="lr-range",
     question="Does batch normalization let the same network train over a wider range of learning rates and initial weights?",
-    claim="With batch normalization the network trains at most learning rates of three orders of magnitude, without at a few.",
+    claims={
+        "With batch normalization the network trains at most learning rates of three orders of magnitude, without at a few.": judge
+    },
     source="Ioffe & Szegedy 2015, section 3.3 (arXiv:1502.03167); Bjorck et al. 2018 (arXiv:1806.02375)",
     paper="Inception trains at 5 and 30 times the learning rate with BN, and diverges at 5 times without (section 4.2.2)",
-    arms=learning_rates.ARMS,
+    arms=demo.ARMS,
     metrics={
-        "rates": Metric(f"learning rates of {len(LEARNING_RATES)} that train", ".3g"),
+        "rates": Metric(f"learning rates of {len(RATES)} that train", ".3g"),
         "deviations": Metric(f"initial scales of {len(DEVIATIONS)} that train", ".3g"),
         "steps": Metric(f"steps to {TARGET:.0%} at {COMMON:g}", ".0f", "lower"),
         "accuracy": Metric("test accuracy, best rate", ".1%"),
-        "best_rate": Metric("best rate (on validation)", ".3g", "neither"),
+        "best_rate": Metric("best rate (on validation)", ".3g", "neither", each=True),
     },
     measure=measure,
-    judge=judge,
     curves={
         "sweep": Curve("Test accuracy by learning rate", "learning rate", "test accuracy", log_x=True),
         "begun": Curve("Test accuracy by initial scale", "deviation of initial weights", "test accuracy", log_x=True),
         "course": Curve(f"Validation accuracy at learning rate {COMMON:g}", "step", "validation accuracy"),
     },
     protocol=(
-        "784-512-256-10 with ReLU on digits of 28x28 pixels (or MNIST's files), plain SGD, 300 steps (MNIST: 1000) of 64 images; "
-        f"learning rates {', '.join(map('{:g}'.format, LEARNING_RATES))} with PyTorch's initialization, and at {COMMON:g} "
+        "784-512-256-10 with ReLU on digits of 28x28 pixels (or MNIST's files), plain SGD, 240 steps (MNIST: 1000) of 64 images; "
+        f"learning rates {', '.join(map('{:g}'.format, RATES))} with PyTorch's initialization, and at {COMMON:g} "
         f"weights from N(0, s²) for s of {', '.join(map('{:g}'.format, DEVIATIONS))}. A training counts as one that trains if it "
         f"ends at {TARGET:.0%} on validation; the best learning rate is chosen there; accuracies are of test images. Both arms of "
         "a seed start from the same weights and see the same batches."
     ),
-    seconds=35,
+    seconds=28,
     data="MNIST's IDX files",
 )

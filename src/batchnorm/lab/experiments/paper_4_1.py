@@ -112,19 +112,23 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="paper-4.1",
     question="Does the paper's small sigmoid network train faster with batch normalization, and do its inputs stay put?",
-    claim="With batch normalization the network of section 4.1 needs many times fewer steps, also at a learning rate tuned for each.",
+    claims={
+        (
+            "With batch normalization the network of section 4.1 needs many times fewer steps, also at a "
+            "learning rate tuned for each."
+        ): judge
+    },
     source="Ioffe & Szegedy 2015, section 4.1 and figure 1 (arXiv:1502.03167)",
     paper="higher test accuracy all along 50 000 steps on MNIST, as a plot without numbers; 14 times fewer steps on ImageNet (4.2.2)",
     arms={"plain": "without BN", "batch_norm": "with BN"},
     metrics={
         "steps": Metric(f"steps to {TARGET:.0%}, rate {COMMON:g}", ".0f", "lower"),
         "tuned_steps": Metric(f"steps to {TARGET:.0%}, own rate", ".0f", "lower"),
-        "tuned_rate": Metric("own rate (on validation)", ".3g", "neither"),
+        "tuned_rate": Metric("own rate (on validation)", ".3g", "neither", each=True),
         "accuracy": Metric("test accuracy at the end, own rate", ".1%"),
         "shift": Metric("largest move of a typical median", ".2f", "lower"),
     },
     measure=measure,
-    judge=judge,
     curves={
         "course": Curve(f"Test accuracy at learning rate {COMMON:g}", "step", "test accuracy", log_x=True),
         "input": Curve("15th, 50th, 85th percentile of a last sigmoid's input", "step", "input", log_x=True),

@@ -149,7 +149,9 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="policy-gradient",
     question="Does batch normalization let a policy gradient learn from observations in badly scaled units?",
-    claim="In badly scaled units proximal policy optimization solves CartPole with BN on the input, and not without.",
+    claims={
+        "In badly scaled units proximal policy optimization solves CartPole with BN on the input, and not without.": judge
+    },
     source="Lillicrap et al. 2016 (DDPG, arXiv:1509.02971), section 3: BN for observations of different physical units",
     paper="",
     arms=ARMS,
@@ -159,7 +161,6 @@ EXPERIMENT = Experiment(
         "solved": Metric("steps to a return of 475", ".0f", "lower"),
     },
     measure=measure,
-    judge=judge,
     curves={"return": Curve("Return while learning", "environment steps", "mean return of 20 episodes")},
     protocol=(
         "CartPole-v1 of gymnasium, 16 poles, in millimeters from a wall 3 m away, km/h, turns and turns per minute. PPO: 64 steps a "

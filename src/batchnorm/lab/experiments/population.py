@@ -70,7 +70,9 @@ ARMS = {
 EXPERIMENT = Experiment(
     name="population",
     question="Are population statistics better for inference than running ones?",
-    claim="While running statistics lag, the statistics of the population make the same weights far more accurate.",
+    claims={
+        "While running statistics lag, the statistics of the population make the same weights far more accurate.": judge
+    },
     source="Ioffe & Szegedy 2015, section 3.1, algorithm 2 (arXiv:1502.03167); Wu & Johnson 2021, section 3 (arXiv:2105.07576)",
     paper="1000 to 10 000 samples are enough for population statistics (Wu & Johnson, section 3.2)",
     arms=ARMS,
@@ -80,7 +82,6 @@ EXPERIMENT = Experiment(
         "end": Metric("test accuracy at the end", ".1%"),
     },
     measure=measure,
-    judge=judge,
     curves={
         "course": Curve("Test accuracy by step", "step", "test accuracy"),
         "samples": Curve(

@@ -111,7 +111,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="recommender",
     question="Does batch normalization help a recommender, a wide network on sparse categories and heavy-tailed numbers?",
-    claim="With BN a recommender ranks views that were clicked higher above the others.",
+    claims={"With BN a recommender ranks views that were clicked higher above the others.": judge},
     source="the tutorial, section 6",
     paper="",
     arms=ARMS,
@@ -120,7 +120,6 @@ EXPERIMENT = Experiment(
         "possible": Metric("area under the curve of the planted chances", ".3f", "neither"),
     },
     measure=measure,
-    judge=judge,
     curves={"area": Curve("While learning", "steps", "area under the curve")},
     protocol=(
         "60000 synthetic views to train, 10000 each to validate and test: six fields of up to 2000 categories, six log-normal numbers of "

@@ -96,13 +96,17 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="regularization",
     question="Does the noise of batch statistics regularize, so that dropout is not needed?",
-    claim="Batch normalization needs no dropout beside it, and smaller normalization batches, which are noisier, generalize better.",
+    claims={
+        (
+            "Batch normalization needs no dropout beside it, and smaller normalization batches, which are "
+            "noisier, generalize better."
+        ): judge
+    },
     source="Ioffe & Szegedy 2015, sections 3.4 and 4.2.1 (arXiv:1502.03167); Luo et al. 2019 (arXiv:1809.00846)",
     paper="BN-Inception without dropout overfits no more than Inception with it (section 4.2.1), without numbers",
     arms=ARMS,
     metrics={"accuracy": Metric("test accuracy", ".1%"), "training": Metric("training accuracy", ".1%", "neither")},
     measure=measure,
-    judge=judge,
     protocol=(
         f"784-512-256-10 with ReLU on {IMAGES} digits of 28x28 pixels, three draws of them for each seed (quick: 2, full: 10); SGD with "
         f"momentum 0.9 and a cosine, 200 steps of 64 images, learning rates {', '.join(map(str, RATES))} chosen on validation (quick: "

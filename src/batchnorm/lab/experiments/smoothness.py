@@ -137,7 +137,12 @@ ARMS = {"plain": "without BN", "batch_norm": "with BN", "noisy": "with BN, then 
 EXPERIMENT = Experiment(
     name="smoothness",
     question="Does batch normalization help by keeping inputs stable, or by making the loss smoother?",
-    claim="With unstable inputs after batch normalization its benefit stays; and gradients turn less along their way than without it.",
+    claims={
+        (
+            "With unstable inputs after batch normalization its benefit stays; and gradients turn less along "
+            "their way than without it."
+        ): judge
+    },
     source="Santurkar et al. 2018, sections 2.2 and 3.1 (arXiv:1805.11604)",
     paper="VGG on CIFAR-10: noisy BN trains nearly as BN, with less stable inputs than without (figure 2), as a plot without numbers",
     arms=ARMS,
@@ -149,7 +154,6 @@ EXPERIMENT = Experiment(
         "usual_turn": Metric("turn of the gradient, PyTorch's", ".2g", "lower"),
     },
     measure=measure,
-    judge=judge,
     curves={"course": Curve(f"Validation accuracy, {DEPTH} layers of sigmoids", "step", "validation accuracy")},
     protocol=(
         f"{DEPTH} layers of {WIDTH} sigmoids on digits of 8x8 pixels, plain SGD, 300 steps of 64 images (quick: 200, full: 1500), learning "

@@ -97,13 +97,14 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="speech",
     question="Does batch normalization make a recognizer of letters better, in its convolutions and its recurrent layers?",
-    claim="With BN, few steps make a recognizer of letters several times more accurate on voices it never heard.",
+    claims={
+        "With BN, few steps make a recognizer of letters several times more accurate on voices it never heard.": judge
+    },
     source="Amodei et al. 2016 (Deep Speech 2, arXiv:1512.02595), section 3.2: sequence-wise BN",
     paper="words wrong without and with BN: 13.6 % and 14.4 % (1 recurrent layer), 11.6 and 10.6 (3), 10.8 and 9.8 (5), 10.8 and 9.5 (7)",
     arms=ARMS,
     metrics={"letters": Metric("letters wrong", ".1%", "lower")},
     measure=measure,
-    judge=judge,
     curves={"letters": Curve("Letters wrong while learning", "steps", "share of letters")},
     protocol=(
         "700 recordings of ten words, synthesized by espeak-ng in seven accents; seven voices train, two validate, four test. 40 bands, "

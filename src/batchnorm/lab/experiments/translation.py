@@ -85,13 +85,12 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="translation",
     question="Does batch normalization serve a small transformer as layer normalization does?",
-    claim="With BN a small transformer translates as well as with layer normalization.",
+    claims={"With BN a small transformer translates as well as with layer normalization.": judge},
     source="the tutorial, section 6; against it: Shen et al. 2020 (arXiv:2003.07845), section 3",
     paper="much worse than layer norm on real text (abstract)",
     arms=ARMS,
     metrics={"right": Metric("sentences right", ".1%")},
     measure=measure,
-    judge=judge,
     curves={"right": Curve("While learning", "steps", "share of sentences right")},
     protocol=(
         "6000 sentences of a made-up grammar to train, 500 each to validate and test: words change order and get endings that agree. "

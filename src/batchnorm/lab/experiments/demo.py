@@ -1,0 +1,221 @@
+"""At which learning rates does the tutorial's network train, and how fast, with and without batch normalization? The demonstration."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.experiment import Curve, Experiment, Judge, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.networks import tutorial_network
+from batchnorm.lab.train import Schedule, accuracy, gradient_norms, look_inside, train
+
+COMMON = 0.1
+RATES = (0.003, 0.01, 0.03, COMMON, 0.3, 1.0, 3.0)
+TARGET = 0.95
+QUANTILES = (0.15, 0.5, 0.85)
+SELDOM = 10  # at other learning rates only the end matters, so they are measured less often by this factor
+COURSE = f"course@{COMMON:g}"
+
+
+class Training(NamedTuple):
+    """Validation accuracy by step, quantiles (3, units) of what hidden units receive at these steps, the norm of the first layer's
+    gradient by step, and test accuracy at the end. Only the common learning rate has quantiles.
+    """
+
+    course: list[tuple[float, float]]
+    received: list[Tensor]
+    gradient: list[tuple[float, float]]
+    test: float
+
+    @property
+    def validation(self) -> float:
+        return self.course[-1][1]
+
+
+def schedule(rate: float, setting: Setting) -> Schedule:
+    """The steps at a learning rate; MNIST takes more than the smaller digits."""
+    steps = setting.pick(quick=120, default=240 if setting.data is None else 1000)
+    return Schedule(rate, steps, batch_size=64, seed=setting.seed)
+
+
+def measure(arm: str, setting: Setting) -> Measured:
+    """Both arms of a seed start from the same weights and use the same batches."""
+    data = load(setting.data).to(setting.device)
+    rates = setting.pick((0.003, COMMON, 3.0), RATES)
+    trainings = {rate: _trained(arm, data, schedule(rate, setting), setting) for rate in rates}
+    best, common = max(trainings, key=lambda rate: trainings[rate].validation), trainings[COMMON]
+    drift, quantiles = _typical(torch.stack(common.received))
+    values = {
+        "accuracy": trainings[best].test,
+        "best_rate": best,
+        "common_accuracy": common.test,
+        "steps": next((step for step, share in common.course if share >= TARGET), math.inf),
+        "rates": sum(training.validation >= TARGET for training in trainings.values()),
+        "drift": drift,
+    }
+    steps = [step for step, _ in common.course]
+    curves = {f"course@{rate:g}": training.course for rate, training in trainings.items()}
+    curves |= {
+        "sweep": [(rate, training.test) for rate, training in trainings.items()],
+        "validation": [(rate, training.validation) for rate, training in trainings.items()],
+        "gradient": common.gradient,
+    }
+    lines = (list(zip(steps, line, strict=True)) for line in quantiles)
+    return Measured(values, curves | dict(zip(("input.low", "input", "input.high"), lines, strict=True)))
+
+
+def _trained(arm: str, data: Dataset, schedule: Schedule, setting: Setting) -> Training:
+    """Train one network, and measure it during training."""
+    torch.manual_seed(setting.seed)
+    network = tutorial_network(batch_norm=arm == "batch_norm").to(setting.device)
+    watched = schedule.learning_rate == COMMON  # quantiles cost as much time as a training step
+    every = (10 if schedule.steps == 1000 else 5) * (1 if watched else SELDOM)
+    course, received, gradient = list[tuple[float, float]](), list[Tensor](), list[tuple[float, float]]()
+
+    def look(step: int) -> None:
+        if watched:
+            share, inputs = look_inside(network, data.validation)
+            received.append(torch.quantile(inputs.cpu(), torch.tensor(QUANTILES), dim=0))  # (N, units) -> (3, units)
+        else:
+            share = accuracy(network, data.validation)
+        course.append((step, share))
+
+    look(0)
+    for step, loss in train(network, data.train, schedule):
+        measured = step % every == 0 or step == schedule.steps or not math.isfinite(loss)
+        if measured or step == 1:
+            gradient.append((step - 1, gradient_norms(network)[0]))  # of the weights before the step
+        if measured:
+            look(step)
+    return Training(course, received, gradient, accuracy(network, data.test))
+
+
+def _typical(received: Tensor) -> tuple[float, list[list[float]]]:
+    """Of quantiles over time (T, 3, units), the unit with the median drift: this drift, and its three lines.
+
+    Drift is the largest distance of the median from its start; the unit is the width of the first distribution, between the outer
+    quantiles. The lines begin at a median of 0 and are mirrored where the median moves down, so that seeds have a mean.
+    """
+    moved = (received - received[0, 1]) / (received[0, 2] - received[0, 0])
+    furthest = moved[:, 1].abs()  # (T, units)
+    drift = furthest.amax(0)
+    unit = int(drift.argsort()[len(drift) // 2])
+    low, middle, high = moved[:, :, unit].T
+    if middle[furthest[:, unit].argmax()] < 0:
+        low, middle, high = -high, -middle, -low
+    found = float(drift[unit])
+    return found if math.isfinite(found) else math.inf, [line.tolist() for line in (low, middle, high)]
+
+
+ARMS = {"plain": "without BN", "batch_norm": "with BN"}
+METRICS = {
+    "accuracy": Metric("test accuracy, best learning rate", ".1%"),
+    "best_rate": Metric("best learning rate (on validation)", ".3g", "neither", each=True),
+    "common_accuracy": Metric(f"test accuracy, learning rate {COMMON:g}", ".1%"),
+    "steps": Metric(f"steps to {TARGET:.0%}, learning rate {COMMON:g}", ".0f", "lower"),
+    "rates": Metric("learning rates that train", ".3g"),
+    "drift": Metric("largest move of a hidden unit's median", ".2f", "lower"),
+}
+
+
+def _for_every_seed(metric: str, told: str) -> Judge:
+    """Judges that the metric is better with batch normalization for every seed, against the same seed without."""
+    sign = -1 if METRICS[metric].better == "lower" else 1
+
+    def judge(results: Results) -> Verdict:
+        plain, normalized = (results.values(arm, metric) for arm in ARMS)
+        better = all(sign * with_it > sign * without for without, with_it in zip(plain, normalized, strict=True))
+        shown, others = (", ".join(map(METRICS[metric], values)) for values in (normalized, plain))
+        return Verdict("holds" if better else "does not hold", f"{told}: {shown} with BN; {others} without.")
+
+    return judge
+
+
+def _wider(results: Results) -> Verdict:
+    plain, normalized = (_trains_at(results, arm) for arm in ARMS)
+    shown, others = (
+        "the learning rates " + ", ".join(map("{:g}".format, rates)) if rates else "none"
+        for rates in (normalized, plain)
+    )
+    evidence = f"Every seed ends at {TARGET:.0%} or more for {shown} with BN, for {others} without."
+    return Verdict("holds" if set(normalized) - set(plain) else "does not hold", evidence)
+
+
+def _trains_at(results: Results, arm: str) -> list[float]:
+    """The learning rates at which every seed ends with the target accuracy on validation."""
+    ends = [dict(measured.curves["validation"]) for measured in results.by_arm[arm]]
+    return [rate for rate in ends[0] if min(end[rate] for end in ends) >= TARGET]
+
+
+EXPERIMENT = Experiment(
+    name="demo",
+    question="Does batch normalization let the same network train faster, and over a wider range of learning rates?",
+    claims={
+        f"It reaches {TARGET:.0%} validation accuracy in fewer steps at learning rate {COMMON:g}.": _for_every_seed(
+            "steps", "Steps per seed"
+        ),
+        "It trains at learning rates at which the plain network does not.": _wider,
+        "It is more accurate on the test images, each network at its own best learning rate.": _for_every_seed(
+            "accuracy", "Test accuracy per seed"
+        ),
+        "What a hidden unit receives moves less while the network learns.": _for_every_seed(
+            "drift",
+            "Largest move of a typical unit's median over the validation images, in widths of its first distribution",
+        ),
+    },
+    source=(
+        "Ioffe & Szegedy 2015, sections 3.3 and 4.1 (arXiv:1502.03167); Bjorck et al. 2018 (arXiv:1806.02375): "
+        "the benefit is the larger learning rate"
+    ),
+    paper="",
+    arms=ARMS,
+    metrics=METRICS,
+    measure=measure,
+    curves={
+        COURSE: Curve(
+            "How fast it learns",
+            "step",
+            "validation accuracy",
+            caption=f"Validation accuracy at learning rate {COMMON:g}: mean, and band from the least to the greatest of the seeds.",
+        ),
+        "sweep": Curve(
+            "Which learning rates train",
+            "learning rate",
+            "test accuracy",
+            log_x=True,
+            caption="Test accuracy after the last step: mean, and band from the least to the greatest of the seeds.",
+        ),
+        "input": Curve(
+            "What a hidden unit receives",
+            "step",
+            "distance from the first median",
+            caption=(
+                "15th, 50th and 85th percentile of the input of the last hidden activation over the validation images, in inference, "
+                f"at learning rate {COMMON:g}, mean of the seeds: the unit whose median moves neither more nor less than most, in "
+                "widths of its first distribution, mirrored if the median moves down. With BN the running statistics have seen no "
+                "image at first, so the distribution widens. How far it moves need not be what makes training fast or slow "
+                "(Santurkar et al. 2018, arXiv:1805.11604)."
+            ),
+        ),
+        "gradient": Curve(
+            "How large the gradient of the first layer is",
+            "step",
+            "gradient norm",
+            log_y=True,
+            caption=f"Norm of the gradient of the first layer's weights at learning rate {COMMON:g}; it begins at initialization.",
+        ),
+    },
+    protocol=(
+        "784-512-256-10 with ReLU, with BN a BatchNorm1d before each ReLU, on scikit-learn's digits resized to 28x28 (1197 train, 240 "
+        "validate, 360 test; or MNIST's files), standardized with the training images' mean and deviation. Plain SGD at a constant "
+        f"learning rate, 240 steps (MNIST: 1000, quick: 120) of 64 images; learning rates {', '.join(map('{:g}'.format, RATES))} "
+        f"(quick: 0.003, {COMMON:g}, 3). Both arms of a seed start from the same weights and see the same batches. A seed's best "
+        f"learning rate is chosen on validation and reported on test; a learning rate trains if a training ends with {TARGET:.0%} on "
+        "validation; steps are counted on validation, measured every 5 (MNIST: 10). What a hidden unit receives is measured on the "
+        "validation images in inference. A comparison holds if it holds for every seed."
+    ),
+    seconds=15,
+    data="MNIST's IDX files",
+)
