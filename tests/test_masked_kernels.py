@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import Activation, Epilogue, cpu, eager
+from batchnorm.kernels import Activation, Epilogue, Normalized, cpu, eager
 from batchnorm.kernels.contract import Groups
 from tests.budget import assert_same_bits
 
@@ -39,11 +39,14 @@ def results(tensors: tuple[Tensor, ...], mask: Tensor, activation: str | None, p
     found = []
     for beside in (residual, None):
         e = Epilogue(weight, bias, beside, mask.unsqueeze(1), None if activation is None else Activation(activation))
-        y, batch, rstd = cpu.forward(x, 1e-3, e)
+        y, batch, rstd, *_ = cpu.forward(x, 1e-3, e)
         found += [batch.mean, batch.m2, rstd, y, cpu.normalize(x, batch.mean, rstd, e)]
         if activation == "relu":
             e = e._replace(residual=None, output=y.masked_fill(~mask.unsqueeze(1), padding))
-        found += [*cpu.backward(dy, x, batch.mean, rstd, e, batch.count), *cpu.reduce_grad(dy, x, batch.mean, rstd, e)]
+        found += [
+            *cpu.backward(dy, x, Normalized(batch.mean, rstd, batch.count), e),
+            *cpu.reduce_grad(dy, x, batch.mean, rstd, e),
+        ]
         found += cpu.input_grad(dy, x, batch.mean, rstd, e, None)
     found = [value if value.dim() == 1 else value.movedim(1, -1) for value in found if value is not None]
     assert not any(value[~mask].any() for value in found if value.dim() == 3)
@@ -140,10 +143,12 @@ def test_groups_of_which_one_counts_nothing():
     x, dy = torch.randn(2, 7, 64, 300)
     mask, silu, groups = torch.rand(7, 1, 300) > 0.3, Activation("silu"), Groups(3, 2)
     mask[2:4] = False
-    y, batch, rstd = cpu.forward(x, 1e-3, Epilogue(mask=mask, activation=silu), groups)
-    _, _, *sums = cpu.backward(dy, x, batch.mean, rstd, Epilogue(mask=mask, activation=silu), None, groups=groups)
+    y, batch, rstd, *_ = cpu.forward(x, 1e-3, Epilogue(mask=mask, activation=silu), groups)
+    _, _, *sums = cpu.backward(
+        dy, x, Normalized(batch.mean, rstd, None), Epilogue(mask=mask, activation=silu), groups=groups
+    )
     for i, cut in enumerate((slice(0, 2), slice(2, 4), slice(4, 7))):
         alone = Epilogue(mask=mask[cut], activation=silu)
-        own_y, own, own_rstd = cpu.forward(x[cut], 1e-3, alone)
+        own_y, own, own_rstd, *_ = cpu.forward(x[cut], 1e-3, alone)
         own_sums = cpu.reduce_grad(dy[cut], x[cut], own.mean, own_rstd, alone)
         assert_all_same_bits([y[cut], batch.m2[i], sums[0][i], sums[1][i]], [own_y, own.m2, *own_sums])

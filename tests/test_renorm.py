@@ -56,8 +56,8 @@ def test_kernels_agree(dtype, shape, layout):
     renormalization = renormalization_of(shape[1])
     for activation, with_residual, masked in product(ACTIVATIONS, (False, True), (False, True)):
         e = epilogue(shape, residual if with_residual else None, masked, activation)
-        y, batch, rstd, correction = cpu.forward_renormalized(x, 1e-5, e, renormalization)
-        exact_y, exact_batch, exact_rstd, exact = eager.forward_renormalized(x, 1e-5, e, renormalization)
+        y, batch, rstd, correction, _ = cpu.forward_renormalized(x, 1e-5, e, renormalization)
+        exact_y, exact_batch, exact_rstd, exact, _ = eager.forward_renormalized(x, 1e-5, e, renormalization)
         terms = (x.abs().max() * exact_rstd.max()).item() if dtype == torch.float64 else 0.0
         close("y", y, exact_y, slack, terms)
         assert y.stride() == x.stride()
@@ -79,7 +79,7 @@ def test_same_bits_for_any_number_of_threads(dtype, layout):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y, batch, rstd, correction = cpu.forward_renormalized(x, 1e-5, e, renormalization)
+            y, batch, rstd, correction, _ = cpu.forward_renormalized(x, 1e-5, e, renormalization)
             found.append((y, batch.mean, batch.m2, rstd, *correction))
     finally:
         torch.set_num_threads(before)
@@ -101,7 +101,7 @@ def test_within_wide_bounds_a_batch_is_normalized_as_in_inference():
 def test_without_room_it_is_the_plain_forward():
     for layout, dtype in product(LAYOUTS, DTYPES):
         x, _, _ = tensors((8, 6, 5), dtype, layout)
-        y, _, _, (r, d) = cpu.forward_renormalized(x, 1e-5, epilogue(x.shape), renormalization_of(6, 1.0, 0.0))
+        y, _, _, (r, d), _ = cpu.forward_renormalized(x, 1e-5, epilogue(x.shape), renormalization_of(6, 1.0, 0.0))
         assert_same_bits("y", y, cpu.forward(x, 1e-5, epilogue(x.shape))[0])
         assert_same_bits("r", r, torch.ones_like(r))
         assert not d.any()
@@ -113,7 +113,7 @@ def test_what_is_not_finite_stays_in_its_channel(bad):
     x, _, _ = tensors((4, 3, 6), torch.float32)
     x[1, 1, 2] = bad
     for kernel in (cpu, eager):
-        y, _, _, (r, d) = kernel.forward_renormalized(x, 1e-5, Epilogue(), renormalization_of(3))
+        y, _, _, (r, d), _ = kernel.forward_renormalized(x, 1e-5, Epilogue(), renormalization_of(3))
         assert y[:, 1].isnan().any()
         assert all(value[[0, 2]].isfinite().all() for value in (y.movedim(1, 0), r, d))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from batchnorm import kernels, memory
 from batchnorm.functional import reduction
-from batchnorm.functional.reduction import Normalized, Reducer
-from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Renormalization, Step, eager
+from batchnorm.functional.reduction import Reducer
+from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Normalized, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch
@@ -101,6 +101,7 @@ class Saved(NamedTuple):
         mask: of the call.
         counted: values per channel if only the device knows the number, 0-d or (G,), or None.
         r, d: of batch renormalization, or None.
+        reserve: of the kernel's forward, or None.
     """
 
     x: Tensor
@@ -114,6 +115,7 @@ class Saved(NamedTuple):
     counted: Tensor | None = None
     r: Tensor | None = None
     d: Tensor | None = None
+    reserve: Tensor | None = None
 
 
 class Normalize(torch.autograd.Function):
@@ -137,7 +139,7 @@ class Normalize(torch.autograd.Function):
         assert type(call) is Call
         ctx.set_materialize_grads(False)
         epilogue = Epilogue(weight, bias, residual, call.mask, call.activation)
-        ctx.kernel = kernel = kernels.select(x, epilogue)
+        ctx.kernel = kernel = kernels.select(x, epilogue, call.groups is None and call.renormalization is None)
         bias = None if call.activation is None else bias
         if call.constants is not None:
             ctx.count = None
@@ -148,7 +150,7 @@ class Normalize(torch.autograd.Function):
         known, renormalization = call.known, call.renormalization
         if known is not None:  # outputs are not the inputs
             known = known._replace(mean=known.mean.view_as(known.mean), m2=known.m2.view_as(known.m2))
-        y, moments, rstd, correction = reduction.forward(
+        y, moments, rstd, correction, reserve = reduction.forward(
             kernel, x, call.eps, epilogue, call.reducer, call.groups, known, renormalization
         )
         if call.reducer is None and known is None:
@@ -167,7 +169,7 @@ class Normalize(torch.autograd.Function):
         ctx.count = None if count is not None else moments.count
         r, d = correction or (None, None)
         beside = saved_of_residual(epilogue, y)
-        ctx.save_for_backward(*Saved(x, moments.mean, rstd, weight, bias, *beside, call.mask, count, r, d))
+        ctx.save_for_backward(*Saved(x, moments.mean, rstd, weight, bias, *beside, call.mask, count, r, d, reserve))
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 
@@ -193,7 +195,7 @@ class Normalize(torch.autograd.Function):
         epilogue = Epilogue(saved.weight, saved.bias, saved.residual, saved.mask, activation, saved.output)
         count = ctx.count if saved.counted is None else saved.counted
         correction = None if saved.r is None or saved.d is None else Correction(saved.r, saved.d)
-        by = Normalized(saved.mean, saved.rstd, count)
+        by = Normalized(saved.mean, saved.rstd, count, saved.reserve)
         dx, dweight, dbias, dresidual = gradients(ctx, dy, saved.x, by, epilogue, ctx.needs_input_grad[2], correction)
         if activation is None and ctx.needs_input_grad[3]:
             dresidual = counted(dy, saved.mask)

@@ -77,7 +77,7 @@ def normalize(
 ) -> tuple[Tensor, Moments] | None:
     """`functional.normalize` with the moments of all micro-batches, if a gradient is needed; None if the call is not of a micro-batch."""
     weight, bias, residual, mask, activation, _ = epilogue
-    kernel = kernels.select(x, epilogue)
+    kernel = kernels.select(x, epilogue, plain=False)
     with torch.no_grad():
         call = Call(kernel, kernel.moments(x, mask).row())
         if not joint.accepts(call.own):

@@ -188,13 +188,17 @@ def normalize(
             eager, input, eps, epilogue, reducer, groups, renormalization=renormalization
         )
         found = exported.constants(found)
-    elif needs_grad(input, epilogue):
-        call = Call(eps, epilogue.activation, epilogue.mask, None, moments, renormalization, reducer, groups)
-        output, *values = memory.recorded(Normalize.apply, input, *distinct(input, *epilogue[:3]), call)
-        found = Moments(*values)
     else:
-        kernel = kernels.select(input, epilogue)
-        output, found, *_ = reduction.forward(kernel, input, eps, epilogue, reducer, groups, moments, renormalization)
+        kernel = kernels.select(input, epilogue, groups is None and renormalization is None)
+        fused = epilogue if kernel.fuses else epilogue.affine()
+        if needs_grad(input, fused):
+            call = Call(eps, fused.activation, fused.mask, None, moments, renormalization, reducer, groups)
+            output, *values = memory.recorded(Normalize.apply, input, *distinct(input, *fused[:3]), call)
+            found = Moments(*values)
+        else:
+            output, found, *_ = reduction.forward(kernel, input, eps, fused, reducer, groups, moments, renormalization)
+        if fused is not epilogue:
+            output = epilogue.after(output)
     return output, found if groups is None else _pooled(found, mask, groups, input)
 
 
@@ -245,10 +249,14 @@ def normalize_with(
     mean, variance = mean.detach(), variance.detach()
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
-    if needs_grad(input, epilogue):
-        call = Call(eps, epilogue.activation, epilogue.mask, (mean, variance))
-        return memory.recorded(Normalize.apply, input, *distinct(input, *epilogue[:3]), call)[0]
-    return kernels.select(input, epilogue).infer(input, mean, variance, eps, epilogue)[0]
+    kernel = kernels.select(input, epilogue)
+    fused = epilogue if kernel.fuses else epilogue.affine()
+    if needs_grad(input, fused):
+        call = Call(eps, fused.activation, fused.mask, (mean, variance))
+        output = memory.recorded(Normalize.apply, input, *distinct(input, *fused[:3]), call)[0]
+    else:
+        output = kernel.infer(input, mean, variance, eps, fused)[0]
+    return output if fused is epilogue else epilogue.after(output)
 
 
 @torch.no_grad()

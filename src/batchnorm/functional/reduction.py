@@ -8,11 +8,11 @@ Without a reducer, the kernels run each line fused.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from batchnorm.kernels import Backward, Correction, Epilogue, Groups, Kernel, Renormalization
+from batchnorm.kernels import Backward, Epilogue, Forward, Groups, Kernel, Normalized, Renormalization
 from batchnorm.moments import Moments, at_least_one
 
 
@@ -33,19 +33,6 @@ class Reducer(Protocol):
         ...
 
 
-class Normalized(NamedTuple):
-    """The statistics that x was normalized with.
-
-    Attributes:
-        mean, rstd: (C,), or (G, C) of groups.
-        count: values per channel, also 0-d, or (G,) of groups; None where the statistics are constants.
-    """
-
-    mean: Tensor
-    rstd: Tensor
-    count: int | Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride] (of a tuple's method)
-
-
 def forward(
     kernel: Kernel,
     x: Tensor,
@@ -55,20 +42,21 @@ def forward(
     groups: Groups | None = None,
     known: Moments | None = None,
     renormalization: Renormalization | None = None,
-) -> tuple[Tensor, Moments, Tensor, Correction | None]:
-    """`Kernel.forward` with the statistics of all replicas: y, the moments that normalized x, their rstd, and r and d of renormalization.
+) -> Forward:
+    """`Kernel.forward`, or `Kernel.forward_renormalized`, with the statistics of all replicas.
 
     Groups are not merged with those of replicas. `known` moments are of all replicas already, so nothing is reduced.
     """
     if known is None and (groups is not None or reducer is None):
         if renormalization is not None:
             return kernel.forward_renormalized(x, eps, epilogue, renormalization)
-        return *kernel.forward(x, eps, epilogue, groups), None
+        return kernel.forward(x, eps, epilogue, groups)
     moments = known if known is not None or reducer is None else reducer.merge(kernel.moments(x, epilogue.mask))
     assert moments is not None
     rstd = moments.rstd(eps)
     correction = None if renormalization is None else renormalization.of(moments, eps)
-    return kernel.normalize(x, moments.mean, rstd, epilogue.corrected(correction)), moments, rstd, correction
+    y = kernel.normalize(x, moments.mean, rstd, epilogue.corrected(correction))
+    return Forward(y, moments, rstd, correction)
 
 
 def backward(
@@ -86,7 +74,7 @@ def backward(
     The sums, which become dweight and dbias, are of this replica only: data-parallel training adds those of all replicas.
     """
     if groups is not None or reducer is None or not needs_input_grad:
-        return kernel.backward(dy, x, by.mean, by.rstd, epilogue, by.count, needs_input_grad, groups)
+        return kernel.backward(dy, x, by, epilogue, needs_input_grad, groups)
     sums = kernel.reduce_grad(dy, x, by.mean, by.rstd, epilogue)
     divisor = at_least_one(0 if by.count is None else by.count)
     total, total_xhat = reducer.sum(*sums)

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from batchnorm.kernels import cpu, eager
+from batchnorm.kernels import aten, cpu, eager
 from batchnorm.kernels.activation import Activation, from_module, parse
-from batchnorm.kernels.contract import Backward, Epilogue, Groups, Kernel, Running, Step, Steps, Update
+from batchnorm.kernels.contract import (
+    Backward,
+    Epilogue,
+    Forward,
+    Groups,
+    Kernel,
+    Normalized,
+    Running,
+    Step,
+    Steps,
+    Update,
+)
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
 
-KERNELS: tuple[Kernel, ...] = (cpu, eager)
+KERNELS: tuple[Kernel, ...] = (cpu, aten, eager)
 
 
-def select(x: Tensor, epilogue: Epilogue) -> Kernel:
-    """The first kernel of `KERNELS` that takes this call."""
+def select(x: Tensor, epilogue: Epilogue, plain: bool = True) -> Kernel:
+    """The first kernel of `KERNELS` that accepts this call.
+
+    `plain` says whether the batch is normalized by its own statistics alone, or by running statistics.
+    """
     for kernel in KERNELS:
-        if kernel.refuses(x, epilogue) is None:
+        if kernel.refuses(x, epilogue, plain) is None:
             return kernel
     raise AssertionError("eager refuses nothing")
 
@@ -44,8 +58,10 @@ __all__ = [
     "Backward",
     "Correction",
     "Epilogue",
+    "Forward",
     "Groups",
     "Kernel",
+    "Normalized",
     "Renormalization",
     "Running",
     "Step",

@@ -56,6 +56,15 @@ class Epilogue(NamedTuple):
         """Whether the backward computes dresidual."""
         return self.residual is not None or self.output is not None
 
+    def affine(self) -> Epilogue:
+        """The weight and the bias alone."""
+        return Epilogue(self.weight, self.bias)
+
+    def after(self, y: Tensor) -> Tensor:
+        """What remains to be done after `affine`: add the residual, and apply the activation."""
+        z = y if self.residual is None else (y + self.residual).to(y.dtype)
+        return z if self.activation is None else self.activation(z)
+
     def corrected(self, correction: Correction | None) -> Epilogue:
         """The epilogue that computes from x̂ what this one computes from x̂ · r + d."""
         if correction is None:
@@ -80,6 +89,39 @@ class Groups(NamedTuple):
         """First and last sample, exclusive, of each group of N samples."""
         starts = [group * self.size for group in range(self.number)]
         return list(zip(starts, [*starts[1:], N], strict=True))
+
+
+class Forward(NamedTuple):
+    """The results of the fused forward pair.
+
+    Attributes:
+        output: y.
+        moments: of x, or of each group.
+        rstd: 1 / sqrt(variance + eps), likewise.
+        correction: r and d of `forward_renormalized`, or None.
+        reserve: what this kernel's `backward` needs besides, or None.
+    """
+
+    output: Tensor
+    moments: Moments
+    rstd: Tensor
+    correction: Correction | None = None
+    reserve: Tensor | None = None
+
+
+class Normalized(NamedTuple):
+    """The statistics that x was normalized with.
+
+    Attributes:
+        mean, rstd: (C,), or (G, C) of groups.
+        count: values per channel, also 0-d, or (G,) of groups; None where the statistics are constants.
+        reserve: of `Forward`, or None.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    count: int | Tensor | None  # pyright: ignore[reportIncompatibleMethodOverride] (of a tuple's method)
+    reserve: Tensor | None = None
 
 
 class Backward(NamedTuple):
@@ -173,13 +215,14 @@ class Kernel(Protocol):
     """An implementation of the verbs. `kernels.select` returns the first kernel that accepts a call."""
 
     name: str
+    fuses: bool  # whether it applies residual and activation; if not, it gets weight and bias only
 
     def status(self) -> str:
         """How the kernel runs on this machine, or why it accepts no call here."""
         ...
 
-    def refuses(self, x: Tensor, epilogue: Epilogue) -> str | None:
-        """Why this kernel does not accept the call, or None if it does."""
+    def refuses(self, x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
+        """Why this kernel does not accept the call, or None if it does; `plain` as in `kernels.select`."""
         ...
 
     def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
@@ -214,30 +257,26 @@ class Kernel(Protocol):
         """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None if the statistics are constants."""
         ...
 
-    def forward(
-        self, x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None
-    ) -> tuple[Tensor, Moments, Tensor]:
-        """`moments` and `normalize`, fused: y, the moments of x or of each group, and their rstd."""
+    def forward(self, x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> Forward:
+        """`moments` and `normalize`, fused."""
         ...
 
     def forward_renormalized(
         self, x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
-    ) -> tuple[Tensor, Moments, Tensor, Correction]:
-        """`forward` with x̂ · r + d instead of x̂; also returns r and d."""
+    ) -> Forward:
+        """`forward` with x̂ · r + d instead of x̂."""
         ...
 
     def backward(
         self,
         dy: Tensor,
         x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        by: Normalized,
         epilogue: Epilogue,
-        count: int | Tensor | None,
         needs_input_grad: bool = True,
         groups: Groups | None = None,
     ) -> Backward:
-        """`reduce_grad` and `input_grad`, fused; `count` is None if the statistics are constants. Those of groups never are."""
+        """`reduce_grad` and `input_grad`, fused. The statistics of groups are never constants."""
         ...
 
     def takes_update(self, running: Running, moments: Moments, update: Update) -> bool:

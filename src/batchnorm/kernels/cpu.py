@@ -18,18 +18,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.kernels import aten
 from batchnorm.kernels.activation import Activation
-from batchnorm.kernels.contract import Backward, Epilogue, Groups, Running, Step, Steps, Update, values_per_channel
+from batchnorm.kernels.contract import (
+    Backward,
+    Epilogue,
+    Forward,
+    Groups,
+    Normalized,
+    Running,
+    Step,
+    Steps,
+    Update,
+    values_per_channel,
+)
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch, is_tracing
 
 name = "cpu"
+fuses = True
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def refuses(x: Tensor, epilogue: Epilogue) -> str | None:
+def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
+    if torch.compiler.is_compiling() and aten.refuses(x, epilogue, plain) is None:
+        return "a compiler fuses torch's operators"
     if x.device.type != "cpu":
         return f"x is on {x.device.type}"
     if _library.unavailable is not None:
@@ -88,20 +103,18 @@ def input_grad(
     return dx, dresidual if wants_dresidual else None
 
 
-def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> tuple[Tensor, Moments, Tensor]:
+def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> Forward:
     arguments = _arguments(x, epilogue)
     if groups is not None:
         y, counts, mean, m2, rstd = torch.ops.batchnorm.forward_groups.default(x, *groups, eps, *arguments)
-        return y, Moments(counts, mean, m2), rstd
+        return Forward(y, Moments(counts, mean, m2), rstd)
     mask = arguments[3]
     count = None if mask is None else _counted_by(mask)
     y, mean, m2, rstd = torch.ops.batchnorm.forward.default(x, count, eps, *arguments)
-    return y, Moments(values_per_channel(x) if count is None else count, mean, m2), rstd
+    return Forward(y, Moments(values_per_channel(x) if count is None else count, mean, m2), rstd)
 
 
-def forward_renormalized(
-    x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
-) -> tuple[Tensor, Moments, Tensor, Correction]:
+def forward_renormalized(x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization) -> Forward:
     arguments = _arguments(x, epilogue)
     mask = arguments[3]
     count = None if mask is None else _counted_by(mask)
@@ -109,19 +122,18 @@ def forward_renormalized(
         x, count, eps, *renormalization, *arguments
     )
     moments = Moments(values_per_channel(x) if count is None else count, mean, m2)
-    return y, moments, rstd, Correction(*correction)
+    return Forward(y, moments, rstd, Correction(*correction))
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    by: Normalized,
     epilogue: Epilogue,
-    count: int | Tensor | None,
     needs_input_grad: bool = True,
     groups: Groups | None = None,
 ) -> Backward:
+    mean, rstd, count, _ = by
     wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
     arguments = _arguments(x, epilogue)
     if groups is not None:

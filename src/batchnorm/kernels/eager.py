@@ -10,19 +10,30 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.buffers import check_writable, count_in, write
-from batchnorm.kernels.contract import Backward, Epilogue, Groups, Running, Steps, Update, values_per_channel
-from batchnorm.kernels.correction import Correction, Renormalization
+from batchnorm.kernels.contract import (
+    Backward,
+    Epilogue,
+    Forward,
+    Groups,
+    Normalized,
+    Running,
+    Steps,
+    Update,
+    values_per_channel,
+)
+from batchnorm.kernels.correction import Renormalization
 from batchnorm.moments import Moments, at_least_one
 from batchnorm.torch_state import is_fake, transforms_active
 
 name = "eager"
+fuses = True
 
 
 def status() -> str:
     return "torch's operators, for every call"
 
 
-def refuses(x: Tensor, epilogue: Epilogue) -> str | None:  # noqa: ARG001 (the contract's signature)
+def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:  # noqa: ARG001 (the contract's signature)
     """Never: this kernel is the last one."""
     return None
 
@@ -75,34 +86,31 @@ def input_grad(
     return _input_grad(x, grad, normalized, rstd, epilogue, mean_grads)
 
 
-def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> tuple[Tensor, Moments, Tensor]:
+def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> Forward:
     if groups is not None:
         return _forward_groups(x, eps, epilogue, groups)
     batch = moments(x, epilogue.mask)
     rstd = batch.rstd(eps)
-    return normalize(x, batch.mean, rstd, epilogue), batch, rstd
+    return Forward(normalize(x, batch.mean, rstd, epilogue), batch, rstd)
 
 
-def forward_renormalized(
-    x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization
-) -> tuple[Tensor, Moments, Tensor, Correction]:
+def forward_renormalized(x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization) -> Forward:
     batch = moments(x, epilogue.mask)
     correction, rstd = renormalization.of(batch, eps), batch.rstd(eps)
-    return normalize(x, batch.mean, rstd, epilogue.corrected(correction)), batch, rstd, correction
+    return Forward(normalize(x, batch.mean, rstd, epilogue.corrected(correction)), batch, rstd, correction)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    by: Normalized,
     epilogue: Epilogue,
-    count: int | Tensor | None,
     needs_input_grad: bool = True,
     groups: Groups | None = None,
 ) -> Backward:
     if groups is not None:
-        return _backward_groups(dy, x, mean, rstd, epilogue, count, needs_input_grad, groups)
+        return _backward_groups(dy, x, by, epilogue, needs_input_grad, groups)
+    mean, rstd, count, _ = by
     grad, normalized = _pre_activation_grad(dy, x, mean, rstd, epilogue)
     sums = _reduce(grad, normalized, epilogue.mask)
     if not needs_input_grad:
@@ -199,29 +207,28 @@ def _reduce(grad: Tensor, normalized: Tensor, mask: Tensor | None) -> tuple[Tens
     return grad.sum(axes), (grad * normalized).sum(axes)
 
 
-def _forward_groups(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups) -> tuple[Tensor, Moments, Tensor]:
+def _forward_groups(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups) -> Forward:
     found = [forward(x[cut], eps, _of_group(epilogue, x, cut)) for cut in _cuts(groups, x)]
-    counts = [torch.as_tensor(batch.count, dtype=batch.mean.dtype, device=x.device) for _, batch, _ in found]
+    counts = [torch.as_tensor(batch.count, dtype=batch.mean.dtype, device=x.device) for _, batch, *_ in found]
     means, m2s = (
-        torch.stack(values) for values in zip(*((batch.mean, batch.m2) for _, batch, _ in found), strict=True)
+        torch.stack(values) for values in zip(*((batch.mean, batch.m2) for _, batch, *_ in found), strict=True)
     )
-    y = _in_layout_of(x, torch.cat([y for y, _, _ in found]))
-    return y, Moments(torch.stack(counts), means, m2s), torch.stack([rstd for _, _, rstd in found])
+    y = _in_layout_of(x, torch.cat([y for y, *_ in found]))
+    return Forward(y, Moments(torch.stack(counts), means, m2s), torch.stack([rstd for _, _, rstd, *_ in found]))
 
 
 def _backward_groups(
     dy: Tensor,
     x: Tensor,
-    means: Tensor,
-    rstds: Tensor,
+    by: Normalized,
     epilogue: Epilogue,
-    counts: int | Tensor | None,
     needs_input_grad: bool,
     groups: Groups,
 ) -> Backward:
+    means, rstds, counts, _ = by
     assert isinstance(counts, Tensor), "of groups the counts are (G,)"
     found = [
-        backward(dy[cut], x[cut], mean, rstd, _of_group(epilogue, x, cut), count, needs_input_grad)
+        backward(dy[cut], x[cut], Normalized(mean, rstd, count), _of_group(epilogue, x, cut), needs_input_grad)
         for cut, mean, rstd, count in zip(_cuts(groups, x), means, rstds, counts, strict=True)
     ]
     dx, dresidual = (

@@ -222,7 +222,7 @@ class _Corrected(torch.autograd.Function):
         if mask is not None:
             mask = mask_along_channels(mask, x)
         epilogue = Epilogue(mask=mask)
-        kernel = kernels.select(x, epilogue)  # its sums do not depend on the amount of padding
+        kernel = kernels.select(x, epilogue, plain=False)  # its sums do not depend on the amount of padding
         sums = kernel.reduce_grad(grads[0], x, mean, sigma.reciprocal(), epilogue)  # of g / sigma, (C,) each
         sums = sums[0] * sigma, sums[1] * sigma
         mean, wide_sigma = mean.to(dtype).view(along), sigma.to(dtype).view(along)

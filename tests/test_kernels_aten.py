@@ -1,0 +1,175 @@
+"""Torch's own operators as a kernel, forced on the CPU: against the formula in float64, in every layer, and in compiled code."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+import batchnorm as bn
+from batchnorm import kernels
+from batchnorm.kernels import Epilogue, Normalized, aten, eager
+from tests.layer_table import ACTIVATIONS, ROWS, Row
+
+SHAPES = [(8, 3), (4, 3, 7), (4, 5, 6, 3), (2, 3, 2, 3, 4)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", (aten, eager))
+
+
+def budget(dtype: torch.dtype) -> float:
+    """Torch's own error: float32 inside, rounded to the dtype."""
+    return 64 * torch.finfo(dtype).eps if dtype is torch.float64 else 2e-6 + torch.finfo(dtype).eps
+
+
+def close(what: str, found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    error = (found.double() - exact.double()).abs().max().item()
+    assert error <= budget(dtype) * max(1.0, exact.abs().max().item()), f"{what}: {error}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", ["affine", "weight alone", "neither"])
+def test_verbs_are_those_of_the_formula(shape, dtype, affine):
+    x, dy = torch.randn(shape).to(dtype) + 3, torch.randn(shape).to(dtype)
+    C = shape[1]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    weight, bias = torch.rand(C, dtype=wide) + 0.5, torch.randn(C, dtype=wide)
+    e = {"affine": Epilogue(weight, bias), "weight alone": Epilogue(weight), "neither": Epilogue()}[affine]
+    assert aten.refuses(x, e) is None
+    exact_y, exact, exact_rstd, *_ = eager.forward(x.double(), 1e-5, e)
+    y, batch, rstd, _, reserve = aten.forward(x, 1e-5, e)
+    assert (y.dtype, y.stride()) == (dtype, x.stride())
+    close("y", y, exact_y, dtype)
+    for moments in (batch, aten.moments(x, None)):
+        assert moments.count == exact.count
+        close("mean", moments.mean, exact.mean, wide)
+        close("variance", moments.variance(), exact.variance(), wide)
+    close("normalize", aten.normalize(x, batch.mean, rstd, e), exact_y, dtype)
+    by, exact_by = Normalized(batch.mean, rstd, batch.count, reserve), Normalized(exact.mean, exact_rstd, exact.count)
+    for without_reserve in (by, by._replace(reserve=None)):
+        found = aten.backward(dy, x, without_reserve, e)
+        expected = eager.backward(dy.double(), x.double(), exact_by, e)
+        close("dx", found.input, expected.input, dtype)
+        close("sum", found.sum_grad, expected.sum_grad, wide)
+        close("sum of products", found.sum_grad_xhat, expected.sum_grad_xhat, wide)
+    sums = aten.reduce_grad(dy, x, batch.mean, rstd, e)
+    for one, other in zip(sums, eager.reduce_grad(dy.double(), x.double(), exact.mean, exact_rstd, e), strict=True):
+        close("reduce_grad", one, other, wide)
+    means = tuple(value / exact.count for value in sums)
+    dx, _ = aten.input_grad(dy, x, batch.mean, rstd, e, means)
+    close("input_grad", dx, expected.input, dtype)
+    constants = aten.backward(dy, x, Normalized(batch.mean, rstd, None), e)
+    expected = eager.backward(dy.double(), x.double(), exact_by._replace(count=None), e)
+    close("dx with constants", constants.input, expected.input, dtype)
+    assert aten.backward(dy, x, by, e, needs_input_grad=False).input is None
+
+
+def test_a_variance_below_eps_is_exact():
+    """It cannot be computed from 1 / sqrt(variance + eps), which is all that torch's operator returns."""
+    x = torch.randn(64, 3) * torch.tensor([1e-4, 1e-6, 1e-12])
+    variance = aten.forward(x, 1e-5, Epilogue()).moments.variance(unbiased=True)
+    torch.testing.assert_close(variance.double(), x.double().var(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_every_layer_computes_the_same(row: Row, training, monkeypatch):
+    layer = row.ours().train(training)
+    other = copy.deepcopy(layer)
+    x = torch.randn(row.shape)
+    dy = torch.randn(row.shape)
+    results = []
+    for each, chosen in ((layer, (aten, eager)), (other, (eager,))):
+        monkeypatch.setattr(kernels, "KERNELS", chosen)
+        given = x.clone().requires_grad_()
+        y = each(given)
+        y.backward(dy)
+        results.append([y, given.grad, *(p.grad for p in each.parameters()), *each.buffers()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residual_and_activation_come_after_it(name, dtype):
+    layer = bn.BatchNorm2d(3, activation=name)
+    x, residual = (torch.randn(4, 3, 5, 2).to(dtype).requires_grad_() for _ in "12")
+    y = layer(x, residual=residual)
+    z = F.batch_norm(x, None, None, layer.weight, layer.bias, True) + residual
+    expected = z if name is None else ACTIVATIONS[name](z)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad(y, (x, residual), dy), torch.autograd.grad(expected, (x, residual), dy), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("forced")
+def test_it_refuses_what_torch_does_not_take():
+    x = torch.randn(4, 3, 5)
+    mask = torch.ones(4, 1, 5, dtype=torch.bool)
+    for given, e, plain in (
+        (x, Epilogue(mask=mask), True),
+        (x, Epilogue(), False),
+        (x[:1, :, :1], Epilogue(), True),
+        (x, Epilogue(torch.ones(3, dtype=torch.float64)), True),
+        (x.int(), Epilogue(), True),
+        (x.to("meta"), Epilogue(), True),
+    ):
+        assert isinstance(aten.refuses(given, e, plain), str)
+        assert kernels.select(given, e, plain) is eager
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_second_derivative_is_exact():
+    layer = bn.BatchNorm1d(3).double()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x).pow(3), torch.randn(5, 3).double().requires_grad_())
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+    )
+
+
+def generated(model: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], list[str]]:
+    """Output and gradients of a compiled step, and the calls in the code of forward and backward."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+
+    def step():
+        y = compiled(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        return y
+
+    y, codes = run_and_get_code(step)
+    bodies = [code[code.index("def call(") :] for code in codes]
+    return [y, *(p.grad for p in model.parameters())], bodies
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
+def test_a_compiled_step_is_that_of_torch(last):
+    """As many kernels, no copy of a layout around them; beside them one question whether it is a recomputation."""
+    torchs = network()
+    ours = bn.convert(copy.deepcopy(torchs))
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    expected, theirs = generated(torchs, x)
+    found, code = generated(ours, x)
+    assert len(code) == len(theirs) == 2
+    for one, other in zip(code, theirs, strict=True):
+        assert len(re.findall(r"^ +cpp_fused\w*\(", one, re.M)) == len(re.findall(r"^ +cpp_fused\w*\(", other, re.M))
+    calls = re.findall(r"= torch\.ops\.batchnorm\.(\w+)", "".join(code))
+    assert calls == ["recomputing"]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    for name, buffer in torchs.named_buffers():
+        torch.testing.assert_close(dict(ours.named_buffers())[name], buffer, rtol=1e-5, atol=1e-6)
