@@ -24,7 +24,7 @@ class Picky:
         return "it takes little"
 
     @staticmethod
-    def refuses(x, epilogue):
+    def refuses(x, epilogue, plain=True):
         if x.dtype != torch.float32:
             return f"x is {x.dtype}"
         return None if epilogue.mask is None else "there is a mask"

@@ -479,8 +479,8 @@ def test_compiled(layout, dynamic):
         torch.testing.assert_close(compiled_y, y)
         y.backward(dy[:n])
         compiled_y.backward(dy[:n])
-        for one, other in zip(inputs[1], inputs[0], strict=True):
-            torch.testing.assert_close(one.grad, other.grad)
+        for found, expected in zip(inputs[1], inputs[0], strict=True):
+            torch.testing.assert_close(found.grad, expected.grad)
         torch.testing.assert_close(other.running_var, layer.running_var)
 
 
