@@ -12,6 +12,7 @@ from batchnorm.errors import InputError, StateError
 from batchnorm.functional import (
     Reducer,
     check_several_values,
+    compiled,
     fast_path,
     is_single_value,
     normalize,
@@ -22,7 +23,7 @@ from batchnorm.functional import (
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import check_eps, check_input, check_momentum, epilogue_of
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
-from batchnorm.kernels import Renormalization, Steps
+from batchnorm.kernels import Renormalization, Running, Update
 from batchnorm.moments import Moments
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Applying, Layer
@@ -152,22 +153,27 @@ def train_on_fast_path(
         return None
     if layer.reducer is not None or accumulating() or in_one_batch():
         return None
-    found = _on_fast_path(layer, x)
+    found = _tensors_of(layer)
     if found is None:
         return None
-    steps, weight, bias, mean, variance, batches = found
+    weight, bias, mean, variance, batches = found
+    compiling = torch.compiler.is_compiling()
+    steps = None if compiling else fast_path.steps_for(x, mean)
+    if steps is None and (not compiling or kind != "training" or exporting()):
+        return None
     skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
         skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
+    if steps is None:
+        buffers, update = Running(mean, variance, batches, skipped), Update(momentum, unbiased, skip_nonfinite)
+        return compiled.train(x, weight, bias, layer.eps, activation, buffers, update)
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
     return fast_path.call(getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
 
 
-def _on_fast_path(
-    layer: nn.Module, x: Tensor
-) -> tuple[Steps, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
-    """The one-operator calls for x, and the layer's weight, bias, running mean, running variance and counter; None if it has no such calls.
+def _tensors_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
+    """The layer's weight, bias, running mean, running variance and counter; None if it has no running statistics, or computes these.
 
     They are read from the module's dictionaries: an attribute look-up of each would cost half a microsecond.
     """
@@ -177,9 +183,7 @@ def _on_fast_path(
         mean, variance, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     except KeyError:  # pruned or parametrized: attributes that are computed
         return None
-    if mean is None or variance is None or (steps := fast_path.steps_for(x, mean)) is None:
-        return None
-    return steps, weight, bias, mean, variance, batches
+    return None if mean is None or variance is None else (weight, bias, mean, variance, batches)
 
 
 def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
@@ -246,10 +250,16 @@ def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
         layer = layer.owner
     if not isinstance(layer, nn.Module):
         return None
-    found = _on_fast_path(layer, x)
+    found = _tensors_of(layer)
     if found is None:
         return None
-    steps, weight, bias, mean, variance, _ = found
+    weight, bias, mean, variance, _ = found
+    if torch.compiler.is_compiling():
+        buffers = Running(mean, variance)
+        return None if exporting() else compiled.infer(x, weight, bias, layer.eps, activation, buffers)
+    steps = fast_path.steps_for(x, mean)
+    if steps is None:
+        return None
     return fast_path.call(steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
