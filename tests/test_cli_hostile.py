@@ -25,7 +25,7 @@ from batchnorm.bench.row import load as load_rows
 from batchnorm.cli import commands
 from batchnorm.cli.text import one_line, visible
 from batchnorm.errors import InputError
-from batchnorm.lab import experiments, outcome
+from batchnorm.lab import experiments, result
 from batchnorm.lab.data import idx, speech
 from batchnorm.lab.runner import stored
 from batchnorm.lab.unit import packed, unpacked
@@ -324,7 +324,7 @@ def test_the_bench_writes_over_nothing(folder, monkeypatch, option):
     assert (folder / "rows").read_text() == "precious"
 
 
-@pytest.mark.parametrize("reader", [load_rows, lambda path: outcome.load(path.stem, path.parent)])
+@pytest.mark.parametrize("reader", [load_rows, lambda path: result.load(path.stem, path.parent)])
 def test_results_as_json(folder, reader):
     draw, path = random.Random(1), folder / "file.json"
     for content in [

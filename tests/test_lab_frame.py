@@ -22,11 +22,11 @@ import batchnorm
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
 from batchnorm.files import spelled, to_json
-from batchnorm.lab import experiments, fingerprint, outcome, runner
+from batchnorm.lab import experiments, fingerprint, result, runner
 from batchnorm.lab import unit as units
 from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.fingerprint import code_version, data_version
-from batchnorm.lab.outcome import Damaged, Outcome
+from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.lab.unit import Finished, Unit, packed, unpacked
 from batchnorm.report import findings
 from batchnorm.report.curves import drawings
@@ -248,9 +248,9 @@ class TestFingerprint:
 class TestOutcome:
     def test_saved_and_loaded_is_equal(self, tmp_path):
         _, came_out = known(missing={("with", 1)})
-        came_out.save(outcome.path_of("tiny", tmp_path))
-        assert repr(outcome.load("tiny", tmp_path)) == repr(came_out)
-        assert outcome.load("depth", tmp_path) is None
+        came_out.save(result.path_of("tiny", tmp_path))
+        assert repr(result.load("tiny", tmp_path)) == repr(came_out)
+        assert result.load("depth", tmp_path) is None
 
     def test_only_a_complete_one_is_judged(self):
         experiment, complete = known()
@@ -267,7 +267,7 @@ class TestOutcome:
     def test_what_is_none_is_refused(self, tmp_path, content):
         (tmp_path / "tiny.json").write_text(content)
         with pytest.raises(InputError, match=r"tiny\.json must be an outcome of schema 1"):
-            outcome.load("tiny", tmp_path)
+            result.load("tiny", tmp_path)
 
     @pytest.mark.parametrize("damage", DAMAGES, ids=str)
     def test_one_with_a_wrong_field_is_refused(self, tmp_path, damage):
@@ -275,7 +275,7 @@ class TestOutcome:
         path = tmp_path / "tiny.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | damage))
         with pytest.raises(InputError, match=r"tiny\.json must be an outcome of schema 1") as caught:
-            outcome.load("tiny", tmp_path)
+            result.load("tiny", tmp_path)
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
@@ -465,9 +465,9 @@ class TestCommands:
         results = [
             call("lab", *each, "--out", tmp_path) for each in (["list"], ["report"], ["findings", "--page", page])
         ]
-        for result in results:
-            assert result.exit_code == 0, result.output
-            (warning,) = result.stderr.splitlines()
+        for each in results:
+            assert each.exit_code == 0, each.output
+            (warning,) = each.stderr.splitlines()
             assert warning.startswith(f"Warning: {path} must be an outcome of schema 1: ")
         lines = results[0].stdout.splitlines()[2:]
         assert lines[0].split() == ["tiny", "Does", "<it>", "work?", "~3", "s", "damaged:", "run", "it", "again"]
@@ -591,7 +591,7 @@ class TestEnds:
             time.sleep(0.02)
         assert all(map(gone, children))
         assert stored(tmp_path) == kept
-        begun = outcome.load("tiny", tmp_path)
+        begun = result.load("tiny", tmp_path)
         assert begun is not None
         assert begun.finished >= 1  # the report knows of them
 
@@ -628,7 +628,7 @@ def test_the_page_of_findings_is_what_the_published_results_say():
     root = Path(__file__).parent.parent
     results = root / "benchmarks" / "results" / "lab"
     known = [
-        (experiment, outcome.load(experiment.name, results)) for experiment in map(experiments.load, experiments.NAMES)
+        (experiment, result.load(experiment.name, results)) for experiment in map(experiments.load, experiments.NAMES)
     ]
     text, pictures = findings.render([(experiment, found) for experiment, found in known if found], "findings")
     assert len(pictures) == len(known) == 18

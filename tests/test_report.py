@@ -10,7 +10,7 @@ import torch
 
 from batchnorm.lab.experiment import Measured, Setting
 from batchnorm.lab.experiments import demo
-from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.result import Outcome
 from batchnorm.lab.unit import Finished, Unit
 from batchnorm.report import plots
 from batchnorm.report.lab import render_one

@@ -20,10 +20,10 @@ from batchnorm.cli.text import one_line, print_json
 from batchnorm.env import cores
 from batchnorm.errors import InputError
 from batchnorm.files import write
-from batchnorm.lab import experiments, extras, outcome
+from batchnorm.lab import experiments, extras, result
 from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict, summary
 from batchnorm.lab.fingerprint import data_version
-from batchnorm.lab.outcome import Damaged, Outcome
+from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.lab.runner import all_stored, run
 from batchnorm.lab.unit import Finished, Unit, measure
 from batchnorm.report.rows import comparison, extent
@@ -79,7 +79,7 @@ def _known(out: Path) -> list[tuple[Experiment, Outcome | Damaged | None]]:
 
 def _loaded(name: str, out: Path) -> Outcome | Damaged | None:
     try:
-        return outcome.load(name, out)
+        return result.load(name, out)
     except InputError as error:
         click.echo(f"Warning: {one_line(error)}", err=True)
         return Damaged()
@@ -169,7 +169,7 @@ def run_command(
         raise InputError("a run has one size: leave out --quick or --full")
     size: Size = "quick" if quick else "full" if full else "default"
     setting = Setting(0, size, device, None if data is None else str(data))
-    files = {each.name: outcome.path_of(each.name, out) for each in chosen}
+    files = {each.name: result.path_of(each.name, out) for each in chosen}
     measure_all(ctx, chosen, setting, seeds, files, out, workers, as_json)
     if not as_json:
         click.echo(f"\nFor the page: batchnorm lab report --out {shlex.quote(str(out))}")

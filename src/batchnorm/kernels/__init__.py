@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from batchnorm.kernels import aten, cpu, eager
@@ -25,10 +26,12 @@ KERNELS: tuple[Kernel, ...] = (cpu, aten, eager)
 
 
 def select(x: Tensor, epilogue: Epilogue, plain: bool = True) -> Kernel:
-    """The first kernel of `KERNELS` that accepts this call.
+    """The first kernel of `KERNELS` that accepts this call; in compiled code `aten`, if it does, for a compiler fuses torch's operators.
 
     `plain` says whether the batch is normalized by its own statistics alone, or by running statistics.
     """
+    if torch.compiler.is_compiling() and aten in KERNELS and aten.refuses(x, epilogue, plain) is None:
+        return aten
     for kernel in KERNELS:
         if kernel.refuses(x, epilogue, plain) is None:
             return kernel

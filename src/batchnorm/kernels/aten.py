@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import eager
+from batchnorm.kernels import cpu, eager
 from batchnorm.kernels.contract import (
     Backward,
     Epilogue,
@@ -41,6 +41,8 @@ def status() -> str:
 def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
     if x.device.type not in DEVICES:
         return f"x is on {x.device.type}"
+    if x.is_cpu and cpu.unavailable() is None and not torch.compiler.is_compiling():
+        return "on the CPU the others are more exact"
     if not plain:
         return "its statistics are not those of the batch alone"
     if epilogue.mask is not None:

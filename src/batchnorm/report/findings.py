@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 
 from batchnorm.lab.experiment import Experiment
-from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.result import Outcome
 from batchnorm.report.curves import drawings
 from batchnorm.report.rows import comparison
 

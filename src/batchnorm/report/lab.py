@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from batchnorm.lab.experiment import Experiment
-from batchnorm.lab.outcome import Damaged, Outcome
+from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.report.curves import drawings
 from batchnorm.report.page import document, section, table
 from batchnorm.report.rows import comparison, extent

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from batchnorm.lab.experiment import Experiment, Metric, Results
-from batchnorm.lab.outcome import Outcome
+from batchnorm.lab.result import Outcome
 
 MISSING = "–"
 MOST_COLUMNS = 3  # maximum number of arms side by side

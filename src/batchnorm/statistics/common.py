@@ -12,9 +12,9 @@ from batchnorm.errors import InputError, StateError
 from batchnorm.functional import (
     Reducer,
     check_several_values,
-    compiled,
     fast_path,
     is_single_value,
+    native,
     normalize,
     normalize_with,
     recomputing,
@@ -157,9 +157,8 @@ def train_on_fast_path(
     if found is None:
         return None
     weight, bias, mean, variance, batches = found
-    compiling = torch.compiler.is_compiling()
-    steps = None if compiling else fast_path.steps_for(x, mean)
-    if steps is None and (not compiling or kind != "training" or exporting()):
+    steps = fast_path.steps_for(x, mean)
+    if steps is None and kind != "training":
         return None
     skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
@@ -167,7 +166,7 @@ def train_on_fast_path(
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     if steps is None:
         buffers, update = Running(mean, variance, batches, skipped), Update(momentum, unbiased, skip_nonfinite)
-        return compiled.train(x, weight, bias, layer.eps, activation, buffers, update)
+        return native.train(x, weight, bias, layer.eps, activation, buffers, update)
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
     return fast_path.call(getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
 
@@ -254,12 +253,9 @@ def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
     if found is None:
         return None
     weight, bias, mean, variance, _ = found
-    if torch.compiler.is_compiling():
-        buffers = Running(mean, variance)
-        return None if exporting() else compiled.infer(x, weight, bias, layer.eps, activation, buffers)
     steps = fast_path.steps_for(x, mean)
     if steps is None:
-        return None
+        return native.infer(x, weight, bias, layer.eps, activation, Running(mean, variance))
     return fast_path.call(steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
 
 

@@ -1,0 +1,106 @@
+"""Calls of torch's own operator: in compiled code, on GPUs, and on the CPU where the C++ library is missing.
+
+A compiler fuses the operator with its neighbors, and compiled code checks at each call every Python object that was read while it was
+traced. So these functions read few, and call the operator itself, whose backward is torch's too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm import kernels, memory
+from batchnorm.functional.autograd import exporting
+from batchnorm.functional.recompute import recomputing, recomputing_now
+from batchnorm.kernels import Activation, Epilogue, Running, Update
+from batchnorm.torch_state import differentiated_by_torch
+
+
+def train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    running: Running,
+    update: Update,
+) -> Tensor | None:
+    """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path.
+
+    As in `kernels.aten`, torch's operator computes the unbiased variance from running statistics of zeros, with momentum 1.
+    """
+    if _is_beyond(x, weight, bias, running) or not eps > 0.0:
+        return None
+    count = x.numel() // x.shape[1]
+    if count < 2:
+        return None
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    statistics = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
+    mean, variance = statistics[0], statistics[1]
+    y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
+    with torch.no_grad():
+        if not update.unbiased:
+            variance = variance * ((count - 1) / count)
+        if torch.compiler.is_compiling():
+            _update(running, mean, variance, update, recomputing_now(mean))
+        elif not recomputing():
+            if x.is_cpu and mean.dtype is running.mean.dtype and math.isfinite(statistics.sum()):
+                _update_by_finite(running, mean, variance, update.momentum)
+            else:
+                _update(running, mean, variance, update, torch.zeros((), dtype=torch.bool, device=x.device))
+    return y if activation is None else activation(y)
+
+
+def _update(running: Running, mean: Tensor, variance: Tensor, update: Update, recomputed: Tensor) -> None:
+    """Decide on the device whether the batch updates the buffers."""
+    happens = ~recomputed
+    if update.skip_nonfinite:
+        finite = (mean.to(running.mean.dtype).isfinite() & variance.to(running.variance.dtype).isfinite()).all()
+        happens = happens & finite
+        if running.skipped is not None:
+            running.skipped.add_(~finite & ~recomputed)
+    for buffer, value in ((running.mean, mean), (running.variance, variance)):
+        old = buffer.to(value.dtype)
+        buffer.copy_(torch.where(happens, (1 - update.momentum) * old + update.momentum * value, old))
+    if running.batches is not None:
+        running.batches.add_(happens)
+
+
+def _update_by_finite(running: Running, mean: Tensor, variance: Tensor, momentum: float | Tensor) -> None:
+    """The same on the CPU, where one can look. A sum that is finite has finite terms."""
+    for buffer, value in ((running.mean, mean), (running.variance, variance)):
+        buffer.mul_(1 - momentum).add_(value * momentum)
+    if running.batches is not None:
+        running.batches.add_(1)
+
+
+def infer(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: Activation | None, running: Running
+) -> Tensor | None:
+    """y by running statistics; None if the call takes the general path."""
+    if _is_beyond(x, weight, bias, running) or not eps >= 0.0 or x.numel() == 0:
+        return None
+    if running.mean.dtype is not running.variance.dtype or running.mean.dtype not in (x.dtype, torch.float32):
+        return None
+    y = F.batch_norm(x, running.mean.detach(), running.variance.detach(), weight, bias, False, 0.0, eps)
+    return y if activation is None else activation(y)
+
+
+def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
+    """Whether the call takes the general path: another kernel computes it, torch's operator does not accept it, or it must raise."""
+    if type(x) is not Tensor or x.dim() < 2 or not x.is_floating_point() or differentiated_by_torch() or exporting():
+        return True
+    # Beside half-precision input torch computes in the parameters' dtype: half-precision parameters would round the statistics.
+    dtype = torch.float32 if x.dtype is torch.bfloat16 or x.dtype is torch.float16 else x.dtype
+    for values in (weight, bias):
+        if values is not None and (values.dim() != 1 or values.shape[0] != x.shape[1] or values.dtype is not dtype):
+            return True
+    for values in (running.mean, running.variance):
+        if values.dim() != 1 or values.shape[0] != x.shape[1] or values.is_complex():
+            return True
+    if torch.compiler.is_compiling():
+        return False
+    return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not kernels.aten
