@@ -12,7 +12,7 @@ Make = Callable[..., type[nn.Module]]
 
 
 def remade(make: Make) -> Make:
-    """Decorate a function that creates a class: it is cached, and copying or unpickling an instance calls it again.
+    """Decorate a function that creates a class: results are cached, and copying or unpickling an instance calls the function again.
 
     The function must be importable, and its arguments hashable and picklable.
     """
@@ -25,7 +25,7 @@ def remade(make: Make) -> Make:
         def reduced(self: Any, protocol: Any) -> Any:  # noqa: ARG001 (pickle's signature)
             return _instance, (making, args), self.__getstate__()
 
-        setattr(cls, "__reduce_ex__", reduced)  # noqa: B010 (types do not take it as an attribute)
+        setattr(cls, "__reduce_ex__", reduced)  # noqa: B010 (pyright rejects a plain assignment)
         return cls
 
     return making
