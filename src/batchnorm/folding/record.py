@@ -70,7 +70,7 @@ class Record:
             found = Shapes(module, graph=graph).run(*_copied(tuple(bound.values())))
         wanted = self._call(module).output
         if not difference(found, wanted) <= 1e-3 * max(1.0, largest(wanted)):
-            raise StateError("its graph computes something else")
+            raise StateError("the output of its graph differs")
 
     def takes_tensors_only(self, path: str) -> bool:
         """Whether all arguments of a module are tensors, so that its graph is valid for any values."""
