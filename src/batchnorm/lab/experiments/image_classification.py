@@ -107,7 +107,7 @@ EXPERIMENT = Experiment(
     },
     protocol=(
         "Digits of 16x16 pixels; five convolutions and two linear layers (AlexNet), twelve convolutions (VGG), six residual blocks "
-        f"(ResNet); SGD with momentum 0.9 and a cosine, 150 steps of 64 images (quick: 80, full: 500); learning rates "
+        f"(ResNet); SGD with momentum 0.9 and a cosine schedule, 150 steps of 64 images (quick: 80, full: 500); learning rates "
         f"{', '.join(map(str, RATES))}, chosen on validation (quick: the first two). PyTorch's initialization unless He's is named. "
         f"Steps to the target are found on the validation images, measured every {EVERY} steps; accuracies are of test images at the end."
     ),
