@@ -69,8 +69,8 @@ INLINE Doubles error_function(Doubles x) {
 template <class Vector>
 using LaneOf = __typeof__(Vector{}[0] + 0);
 
-// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are 0 and 1 where e^-z is
-// clamped: z times the clamped value would grow again.
+// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are set to 0 and 1 where
+// e^-z is clamped, since z times the clamped value would grow again.
 template <class Vector>
 struct Sigmoid {
     typedef LaneOf<Vector> Real;

@@ -175,7 +175,7 @@ class Channels {
 
     bool takes_moments() const { return task.verb == Verb::moments || task.verb == Verb::forward; }
 
-    // body(c, Whole) for each full vector of channels, body(c, Partial) for the rest.
+    // Calls body(c, Whole) for each full vector of channels, and body(c, Partial) for the rest.
     template <class Body>
     static INLINE void for_lanes(int64_t c, int64_t c1, const Body& body) {
         for (; c + Float64::width <= c1; c += Float64::width) body(c, Whole{});

@@ -86,7 +86,7 @@ class Tensor {
         aoti_torch_get_dtype(handle, &dtype);
         rank = (int)dimensions;
     }
-    // An argument, which must be on the CPU and lie within its storage, whose memory may have been freed (FSDP does this).
+    // An argument, which must be on the CPU and lie within its storage; FSDP, for example, frees storages.
     static Tensor argument(Handle handle) {
         Tensor tensor(handle);
         int32_t device = -1;

@@ -1,7 +1,7 @@
 """Measures time and memory.
 
 Timing is robust on a busy machine: all functions run alternately, and medians are reported. Memory is that of torch's allocator: its peak
-in a call, and what a training step saves for its backward.
+in a call, and the bytes that a training step saves for its backward.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def saved_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """The result, and the bytes that torch's allocator allocated (+) and freed (-) until then, in order."""
+    """The result, and the bytes that torch's allocator allocated (+) and freed (-) during the call, in order."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr

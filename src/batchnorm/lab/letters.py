@@ -34,6 +34,6 @@ def error_rate(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -
     letters = sum(map(len, theirs))
     if len(ours) != len(theirs) or not letters:
         raise InputError(
-            f"results and transcripts must be equally many, and not all transcripts empty; got {len(ours)} and {len(theirs)}, {letters} letters"
+            f"each result needs a transcript, and not all may be empty; got {len(ours)} and {len(theirs)}, {letters} letters"
         )
     return sum(map(edit_distance, ours, theirs)) / letters

@@ -54,7 +54,7 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
             super().reset_parameters()
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
-        """Take the number of channels from the first input.
+        """Set the number of channels by the first input, and create parameters and buffers of this size.
 
         Raises:
             InputError: if its rank is not the layer's.

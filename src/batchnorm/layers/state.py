@@ -30,7 +30,7 @@ class LayerState(_BatchNorm):
 
         This counter is not a buffer, because torch's layers have no such buffer: weight averages that were created before `convert` pair
         the buffers of two models, and tools that load a model from the meta device need a value for each buffer. The count starts at 0
-        where `num_batches_tracked` was created, moved or loaded without it.
+        if `num_batches_tracked` was created, moved or loaded without it.
         """
         beside, counter = self._buffers.get("num_batches_tracked"), self._nonfinite_batches
         if beside is None:

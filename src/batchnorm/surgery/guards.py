@@ -33,8 +33,8 @@ _refusing = threading.RLock()
 def without_functions() -> Iterator[None]:
     """Raise on calls of an `autograd.Function` in this thread, because a graph would record its forward and lose its backward.
 
-    `apply` is written in C since torch 2.14, and models hold references to it. But each call first creates a context object, whose class
-    derives from `BackwardCFunction`.
+    Replacing `apply` is not enough: it is written in C since torch 2.14, and models hold references to it. But each call first creates a
+    context object, whose class derives from `BackwardCFunction`.
     """
     made: Any = BackwardCFunction
     thread = threading.get_ident()
