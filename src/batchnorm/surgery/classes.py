@@ -25,7 +25,7 @@ def remade(make: Make) -> Make:
         def reduced(self: Any, protocol: Any) -> Any:  # noqa: ARG001 (pickle's signature)
             return _instance, (making, args), self.__getstate__()
 
-        setattr(cls, "__reduce_ex__", reduced)  # noqa: B010 (pyright rejects a plain assignment)
+        setattr(cls, "__reduce_ex__", reduced)  # noqa: B010 (types do not take it as an attribute)
         return cls
 
     return making
