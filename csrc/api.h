@@ -35,7 +35,7 @@ struct Task {
     const void* x;
     const void* dy;
     const void* residual;     // x's layout, or null
-    bool residual_is_output;  // in backward: `residual` holds y, and the derivative is read off it
+    bool residual_is_output;  // in backward: `residual` holds y, from which the derivative is computed
     const uint8_t* mask;      // (N, S), or null
     int64_t counted;          // how many of the N · S positions the mask counts; set by `run`
     void* output;             // y or dx; null if dx is not needed
@@ -51,7 +51,7 @@ struct Task {
     const double* mean_grad;       // (C,), read by input_grad; null where the statistics are constants
     const double* mean_grad_xhat;  // (C,), likewise
 
-    // Groups of `group_size` samples, each normalized with its own statistics; the last group has the samples that are left. With more
+    // Groups of `group_size` samples, each normalized with its own statistics; the last group has the remaining samples. With more
     // than one group, mean and the vectors after it are (groups, C).
     int64_t groups, group_size;
     double* counts;  // (groups,), written: the values per channel that each group counts, instead of `count`
@@ -69,7 +69,7 @@ struct Task {
     double slope;  // of leaky_relu
 
     int threads;
-    bool stream;  // write around the cache
+    bool stream;  // write with stores that bypass the cache
 };
 
 // Runs a task on the fastest build for this processor, with at most `task.threads` threads.

@@ -77,7 +77,7 @@ const Builds builds = known_builds();
 Build fastest_build() {
     for (const Build& build : builds)
         if (build.usable() && wanted(build.name)) return build;
-    for (const Build& build : builds)  // the wanted one does not run here
+    for (const Build& build : builds)  // the wanted build does not run here
         if (build.usable()) return build;
     return {};
 }
@@ -128,7 +128,7 @@ Task group_of(const Task& task, int64_t number) {
 void run(Task& task) {
     if (forked) task.threads = 1;
     if (task.groups <= 1) return run_group(task);
-    // A thread for each group, or all threads for one group after the other.
+    // Either one thread for each group, or all threads for one group after another.
     const bool group_per_thread =
         task.threads > 1 && is_balanced(task.threads, task.groups) && task.N * task.C * task.S >= 2 * values_worth_a_thread;
     parallel(group_per_thread ? task.threads : 1, task.groups, [&](int64_t number) {

@@ -21,7 +21,7 @@ int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[nu
 
 constexpr int64_t page = 4096;
 
-// `size` bytes: the end of a heap block, from byte `shift` on, or a mapping that begins or ends at an inaccessible page.
+// `size` bytes: a heap block from byte `shift` to its end, or memory that begins or ends at an inaccessible page.
 class Block {
   public:
     Block(int64_t size, int64_t shift) : size(size) {
@@ -128,7 +128,7 @@ uint64_t fuzz_one() {
             }
         if (threads == 1) first = bits;
         if (bits != first) {
-            printf("verb %d, dtype %d, (%ld, %ld, %ld), interleaved %d: other bits on %d threads\n", (int)task.verb, (int)task.dtype,
+            printf("verb %d, dtype %d, (%ld, %ld, %ld), interleaved %d: other bits with %d threads\n", (int)task.verb, (int)task.dtype,
                    (long)task.N, (long)task.C, (long)task.S, task.interleaved, threads);
             exit(1);
         }

@@ -1,5 +1,5 @@
-// Threads: OpenMP's, which are shared with torch if both were built for the same OpenMP library; the standard library's where there is no
-// OpenMP (Apple's clang).
+// Runs tasks on several threads: OpenMP's, which torch shares if it was built for the same OpenMP library, or the standard library's if the
+// compiler has no OpenMP (Apple's clang).
 #pragma once
 
 #include <stdint.h>
@@ -13,7 +13,7 @@
 namespace batchnorm {
 namespace {  // each build has its own copy, see simd/types.h
 
-// Whether `threads` threads that share so many equal tasks are idle at most half as long as they work.
+// Whether `threads` threads that share `tasks` equal tasks are idle for at most half the time that they work.
 inline bool is_balanced(int64_t threads, int64_t tasks) {
     const int64_t rounds = (tasks + threads - 1) / threads;
     return rounds * threads * 2 <= tasks * 3;

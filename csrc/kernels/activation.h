@@ -12,12 +12,12 @@ using batchnorm::Activation;
 using batchnorm::Task;
 
 // e^x = 2^n · e^r, |r| <= ln(2) / 2, with the polynomial of Cephes' expf: the error is below 2 ulp of float32. x is clamped at 88.3, before
-// the result overflows; below -87.3, before the result becomes subnormal, it is 0; NaN stays NaN.
+// the result overflows. The result is 0 for x below -87.3, before it becomes subnormal. NaN stays NaN.
 INLINE Floats exponential(Floats x) {
     const auto vanishes = x < -87.3f;
     x = x > 88.3f ? Floats{} + 88.3f : x;
     x = vanishes ? Floats{} : x;
-    const float magic = 0x1.8p23f;  // added to a number it leaves the nearest integer in the low bits
+    const float magic = 0x1.8p23f;  // added to a number, this leaves the nearest integer in the low bits
     const Floats shifted = x * 0x1.715476p0f + magic;
     const Floats n = shifted - magic;
     Floats r = x - n * 0x1.62e4p-1f;
@@ -54,7 +54,7 @@ INLINE Floats error_function(Floats x) {
     return magnitude > 0.927734375f ? far : near;
 }
 
-// float64 calls the C library for each lane, which is slow; clamped for the same reasons.
+// float64 calls the C library for each lane, which is slow. x is clamped for the same reasons.
 INLINE Doubles exponential(Doubles x) {
     const auto vanishes = x < -708.0;
     x = x > 708.0 ? Doubles{} + 708.0 : x;
@@ -69,8 +69,8 @@ INLINE Doubles error_function(Doubles x) {
 template <class Vector>
 using LaneOf = __typeof__(Vector{}[0] + 0);
 
-// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are 0 and 1 where e^-z is
-// clamped: z times the clamped value would grow again.
+// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are set to 0 and 1 where
+// e^-z is clamped, since z times the clamped value would grow again.
 template <class Vector>
 struct Sigmoid {
     typedef LaneOf<Vector> Real;
@@ -187,7 +187,7 @@ struct Formula<Activation::gelu_tanh, Vector> {
 // An activation that is known at compile time.
 template <Activation kind>
 struct Known {
-    static constexpr int64_t unrolled = 8;  // vectors of a sum's loop, an even number
+    static constexpr int64_t unrolled = 8;  // vectors per iteration of a sum's loop, an even number
     static constexpr bool needs_z = kind != Activation::identity;
 
     explicit Known(const Task&) {}

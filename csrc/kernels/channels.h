@@ -19,10 +19,10 @@
 //
 //     mean = K + Σ(x-K) / n                M2 = Σ(x-K)² - (Σ(x-K))² / n
 //
-// If K is so far from the mean that the difference cancels more bits than there are to spare, the sums are computed again with K = mean.
-// Division is the last step, so sums of integers stay exact. The sums of float32 and float64 tensors are float64, as torch's are; coarser
-// ones could not match torch's results: a float32 sum of eight terms puts dbias off by 0.2 units in the last place, where torch's is
-// correctly rounded. Nor do float64 sums of float32 values overflow or underflow.
+// If K is so far from the mean that the difference cancels more bits than the sums can spare, they are computed again with K = mean.
+// Division is the last step, so sums of integers stay exact. The sums of float32 and float64 tensors are float64, as torch's are. Float32
+// sums could not match torch's results: sums of only eight terms put dbias off by 0.2 units in the last place, while torch's is correctly
+// rounded. Float64 sums of float32 values also cannot overflow or underflow.
 //
 // Batch renormalization (kernels/correction.py) replaces weight by r · weight and bias by d · weight + bias as soon as mean and M2 are
 // known, so x is read once.
@@ -43,8 +43,8 @@ INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? va
 INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
 INLINE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// The mask of a call that computes sums; null for a map alone, which needs no list of the positions that count. To list them takes 20 ms
-// for a mask of 1.3 million scattered positions, and the map of one channel takes 0.6 ms.
+// The mask of a call that computes sums; null for a map alone, which needs no list of the positions that count. Listing them takes 20 ms
+// for a mask of 1.3 million scattered positions, while the map of one channel takes 0.6 ms.
 INLINE const uint8_t* mask_of_sums(const Task& task) {
     return task.verb == Verb::normalize || task.verb == Verb::input_grad ? nullptr : task.mask;
 }
@@ -124,7 +124,7 @@ class Channels {
     Channels(const Channels&) = delete;
     Channels& operator=(const Channels&) = delete;
 
-    // To be called before the sums of channels c0 ... c1 - 1 are computed; typical(c) is a value near the mean of c.
+    // Call this before the sums of channels c0 ... c1 - 1 are computed; typical(c) is a value near the mean of c.
     template <class Typical>
     void begin(int64_t c0, int64_t c1, const Typical& typical) {
         if (!takes_moments()) return for_lanes(c0, c1, [&](int64_t c, auto lanes) { set_pre_activation(c, lanes); });
@@ -132,8 +132,8 @@ class Channels {
         for (int64_t c = c0; c < c1; ++c) set_shift(c, Doubles{} + typical(c), Partial{1});
     }
 
-    // Takes the sums of channels c0 ... c1 - 1. Returns whether some channels are now unfinished: their sums must be computed again, about
-    // a better K. None are if these sums are `again`.
+    // Computes the numbers of channels c0 ... c1 - 1 from their sums. Returns whether some channels are unfinished: their sums must be
+    // computed again, about a better K. Sums that were computed `again` leave no channel unfinished.
     bool finish(int64_t c0, int64_t c1, const double* values, const double* products, bool again) {
         bool more = false;
         for_lanes(c0, c1, [&](int64_t c, auto lanes) {
@@ -148,7 +148,7 @@ class Channels {
     }
     bool is_unfinished(int64_t c) const { return unfinished[c]; }
 
-    // To be called before a map alone, whose statistics are given.
+    // Call this before a map without sums, whose statistics are given.
     void set_all() {
         for_lanes(0, task.C, [&](int64_t c, auto lanes) {
             if (task.verb == Verb::normalize) return set_normalize(c, Doubles{}, lanes);
@@ -158,7 +158,7 @@ class Channels {
         });
     }
 
-    // The midpoint of the two middle ones of four values: typical even where most of a channel is 0; exact where all four are equal.
+    // The median of four values: typical even if most of a channel is 0; exact if all four are equal.
     static double middle(double a, double b, double c, double d) {
         const double low = fmax(fmin(a, b), fmin(c, d)), high = fmin(fmax(a, b), fmax(c, d));
         return 0.5 * low + 0.5 * high;
@@ -175,7 +175,7 @@ class Channels {
 
     bool takes_moments() const { return task.verb == Verb::moments || task.verb == Verb::forward; }
 
-    // body(c, Whole) for each full vector of channels, body(c, Partial) for the rest.
+    // Calls body(c, Whole) for each full vector of channels, and body(c, Partial) for the rest.
     template <class Body>
     static INLINE void for_lanes(int64_t c, int64_t c1, const Body& body) {
         for (; c + Float64::width <= c1; c += Float64::width) body(c, Whole{});
@@ -222,7 +222,7 @@ class Channels {
         set(Numbers::mean, c, shift - shift == 0.0 ? shift : Doubles{}, lanes);
     }
 
-    // `rest` is the rounding error of the mean in float64, which only float64 tensors show.
+    // `rest` is the rounding error of the mean in float64, which matters only for float64 tensors.
     template <class Lanes>
     void set_normalize(int64_t c, Doubles rest, Lanes lanes) {
         const Doubles scale = scale_of(c, lanes);
@@ -232,8 +232,8 @@ class Channels {
         set(Numbers::offset, c, bias_of(c, lanes) - (rounding_error_of_mean(c, lanes) + rest) * scale, lanes);
     }
 
-    // Sets what z is recomputed from for the derivative of the activation. Where y is given in place of the residual, z = y: scale and
-    // offset are 0.
+    // Sets the numbers from which z is recomputed for the derivative of the activation. If y is given in place of the residual, z = y, so
+    // scale and offset are 0.
     template <class Lanes>
     void set_pre_activation(int64_t c, Lanes lanes) {
         set_normalize(c, Doubles{}, lanes);

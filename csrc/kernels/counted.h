@@ -1,6 +1,5 @@
 // The positions that a mask counts. Sums under a mask add the counted values as if they were contiguous: the lane and the order in which
-// a value is added depend only on the counted values before it. So padding changes no bit of a sum, whatever it holds and however long
-// it is.
+// a value is added depend only on the counted values before it. So padding changes no bit of a sum, whatever its values and its length.
 #pragma once
 
 #include <stdint.h>
@@ -47,7 +46,7 @@ struct Run {
     int64_t row, first, count;
 };
 
-// body(chunk, run) for all runs in order, cut into chunks of `chunk_values` counted positions.
+// Calls body(chunk, run) for all runs in order, cut into chunks of `chunk_values` counted positions.
 template <class Body>
 inline void for_runs(const uint8_t* mask, int64_t positions, int64_t row, int64_t chunk_values, const Body& body) {
     int64_t chunk = 0, room = chunk_values;

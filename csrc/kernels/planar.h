@@ -1,7 +1,7 @@
 // Loops over x as (N, C, S): a channel is N rows of S contiguous values, C · S apart.
 //
 // A thread takes a channel, or a block of channels if planes are small, through both passes, so that the second pass finds x in the
-// cache: memory is read once and written once. Blocks also make long runs of short rows (7x7 planes are 196 bytes). If there are too few
+// cache: memory is read once and written once. Blocks also join short rows to long runs (7x7 planes are 196 bytes). If there are too few
 // channels for the threads, each channel is cut into chunks that the threads share, and the second pass begins after the first.
 //
 // The sums are the same in every case: a channel is cut into chunks of at most 64K values, which depend on N and S alone, and the sums of
@@ -14,12 +14,12 @@ namespace {
 
 constexpr int64_t block_channels = 64;       // their sums, 16 KB on the stack, stay in the first-level cache
 constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes read: half of a 1 MB second-level cache
-constexpr int64_t short_plane = 128;         // values; blocks of shorter planes are seen as columns
+constexpr int64_t short_plane = 128;         // values; blocks of shorter planes are processed as columns
 constexpr int64_t most_joined = 4 * short_plane;
 constexpr int64_t most_columns = 4096;
-constexpr int64_t prefetch_bytes = 8192;  // from what is read to what is prefetched
+constexpr int64_t prefetch_bytes = 8192;  // how far ahead of the reads to prefetch
 
-// Rows n0 ... n1 - 1 and in each the elements s0 ... s1 - 1.
+// Elements s0 ... s1 - 1 of rows n0 ... n1 - 1.
 struct Span {
     int64_t n0, n1, s0, s1;
 };
@@ -33,7 +33,7 @@ class Planar {
     // The loops that are compiled for each kind of call; the rest is compiled once for each storage type.
     struct Loops {
         ColumnLoops<T> columns;  // without a mask
-        Sum sum, sum_again;      // as `columns`
+        Sum sum, sum_again;      // as in `columns`
         void (Planar::*map)(int64_t c0, int64_t c1, const Span& span, int64_t next) const;
         void (Planar::*map_joined)(int64_t c0, int64_t c1, const Span& span, bool stream, int64_t ahead) const;  // under a mask
     };
@@ -53,7 +53,7 @@ class Planar {
         chunks = task.mask ? counted.portions.chunks : divide_up(N, rows) * chunks_of_row;
         const bool many_rows = N >= vectors_of_block, short_rows = many_rows && S < short_plane;
         sums_by_columns = short_rows && !task.mask;
-        // Only whole cache lines are written well around the cache, and the ends of short rows are not whole lines.
+        // Stores that bypass the cache are fast only for whole cache lines, and the ends of short rows are not whole lines.
         maps_by_columns = short_rows || S < T::width || (many_rows && task.stream && S < most_joined && S * sizeof(Element) % cache_line);
     }
 
@@ -104,7 +104,7 @@ class Planar {
         for (int64_t c = 0; c < c1 - c0; ++c) values[c] = sums[c].total_value(), products[c] = sums[c].total_product();
     }
 
-    // The same under a mask: each portion in all channels before the next portion, which is the order of memory.
+    // The same under a mask: sums each portion in all channels before the next portion, in the order of memory.
     template <class Term>
     void sum_counted(int64_t c0, int64_t c1, int64_t number, double* values, double* products) const {
         const Term term = Term::of(task);
@@ -136,7 +136,7 @@ class Planar {
     }
 
     // Maps short planes under a mask, in whole vectors that may span several channels. As columns, each vector would load the numbers and
-    // the mask of its columns from memory: then 14x14 planes took 1.8 times as long as without a mask, now they take as long.
+    // the mask of its columns from memory: 14x14 planes took 1.8 times as long as without a mask; in this loop they take the same time.
     template <class Map>
     void map_joined(int64_t c0, int64_t c1, const Span& span, bool stream, int64_t ahead) const {
         uint8_t mask[most_joined + T::width];
@@ -175,11 +175,11 @@ class Planar {
     const CountedVectors<T> counted;
     int64_t rows, row_values, chunks_of_row, chunks;
     bool sums_by_columns, maps_by_columns;
-    // x exceeds the last-level cache: the next block is prefetched while one is mapped. A smaller x needs no prefetching, and blocks may
-    // be larger, which makes longer runs.
+    // Whether x exceeds the last-level cache; then the next block is prefetched while one is mapped. A smaller x needs no prefetching, and
+    // its blocks may be larger, which makes longer runs.
     const bool from_memory;
 
-    // A map alone runs in the order of memory.
+    // A map without sums runs in the order of memory.
     void map_in_order() const {
         const int64_t in_order = at_most(at_least(chunk_values / at_least(S, 1), 1), C);
         const int64_t block = maps_by_columns ? channels_per_task(1) : in_order, blocks = divide_up(C, block);
@@ -306,8 +306,8 @@ class Planar {
         return sums;
     }
 
-    // Adds a row to the sums of its even and of its odd vectors. For prefetching: `left` elements are contiguous from i on, and what is read
-    // after them lies `jump` elements further on.
+    // Adds a row to the sums of its even and of its odd vectors. For prefetching: `left` elements from i on are contiguous, and the next
+    // elements to read begin `jump` elements later.
     template <class Term>
     static INLINE void sum_row(int64_t i, int64_t count, int64_t left, int64_t jump, Channel<Vector> channel, const Term term,
                                Sums<T>& even_sums, Sums<T>& odd_sums) {

@@ -1,7 +1,7 @@
-// AVX-512 F, BW, DQ and VL, and BF16 where it is there: vectors of 64 bytes.
+// Vectors of 64 bytes: AVX-512 F, BW, DQ and VL, and BF16 in builds that have it.
 #pragma once
 
-// gcc 12 finds its own _mm512_undefined_pd uninitialized.
+// gcc 12 warns that its own _mm512_undefined_pd is uninitialized.
 #if !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -17,7 +17,7 @@
 namespace {
 
 struct Avx512 : Generic<Avx512> {
-    // One instruction each, for which gcc 12 writes up to eight when given __builtin_convertvector.
+    // One instruction each; for __builtin_convertvector, gcc 12 generates up to eight.
     static INLINE Doubles widen(HalfOfFloats values) { return bits_as<Doubles>(_mm512_cvtps_pd(bits_as<__m256>(values))); }
     static INLINE HalfOfFloats narrow(Doubles values) { return bits_as<HalfOfFloats>(_mm512_cvtpd_ps(bits_as<__m512d>(values))); }
     static INLINE Words widen(Halves values) { return bits_as<Words>(_mm512_cvtepu16_epi32(bits_as<__m256i>(values))); }
@@ -27,8 +27,8 @@ struct Avx512 : Generic<Avx512> {
         return bits_as<Longs>(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(bits_as<int64_t>(values))));
     }
 
-    // An intrinsic, because gcc contracts a · b + c under a mask to one instruction in whole vectors but not in partial ones, which would
-    // then round the product.
+    // An intrinsic, because gcc contracts a masked a · b + c to one instruction in whole vectors only, so that partial vectors would also
+    // round the product.
     template <class Vector>
     static INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
         if constexpr (sizeof(a[0]) == sizeof(float)) {
@@ -37,10 +37,10 @@ struct Avx512 : Generic<Avx512> {
             return bits_as<Vector>(_mm512_fmadd_pd(bits_as<__m512d>(a), bits_as<__m512d>(b), bits_as<__m512d>(c)));
         }
     }
-    // As a · 1 + b: the units that add are also those that convert, and are busy while those that multiply are idle.
+    // As a · 1 + b: the units that add also convert and are busy, while the units that multiply are idle.
     static INLINE Doubles plus(Doubles a, Doubles b) {
         Doubles one = Doubles{} + 1.0;
-        asm("" : "+v"(one));  // or the compiler would drop the product
+        asm("" : "+v"(one));  // without this, the compiler would drop the product
         return multiply_add(a, one, b);
     }
     static INLINE Doubles square_root(Doubles values) { return bits_as<Doubles>(_mm512_sqrt_pd(bits_as<__m512d>(values))); }
@@ -85,7 +85,7 @@ struct Avx512 : Generic<Avx512> {
         }
     }
 
-    // In 1 and in 6 instructions, for the 2 and 11 of the generic ones: conversions are most of what a map of half precision takes.
+    // In 1 and 6 instructions instead of the generic 2 and 11: conversions take most of the time of a half-precision map.
     static INLINE Floats widen_bfloat16(Halves halves) {
         const __m512i words = _mm512_castsi256_si512(bits_as<__m256i>(halves));
         return bits_as<Floats>(_mm512_maskz_permutexvar_epi16(upper_words, bits_as<__m512i>(spread), words));
@@ -113,7 +113,7 @@ struct Avx512 : Generic<Avx512> {
     static constexpr __mmask32 upper_words = 0xaaaaaaaa;
 
     typedef uint16_t Places __attribute__((vector_size(64)));
-    // Of the 16-bit words of a vector: word i / 2 at place i, and word 2i + 1.
+    // Permutations of the 16-bit words of a vector: place i gets word i / 2 (`spread`) or word 2i + 1 (`odd`).
     static constexpr Places spread = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
                                       8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
     static constexpr Places odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};

@@ -1,4 +1,4 @@
-// Torch's tensors through its stable C interface, and the arguments of an operator.
+// Torch's tensors through torch's stable C interface, and the arguments of an operator.
 #pragma once
 
 #include <stdint.h>
@@ -47,7 +47,7 @@ typedef void* Handle;
 TORCH_FUNCTIONS(DECLARE)
 #undef DECLARE
 
-int32_t (*torch_delete_stable_ivalue)(StableIValue*);  // since 2.13; before, `delete`
+int32_t (*torch_delete_stable_ivalue)(StableIValue*);  // from torch 2.13 on; older versions use `delete`
 
 int32_t cpu, dtypes[4], boolean, int64;
 
@@ -55,12 +55,12 @@ inline void check(int32_t error, const char* what) {
     if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
 }
 
-// Checks an argument, which a caller from Python could get wrong, before anything is read or written.
+// Checks an argument that a Python caller could get wrong, before anything is read or written.
 inline void expect(bool holds, const char* invariant) {
     if (!holds) throw std::invalid_argument(std::string("batchnorm: ") + invariant);
 }
 
-// Ours for torch's dtype; none for those that are not floating, or that no kernel takes.
+// The Dtype for torch's dtype; none for dtypes that are not floating, or that no kernel supports.
 inline std::optional<Dtype> floating_dtype(int32_t dtype) {
     for (int ours = 0; ours < 4; ++ours)
         if (dtype == dtypes[ours]) return (Dtype)ours;
@@ -86,17 +86,17 @@ class Tensor {
         aoti_torch_get_dtype(handle, &dtype);
         rank = (int)dimensions;
     }
-    // An argument, which must be on the CPU and lie within its storage: others may have freed that (FSDP does).
+    // An argument, which must be on the CPU and lie within its storage; FSDP, for example, frees storages.
     static Tensor argument(Handle handle) {
         Tensor tensor(handle);
         int32_t device = -1;
         int64_t offset = 0, bytes = 0, last = 0;
-        check(aoti_torch_get_device_type(handle, &device), "tell a tensor's device");
+        check(aoti_torch_get_device_type(handle, &device), "read a tensor's device");
         expect(device == cpu, "every tensor must be on the CPU");
         if (tensor.values() == 0) return tensor;
-        check(aoti_torch_get_storage_offset(handle, &offset) | aoti_torch_get_storage_size(handle, &bytes), "tell a tensor's storage");
+        check(aoti_torch_get_storage_offset(handle, &offset) | aoti_torch_get_storage_size(handle, &bytes), "read a tensor's storage");
         for (int axis = 0; axis < tensor.rank; ++axis) last += (tensor.sizes[axis] - 1) * tensor.strides[axis];
-        expect((offset + last + 1) * element_size_of(tensor.dtype) <= bytes, "a tensor's storage holds less than the tensor");
+        expect((offset + last + 1) * element_size_of(tensor.dtype) <= bytes, "a tensor's storage must not be smaller than the tensor");
         return tensor;
     }
     Tensor(Tensor&& other) noexcept { swap(other); }
@@ -166,7 +166,7 @@ class Tensor {
     }
 };
 
-// Takes the arguments of an operator from its stack, in the order of its schema.
+// Reads the arguments of an operator from its stack, in the order of its schema.
 class Arguments {
   public:
     explicit Arguments(StableIValue* stack) : at(stack) {}
@@ -245,7 +245,7 @@ class ChannelValues {
         uint32_t bits = magnitude;
         float value;
         memcpy(&value, &bits, sizeof value);
-        value *= 0x1p112f;  // exact, subnormal numbers too
+        value *= 0x1p112f;  // exact, also for subnormal numbers
         memcpy(&bits, &value, sizeof bits);
         if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;
         bits |= (half & 0x8000) << 16;

@@ -1,4 +1,4 @@
-// The verbs of kernels/contract.py as operators.
+// The functions of kernels/contract.py as torch operators.
 #pragma once
 
 #include "torch/call.h"

@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether replicas agree: true if all parameters and buffers are equal bit by bit. Prints as a list of those that differ.
+    """Whether replicas agree: true if all parameters and buffers are equal bit by bit. Its `str` lists those that differ.
 
     Attributes:
         differences: parameters and buffers that differ, in the order of the model.
@@ -67,17 +67,18 @@ def average_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = 
 
     The second term is the variance between replicas, which a plain average of variances misses. The weight w_i is the share of data in a
     replica's moving average: 1 - (1 - momentum)^n after n batches, or n if momentum is None. So replicas with the same number of batches
-    have the same weight, and one without batches has weight 0. Counters become the largest. All replicas get the same bits.
+    have the same weight, and one without batches has weight 0. Each counter is set to its largest value on any replica. All replicas get
+    the same bits.
 
     Each domain of `Domains` is merged in the same way, weighted by its own batches. Each row of the windows of `MovingAverage` is merged
     over the replicas that have had enough batches; rows of gradients are averaged over the replicas that have written them. Buffers of
-    any other source (`SourceBuffer`) are merged by the rules of the buffer that they are `like`.
+    any other source (`SourceBuffer`) are merged by the rules of the buffer in their field `like`.
 
     Use it before a checkpoint or an evaluation if layers normalize by the batches of their own replica (no `synchronize`). Frozen layers
     and layers without running statistics do not change.
 
     Args:
-        model: may have torch's layers and ours.
+        model: may have layers of torch and of this library.
         process_group: None is the default group.
 
     Raises:

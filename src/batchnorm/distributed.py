@@ -3,11 +3,11 @@
 Each replica sends one row of float64: (tag, count, mean (C,), M2 (C,)) in the forward, (tag, count, Σg (C,), Σg·x̂ (C,)) in the backward.
 It writes the row into a table with a row per replica that is zero elsewhere, and one all_reduce adds the tables. x + 0 is exact, so every
 replica gets every row, whatever the order in which the backend adds. All replicas merge the rows in the order of the ranks and get the same
-bits. The table has (2C + 2) · W numbers of 8 bytes for each layer. Sums would be smaller, but Σx² loses the variance if the mean is large.
+bits. The table has (2C + 2) · W numbers of 8 bytes for each layer. One row of sums would be smaller, but Σx² cancels if the mean is large.
 
-The tag identifies layer and direction, to detect replicas that call different layers. On the CPU they raise at once. On other devices,
-where a check would wait for the device, the statistics become NaN instead of wrong. Gloo ends the process (`std::terminate`) if tables of
-replicas differ in size, so on the CPU all layers send rows of the length of the longest.
+The tag identifies layer and direction, to detect replicas that call different layers. On the CPU, such a mismatch raises at once. On other
+devices, where a check would wait for the device, a mismatch makes the statistics NaN. Gloo ends the process (`std::terminate`) if tables of
+replicas differ in size, so on the CPU every layer pads its row to the length of the longest.
 """
 
 from __future__ import annotations
@@ -179,10 +179,10 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
     """Let every batch norm of a model normalize by the statistics of all replicas together in training; in place.
 
     Outputs, gradients and running statistics are those of a single process with all replicas' batches in one. The batches may differ in
-    size; a replica may have no values at all. Torch's layers become ours first (`convert`). An `nn.SyncBatchNorm` becomes a `BatchNorm`
+    size; a replica may have no values at all. `convert` first replaces torch's layers. An `nn.SyncBatchNorm` becomes a `BatchNorm`
     over its own process group, unless you pass one. Every replica must call `synchronize`, which compares the models, and then call
     the same layers in the same order. `unsynchronize` undoes it. The logger `batchnorm` says how many layers were synchronized. If some
-    were not, it warns and says why, since these will differ between replicas.
+    were not, it warns and says why, since their statistics will differ between replicas.
 
     Args:
         model: changed in place; may be a single layer.
@@ -225,7 +225,7 @@ def unsynchronize(model: nn.Module) -> nn.Module:
 
 
 class _Exchange(torch.autograd.Function):
-    """(K,) -> (W, K). The gradient of a replica's values is the sum of their gradients of all replicas' losses."""
+    """(K,) -> (W, K). The gradient of a replica's values is the sum of the gradients of all replicas' losses."""
 
     @staticmethod
     def forward(values: Tensor, replicas: Replicas, direction: int) -> Tensor:
@@ -318,7 +318,7 @@ def _row_length(layer: BatchNorm) -> int:
 
 
 def _layers(model: nn.Module) -> dict[str, BatchNorm]:
-    """Each layer of ours once, by the first of its names."""
+    """Each `BatchNorm` of a model once, under its first name."""
     return {name: layer for name, layer in batch_norms(model).items() if isinstance(layer, BatchNorm)}
 
 

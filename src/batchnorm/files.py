@@ -72,7 +72,7 @@ def check_file(path: Path) -> bool:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
     if status is not None and not stat.S_ISREG(status.st_mode):
         return False
-    check_writable((target if path.is_symlink() else path).parent)  # in messages, the folder as it was typed
+    check_writable((target if path.is_symlink() else path).parent)  # errors name the folder that the user typed
     return status is not None
 
 
@@ -84,7 +84,7 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     """
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):  # the second one is raised when the folder is created
+    except (FileNotFoundError, NotADirectoryError):  # creating the folder raises the second one again
         status = None
     if status is not None and stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -127,7 +127,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file, completely or not at all.
 
     Raises:
         InputError: `path` cannot be written.

@@ -1,7 +1,7 @@
 """Measures time and memory.
 
 Timing is robust on a busy machine: all functions run alternately, and medians are reported. Memory is that of torch's allocator: its peak
-in a call, and what a training step saves for its backward.
+in a call, and the bytes that a training step saves for its backward.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# Seconds: a shorter call is repeated within one sample, so that the cost of the clock is negligible and the caches contain what
-# the call itself leaves there.
+# Seconds: a shorter call is repeated within one sample, so that the cost of the clock is negligible and the caches contain the
+# call's own data.
 SAMPLE = 4e-3
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds until `seconds` have passed, but at least `least` and at most `most`."""
+    """How long to measure: until `seconds` have passed, but at least `least` and at most `most` rounds."""
 
     seconds: float
     least: int = 5
@@ -41,7 +41,7 @@ Clock = Callable[[], float]
 def clock_for(threads: int) -> tuple[Clock, str]:
     """The clock for calls on this number of threads, and the name of its metric.
 
-    Processor time of a single thread does not advance while other processes use the core; without them it equals the time.
+    The processor time of a single thread does not advance while other processes use the core; otherwise it equals the elapsed time.
     """
     return (time.thread_time, "processor time") if threads == 1 else (time.perf_counter, "time")
 
@@ -93,7 +93,7 @@ def _repeats(function: Callable[[], object], clock: Clock) -> int:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Percentile, linear between the nearest ranks, as in numpy by default."""
+    """Percentile, interpolated linearly between the nearest ranks, as numpy does by default."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
@@ -113,13 +113,13 @@ def digits(value: float) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Peak memory of torch's allocator during a call, beyond the memory before."""
+    """Peak memory of torch's allocator during a call, above its memory before the call."""
     _, changes = _traced(function)
     return max(accumulate(changes), default=0)
 
 
 def saved_bytes(function: Callable[[], Tensor]) -> int:
-    """Memory that stays allocated while the result of a call exists, without the result: what is saved for the backward.
+    """Memory saved for the backward: bytes that stay allocated while the result of a call exists, without the result itself.
 
     The first call warms up. All memory counts, whether hooks, recipes or compiled code hold it.
     """
@@ -129,7 +129,7 @@ def saved_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """The result, and the bytes that torch's allocator allocated (+) and freed (-) until then, in order."""
+    """The result, and the bytes that torch's allocator allocated (+) and freed (-) during the call, in order."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr

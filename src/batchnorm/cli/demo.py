@@ -28,7 +28,7 @@ from batchnorm.lab.runner import prepare
     "--workers",
     type=click.IntRange(min=1),
     default=lambda: min(cores(), 4),
-    help="Processes.  [default: cores, up to 4]",
+    help="Number of processes.  [default: cores, up to 4]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print verdicts and measurements as JSON, and nothing else.")
 @click.pass_context
@@ -38,8 +38,8 @@ def demo_command(
     """Train a network with and without batch normalization, and compare.
 
     The network is the tutorial's, 784-512-256-10 with ReLU. Both variants train on the same batches from the same initial
-    weights, for several learning rates and seeds. Writes result.json and report.html. After Ctrl-C, finished measurements
-    are stored, and the same command continues.
+    weights, for several learning rates and seeds. Writes result.json and report.html. Ctrl-C stores the finished
+    measurements; run the same command again to continue.
     """
     start = time.perf_counter()
     extras.require()

@@ -13,7 +13,7 @@ from batchnorm.env import Environment, environment
 
 
 @click.command("env", epilog="Example: batchnorm env --json")
-@click.option("--measure", is_flag=True, help="Time a new 100 MB tensor with and without torch's huge pages.")
+@click.option("--measure", is_flag=True, help="Time the creation of a 100 MB tensor with and without huge pages.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 def env_command(measure: bool, as_json: bool) -> None:
     """Show versions, machine, and which kernel runs for which input, and why."""

@@ -1,4 +1,4 @@
-"""Exports models as programs, torch.export's .pt2 or ONNX, with a dynamic batch size; reads them again and compares outputs."""
+"""Exports models as torch.export's .pt2 or as ONNX, with a dynamic batch size; loads the file again and compares outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_exporter(path: Path) -> None:
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, *, fixed_batch: bool = False
 ) -> float:
-    """Write a model as a program, completely or not at all, and return the largest difference of its outputs to the model's.
+    """Write a model as a program, completely or not at all, and return the largest difference between its outputs and the model's.
 
     Unless `fixed_batch`, the first axis is dynamic in all example tensors that have the batch size of the first one. An example of one
     sample is doubled for that, since the exporter treats a size of 1 as a constant.
@@ -72,7 +72,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # exporters may raise anything
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        remedy = "" if shapes is None else "; with --fixed-batch its batch size need not be dynamic"
+        remedy = "" if shapes is None else "; --fixed-batch exports it without a dynamic batch size"
         raise InputError(
             f"the model must be one that torch can export, but {type(error).__name__}: {text}{remedy}"
         ) from error

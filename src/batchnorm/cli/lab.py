@@ -158,8 +158,8 @@ def run_command(
 ) -> None:
     """Run experiments by name, or all.
 
-    Stored measurements are not repeated, unless their code or options have changed. After Ctrl-C, finished measurements are stored, and
-    the same command continues.
+    Stored measurements are not repeated, unless their code or options have changed. Ctrl-C stores the finished measurements; run the same
+    command again to continue.
     """
     extras.require()
     chosen = [experiments.load(name) for name in dict.fromkeys(names) if name != "all"]  # an unknown name raises
@@ -187,7 +187,7 @@ def measure_all(
 ) -> list[tuple[Experiment, Outcome]]:
     """Measure experiments, write the outcome of each into its file, and print them; after Ctrl-C, print those so far and exit with 130.
 
-    `files` has a path by the name of each experiment, and of others that the command will write; measurements are stored in `out`.
+    `files` maps the name of each experiment, and of other files that the command will write, to a path; `out` stores the measurements.
 
     Raises:
         InputError: a file cannot be written, or as `_units` or an experiment.
@@ -224,10 +224,10 @@ def measure_all(
 def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:
     """The units to measure, one experiment after the other, with all arms of a seed next to each other.
 
-    The first arm, the baseline, comes last: it is the quickest as a rule, so that workers end at about the same time.
+    The first arm, the baseline, comes last: it is usually the fastest, so that workers finish at about the same time.
 
     Raises:
-        InputError: the device does not exist, or an experiment does not run there; no experiment accepts the data, or they are not a
+        InputError: the device does not exist, or an experiment does not run there; no experiment accepts the data, or `data` is not a
             folder.
     """
     try:
@@ -238,7 +238,7 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
     bound = [experiment.name for experiment in chosen if experiment.cpu_only]
     if torch.device(setting.device).type != "cpu" and bound:
         raise InputError(
-            f"--device is for experiments that run on any device, but {', '.join(bound)} run on the CPU only; omit them or it"
+            f"--device is for experiments that run on any device, but {', '.join(bound)} run on the CPU only; omit these or --device"
         )
     if setting.data is not None and not any(experiment.data for experiment in chosen):
         raise InputError(f"--data is for experiments that accept data, but {', '.join(e.name for e in chosen)} do not")
@@ -255,7 +255,7 @@ def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[U
 
 
 def _show(known: Sequence[tuple[Experiment, Outcome]], as_json: bool) -> None:
-    """Print the outcomes as JSON, or of each experiment a table and the verdict on each claim."""
+    """Print the outcomes as JSON, or for each experiment a table and the verdict on each claim."""
     if as_json:
         print_json([_to_dict(*each) for each in known])
         return

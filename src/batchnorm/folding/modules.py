@@ -8,7 +8,7 @@ from batchnorm.kernels import Activation
 
 
 class Rest(nn.Module):
-    """What remains of a folded batch norm: add the residual, apply the activation, call its submodules."""
+    """The remaining operations of a folded batch norm: add the residual, apply the activation, call its submodules."""
 
     def __init__(self, activation: Activation | None, *children: nn.Module) -> None:
         super().__init__()

@@ -40,13 +40,13 @@ class Affine:
         return cls(scale, shift if norm.bias is None else shift + _wide(norm.bias))
 
     def __call__(self, x: Tensor, axis: int) -> Tensor:
-        """Apply the function to x, along `axis`; x's dtype."""
+        """Apply the function to x with its channels on `axis`; the result has x's dtype."""
         shape = [-1 if at == axis else 1 for at in range(x.dim())]
         return (x.double() * self.scale.reshape(shape) + self.shift.reshape(shape)).to(x.dtype)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, frozen ones of any library included."""
+    """Whether a module is a batch norm; the frozen batch norms of other libraries are included."""
     return isinstance(module, _BatchNorm) or is_frozen_norm(module)
 
 
@@ -61,7 +61,7 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
     if not infers_by_running_statistics(norm):
         return f"its statistics source is {norm.statistics!r}, which may change in inference"
     if axis >= len(shape) or shape[axis] != norm.running_mean.numel():
-        return "its input has another number of channels"
+        return "its input has a different number of channels"
     if 0 in shape:
         return "its input is empty in the example"
     if type(norm).forward in (BatchNorm.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward):
@@ -76,9 +76,9 @@ def not_foldable(norm: Any, shape: tuple[int, ...], axis: int) -> str | None:
 
 
 def rest_of(norm: nn.Module, *, residual: bool = False) -> nn.Module:
-    """A module for what a batch norm does after its affine function: nothing, its activation, or its children in order."""
+    """A module for the operations after a batch norm's affine function: none, its activation, or its children in order."""
     named = [(name, child) for name, child in norm.named_children() if type(child) is not nn.Identity]
-    children = [child for name, child in named if name != "parametrizations"]  # they compute its weights
+    children = [child for name, child in named if name != "parametrizations"]  # which compute its weights
     activation = norm.activation if isinstance(norm, BatchNorm) else None
     if not children and isinstance(norm, _BatchNorm) and not isinstance(norm, BatchNorm):
         found = rest_of_layer(norm)

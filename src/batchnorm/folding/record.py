@@ -54,15 +54,15 @@ class Record:
         return {name: value for name, value in self._bound(path, signature).items() if not _has_tensor(value)}
 
     def tracer(self, path: str, leaves: set[int], is_leaf: IsLeaf) -> Tracer:
-        """A tracer that also computes the values for the example."""
+        """Create a tracer that also runs the module on the example."""
         signature = inspect.signature(type(self._model.get_submodule(path)).forward)
         return ConcreteTracer(path, leaves, is_leaf, _copied(tuple(self._bound(path, signature).values())))
 
     def accept(self, path: str, graph: fx.Graph) -> None:
-        """Note the shapes in a module's graph, and check that it computes what the module did.
+        """Record the shapes in a module's graph, and check that the graph's output is the module's.
 
         Raises:
-            StateError: if it does not.
+            StateError: if the outputs differ.
         """
         module = self._model.get_submodule(path)
         bound = self._bound(path, inspect.signature(type(module).forward))
@@ -70,7 +70,7 @@ class Record:
             found = Shapes(module, graph=graph).run(*_copied(tuple(bound.values())))
         wanted = self._call(module).output
         if not difference(found, wanted) <= 1e-3 * max(1.0, largest(wanted)):
-            raise StateError("its graph computes something else")
+            raise StateError("the output of its graph differs")
 
     def takes_tensors_only(self, path: str) -> bool:
         """Whether all arguments of a module are tensors, so that its graph is valid for any values."""
@@ -149,7 +149,7 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(found: Any, wanted: Any) -> float:
-    """The largest absolute difference between the tensors of two outputs; NaN if only one of them is NaN somewhere."""
+    """The largest absolute difference between the tensors of two outputs; NaN if an element is NaN in only one of them."""
     pairs = list(zip(tensors(found), tensors(wanted), strict=True))
     return max((_difference(a, b) for a, b in pairs if b.numel()), default=0.0)
 

@@ -21,7 +21,7 @@ LINEAR = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The linear layer of torch that a module is, or None; a subclass must not override its forward."""
+    """The class in `LINEAR` whose forward a module runs, or None."""
     for cls in LINEAR:
         own = [
             name for name in ("forward", "_conv_forward") if getattr(type(module), name, 0) is not getattr(cls, name, 0)
@@ -32,10 +32,10 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def can_fold_after(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether an affine function after a subclass of a linear layer with its own forward can be folded into its weights.
+    """Whether an affine function after a linear layer's subclass, which has its own forward, can be folded into its weights.
 
-    What the forward does with its input, such as padding, does not matter; what it does with its weights does. So this folds a random
-    function into a float64 copy and compares outputs for an input of this shape.
+    The forward may change its input, by padding for example, but must be linear in its weights. To test this, the function folds a random
+    affine function into a float64 copy, and compares outputs for an input of this shape.
     """
     if not isinstance(module, LINEAR) or not_writable(module) is not None:
         return False
@@ -69,7 +69,7 @@ def not_writable(module: nn.Module) -> str | None:
 
 
 def channel_axis(module: nn.Module, rank: int) -> int:
-    """The axis of the channels in input and output of a linear layer."""
+    """The channel axis of a linear layer's input and output."""
     return rank - 1 if isinstance(module, nn.Linear) else rank - 1 - (module.weight.dim() - 2)  # pyright: ignore
 
 
@@ -84,7 +84,7 @@ class Weights:
         self.transposed = isinstance(module, TRANSPOSED)
 
     def fold_after(self, affine: Affine) -> None:
-        """Fold in a function after the layer."""
+        """Fold an affine function after the layer into the weights."""
         scale = affine.scale
         if self.transposed:  # (inputs, outputs / groups, *kernel)
             by_group = self.weight.unflatten(0, (self.groups, -1))
@@ -94,7 +94,7 @@ class Weights:
         self.bias = affine.shift if self.bias is None else self.bias * scale + affine.shift
 
     def fold_before(self, affine: Affine) -> None:
-        """Fold in a function before the layer; for transposed layers, the shift must be 0."""
+        """Fold an affine function before the layer into the weights; for transposed layers, the shift must be 0."""
         if self.transposed:
             self.weight = self.weight * _spread(affine.scale, self.weight)
             return

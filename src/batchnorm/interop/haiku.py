@@ -1,4 +1,4 @@
-"""`haiku.BatchNorm`, whose averages start at 0 and are corrected for it."""
+"""Converts from and to `haiku.BatchNorm`, which corrects its averages for their start at 0."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def from_haiku(
     eps: float = 1e-5,
     channel_axis: int = -1,
 ) -> BatchNorm:
-    """Build a layer that computes the inference of a Haiku `BatchNorm`; its running variance is biased.
+    """Build a layer with the same inference as a Haiku `BatchNorm`; its running variance is biased.
 
-    Its running statistics start at Haiku's corrected averages and are updated by `decay_rate`. Haiku updates its uncorrected averages,
+    Its running statistics start at Haiku's corrected averages and are updated with `decay_rate`. Haiku updates its uncorrected averages,
     which differ until decay_rate^counter is negligible.
 
     Args:
         params: the layer's `scale` and `offset`, if it has them.
-        state: by name, ending in `mean_ema` and `var_ema` ("batch_norm/~/mean_ema"): mappings with `average`, and `counter`.
+        state: mappings with `average` and `counter`, under names that end in `mean_ema` and `var_ema` ("batch_norm/~/mean_ema").
         decay_rate: Haiku's argument, the weight of the old value.
         eps: Haiku's argument.
         channel_axis: -1, or 1 for `data_format="channels_first"`.
@@ -68,10 +68,10 @@ def from_haiku(
 
 
 def to_haiku(layer: nn.Module, *, dimensions: int) -> HaikuBatchNorm:
-    """Arguments and arrays of a Haiku `BatchNorm` with a layer's numbers. Haiku will update the variance by biased ones.
+    """Convert a layer to the arguments and arrays of a Haiku `BatchNorm`, which averages biased variances.
 
     Args:
-        layer: one of ours or of torch's.
+        layer: a batch norm of this library or of torch.
         dimensions: number of axes of its input, 4 for images; Haiku's arrays have the same number.
 
     Raises:
@@ -102,7 +102,7 @@ def to_haiku(layer: nn.Module, *, dimensions: int) -> HaikuBatchNorm:
         "data_format": "channels_last" if axis == dimensions - 1 else "channels_first",
     }
     if axis not in (1, dimensions - 1):
-        raise InputError(f"Haiku has the channels on axis 1 or the last one, but they are on axis {axis}; transpose")
+        raise InputError(f"Haiku's channel axis must be 1 or the last, but the layer's is {axis}; transpose the input")
     values = (("scale", numbers.scale), ("offset", numbers.offset))
     params = {name: array(value.view(shape)) for name, value in values if value is not None}
     return HaikuBatchNorm(

@@ -80,12 +80,12 @@ class Numbers:
 
     @classmethod
     def of(cls, layer: nn.Module) -> Numbers:
-        """The numbers of a layer of ours or of torch's.
+        """Read the numbers of a batch norm of this library or of torch.
 
         Raises:
             ArgumentError: if it is not a batch norm.
             StateError: if it has no running statistics, or is lazy and has not had its first input.
-            InputError: if it uses what layers of other libraries do not have.
+            InputError: if it uses a feature that layers of other libraries do not have.
         """
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise ArgumentError(f"layer must be a batch norm, but got {type(layer).__name__}")
@@ -174,5 +174,5 @@ def entry(arrays: Mapping[str, Any], name: str, remedy: str) -> Any:
         InputError: if there is none.
     """
     if name not in arrays:
-        raise InputError(f"{name!r} must be among the numbers, but there are only {sorted(map(str, arrays))}; {remedy}")
+        raise InputError(f"{name!r} must be among the arrays, but there are only {sorted(map(str, arrays))}; {remedy}")
     return arrays[name]

@@ -19,14 +19,14 @@ NOISE, WIDTH = 64, 16  # the generator's inputs, and the discriminator's first c
 def networks(
     generates: bool, discriminates: bool, statistics: Statistics | None
 ) -> tuple[nn.Sequential, nn.Sequential]:
-    """Generator, noise (N, 64) to images (N, 1, 16, 16) in -1..1, and discriminator, images to scores (N, 1).
+    """Create a generator, from noise (N, 64) to images (N, 1, 16, 16) in -1..1, and a discriminator, from images to scores (N, 1).
 
     DCGAN (Radford et al. 2016) with one more convolution at each size; no BN on the generator's output and the discriminator's input.
 
     Args:
         generates: whether the generator has batch normalization.
         discriminates: whether the discriminator has batch normalization.
-        statistics: of the discriminator's layers; None is `Batch()`.
+        statistics: the statistics source of the discriminator's layers; None is `Batch()`.
     """
     C = WIDTH
 
@@ -52,7 +52,7 @@ def networks(
         *(nn.Conv2d(2 * C, 1, 4), nn.Flatten()),
     )
     for name, parameter in [*generator.named_parameters(), *discriminator.named_parameters()]:
-        if parameter.dim() == 4:  # DCGAN's start
+        if parameter.dim() == 4:  # DCGAN's initialization
             nn.init.normal_(parameter, 0, 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)

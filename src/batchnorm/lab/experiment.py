@@ -54,7 +54,7 @@ class Measured:
 class Metric:
     """Name and format of a number, and whether higher is better; `form` is a format specification such as ".1%" or "d".
 
-    With `each`, tables show every seed in place of mean and deviation, for numbers that were chosen from a few.
+    With `each`, tables show every seed in place of mean and deviation, for numbers that are chosen from a short list.
     """
 
     label: str
@@ -71,9 +71,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Curve:
-    """How the curves with one name are drawn: a line for each arm, the mean over seeds, in the range of the seeds or its own band.
+    """How the curves with one name are drawn: for each arm the mean over seeds, in a band that is the seeds' range or the curve's own.
 
-    `caption` says what to see; it stands below the plot.
+    `caption` is the text below the plot.
     """
 
     title: str
@@ -137,7 +137,7 @@ class Experiment:
     Attributes:
         name: its name on the command line, such as "lr-range".
         question: the question, as a sentence.
-        claims: claims about batch normalization, as sentences that can be false, each with what judges it by the results of all seeds.
+        claims: claims about batch normalization, as sentences that can be false, each with the function that judges it.
         source: the source of the claims, with section.
         paper: the number in the source, to compare with ours; "" if there is none.
         arms: names and labels; the first arm is without batch normalization, or the baseline of the others.
@@ -165,5 +165,5 @@ class Experiment:
     cpu_only: bool = False
 
     def fits(self, measured: Measured) -> bool:
-        """Whether every metric has a value; false if metrics were added or renamed since."""
+        """Whether every metric has a value; false if metrics were added or renamed since the measurement."""
         return self.metrics.keys() <= measured.values.keys()

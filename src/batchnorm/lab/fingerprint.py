@@ -1,4 +1,4 @@
-"""Digests of what a stored result depends on besides its arguments: the code, and the user's data."""
+"""Digests of the code and of the user's data, which identify a stored result together with its arguments."""
 
 from __future__ import annotations
 

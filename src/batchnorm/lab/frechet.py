@@ -10,11 +10,11 @@ def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
     """
     The squared Fréchet distance of the normal distributions fitted to two sets of features, (N, C) and (M, C), in float64.
 
-    |mean - mean'|² + trace(S + S' - 2 (S S')^(1/2)), covariances with N - 1 and M - 1 (Heusel et al. 2017, arXiv:1706.08500,
-    section 2). With few examples it is too large: compare only sets of equal sizes.
+    |mean - mean'|² + trace(S + S' - 2 (S S')^(1/2)), with covariances S and S' over N - 1 and M - 1 (Heusel et al. 2017,
+    arXiv:1706.08500, section 2). With few examples the distance is too large: compare only sets of equal sizes.
 
     Raises:
-        InputError: fewer than two examples, or features of different numbers.
+        InputError: fewer than two examples, or different numbers of features.
     """
     if ours.dim() != 2 or theirs.dim() != 2 or ours.shape[1] != theirs.shape[1] or min(len(ours), len(theirs)) < 2:
         raise InputError(

@@ -52,7 +52,7 @@ def vgg(normalization: Normalization | None, channels: int = 1) -> nn.Sequential
 
 
 class Residual(nn.Module):
-    """relu(body(x) + shortcut(x)), the body of two 3x3 convolutions (He et al. 2015, figure 5)."""
+    """relu(body(x) + shortcut(x)); the body has two 3x3 convolutions (He et al. 2015, figure 5)."""
 
     def __init__(self, normalization: Normalization | None, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from batchnorm.errors import InputError
 
 
 def best_path(scores: Tensor, length: int) -> list[int]:
-    """The letters of the best class at each of the first `length` steps of scores (T, classes): repeats count once, 0 is no letter."""
+    """Decode scores (T, classes) by the best class of each of the first `length` steps: repeats count once, 0 is no letter."""
     classes = scores[:length].argmax(1).tolist()
     return [now for before, now in zip([0, *classes], classes, strict=False) if now not in (0, before)]
 
@@ -26,7 +26,7 @@ def edit_distance(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 
 def error_rate(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """The number of edits over the number of true letters, over all sequences; above 1 if far too many letters are found.
+    """The number of edits divided by the number of true letters, over all sequences; above 1 if far too many letters are found.
 
     Raises:
         InputError: different numbers of sequences, or no letter at all.
@@ -34,6 +34,6 @@ def error_rate(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -
     letters = sum(map(len, theirs))
     if len(ours) != len(theirs) or not letters:
         raise InputError(
-            f"what was read must be compared with as many transcripts, not all empty; got {len(ours)} and {len(theirs)}, {letters} letters"
+            f"each result needs a transcript, and not all may be empty; got {len(ours)} and {len(theirs)}, {letters} letters"
         )
     return sum(map(edit_distance, ours, theirs)) / letters

@@ -30,7 +30,7 @@ class PerStep(nn.Module):
             layer.weight, layer.bias = self.layers[0].weight, self.layers[0].bias
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Normalize (N, C, T), of which the first `lengths` steps are valid."""
+        """Normalize (N, C, T); only the first `lengths` steps of each sequence are valid."""
         pieces = [*x[..., :STEPS].split(1, -1), *([x[..., STEPS:]] if x.shape[-1] > STEPS else [])]
         left = (lengths - step for step in range(STEPS + 1))
         return torch.cat(
@@ -43,10 +43,10 @@ class PerStep(nn.Module):
 
 
 class Recognizer(nn.Module):
-    """Features (N, T, 40) to scores of the letters (N, T / 2, 29): two convolutions, two bidirectional recurrent layers."""
+    """Map features (N, T, 40) to scores of the letters (N, T / 2, 29): two convolutions, two bidirectional recurrent layers."""
 
     def __init__(self, convolutions: bool, recurrent: bool, per_step: bool) -> None:
-        """The arguments say which layers have batch normalization, and whether that of recurrent ones is per step."""
+        """Normalize after `convolutions` and before `recurrent` layers if true, the latter for each step if `per_step`."""
         super().__init__()
 
         def between(channels: int) -> nn.Module:
@@ -62,7 +62,7 @@ class Recognizer(nn.Module):
         self.scores = nn.Linear(2 * HIDDEN, len(speech.ALPHABET) + 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and the number of valid steps of each, (N,)."""
+        """The scores, and the number of valid steps of each sequence, (N,)."""
         x, lengths = x.mT.unsqueeze(1), (lengths + 1) // 2  # (N, 1, 40, T); the first convolution's stride is 2
         for convolution, normalize in zip(self.convolutions, self.after, strict=True):
             x = normalize(convolution(x), lengths=lengths).relu()

@@ -12,7 +12,7 @@ WIDTH, HEADS, LAYERS = 64, 4, 2
 
 
 class Normalize(nn.Module):
-    """Batch, layer or no normalization of (N, T, C), of which the first `lengths` steps are valid."""
+    """Batch, layer or no normalization of (N, T, C); only the first `lengths` steps of each sequence are valid."""
 
     def __init__(self, normalization: str) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Normalize(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, in the decoder attention to the source, and two linear layers, each after a normalization (Xiong et al. 2020)."""
+    """Self-attention, attention to the source (decoder only), two linear layers; a normalization before each (Xiong et al. 2020)."""
 
     def __init__(self, normalization: str, decodes: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class Translator(nn.Module):
-    """Source words (N, S) and a translation (N, T) to scores of the next word at each position (N, T, words)."""
+    """Map source words (N, S) and a translation (N, T) to scores of the next word at each position (N, T, words)."""
 
     def __init__(self, normalization: str) -> None:
         super().__init__()

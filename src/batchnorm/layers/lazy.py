@@ -34,7 +34,7 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
         bias: bool = True,
         **options: Any,
     ) -> None:
-        # Built without parameters and buffers, which come as placeholders: one channel here stands for a number not yet known.
+        # Built without parameters and buffers, whose placeholders follow; the 1 stands for the unknown number of channels.
         super().__init__(1, eps, momentum, False, False, device, dtype, **options)
         self.num_features = 0
         self.affine, self.track_running_stats = affine, track_running_stats
@@ -49,12 +49,12 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
             self._prepare_buffers()
 
     def reset_parameters(self) -> None:
-        """As the layer it becomes, once it knows its number of channels."""
+        """Reset as `cls_to_become` does; does nothing before the number of channels is known."""
         if self.num_features and not self.has_uninitialized_params():
             super().reset_parameters()
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
-        """Take the number of channels from the first input.
+        """Set the number of channels by the first input, and create parameters and buffers of this size.
 
         Raises:
             InputError: if its rank is not the layer's.

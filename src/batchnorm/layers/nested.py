@@ -39,7 +39,7 @@ def normalize_nested(
     axis, ragged = channel_axis - 1, jagged._ragged_idx - 1  # of the values, which have no batch axis
     if axis == ragged:
         raise InputError(
-            f"the channels must be on an axis of one size, but axis {axis + 1} is the ragged one of {input.shape}; set channel_axis"
+            f"the channel axis must have the same size in all samples, but axis {axis + 1} of {input.shape} is ragged; set channel_axis"
         )
 
     def as_batch(nested: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def normalize_nested(
 
 
 def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:
-    """Which positions belong to a sample, (M,) bool, where the samples of a nested tensor have gaps between them."""
+    """A mask of the positions that belong to a sample, (M,) bool, for a nested tensor with gaps between its samples."""
     steps = torch.zeros(positions + 1, dtype=offsets.dtype, device=offsets.device)
     ones = torch.ones_like(lengths, dtype=offsets.dtype)
     starts = offsets[:-1]  # (N,)

@@ -1,4 +1,4 @@
-"""What a layer stores: wide running statistics, the buffers of its statistics source, the counter of skipped batches, checkpoints."""
+"""The state of a layer: running statistics, the buffers of its statistics source, the counter of skipped batches, checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics, buffers_of
 
 STATISTICS = ("running_mean", "running_var")
-_OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # how the names of a source's buffers begin
+_OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # prefixes of the names of a source's buffers
 
 
 class LayerState(_BatchNorm):
@@ -26,11 +26,11 @@ class LayerState(_BatchNorm):
 
     @property
     def num_nonfinite_batches(self) -> Tensor | None:
-        """How many batches were skipped, 0-d int64; None if the layer has no `num_batches_tracked`.
+        """The number of skipped batches, 0-d int64; None if the layer has no `num_batches_tracked`.
 
-        It is not a buffer, because a layer of torch's has none to pair it with: averages of weights that were made before `convert`
-        pair the buffers of two models, and tools that load a model from the meta device look for a value of each buffer. Where
-        `num_batches_tracked` was created, moved or loaded without this counter, it starts at 0.
+        This counter is not a buffer, because torch's layers have no such buffer: weight averages that were created before `convert` pair
+        the buffers of two models, and tools that load a model from the meta device need a value for each buffer. The count starts at 0
+        if `num_batches_tracked` was created, moved or loaded without it.
         """
         beside, counter = self._buffers.get("num_batches_tracked"), self._nonfinite_batches
         if beside is None:
@@ -45,18 +45,18 @@ class LayerState(_BatchNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "num_nonfinite_batches" in self._buffers:  # pickled when it was one
+        if "num_nonfinite_batches" in self._buffers:  # pickled when it was a buffer
             self._nonfinite_batches = self._buffers.pop("num_nonfinite_batches")
             self._non_persistent_buffers_set.discard("num_nonfinite_batches")
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, running variance 1, counters 0."""
+        """Reset the running mean to 0, the running variance to 1, and the counters to 0."""
         super().reset_running_stats()
         self._reset_nonfinite_counter()
         for name, own in buffers_of(self.statistics).items():
             buffer = self._buffers.get(name)
             if buffer is not None:
-                buffer.copy_(own.start(self._buffers[own.like]))  # pyright: ignore[reportArgumentType] (where one is, so is the other)
+                buffer.copy_(own.start(self._buffers[own.like]))  # pyright: ignore[reportArgumentType] (both exist or neither)
 
     def _prepare_buffers(self) -> None:
         """Create what torch's layer lacks: wide running statistics, the source's buffers, the counter of skipped batches."""
@@ -69,7 +69,7 @@ class LayerState(_BatchNorm):
         self._nonfinite_batches = None if beside is None else counter_on(beside.device)
 
     def _match_buffers_to_source(self) -> None:
-        """Register the buffers of the statistics source, with its initial values, and remove those of another source."""
+        """Register the buffers of the statistics source with initial values, and remove those of other sources."""
         wanted = buffers_of(self.statistics)
         for name in [name for name in self._buffers if name.startswith(_OF_SOURCES) and name not in wanted]:
             del self._buffers[name]
@@ -83,7 +83,7 @@ class LayerState(_BatchNorm):
                 self.register_buffer(name, own.start(source).clone())
 
     def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
-        """Set running statistics of fewer than 32 bits per component back to float32, from `originals` where they hold them.
+        """Convert running statistics of fewer than 32 bits per component to float32, from `originals` if it has them.
 
         A running mean in bfloat16 stalls: with momentum 0.001 and data of mean 10 it never exceeds 4.
         """
@@ -140,14 +140,14 @@ class LayerState(_BatchNorm):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._widen_statistics({})
-        self._reset_nonfinite_counter()  # the checkpoint does not have it
+        self._reset_nonfinite_counter()  # checkpoints do not contain it
 
     def _match_checkpoint_to_source(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Fit a checkpoint of another statistics source: add the buffers that it lacks, with initial values, and drop the others."""
         wanted = buffers_of(self.statistics)
         for name, own in wanted.items():
             source, given = state_dict.get(prefix + own.like), state_dict.get(prefix + name)
-            if own.like == "num_batches_tracked" and source is None:  # older than the counter, which then stays
+            if own.like == "num_batches_tracked" and source is None:  # saved without a counter: use the layer's
                 source = self.num_batches_tracked
             other_window = given is not None and own.rows is not None and given.shape[:1] != (own.rows,)
             if source is not None and (given is None or other_window):
@@ -157,7 +157,7 @@ class LayerState(_BatchNorm):
             if key.removeprefix(prefix) not in wanted:
                 del state_dict[key]
                 logger.info(
-                    "%s: left out of the checkpoint, it belongs to a statistics source that this layer does not have",
+                    "%s: not loaded, because it belongs to a statistics source that this layer does not have",
                     key,
                 )
 

@@ -11,7 +11,7 @@ While a `Saver` is active, a `TorchFunctionMode` runs every torch function throu
 
 1. A batch norm registers a `Recipe` for the storage of its output. Its input x is saved for its own backward anyway.
 2. An elementwise function of `saver.ELEMENTWISE`, or an addition, extends the recipe, if its inputs have recipes or are saved anyway.
-3. What a function saves for its backward becomes a `Reference`: to the recipe if the storage has one, else to the tensor itself.
+3. Each tensor that a function saves for its backward becomes a `Reference`: to the recipe if the storage has one, else to the tensor.
 
 In the backward, the first reference that is opened computes its recipe, by the same calls as the forward, so gradients are equal to the
 last bit. The result is held until all references to it were opened, or the backward ends.
@@ -47,7 +47,7 @@ class _Mode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        if func is Tensor.backward:  # functions it calls may save tensors, as reentrant checkpoints do
+        if func is Tensor.backward:  # the functions that it calls may save tensors, as reentrant checkpoints do
             with self:
                 return _backward(*args, **kwargs)
         if getattr(func, "__name__", None) == "__get__" or _is_inactive():
@@ -93,7 +93,7 @@ def save_memory() -> Iterator[None]:
 
     Gradients are the same to the last bit. This saves the memory of outputs of this library's batch norms, of activations after them,
     and of sums of these, if the next layer would save them for its backward. It costs one more normalization pass in the backward.
-    Use it around the forward of any model. It holds for the current thread, can be nested, and works as a decorator. In code that
+    Use it around the forward of any model. It applies to the current thread, can be nested, and works as a decorator. In code that
     `torch.compile` compiles it does nothing: the compiler itself decides what to compute again.
 
     Source: the aim is that of In-Place ABN (Rota Bulò et al. 2018, arXiv:1712.02616, section 3); the method differs.
@@ -137,7 +137,7 @@ def open_for_model(model: nn.Module, args: Any) -> None:  # noqa: ARG001 (torch'
 
 
 def close_for_model(model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 (torch's signature)
-    """The forward hook that closes it; torch calls it after an exception too, but not after an interrupt."""
+    """A forward hook that closes the context; torch calls the hook after an exception too, but not after an interrupt."""
     if not torch.compiler.is_compiling():
         _close(everywhere=False)
 
@@ -161,7 +161,7 @@ def detach(model: nn.Module) -> None:
 
 
 def recorded(function: Callable[..., Any], *args: Any) -> Any:
-    """Call an autograd function as `Saver.call` does; torch function modes do not intercept it."""
+    """Call an autograd function as `Saver.call` does, since torch function modes do not intercept autograd functions."""
     saver = None if torch.compiler.is_compiling() else _thread.saver
     if saver is None or _is_inactive() or is_foreign(args[0]):
         return function(*args)

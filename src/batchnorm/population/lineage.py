@@ -19,7 +19,7 @@ class Lineage(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # The weak reference keeps the storage's address from being reused, but frees its memory.
+        # A weak reference lets the storage's memory be freed, but prevents the reuse of its address.
         self._marks: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def clear(self) -> None:

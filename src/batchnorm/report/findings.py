@@ -13,8 +13,8 @@ from batchnorm.report.rows import comparison
 
 INTRODUCTION = """# Findings
 
-What `batchnorm lab` found; every experiment's protocol stands below its numbers, and [the lab](lab.md) tells how to run it. Numbers are
-means ± standard deviations over seeds. Written by `batchnorm lab findings` from results, never by hand.
+The results of `batchnorm lab`. Each experiment's protocol is below its numbers; [the lab](lab.md) explains how to run it. Numbers are
+means ± standard deviations over seeds. `batchnorm lab findings` writes this page from results; do not edit it.
 """
 FONT = "text { font-family: system-ui, sans-serif; }"
 

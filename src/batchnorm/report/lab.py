@@ -31,9 +31,7 @@ def render(known: Sequence[Known]) -> str:
     body = [section("Every claim", f'<ol class="claims">\n{items}\n</ol>')]
     body += [section(_heading(experiment), *_experiment(experiment, outcome)) for experiment, outcome in begun]
     environments = dict.fromkeys(_environment(outcome) for _, outcome in begun)
-    return document(
-        "batchnorm lab", "What is claimed of batch normalization, measured", lead, body, " — ".join(environments)
-    )
+    return document("batchnorm lab", "Claims about batch normalization, measured", lead, body, " — ".join(environments))
 
 
 def render_one(experiment: Experiment, outcome: Outcome) -> str:
@@ -80,14 +78,14 @@ def _claims(experiment: Experiment, outcome: Outcome | Damaged | None, overview:
 
 
 def _open(experiment: Experiment, outcome: Outcome | Damaged | None) -> tuple[str, str]:
-    """In place of verdicts: what is missing, in short and as a sentence."""
+    """The reason why an experiment has no verdicts, as a label and as a sentence."""
     if outcome is None:
         return "not measured", ""
     if isinstance(outcome, Damaged):
         return "run it again", "Its results are damaged."
     if not outcome.fits(experiment):
         return "run it again", "It was measured with other arms or metrics than it has now: run it again."
-    return f"{outcome.finished} of {outcome.units} done", "Not complete: what follows is of the finished measurements."
+    return f"{outcome.finished} of {outcome.units} done", "Incomplete: the numbers are of finished measurements only."
 
 
 def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:

@@ -12,7 +12,7 @@ Make = Callable[..., type[nn.Module]]
 
 
 def remade(make: Make) -> Make:
-    """Decorate a function that creates a class: it is cached, and copying or unpickling an instance calls it again.
+    """Decorate a function that creates a class: results are cached, and copying or unpickling an instance calls the function again.
 
     The function must be importable, and its arguments hashable and picklable.
     """

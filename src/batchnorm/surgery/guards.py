@@ -19,8 +19,8 @@ _CONTAINERS = (list, tuple, set, collections.deque)
 
 
 def modes() -> tuple[Any, ...]:
-    """Global state that operators depend on, context managers change, and a graph does not contain."""
-    nesting = torch.autocast_increment_nesting()  # also nested contexts that change nothing
+    """Global state, such as grad mode and autocast, that affects operators but that a graph does not record."""
+    nesting = torch.autocast_increment_nesting()  # counts every open context, even one that changes nothing
     torch.autocast_decrement_nesting()
     hooks = saved_tensors_hooks(while_tracing=True)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting, hooks
@@ -33,8 +33,8 @@ _refusing = threading.RLock()
 def without_functions() -> Iterator[None]:
     """Raise on calls of an `autograd.Function` in this thread, because a graph would record its forward and lose its backward.
 
-    `apply` is written in C since torch 2.14, and models hold references to it. But each call first creates a context object, whose class
-    derives from `BackwardCFunction`.
+    Replacing `apply` is not enough: it is written in C since torch 2.14, and models hold references to it. But each call first creates a
+    context object, whose class derives from `BackwardCFunction`.
     """
     made: Any = BackwardCFunction
     thread = threading.get_ident()
@@ -63,7 +63,7 @@ class Attributes:
         self._module, self._before = module, _attributes(module)
 
     def changed(self) -> bool:
-        """Whether an attribute was replaced or written into since."""
+        """Whether an attribute was replaced or written into since the snapshot."""
         now = _attributes(self._module)
         return len(now) != len(self._before) or any(
             key != other or value is not was for (key, value), (other, was) in zip(now, self._before, strict=True)

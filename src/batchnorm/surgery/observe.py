@@ -1,4 +1,4 @@
-"""Watches the calls of layers, and leaves the model as it was: modes, attributes and hooks, whatever raises."""
+"""Runs hooks on the calls of layers, then restores the model's modes, attributes and hooks, also after an exception."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Observer(NamedTuple):
 
 @contextlib.contextmanager
 def observed(model: nn.Module, observers: Sequence[Observer], training: bool, **attributes: Any) -> Iterator[None]:
-    """Run the hooks of `observers`, with all modules of the model in one mode, and these attributes of the observed layers set.
+    """Run the hooks of `observers` in this context, with all modules in one mode and `attributes` set on the observed layers.
 
-    At the end everything is restored, in whatever state an exception leaves the model. The mode is set without `train()` and `eval()`,
-    which some modules override to do more.
+    At the end, also after an exception, everything is restored. The mode is set without `train()` and `eval()`, which some modules override
+    to do more.
     """
     modes = [(module, module.training) for module in model.modules()]
     before = [(each.layer, {name: getattr(each.layer, name) for name in attributes}) for each in observers]

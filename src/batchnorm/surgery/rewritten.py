@@ -1,8 +1,8 @@
-"""Forwards that are generated from a graph, for one module, which stays the same object.
+"""Gives a module a forward that is generated from a graph; the module stays the same object.
 
 `Rewritten` can be undone. It passes the fused activation with each call and does not store it in the layers, so the class's own forward
-still computes the same. That one runs if the module is no longer as it was traced, and when torch.fx traces it, which then sees the
-original code. `rewrite` cannot be undone; it serves changes after which the class's own forward would compute something else.
+still returns the same output. The class's forward runs if the module has changed since it was traced, and when torch.fx traces the module
+again. `rewrite` cannot be undone; it is for changes after which the class's own forward would return a different output.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rewritten:
 
     Attributes:
         source: the Python code, for reading.
-        applies: what each fused batch norm applies, by the name of the batch norm, for reading.
+        applies: a description of the operations that each fused batch norm applies, by its name.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ def normalize_and_apply(
 ) -> Any:
     """The output of `activation(layer(input) + residual)`, in one pass where the layer, shapes and dtypes allow it.
 
-    The source of rewritten forwards calls it by this name.
+    Generated forwards call this function by its name.
     """
     act = None if activation is None else WITHOUT_SLOPE.get(activation) or Activation(activation, slope)
-    if isinstance(layer, BatchNorm):  # if not, it was replaced since
+    if isinstance(layer, BatchNorm):  # otherwise, the layer was replaced after tracing
         if residual is None:
             return layer(input, activation=act)
         if isinstance(residual, Tensor) and residual.dtype == input.dtype:
@@ -131,7 +131,7 @@ def source_of(graph: fx.Graph) -> str:
 
 
 def compiled(source: str) -> types.FunctionType:
-    """The function `forward` that this source defines."""
+    """Compile a source, and return the function `forward` that it defines."""
     names: dict[str, Any] = {}
     exec(compile(source, "<batchnorm>", "exec"), names)
     return names["forward"]

@@ -1,4 +1,4 @@
-"""torch.fx graphs of a whole model, or of those of its modules that can be traced."""
+"""Traces a whole model with torch.fx, or those of its modules that can be traced."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class TracedModule(NamedTuple):
     graph: fx.Graph
 
     def full(self, target: Any) -> str:
-        """The name in the model of a target of the graph."""
+        """The name in the model of a target of this graph."""
         return f"{self.path}.{target}" if self.path else str(target)
 
 
 @dataclass
 class Traced:
-    """The modules of a model that could be traced, and for the others, by name, why not."""
+    """The modules of a model that could be traced, and by name the reasons why others could not."""
 
     modules: list[TracedModule] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -88,10 +88,10 @@ class Rules(NamedTuple):
 
     Attributes:
         concrete: takes a module's name and the signature of its forward; returns the constant arguments, or None to skip the module.
-        is_leaf: whether a call of this module becomes one node; torch's modules do in any case.
-        accept: raises if the graph does not compute what the module of this name does.
-        tracers: the kinds to try, one after the other.
-        whole: whether the graph becomes a forward; then it is an error if the traced forward does what a graph cannot represent.
+        is_leaf: whether a call of this module becomes one node; calls of torch's modules always do.
+        accept: takes a module's name and its graph; raises if their outputs differ.
+        tracers: the tracers to try, in this order.
+        whole: whether the graph will replace the forward; then tracing fails if the forward does something that a graph cannot represent.
     """
 
     concrete: Concrete
@@ -102,7 +102,7 @@ class Rules(NamedTuple):
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters, for tracing, which runs forwards that may change attributes and buffers."""
+    """A copy of a model that shares its parameters; tracing runs its forward, which may change attributes and buffers."""
     written = itertools.chain(model.buffers(), computed_weights(model))
     copies = {id(tensor): tensor if is_lazy(tensor) else tensor.detach().clone() for tensor in written}
     return copy.deepcopy(model, {**copies, **{id(tensor): tensor for tensor in model.parameters()}})
@@ -198,7 +198,7 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
             _note_constants(module, graph)
             rules.accept(path, graph)
             return graph, ""
-        except Exception as error:  # forwards may raise anything when they meet a stand-in for a tensor
+        except Exception as error:  # a forward may raise anything if its input is a proxy
             reasons.append(first_line(error))
         finally:
             random.setstate(states[0])
@@ -207,12 +207,12 @@ def _attempt(module: nn.Module, path: str, leaves: set[int], rules: Rules) -> tu
 
 
 def first_line(error: Exception) -> str:
-    """The first line of its message, or its class if it has none."""
+    """The first line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _note_constants(module: nn.Module, graph: fx.Graph) -> None:
-    """Store the tensors that the tracer set on the traced copy in their nodes."""
+    """Store each tensor that the tracer set on the traced copy in the tensor's node."""
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             node.meta[CONSTANT] = getattr(module, str(node.target))

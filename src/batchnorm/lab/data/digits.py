@@ -1,8 +1,8 @@
 """
 Handwritten digits, 1797 images of 8x8 pixels in 17 shades, as scikit-learn distributes them; no download, and scikit-learn is not needed.
 
-`digits.npz` holds them with their split: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, CC BY 4.0.
-Its splits have the ten classes in equal shares: scikit-learn's `train_test_split(..., stratify=classes, random_state=0)`, twice.
+`digits.npz` has the images and their splits. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998,
+CC BY 4.0. The splits are stratified by class: scikit-learn's `train_test_split(..., stratify=classes, random_state=0)`, twice.
 """
 
 from pathlib import Path

@@ -49,8 +49,8 @@ class Dataset:
         low, high = self.train.images.aminmax()
         if low == high:  # rounding may give a deviation above 0
             raise InputError(
-                f"training images must show something; every pixel of all {len(self.train)} in the {self.name} is "
-                f"{float(low):g} of 1: give other images"
+                f"training images must not be constant; every pixel of all {len(self.train)} in the {self.name} is "
+                f"{float(low):g} of 1: use other images"
             )
         deviation, mean = torch.std_mean(self.train.images)
         return self._each(lambda split: Examples((split.images - mean) / deviation, split.labels))
@@ -64,7 +64,7 @@ class Dataset:
 
 
 def drawn(name: str, learn: Examples, test: Examples) -> Dataset:
-    """A standardized data set of a user's own images: of `learn` a fixed random draw of at most 10 000 trains, and of 500 others validates.
+    """Make a standardized data set of a user's images: a fixed draw from `learn` of at most 10 000 to train and 500 others to validate.
 
     Raises:
         InputError: the training pixels are all the same.

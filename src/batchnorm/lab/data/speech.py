@@ -22,7 +22,7 @@ TABLE = "transcripts.csv"
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # the letter at position i has the number i + 1; 0 is CTC's blank
 BANDS = 40
 WINDOW, HOP = 0.025, 0.0125  # length of a frame, and distance between frames, in seconds
-LOWEST, HIGHEST = 60.0, 7600.0  # hertz of the bands
+LOWEST, HIGHEST = 60.0, 7600.0  # range of the bands, in hertz
 LEVELS = 40  # quantization levels of the stored features, for each band between its extremes
 FLOOR = 1e-5  # power below which a frame is silent
 # Synthesized voices that are not used for training.
@@ -85,7 +85,7 @@ def load(directory: str | Path | None = None) -> Speech:
 
 def features(sound: Tensor, rate: int) -> Tensor:
     """
-    Logarithms of the power in 40 bands equally wide in mel, 60 to 7600 Hz, each 12.5 ms, of samples (n,) in -1..1: (frames, 40).
+    Log-mel features (frames, 40) of samples (n,) in -1..1: 40 bands from 60 to 7600 Hz, equally wide in mel, every 12.5 ms.
 
     Silence at the start and end is removed. Source of the scale: O'Shaughnessy 1987, mel = 2595 log10(1 + f / 700).
 
@@ -95,8 +95,8 @@ def features(sound: Tensor, rate: int) -> Tensor:
     size, hop = round(WINDOW * rate), round(HOP * rate)
     if rate < 16_000 or len(sound) < size:
         raise InputError(
-            f"a recording must have 16000 samples a second and last {WINDOW * 1000:g} ms at least; this one has {rate} a second, "
-            f"{len(sound)} in all: give another"
+            f"a recording must have at least 16000 samples per second and last at least {WINDOW * 1000:g} ms; this one has "
+            f"{rate} samples per second, {len(sound)} in total: use another"
         )
     frames = sound.unfold(0, size, hop) * torch.hann_window(size)  # (frames, size)
     width = 2 ** math.ceil(math.log2(size))
@@ -176,7 +176,7 @@ def _read_folder(directory: Path) -> tuple[list[Utterance], list[str]]:
             raise InputError(f"{file}: {error}") from error
     voices = sorted({one.voice for one in utterances})
     if len(voices) < 3:
-        raise InputError(f"there must be three voices at least, to train, validate and test; {TABLE} has {len(voices)}")
+        raise InputError(f"training, validation and test need at least three voices; {TABLE} has {len(voices)}")
     random.Random(0).shuffle(voices)
     validation = voices[: max(1, len(voices) // 10)]
     test = voices[len(validation) : len(validation) + max(1, len(voices) // 5)]

@@ -30,7 +30,7 @@ def say(word: str, voice: str, speed: int, pitch: int) -> tuple[torch.Tensor, in
 
 
 def main() -> None:
-    """Synthesize, and write the file."""
+    """Synthesize the words, and write their features to the file."""
     import numpy
 
     rng = random.Random(0)

@@ -62,7 +62,7 @@ def _in_turns(steps: list[Callable[[], None]], rounds: int) -> list[float]:
 
 
 def _saved(network: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes that a forward saves for its backward; collects garbage first, so that nothing is freed meanwhile."""
+    """Bytes that a forward saves for its backward; collects garbage first, so that nothing is freed during the forward."""
     gc.collect()
     return saved_bytes(lambda: F.cross_entropy(network(images), labels))
 
@@ -73,8 +73,9 @@ def judge(results: Results) -> Verdict:
 
     evidence = (
         f"Of {', '.join(label for label, *_ in NETWORKS.values())}, relative to no normalization: time of a step "
-        f"{ratios('torch', 'time')} with torch's layers, {ratios('ours', 'time')} with ours; memory kept {ratios('torch', 'memory')}, "
-        f"and {ratios('save_memory', 'memory')} with save_memory, whose steps take {ratios('save_memory', 'time')}."
+        f"{ratios('torch', 'time')} with torch's layers, {ratios('ours', 'time')} with ours; memory saved for backward "
+        f"{ratios('torch', 'memory')}, and {ratios('save_memory', 'memory')} with save_memory, whose steps take "
+        f"{ratios('save_memory', 'time')}."
     )
     spared = [
         results.mean("torch", f"memory_{name}") - results.mean("save_memory", f"memory_{name}")
@@ -88,17 +89,17 @@ def judge(results: Results) -> Verdict:
     if all(half + cheap):
         return Verdict("holds", evidence)
     if all(half):
-        return Verdict("holds only when", f"Memory is what counts: saving it costs time. {evidence}")
+        return Verdict("holds only when", f"Memory matters more than time: recomputation costs time. {evidence}")
     return Verdict("does not hold", evidence)
 
 
 CONVOLUTIONAL, HALF = ("vgg", "resnet"), 0.5
 EXPERIMENT = Experiment(
     name="cost",
-    question="What does batch normalization cost in time and memory, and what of it can be spared?",
+    question="What does batch normalization cost in time and memory, and how much of the memory can be saved?",
     claims={
         (
-            "In convolutional networks most of the memory that batch normalization adds can be had back by computing its outputs again, "
+            "In convolutional networks most of the memory that batch normalization adds can be saved by computing its outputs again, "
             "in no more time than torch's layers take."
         ): judge
     },

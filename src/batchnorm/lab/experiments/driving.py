@@ -1,6 +1,6 @@
 """Does batch normalization help a network that predicts steering angles from camera images?
 
-In a regression, the noise of batch statistics directly affects the output; and the light differs between images.
+In a regression, the noise of batch statistics directly affects the output, and the brightness differs between images.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def judge(results: Results) -> Verdict:
 
 EXPERIMENT = Experiment(
     name="driving",
-    question="Does batch normalization help a network that steers by what a camera sees?",
+    question="Does batch normalization help a network that steers from camera images?",
     claims={"With BN a network steers more precisely.": judge},
     source="the tutorial, section 6; Bojarski et al. 2016 (arXiv:1604.07316) for the network",
     paper="",

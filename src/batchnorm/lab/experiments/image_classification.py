@@ -1,4 +1,4 @@
-"""Three kinds of image networks with and without batch normalization, and without it but with He's initialization.
+"""Three image networks with batch normalization, without it, and without it but with He's initialization.
 
 The benefit of batch normalization is large with PyTorch's default initialization, and smaller with an initialization made for ReLU.
 """
@@ -70,14 +70,14 @@ def judge(results: Results) -> Verdict:
     plain, he, normalized = map(shares, ("plain", "he", "batch_norm"))
     evidence = (
         f"Test accuracy of {', '.join(LABELS.values())}: {_listed(normalized)} with BN, {_listed(plain)} without, "
-        f"{_listed(he)} without but begun as He et al. propose."
+        f"{_listed(he)} without BN but with He's initialization."
     )
     if min(normalized) >= ENOUGH and all(
         with_it > max(others) for with_it, *others in zip(normalized, plain, he, strict=True)
     ):
         return Verdict("holds", evidence)
     if min(normalized) >= ENOUGH and all(with_it > without for with_it, without in zip(normalized, plain, strict=True)):
-        return Verdict("holds only when", f"The weights begin as PyTorch's do. {evidence}")
+        return Verdict("holds only when", f"The weights have PyTorch's default initialization. {evidence}")
     return Verdict("does not hold", evidence)
 
 
@@ -107,9 +107,9 @@ EXPERIMENT = Experiment(
     },
     protocol=(
         "Digits of 16x16 pixels; five convolutions and two linear layers (AlexNet), twelve convolutions (VGG), six residual blocks "
-        f"(ResNet); SGD with momentum 0.9 and a cosine, 150 steps of 64 images (quick: 80, full: 500); learning rates "
+        f"(ResNet); SGD with momentum 0.9 and a cosine schedule, 150 steps of 64 images (quick: 80, full: 500); learning rates "
         f"{', '.join(map(str, RATES))}, chosen on validation (quick: the first two). PyTorch's initialization unless He's is named. "
-        f"Steps are counted on validation, every {EVERY}; accuracies are of test images at the end."
+        f"Steps to the target are found on the validation images, measured every {EVERY} steps; accuracies are of test images at the end."
     ),
     seconds=140,
     data="CIFAR-10's binary files (data_batch_1.bin ... test_batch.bin)",

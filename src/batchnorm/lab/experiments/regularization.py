@@ -17,7 +17,7 @@ from batchnorm.statistics import Ghost
 
 IMAGES = 300
 RATES = (0.02, 0.05, 0.2)
-MATTERS = 0.005  # of accuracy: about twice the standard error of three seeds with three draws
+MATTERS = 0.005  # smallest relevant difference: about twice the standard error of three seeds with three draws
 
 
 def _ghost(size: int) -> Normalization:
@@ -98,7 +98,7 @@ EXPERIMENT = Experiment(
     question="Does the noise of batch statistics regularize, so that dropout is not needed?",
     claims={
         (
-            "Batch normalization needs no dropout beside it, and smaller normalization batches, which are "
+            "With batch normalization, dropout is not needed, and smaller normalization batches, which are "
             "noisier, generalize better."
         ): judge
     },
@@ -109,9 +109,9 @@ EXPERIMENT = Experiment(
     measure=measure,
     protocol=(
         f"784-512-256-10 with ReLU on {IMAGES} digits of 28x28 pixels, three draws of them for each seed (quick: 2, full: 10); SGD with "
-        f"momentum 0.9 and a cosine, 200 steps of 64 images, learning rates {', '.join(map(str, RATES))} chosen on validation (quick: "
-        "0.05); accuracy of test images. Dropout is 0.5 after each ReLU; smaller normalization batches are groups of the batch of 64 "
-        "(`Ghost`)."
+        f"momentum 0.9 and a cosine schedule, 200 steps of 64 images, learning rates {', '.join(map(str, RATES))} chosen on validation "
+        "(quick: 0.05); accuracy of test images. Dropout is 0.5 after each ReLU; smaller normalization batches are groups of the batch of "
+        "64 (`Ghost`)."
     ),
     seconds=60,
 )
