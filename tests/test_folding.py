@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import random
 import threading
@@ -16,6 +17,7 @@ from torch.nn.utils import prune
 
 import batchnorm as bn
 from batchnorm.folding.modules import ChannelPad
+from batchnorm.folding.record import difference
 from batchnorm.statistics import Domains, Running
 from tests.networks import FrozenBatchNorm2d, settle
 
@@ -832,3 +834,15 @@ def test_through_functions(function, negative, left):
     found, report = bn.fold(model, x, tolerance=1e-9)
     assert report.batch_norms_after == left, str(report)
     torch.testing.assert_close(found(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_difference_that_is_not_a_number_is_not_lost_among_others(place):
+    wanted = tuple(torch.zeros(2) for _ in range(3))
+    not_a_number = tuple(torch.full((2,), torch.nan if index == place else 0.5) for index in range(3))
+    assert math.isnan(difference(not_a_number, wanted))
+    other_shape = tuple(torch.zeros(3 if index == place else 2) for index in range(3))
+    assert math.isnan(difference(other_shape, wanted))
+    empty = tuple(torch.zeros(0 if index == place else 2) for index in range(3))
+    assert math.isnan(difference(wanted, empty))
+    assert difference(wanted, wanted) == 0.0

@@ -117,7 +117,7 @@ def replicas_agree(model: nn.Module, process_group: dist.ProcessGroup | None = N
         if not agreement:
             print(agreement)
 
-    It takes one all_reduce of digests, and two for each tensor that differs. Shards of sharded models (DTensor) are not compared.
+    It takes two all_reduces of digests, and two for each tensor that differs. Shards of sharded models (DTensor) are not compared.
 
     Args:
         model: the same architecture on all ranks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -149,9 +150,10 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(found: Any, wanted: Any) -> float:
-    """The largest absolute difference between the tensors of two outputs; NaN if an element is NaN in only one of them."""
+    """The largest absolute difference between the tensors of two outputs; NaN if shapes differ, or an element is NaN in only one."""
     pairs = list(zip(tensors(found), tensors(wanted), strict=True))
-    return max((_difference(a, b) for a, b in pairs if b.numel()), default=0.0)
+    differences = [_difference(a, b) for a, b in pairs if a.shape != b.shape or b.numel()]
+    return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)
 
 
 def largest(output: Any) -> float:
