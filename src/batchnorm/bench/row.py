@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ class Row:
         saved_bytes: memory saved for the backward of a model; None if not measured.
         cpu, cores, isa, system: the machine.
         batchnorm, torch, python, date: versions, and date of the measurement.
+        load: the system's load average over the last minute, this process included; None if the system does not say.
     """
 
     suite: str
@@ -75,12 +77,14 @@ class Row:
     torch: str
     python: str
     date: str
+    load: float | None = None
 
 
 def circumstances() -> dict[str, Any]:
-    """The machine, the versions and the date, for a row."""
+    """The machine, its load, the versions and the date, for a row."""
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {**asdict(env.machine()), **env.versions(), "date": when}
+    return {**asdict(env.machine()), **env.versions(), "date": when, "load": load}
 
 
 def to_dict(rows: Sequence[Row], command: str) -> dict[str, object]:

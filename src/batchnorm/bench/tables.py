@@ -61,18 +61,13 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
             if layers:
                 wanted = f" (≥{target.eager:.2f})" if target and target.eager else ""
                 table.add_row(
-                    *where, _faster(summary.worst) + wanted, *map(_faster, summary.faster.values()), verdict(summary)
+                    *where, _faster(summary.worst) + wanted, *map(_faster, summary.faster.values()), summary.verdict
                 )
                 continue
             bound = f" (≤{target.limit:g})" if target and target.limit else ""
             factors = (_with_target(summary.faster.get(name), getattr(target, name, None)) for name in others)
-            table.add_row(*where, f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict(summary))
+            table.add_row(*where, f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, summary.verdict)
         yield table
-
-
-def verdict(summary: Summary) -> str:
-    """Whether the targets are met; empty if there are none."""
-    return {None: "", True: "held", False: "missed"}[summary.holds]
 
 
 def model_table(rows: Sequence[Row]) -> Table:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from batchnorm.bench.row import Row
 from batchnorm.measure import geometric_mean
 
+Verdict = Literal["held", "missed", "too noisy", ""]
 LARGE = 4 * 2**20  # bytes; above this size memory bandwidth is the limit
 
 
@@ -59,6 +60,8 @@ class Summary:
         ratio_to_limit: ratio to the byte limit of each provider.
         faster: speedup of ours over each other provider, over the shapes that both have.
         worst: the smallest speedup over eager.
+        bounds: the smallest and the largest value of these numbers that the spread of the measurements allows, from the 20th to the
+            80th percentile: of the ratio to the limit as "limit", of the speedups by provider, of the smallest speedup as "worst".
         target: the target of this group, or None.
     """
 
@@ -67,19 +70,27 @@ class Summary:
     ratio_to_limit: dict[str, float]
     faster: dict[str, float]
     worst: float
+    bounds: dict[str, tuple[float, float]]
     target: Target | None
 
     @property
-    def holds(self) -> bool | None:
-        """Whether all targets are met; None if there are none."""
-        if self.target is None:
-            return None
-        if self.target.limit is None:
-            return self.worst >= (self.target.eager or 0.0)
-        wanted = {name: getattr(self.target, name) for name in ("eager", "compile", "onednn")}
-        return self.ratio_to_limit["ours"] <= self.target.limit and all(
-            self.faster[name] >= factor for name, factor in wanted.items() if factor is not None and name in self.faster
-        )
+    def verdict(self) -> Verdict:
+        """Whether all targets are met; "too noisy" if the spread of the measurements allows both answers, "" if there are none."""
+        target = self.target
+        if target is None:
+            return ""
+        if target.limit is None:
+            least = {"worst": target.eager or 0.0}
+        else:
+            wanted = {name: getattr(target, name) for name in ("eager", "compile", "onednn")}
+            least = {name: value for name, value in wanted.items() if value is not None and name in self.faster}
+        low, high = self.bounds["limit"]
+        most = float("inf") if target.limit is None else target.limit
+        if high <= most and all(self.bounds[name][0] >= value for name, value in least.items()):
+            return "held"
+        if low > most or any(self.bounds[name][1] < value for name, value in least.items()):
+            return "missed"
+        return "too noisy"
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
@@ -103,17 +114,30 @@ def _summary(group: Group, providers: dict[str, dict[str, Row]]) -> Summary:
     def ratios(of: dict[str, Row]) -> dict[str, float]:
         return {shape: row.ratio_to_limit for shape, row in of.items() if row.ratio_to_limit is not None}
 
-    factors = {
-        name: {shape: row.p50 / ours[shape].p50 for shape, row in of.items()}
-        for name, of in providers.items()
-        if name not in ("ours", "copy")
+    others = {name: of for name, of in providers.items() if name not in ("ours", "copy")}
+
+    def factors(of: dict[str, Row], theirs: str, own: str) -> dict[str, float]:
+        return {shape: getattr(row, theirs) / getattr(ours[shape], own) for shape, row in of.items()}
+
+    faster = {name: factors(of, "p50", "p50") for name, of in others.items()}
+    low = {name: factors(of, "p20", "p80") for name, of in others.items()}
+    high = {name: factors(of, "p80", "p20") for name, of in others.items()}
+    limits = ratios(ours)
+    bounds = {
+        "limit": tuple(
+            mean({shape: ratio * getattr(ours[shape], name) / ours[shape].p50 for shape, ratio in limits.items()})
+            for name in ("p20", "p80")
+        ),
+        "worst": (min(low["eager"].values()), min(high["eager"].values())),
+        **{name: (mean(low[name]), mean(high[name])) for name in others},
     }
     return Summary(
         group,
         len(ours),
         {name: mean(ratios(of)) for name, of in providers.items()},
-        {name: mean(of) for name, of in factors.items()},
-        min(factors["eager"].values()),
+        {name: mean(of) for name, of in faster.items()},
+        min(faster["eager"].values()),
+        bounds,
         _target(group),
     )
 

@@ -40,13 +40,15 @@ def render(rows: Sequence[Row], command: str) -> str:
         body.append(section("Against the limit", _figures(groups)))
         body.append(section("Every number", *(_numbers(key, group) for key, group in groups.items())))
     body.append(section("How it was measured", _protocol(rows, command)))
-    judged = [summary.holds for summary in summaries if summary.holds is not None]
-    lead = (
-        f"{sum(judged)} of {len(judged)} targets held. A ratio of 1 is the speed at which this machine copies the bytes that "
-        "must move; everything compared ran in turns, in the same rounds."
-        if judged
-        else "Everything compared ran in turns, in the same rounds."
-    )
+    judged = [summary.verdict for summary in summaries if summary.verdict]
+    noisy = judged.count("too noisy")
+    unclear = f" The spread of {noisy} is too large for a verdict: measure again on a quiet machine." if noisy else ""
+    lead = "Everything compared ran in turns, in the same rounds."
+    if judged:
+        lead = (
+            f"{judged.count('held')} of {len(judged)} targets held.{unclear} A ratio of 1 is the speed at which this machine copies the "
+            f"bytes that must move. {lead}"
+        )
     suites = ", ".join(dict.fromkeys(row.suite for row in rows))
     return document(f"batchnorm bench · {suites}", "How far from the speed of memory?", lead, body, _machine(rows))
 
@@ -89,7 +91,7 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
             wanted = getattr(target, name, None) if target else None
             factor = summary.faster.get(name)
             factors.append("–" if factor is None else f"{factor:.2f}×" + (f" (≥\u00a0{wanted:.3g})" if wanted else ""))
-        verdict = {None: "", True: "✓ held", False: "✗ missed"}[summary.holds]
+        verdict = {"held": "✓ held", "missed": "✗ missed", "too noisy": "? too noisy", "": ""}[summary.verdict]
         return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
 
     columns = ["ours / limit", *(f"ours vs {name}" for name in others), ""]
