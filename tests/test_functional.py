@@ -6,11 +6,32 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm import Moments
+from batchnorm import Moments, kernels
 from batchnorm.functional import batch_norm, normalize, normalize_with, update_running_statistics
 from batchnorm.kernels import Activation, parse
 from batchnorm.kernels.activation import NAMES
 from tests.layer_table import ACTIVATIONS
+
+
+@pytest.mark.skipif(kernels.cpu.unavailable() is not None, reason="needs the C++ kernels")
+@pytest.mark.parametrize(
+    "of",
+    [lambda x: x[..., ::2], lambda x: x[:, ::2], lambda x: x.permute(3, 1, 0, 2), lambda x: x.expand(2, -1, -1, -1)],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_any_strides_run_on_the_fast_kernels(of, training, monkeypatch):
+    storage = torch.randn(1, 4, 6, 8)
+    x, plain = (of(storage.clone().requires_grad_()) for _ in "12")
+    plain = plain.detach().contiguous().requires_grad_()
+    layer = bn.BatchNorm2d(x.shape[1], activation="silu").train(training)
+    dy = torch.randn(x.shape)
+    expected = layer(plain)
+    (dx,) = torch.autograd.grad(expected, plain, dy)
+    monkeypatch.setattr(kernels, "KERNELS", (kernels.cpu,))
+    y = layer(x)
+    assert torch.equal(y, expected)
+    (found,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(found, dx)
 
 
 def test_every_activation_is_tested():

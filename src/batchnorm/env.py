@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from batchnorm import kernels
+from batchnorm.functional.checks import in_kernel_layout
 from batchnorm.kernels import Activation, Epilogue
 from batchnorm.version import __version__
 
@@ -170,7 +171,7 @@ def choice(device: str, dtype: torch.dtype, layout: str, masked: bool) -> Choice
     x = torch.empty(8, 64, 28, 56 if layout == "strided" else 28, dtype=dtype, device=device)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    x = x[..., ::2] if layout == "strided" else x
+    x = in_kernel_layout(x[..., ::2]) if layout == "strided" else x
     mask = torch.ones(8, 1, 28, 28, dtype=torch.bool, device=device) if masked else None
     weight = torch.empty(64, dtype=torch.promote_types(dtype, torch.float32), device=device)
     epilogue = Epilogue(weight, weight, x, mask, Activation("relu"))

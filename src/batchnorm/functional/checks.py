@@ -166,6 +166,18 @@ def epilogue_of(
     return Epilogue(weight, bias, residual, mask, kernels.parse(activation))
 
 
+def in_kernel_layout(input: Tensor) -> Tensor:
+    """The input, or a contiguous copy: on the CPU a copy costs much less than operators that take any strides."""
+    if (
+        not input.is_cpu
+        or torch.compiler.is_compiling()
+        or input.is_contiguous()
+        or input.movedim(1, -1).is_contiguous()
+    ):
+        return input
+    return input.contiguous()
+
+
 def mask_along_channels(mask: Tensor, input: Tensor) -> Tensor:
     """(N, *S), or what broadcasts to it, as (N, 1, *S)."""
     if not isinstance(mask, Tensor):

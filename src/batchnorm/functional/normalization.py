@@ -29,6 +29,7 @@ from batchnorm.functional.checks import (
     check_several_values,
     epilogue_of,
     groups_of,
+    in_kernel_layout,
     mask_of,
 )
 from batchnorm.functional.components import (
@@ -189,14 +190,15 @@ def normalize(
         )
         found = exported.constants(found)
     else:
-        kernel = kernels.select(input, epilogue, groups is None and renormalization is None)
+        x = in_kernel_layout(input)
+        kernel = kernels.select(x, epilogue, groups is None and renormalization is None)
         fused = epilogue if kernel.fuses else epilogue.affine()
-        if needs_grad(input, fused):
+        if needs_grad(x, fused):
             call = Call(eps, fused.activation, fused.mask, None, moments, renormalization, reducer, groups)
-            output, *values = memory.recorded(Normalize.apply, input, *distinct(input, *fused[:3]), call)
+            output, *values = memory.recorded(Normalize.apply, x, *distinct(x, *fused[:3]), call)
             found = Moments(*values)
         else:
-            output, found, *_ = reduction.forward(kernel, input, eps, fused, reducer, groups, moments, renormalization)
+            output, found, *_ = reduction.forward(kernel, x, eps, fused, reducer, groups, moments, renormalization)
         if fused is not epilogue:
             output = epilogue.after(output)
     return output, found if groups is None else _pooled(found, mask, groups, input)
@@ -249,13 +251,14 @@ def normalize_with(
     mean, variance = mean.detach(), variance.detach()
     if differentiated_by_torch() or exporting():
         return eager.infer(input, mean, variance, eps, epilogue)[0]
-    kernel = kernels.select(input, epilogue)
+    x = in_kernel_layout(input)
+    kernel = kernels.select(x, epilogue)
     fused = epilogue if kernel.fuses else epilogue.affine()
-    if needs_grad(input, fused):
+    if needs_grad(x, fused):
         call = Call(eps, fused.activation, fused.mask, (mean, variance))
-        output = memory.recorded(Normalize.apply, input, *distinct(input, *fused[:3]), call)[0]
+        output = memory.recorded(Normalize.apply, x, *distinct(x, *fused[:3]), call)[0]
     else:
-        output = kernel.infer(input, mean, variance, eps, fused)[0]
+        output = kernel.infer(x, mean, variance, eps, fused)[0]
     return output if fused is epilogue else epilogue.after(output)
 
 
@@ -276,7 +279,8 @@ def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = 
     epilogue = epilogue_of(input, None, None, None, None, mask)
     if differentiated_by_torch() or exporting():
         return exported.constants(eager.moments(input, epilogue.mask))
-    return kernels.select(input, epilogue).moments(input, epilogue.mask)
+    x = in_kernel_layout(input)
+    return kernels.select(x, epilogue).moments(x, epilogue.mask)
 
 
 def _components_of_moments(moments: Moments) -> Moments:
