@@ -15,9 +15,9 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import measure
-from batchnorm.bench import allocator, memory, model, providers, run, targets
+from batchnorm.bench import allocator, memory, model, providers, run, suite, targets
 from batchnorm.bench.accuracy import Exact
-from batchnorm.bench.case import DIRECTIONS, tensors
+from batchnorm.bench.case import DIRECTIONS, cases, quick, tensors
 from batchnorm.bench.row import Row, load
 from batchnorm.bench.suite import Layer
 from batchnorm.bench.tables import summary_tables
@@ -136,6 +136,43 @@ class TestTargets:
         rows[-1] = replace(rows[-1], **slower)
         assert targets.summarize(rows)[0].verdict == "missed"
 
+    def test_compiled_layers_are_compared_with_compiled_ones(self):
+        seconds = {"copy": 0.1, "eager": 1.0, "ours": 0.5, "compile": 0.9, "compile ours": 1.0}
+        samples = {name: [value] for name, value in seconds.items()}
+        one = case(layer=Layer((64, 64, 64, 64)), direction="step", through="layer")
+        rows = run.rows(one, samples, dict.fromkeys(samples, 1e-7), dict.fromkeys(samples, 10**6))
+        (summary,) = targets.summarize(rows)
+        assert summary.faster == {"eager": pytest.approx(2.0), "compile": pytest.approx(0.9)}
+        assert summary.worst == pytest.approx(0.9)
+        assert summary.verdict == "missed"
+
+
+class TestNeverSlower:
+    """The suite of all layers, against torch's eager and compiled."""
+
+    def test_it_has_each_layer_of_the_others_once(self):
+        found = suite.load("never-slower")
+        assert len(set(found.layers)) == len(found.layers) > 60
+        assert set(suite.load("resnet50").layers) <= set(found.layers)
+        assert (found.through, found.directions) == ("layer", ("forward", "step", "inference"))
+
+    def test_its_defaults_are_those_of_the_command(self):
+        found = quick(suite.load("never-slower"))
+        chosen = cases([found], ["planar"], None, None, ["fresh"], [1])
+        assert {(one.dtype, one.direction) for one in chosen} == {
+            (dtype, direction) for dtype in ("float32", "bfloat16") for direction in ("forward", "step", "inference")
+        }
+        assert {one.dtype for one in cases([suite.load("tiny")], ["planar"], None, None, ["fresh"], [1])} == {"float32"}
+
+    @pytest.mark.slow
+    def test_compiled_layers_compute_the_same(self):
+        one = case((4, 3, 8, 8), direction="step", through="layer")
+        given = tensors(one)
+        for provider in providers.find(["compile", "compile ours"]):
+            if provider.name != "copy":
+                with torch.set_grad_enabled(True):
+                    assert Exact(one, given).error(provider.prepare(one, given)()[0]) < 2e-6
+
 
 class TestProviders:
     @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -180,7 +217,7 @@ class TestProviders:
     def test_what_cannot_be_done_is_refused_with_a_reason(self):
         assert "float32" in providers.OneDNN().refuses(case(dtype="bfloat16"))
         assert "silu" in providers.OneDNN().refuses(case(layer=Layer((2, 3, 4, 4), activation="silu")))
-        assert "layers" in providers.Compile().refuses(case(through="layer"))
+        assert "replicas" in providers.Compile("compile", ours=False).refuses(case(through="replicas"))
 
 
 class TestMemory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,17 +92,17 @@ class Case:
 def cases(
     suites: Sequence[Suite],
     layouts: Sequence[str],
-    dtypes: Sequence[str],
+    dtypes: Sequence[str] | None,
     directions: Sequence[str] | None,
     outputs: Sequence[str],
     threads: Sequence[int],
 ) -> list[Case]:
-    """Every combination, with cases of the same tensors next to each other. `directions` None is each suite's default.
+    """Every combination, with cases of the same tensors next to each other. `dtypes` and `directions` None are each suite's default.
 
     Raises:
         InputError: on an unknown value or a number below 1.
     """
-    choices = {"layout": (layouts, LAYOUTS), "dtype": (dtypes, DTYPES), "outputs": (outputs, OUTPUTS)}
+    choices = {"layout": (layouts, LAYOUTS), "dtype": (dtypes or (), DTYPES), "outputs": (outputs, OUTPUTS)}
     choices["direction"] = (directions or (), DIRECTIONS)
     for what, (given, known) in choices.items():
         for word in given:
@@ -115,12 +115,16 @@ def cases(
         for suite in suites
         for layer in suite.layers
         for layout in (layouts if len(layer.shape) > 2 else ["channels_last"])
-        for dtype, direction, output, number in itertools.product(dtypes, directions or usual(suite), outputs, threads)
+        for dtype, direction, output, number in itertools.product(
+            dtypes or suite.dtypes or ("float32",), directions or usual(suite), outputs, threads
+        )
     ]
 
 
 def usual(suite: Suite) -> tuple[str, ...]:
     """The default directions of a suite: for layers, those that show the overhead around kernels; for functions, the kernels."""
+    if suite.directions:
+        return suite.directions
     through = {"layer": ("forward", "recorded", "step"), "replicas": ("forward", "step")}
     return through.get(suite.through, ("forward", "backward", "inference"))
 
@@ -129,7 +133,7 @@ def quick(suite: Suite) -> Suite:
     """A copy of the suite with four of its layers, from the largest to the smallest."""
     ordered = sorted(suite.layers, key=lambda layer: -math.prod(layer.shape))
     chosen = {round(index * (len(ordered) - 1) / 3) for index in range(4)}
-    return Suite(suite.name, suite.source, tuple(ordered[index] for index in sorted(chosen)), suite.through)
+    return replace(suite, layers=tuple(ordered[index] for index in sorted(chosen)))
 
 
 @dataclass(frozen=True)

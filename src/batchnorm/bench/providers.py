@@ -68,18 +68,19 @@ class Eager:
 
 
 class Compile:
-    """`torch.compile` of the same, compiled for each shape."""
+    """`torch.compile` of torch's batch norm or of ours, compiled for each shape."""
 
-    name = "compile"
+    def __init__(self, name: str, ours: bool) -> None:
+        self.name, self.ours = name, ours
 
     def refuses(self, case: Case) -> str | None:
-        if case.through == "layer":
-            return "compiled layers are measured in whole models"
+        if case.through == "replicas":
+            return "compiled layers are not measured over replicas"
         return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "torch.compile needs a C++ compiler"
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
         torch.compiler.reset()
-        call, parameters = _torchs(case, given)
+        call, parameters = (_ours if self.ours else _torchs)(case, given)
         with functorch_config.patch(donated_buffer=False):  # the backward runs more than once
             timed = _directed(case, given, torch.compile(call, dynamic=False), parameters)
             timed()
@@ -123,18 +124,7 @@ class Ours:
         return None
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
-        activation = case.layer.activation
-        if case.through == "layer":
-            return timed_layer(case, given, layer_of_ours(case, given))
-        weight, bias, mean, variance = _parameters(case, given)
-        training = case.direction != "inference"
-
-        def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            return functional.batch_norm(
-                x, mean, variance, weight, bias, training, activation=activation, residual=residual
-            )
-
-        return _directed(case, given, call, (weight, bias))
+        return _directed(case, given, *_ours(case, given))
 
 
 class WithSource:
@@ -163,7 +153,14 @@ def _padding(case: Case) -> Tensor:
     return (torch.arange(positions) < lengths.unsqueeze(1)).view(N, *S)
 
 
-PROVIDERS: tuple[Provider, ...] = (Copy(), Eager(), Compile(), OneDNN(), Ours())
+PROVIDERS: tuple[Provider, ...] = (
+    Copy(),
+    Eager(),
+    Compile("compile", ours=False),
+    OneDNN(),
+    Ours(),
+    Compile("compile ours", ours=True),
+)
 SOURCES: tuple[Provider, ...] = (  # they compute something else, so their rows have no error
     WithSource("ghost", lambda case: Ghost(min(16, max(case.layer.shape[0] // 2, 2)))),
     WithSource("renorm", lambda _: Renorm(warmup=0)),
@@ -194,6 +191,23 @@ def layer_of_ours(case: Case, given: Tensors) -> BatchNorm:
 def timed_layer(case: Case, given: Tensors, layer: nn.Module) -> Timed:
     """The function to time for a layer."""
     return _directed(case, given, layer, tuple(layer.parameters()))
+
+
+def _ours(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:
+    """Our batch norm, and its parameters."""
+    if case.through == "layer":
+        layer = layer_of_ours(case, given)
+        return layer, tuple(layer.parameters())
+    activation = case.layer.activation
+    weight, bias, mean, variance = _parameters(case, given)
+    training = case.direction != "inference"
+
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return functional.batch_norm(
+            x, mean, variance, weight, bias, training, activation=activation, residual=residual
+        )
+
+    return call, (weight, bias)
 
 
 def _torchs(case: Case, given: Tensors) -> tuple[Call, tuple[Tensor, ...]]:

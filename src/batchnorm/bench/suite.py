@@ -41,12 +41,16 @@ class Suite:
         layers: the different layers.
         through: "function" times the functions; "layer" whole layers with their overhead; "replicas" layers in two processes,
             synchronized and not.
+        directions, dtypes, providers: what to measure if the command does not say; empty for the usual.
     """
 
     name: str
     source: str
     layers: tuple[Layer, ...]
     through: str = "function"
+    directions: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
 
 
 def names() -> list[str]:
@@ -77,16 +81,19 @@ def load(suite: str) -> Suite:
 
 
 def _parse(data: dict[str, Any]) -> Suite:
-    unknown = data.keys() - {field.name for field in fields(Suite)} - {"batch"}
+    unknown = data.keys() - {field.name for field in fields(Suite)} - {"batch", "of"}
     if unknown:
         raise ValueError(f"unknown key {min(unknown)!r}")
-    layers = tuple(_layer(row, data["batch"]) for row in data["layers"])
+    of = [layer for other in data.get("of", ()) for layer in load(other).layers]
+    own = [_layer(row, data["batch"]) for row in (data.get("layers", ()) if of else data["layers"])]
+    layers = tuple(dict.fromkeys([*of, *own]))
     if not layers:
         raise ValueError("layers is empty")
     through = data.get("through", "function")
     if through not in THROUGH:
         raise ValueError(f"through must be one of {', '.join(THROUGH)}, but is {through!r}")
-    return Suite(str(data["name"]), str(data["source"]), layers, through)
+    defaults = (tuple(map(str, data.get(name, ()))) for name in ("directions", "dtypes", "providers"))
+    return Suite(str(data["name"]), str(data["source"]), layers, through, *defaults)
 
 
 def _layer(row: dict[str, Any], batch: int) -> Layer:

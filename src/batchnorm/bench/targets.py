@@ -59,7 +59,7 @@ class Summary:
         shapes: number of shapes.
         ratio_to_limit: ratio to the byte limit of each provider.
         faster: speedup of ours over each other provider, over the shapes that both have.
-        worst: the smallest speedup over eager.
+        worst: the smallest speedup over eager, and of compiled layers over torch's.
         bounds: the smallest and the largest value of these numbers that the spread of the measurements allows, from the 20th to the
             80th percentile: of the ratio to the limit as "limit", of the speedups by provider, of the smallest speedup as "worst".
         target: the target of this group, or None.
@@ -114,21 +114,32 @@ def _summary(group: Group, providers: dict[str, dict[str, Row]]) -> Summary:
     def ratios(of: dict[str, Row]) -> dict[str, float]:
         return {shape: row.ratio_to_limit for shape, row in of.items() if row.ratio_to_limit is not None}
 
-    others = {name: of for name, of in providers.items() if name not in ("ours", "copy")}
+    others = [name for name in providers if name not in ("ours", "compile ours", "copy")]
 
-    def factors(of: dict[str, Row], theirs: str, own: str) -> dict[str, float]:
-        return {shape: getattr(row, theirs) / getattr(ours[shape], own) for shape, row in of.items()}
+    def factors(theirs: str, own: str) -> dict[str, dict[str, float]]:
+        """Speedups by provider and shape; compiled layers of ours are compared with compiled ones."""
+        found = dict[str, dict[str, float]]()
+        for name in others:
+            of_ours = providers.get(f"{name} ours", ours)
+            found[name] = {
+                shape: getattr(row, theirs) / getattr(of_ours[shape], own)
+                for shape, row in providers[name].items()
+                if shape in of_ours
+            }
+        return found
 
-    faster = {name: factors(of, "p50", "p50") for name, of in others.items()}
-    low = {name: factors(of, "p20", "p80") for name, of in others.items()}
-    high = {name: factors(of, "p80", "p20") for name, of in others.items()}
+    faster, low, high = factors("p50", "p50"), factors("p20", "p80"), factors("p80", "p20")
+
+    def worst(of: dict[str, dict[str, float]]) -> float:
+        return min(factor for name in ("eager", "compile") for factor in of.get(name, {}).values())
+
     limits = ratios(ours)
     bounds = {
         "limit": tuple(
             mean({shape: ratio * getattr(ours[shape], name) / ours[shape].p50 for shape, ratio in limits.items()})
             for name in ("p20", "p80")
         ),
-        "worst": (min(low["eager"].values()), min(high["eager"].values())),
+        "worst": (worst(low), worst(high)),
         **{name: (mean(low[name]), mean(high[name])) for name in others},
     }
     return Summary(
@@ -136,7 +147,7 @@ def _summary(group: Group, providers: dict[str, dict[str, Row]]) -> Summary:
         len(ours),
         {name: mean(ratios(of)) for name, of in providers.items()},
         {name: mean(of) for name, of in faster.items()},
-        min(faster["eager"].values()),
+        worst(faster),
         bounds,
         _target(group),
     )

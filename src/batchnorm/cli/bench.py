@@ -52,11 +52,11 @@ def several(
     "--suite", "resnet50", f"Networks whose batch norms are measured: {', '.join(suite.names())}, or a .toml file."
 )
 @several("--layout", "planar,channels_last", "Layouts.")
-@several("--dtype", "float32", f"Any of {', '.join(DTYPES)}.")
+@several("--dtype", None, f"Any of {', '.join(DTYPES)}.  [default: float32, or the suite's]")
 @several("--direction", None, f"Any of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
 @several("--outputs", "fresh", f"Memory of outputs, any of {', '.join(OUTPUTS)}.")
 @several("--threads", f"1,{cores()}" if cores() > 1 else "1", "Numbers of threads.", _numbers)
-@several("--provider", ",".join(providers.USUAL), "Implementations to compare; compile takes ten seconds per case.")
+@several("--provider", None, f"Implementations to compare.  [default: {','.join(providers.USUAL)}, or the suite's]")
 @click.option(
     "--minutes", type=click.FloatRange(min=0), help=f"Time to spend.  [default: {MINUTES}, quick: {QUICK_MINUTES}]"
 )
@@ -121,7 +121,7 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
     here = [case for case in chosen if case.through != "replicas"]
     there = [case for case in chosen if case.through == "replicas"]
     share = 60 * minutes / max(len(chosen), 1)
-    found = providers.find(options["provider"])
+    found = providers.find(options["provider"] or [name for one in suites for name in one.providers] or providers.USUAL)
     measured = chain(run.run(here, found, share * len(here), least), replicas.run(there, share * len(there), least))
     return measured, len(chosen)
 
