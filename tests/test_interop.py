@@ -155,7 +155,7 @@ class TestHaiku:
         made = interop.to_haiku(trained(), dimensions=4)
         assert made.params["scale"].shape == (1, 3, 1, 1)
         assert made.config["data_format"] == "channels_first"
-        with pytest.raises(InputError, match="axis 2"):
+        with pytest.raises(InputError, match="the layer's is 2"):
             interop.to_haiku(trained_on_axis(2), dimensions=4)
         with pytest.raises(InputError, match="at least 2"):
             interop.to_haiku(trained(), dimensions=1)

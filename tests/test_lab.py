@@ -132,7 +132,7 @@ class TestIdx:
         write_idx_files(tmp_path)
         content = header(3, 240, 28, 28) + bytes([value]) * 240 * 28 * 28
         (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
-        with pytest.raises(InputError, match=rf"must show something; .* 200 in the IDX files is {value / 255:g} of 1"):
+        with pytest.raises(InputError, match=rf"must not be constant; .* 200 in the IDX files is {value / 255:g} of 1"):
             load(tmp_path)
 
     def test_too_few_images(self, tmp_path):

@@ -221,7 +221,7 @@ class TestRecordings:
         folder = self.folder(tmp_path)
         for sound, rate, width, message in (
             (tone(0.3).abs() / 200, 16_000, 1, r"16 bits; b\.wav has 8"),
-            (tone(0.3), 8000, 2, r"b\.wav: .*8000 a second"),
+            (tone(0.3), 8000, 2, r"b\.wav: .*8000 samples per second"),
             (tone(0.01), 16_000, 2, r"b\.wav: .*160 in all"),
             (tone(0), 16_000, 2, r"b\.wav: .*0 in all"),
         ):
