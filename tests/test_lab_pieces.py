@@ -222,8 +222,8 @@ class TestRecordings:
         for sound, rate, width, message in (
             (tone(0.3).abs() / 200, 16_000, 1, r"16 bits; b\.wav has 8"),
             (tone(0.3), 8000, 2, r"b\.wav: .*8000 samples per second"),
-            (tone(0.01), 16_000, 2, r"b\.wav: .*160 in all"),
-            (tone(0), 16_000, 2, r"b\.wav: .*0 in all"),
+            (tone(0.01), 16_000, 2, r"b\.wav: .*160 in total"),
+            (tone(0), 16_000, 2, r"b\.wav: .*0 in total"),
         ):
             write_wav(folder / "b.wav", sound, rate, width)
             with pytest.raises(InputError, match=message):
