@@ -98,7 +98,8 @@ sanitize: build/fuzz $(VENV)/dev
 	rm -rf build/asan && mkdir -p build/asan && cp -r src/batchnorm build/asan/
 	CXXFLAGS="-fsanitize=address -g" $(BIN)/python scripts/kernels.py build/asan/batchnorm/kernels/_cpu.so
 	for set in AVX-512 AVX2 baseline; do BATCHNORM_INSTRUCTION_SET=$$set PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) $(BIN)/python -m tests.hostile 3000 || exit 1; done
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m tests.hostile 3000 || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-models build site
