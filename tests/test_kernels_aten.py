@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm import kernels
-from batchnorm.kernels import Epilogue, Normalized, aten, cpu, eager
+from batchnorm.kernels import Epilogue, Normalized, aten, eager
 from tests.layer_table import ACTIVATIONS, ROWS, Row
 
 SHAPES = [(8, 3), (4, 3, 7), (4, 5, 6, 3), (2, 3, 2, 3, 4)]
@@ -19,9 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(autouse=True)
-def _without_library(monkeypatch):
-    monkeypatch.setattr(cpu, "_library", cpu._Library("this test was told so"))
-    monkeypatch.setattr(cpu, "_warned", True)
+def _also_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(aten, "DEVICES", ("cpu",))
 
 
 @pytest.fixture
@@ -179,3 +178,28 @@ def test_a_compiled_step_is_that_of_torch(last):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     for name, buffer in torchs.named_buffers():
         torch.testing.assert_close(dict(ours.named_buffers())[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_batch_that_is_not_finite_is_skipped_and_counted():
+    layer, plain = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    x = torch.randn(8, 3)
+    layer(x), plain(x)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+    before = [buffer.clone() for buffer in layer.buffers()]
+    layer(x.masked_fill(x > 1, torch.nan))
+    assert all(map(torch.equal, before, layer.buffers()))
+    assert layer.num_nonfinite_batches == 1
+    layer.on_nonfinite = "propagate"
+    layer(x.masked_fill(x > 1, torch.nan))
+    assert layer.running_mean.isnan().any()
+
+
+@pytest.mark.usefixtures("forced")
+def test_inference_can_be_differentiated_after_more_training():
+    layer = bn.BatchNorm1d(3).eval()
+    x = torch.randn(8, 3, requires_grad=True)
+    y = layer(x)
+    layer.train()(x.detach())
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x) / (1 + 1e-5) ** 0.5)

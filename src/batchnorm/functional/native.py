@@ -1,12 +1,10 @@
-"""Calls of torch's own operator: in compiled code, on GPUs, and on the CPU where the C++ library is missing.
+"""Calls of torch's own operator: in compiled code, and on GPUs.
 
 A compiler fuses the operator with its neighbors, and compiled code checks at each call every Python object that was read while it was
 traced. So these functions read few, and call the operator itself, whose backward is torch's too.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -47,10 +45,7 @@ def train(
         if torch.compiler.is_compiling():
             _update(running, mean, variance, update, recomputing_now(mean))
         elif not recomputing():
-            if x.is_cpu and mean.dtype is running.mean.dtype and math.isfinite(statistics.sum()):
-                _update_by_finite(running, mean, variance, update.momentum)
-            else:
-                _update(running, mean, variance, update, torch.zeros((), dtype=torch.bool, device=x.device))
+            _update(running, mean, variance, update, torch.zeros((), dtype=torch.bool, device=x.device))
     return y if activation is None else activation(y)
 
 
@@ -69,14 +64,6 @@ def _update(running: Running, mean: Tensor, variance: Tensor, update: Update, re
         running.batches.add_(happens)
 
 
-def _update_by_finite(running: Running, mean: Tensor, variance: Tensor, momentum: float | Tensor) -> None:
-    """The same on the CPU, where one can look. A sum that is finite has finite terms."""
-    for buffer, value in ((running.mean, mean), (running.variance, variance)):
-        buffer.mul_(1 - momentum).add_(value * momentum)
-    if running.batches is not None:
-        running.batches.add_(1)
-
-
 def infer(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: Activation | None, running: Running
 ) -> Tensor | None:
@@ -85,7 +72,12 @@ def infer(
         return None
     if running.mean.dtype is not running.variance.dtype or running.mean.dtype not in (x.dtype, torch.float32):
         return None
-    y = F.batch_norm(x, running.mean.detach(), running.variance.detach(), weight, bias, False, 0.0, eps)
+    mean, variance = running.mean.detach(), running.variance.detach()
+    if (
+        torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    ):  # later updates must not change what is saved for backward
+        mean, variance = mean.clone(), variance.clone()
+    y = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
     return y if activation is None else activation(y)
 
 

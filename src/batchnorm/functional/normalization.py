@@ -280,7 +280,7 @@ def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = 
     if differentiated_by_torch() or exporting():
         return exported.constants(eager.moments(input, epilogue.mask))
     x = in_kernel_layout(input)
-    return kernels.select(x, epilogue).moments(x, epilogue.mask)
+    return kernels.select(x, epilogue, plain=False).moments(x, epilogue.mask)
 
 
 def _components_of_moments(moments: Moments) -> Moments:
