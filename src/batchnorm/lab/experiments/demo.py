@@ -213,7 +213,7 @@ EXPERIMENT = Experiment(
         f"learning rate, 240 steps (MNIST: 1000, quick: 120) of 64 images; learning rates {', '.join(map('{:g}'.format, RATES))} "
         f"(quick: 0.003, {COMMON:g}, 3). Both arms of a seed start from the same weights and see the same batches. A seed's best "
         f"learning rate is chosen on validation and reported on test; a learning rate trains if a training ends with {TARGET:.0%} on "
-        "validation; steps are counted on validation, measured every 5 (MNIST: 10). What a hidden unit receives is measured on the "
+        "validation; validation accuracy is measured every 5 steps (MNIST: 10). What a hidden unit receives is measured on the "
         "validation images in inference. A comparison holds if it holds for every seed."
     ),
     seconds=15,
