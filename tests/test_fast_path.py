@@ -178,7 +178,7 @@ def test_what_is_unusual_in_inference_goes_the_long_way(case):
     assert type(make().eval()(x, **given).grad_fn.call) is GENERAL
 
 
-def test_a_frozen_layer_takes_the_short_way():
+def test_a_frozen_layer_takes_the_fast_path():
     layer = layer_of(3, statistics=bn.statistics.Running())
     before = [value.clone() for value in layer.buffers()]
     assert type(layer(X).grad_fn.call) is FAST

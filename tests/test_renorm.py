@@ -172,7 +172,7 @@ def trained(make, shape, dtype, last, batches, **given):
 @pytest.mark.parametrize(
     ("warmup", "batches"), [(0, 0), (2, 0), (10, 30), (10, 79), (10, 500)], ids=lambda value: f"{value}"
 )
-def test_the_short_way_is_the_long_one(monkeypatch, options, warmup, batches):
+def test_the_fast_path_gives_the_bits_of_the_general_one(monkeypatch, options, warmup, batches):
     for shape, last, dtype in product([(4, 5, 7), (6, 33)], [False, True], DTYPES):
         own = torch.float64 if dtype == torch.float64 else torch.float32
         part = Renorm(1.5, 0.4, warmup)

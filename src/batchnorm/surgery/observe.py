@@ -31,20 +31,20 @@ def observed(model: nn.Module, observers: Sequence[Observer], training: bool, **
     to do more.
     """
     modes = [(module, module.training) for module in model.modules()]
-    before = [(each.layer, {name: getattr(each.layer, name) for name in attributes}) for each in observers]
+    previous = [(each.layer, {name: getattr(each.layer, name) for name in attributes}) for each in observers]
     with contextlib.ExitStack() as stack:
         try:
             for module, _ in modes:
                 module.training = training
-            for layer, before_pre, after in observers:
+            for layer, before, after in observers:
                 for name, value in attributes.items():
                     setattr(layer, name, value)
-                stack.callback(layer.register_forward_pre_hook(before_pre, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 if after is not None:
                     stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
             yield
         finally:
-            for layer, values in before:
+            for layer, values in previous:
                 for name, value in values.items():
                     setattr(layer, name, value)
             for module, mode in modes:
