@@ -81,7 +81,9 @@ class Compile:
     def prepare(self, case: Case, given: Tensors) -> Timed:
         torch.compiler.reset()
         call, parameters = (_ours if self.ours else _torchs)(case, given)
-        with functorch_config.patch(donated_buffer=False):  # the backward runs more than once
+        with functorch_config.patch(
+            donated_buffer=False, enable_autograd_cache=False
+        ):  # the backward runs more than once
             timed = _directed(case, given, torch.compile(call, dynamic=False), parameters)
             timed()
         return timed
