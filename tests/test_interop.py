@@ -238,7 +238,45 @@ class Tutorial(nn.Module):
         return self.gamma * (x - mean) / torch.sqrt(variance + self.eps) + self.beta
 
 
+class DiveIntoDeepLearning(nn.Module):
+    """As in d2l.ai, section 8.5: other names, four axes, and numbers in the function that it calls."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.gamma, self.beta = (
+            nn.Parameter(torch.ones(1, features, 1, 1)),
+            nn.Parameter(torch.zeros(1, features, 1, 1)),
+        )
+        self.moving_mean, self.moving_var = torch.zeros(1, features, 1, 1), torch.ones(1, features, 1, 1)
+
+    def forward(self, x):
+        mean, variance = self.moving_mean, self.moving_var
+        if self.training:
+            mean = x.mean((0, 2, 3), keepdim=True)
+            variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+            self.moving_mean = (0.9 * self.moving_mean + 0.1 * mean).detach()
+            self.moving_var = (0.9 * self.moving_var + 0.1 * variance).detach()
+        return self.gamma * (x - mean) / torch.sqrt(variance + 1e-5) + self.beta
+
+
 class TestTutorial:
+    def test_moving_statistics_are_running_statistics(self, caplog):
+        theirs = DiveIntoDeepLearning(3)
+        nn.init.normal_(theirs.gamma)
+        theirs(torch.randn(4, 3, 5, 5))
+        assert is_hand_written(theirs)
+        bn.convert(nn.Sequential(theirs, nn.BatchNorm2d(3)))
+        assert "written by hand" in caplog.text
+        with pytest.raises(ArgumentError, match="lacks eps, momentum; pass eps= and momentum="):
+            interop.from_tutorial(theirs)
+        ours = interop.from_tutorial(theirs, eps=1e-5, momentum=0.1)
+        x = torch.randn(4, 3, 5, 5)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+        back = interop.to_tutorial(ours, DiveIntoDeepLearning(3)).eval()
+        torch.testing.assert_close(back(x), theirs(x))
+        assert back.moving_mean.shape == (1, 3, 1, 1)
+
     def test_it_goes_on_as_the_layer_would(self):
         torch.manual_seed(0)
         theirs = Tutorial(3, momentum=0.3)
