@@ -44,10 +44,10 @@ def from_tutorial(layer: Any, *, eps: float | None = None, momentum: float | Non
     """
     statistics = _check(layer, *(name for name, value in (("eps", eps), ("momentum", momentum)) if value is None))
     gamma, beta, mean, variance = (vector(getattr(layer, name), name) for name in (*_AFFINE, *statistics))
-    own_eps, own_momentum = getattr(layer, "eps", eps), getattr(layer, "momentum", momentum)
-    return Numbers(
-        gamma, beta, mean, variance, own_eps if eps is None else eps, own_momentum if momentum is None else momentum, 1
-    ).build()
+    eps, momentum = (
+        getattr(layer, name) if value is None else value for name, value in (("eps", eps), ("momentum", momentum))
+    )
+    return Numbers(gamma, beta, mean, variance, eps, momentum, 1).build()
 
 
 def to_tutorial(layer: nn.Module, target: Any) -> Any:
