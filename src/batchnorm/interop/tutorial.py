@@ -44,9 +44,8 @@ def from_tutorial(layer: Any, *, eps: float | None = None, momentum: float | Non
     """
     statistics = _check(layer, *(name for name, value in (("eps", eps), ("momentum", momentum)) if value is None))
     gamma, beta, mean, variance = (vector(getattr(layer, name), name) for name in (*_AFFINE, *statistics))
-    eps, momentum = (
-        getattr(layer, name) if value is None else value for name, value in (("eps", eps), ("momentum", momentum))
-    )
+    eps = layer.eps if eps is None else eps
+    momentum = layer.momentum if momentum is None else momentum
     return Numbers(gamma, beta, mean, variance, eps, momentum, 1).build()
 
 
