@@ -44,8 +44,10 @@ def from_tutorial(layer: Any, *, eps: float | None = None, momentum: float | Non
     """
     statistics = _check(layer, *(name for name, value in (("eps", eps), ("momentum", momentum)) if value is None))
     gamma, beta, mean, variance = (vector(getattr(layer, name), name) for name in (*_AFFINE, *statistics))
-    eps = layer.eps if eps is None else eps
-    momentum = layer.momentum if momentum is None else momentum
+    if eps is None:
+        eps = float(layer.eps)
+    if momentum is None:
+        momentum = float(layer.momentum)
     return Numbers(gamma, beta, mean, variance, eps, momentum, 1).build()
 
 
