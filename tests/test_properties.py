@@ -157,10 +157,15 @@ def largest_terms(call: Call, xhat: float, rstd: float) -> dict[str, float]:
     steepest = 1.5  # the largest derivative of any activation: hardswish, at 3
     grad = largest(torch.where(counted, call.dy, 0)) * steepest
     residual = 0.0 if call.residual is None else largest(torch.where(counted, call.residual, 0))
+    z = weight * xhat + (0.0 if call.bias is None else largest(call.bias)) + residual
+    if (
+        call.x.dtype is torch.float64 and call.activation is not None
+    ):  # not wider than z: what rounds z bends a derivative
+        grad *= max(1.0, z)
     running = [0.0 if value is None else largest(value) for value in (call.running_mean, call.running_var)]
     x = largest(torch.where(counted, call.x, 0))
     return {
-        "y": weight * xhat + (0.0 if call.bias is None else largest(call.bias)) + residual,
+        "y": z,
         "x": grad * weight * rstd * (1 + xhat**2),
         "weight": grad * xhat * call.count,
         "bias": grad * call.count,
