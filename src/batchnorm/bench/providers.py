@@ -81,9 +81,8 @@ class Compile:
     def prepare(self, case: Case, given: Tensors) -> Timed:
         torch.compiler.reset()
         call, parameters = (_ours if self.ours else _torchs)(case, given)
-        with functorch_config.patch(
-            donated_buffer=False, enable_autograd_cache=False
-        ):  # the backward runs more than once
+        # The backward runs more than once, so it must not reuse the memory of saved tensors, as one from the cache might.
+        with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
             timed = _directed(case, given, torch.compile(call, dynamic=False), parameters)
             timed()
         return timed

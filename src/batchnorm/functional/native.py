@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.recompute import recomputing, recomputing_now
-from batchnorm.kernels import Activation, Epilogue, Running, Update
+from batchnorm.kernels import Activation, Epilogue, Running, Update, buffers
 from batchnorm.torch_state import differentiated_by_torch
 
 
@@ -39,29 +39,14 @@ def train(
     statistics = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
     mean, variance = statistics[0], statistics[1]
     y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
-    with torch.no_grad():
-        if not update.unbiased:
-            variance = variance * ((count - 1) / count)
-        if torch.compiler.is_compiling():
-            _update(running, mean, variance, update, recomputing_now(mean))
-        elif not recomputing():
-            _update(running, mean, variance, update, torch.zeros((), dtype=torch.bool, device=x.device))
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        update = update._replace(unless=recomputing_now(mean))
+    if compiling or not recomputing():
+        with torch.no_grad():
+            variance = variance if update.unbiased else variance * ((count - 1) / count)
+            buffers.update_statistics(running, mean, variance, update)
     return y if activation is None else activation(y)
-
-
-def _update(running: Running, mean: Tensor, variance: Tensor, update: Update, recomputed: Tensor) -> None:
-    """Decide on the device whether the batch updates the buffers."""
-    happens = ~recomputed
-    if update.skip_nonfinite:
-        finite = (mean.to(running.mean.dtype).isfinite() & variance.to(running.variance.dtype).isfinite()).all()
-        happens = happens & finite
-        if running.skipped is not None:
-            running.skipped.add_(~finite & ~recomputed)
-    for buffer, value in ((running.mean, mean), (running.variance, variance)):
-        old = buffer.to(value.dtype)
-        buffer.copy_(torch.where(happens, (1 - update.momentum) * old + update.momentum * value, old))
-    if running.batches is not None:
-        running.batches.add_(happens)
 
 
 def infer(

@@ -24,8 +24,10 @@ from batchnorm.kernels.contract import (
     Update,
     values_per_channel,
 )
-from batchnorm.kernels.correction import Renormalization
+from batchnorm.kernels.eager import forward_renormalized, update_running  # never asked for: `refuses`, `takes_update`
 from batchnorm.moments import Moments
+
+__all__ = ["forward_renormalized", "update_running"]
 
 name = "aten"
 fuses = False
@@ -49,11 +51,7 @@ def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
         return f"x is {x.dtype}"
     if values_per_channel(x) < 2:
         return "there is one value per channel, or none"
-    if x.dtype is not torch.float64:
-        for parameter in (epilogue.weight, epilogue.bias):
-            if parameter is not None and parameter.dtype is torch.float64:
-                return f"the parameters are float64 and x is {x.dtype}"
-    return None
+    return epilogue.wider_than(x)
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
@@ -98,8 +96,7 @@ def input_grad(
 
 
 def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> Forward:
-    if groups is not None:
-        return eager.forward(x, eps, epilogue, groups)
+    assert groups is None, "`refuses` was asked"
     weight, bias = _affine(x, epilogue)
     count = values_per_channel(x)
     running_mean, running_var = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -107,10 +104,6 @@ def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = N
         x, weight, bias, running_mean, running_var, 1.0, eps
     )
     return Forward(y, Moments(count, mean, running_var * (count - 1)), rstd, reserve=reserve)
-
-
-def forward_renormalized(x: Tensor, eps: float, epilogue: Epilogue, renormalization: Renormalization) -> Forward:
-    return eager.forward_renormalized(x, eps, epilogue, renormalization)
 
 
 def backward(
@@ -121,8 +114,7 @@ def backward(
     needs_input_grad: bool = True,
     groups: Groups | None = None,
 ) -> Backward:
-    if groups is not None:
-        return eager.backward(dy, x, by, epilogue, needs_input_grad, groups)
+    assert groups is None, "`refuses` was asked"
     mean, rstd, count, reserve = by
     wanted = [needs_input_grad, True, True]
     if count is None:
@@ -140,10 +132,6 @@ def backward(
 
 def takes_update(running: Running, moments: Moments, update: Update) -> bool:  # noqa: ARG001 (the contract's signature)
     return False
-
-
-def update_running(running: Running, moments: Moments, update: Update) -> Tensor | None:
-    return eager.update_running(running, moments, update)
 
 
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:  # noqa: ARG001 (the contract's signature)

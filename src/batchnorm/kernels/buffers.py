@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.errors import StateError
+from batchnorm.kernels.contract import Running, Update
 from batchnorm.torch_state import (
     differentiated_by_torch,
     is_batched,
@@ -16,6 +18,37 @@ from batchnorm.torch_state import (
     tracks_gradient,
     unwrapped,
 )
+
+
+def update_statistics(
+    running: Running, mean: Tensor, variance: Tensor, update: Update, happens: Tensor | None = None
+) -> Tensor | None:
+    """Update running statistics by a batch's mean and variance, (C,), where `happens` (0-d bool), and count the batch.
+
+    Returns 0-d bool, whether they are finite in the buffers' dtypes; None without `skip_nonfinite`.
+    """
+    pairs = ((running.mean, mean), (running.variance, variance))
+    finite = None
+    if update.skip_nonfinite:
+        is_finite = [value.to(buffer.dtype).isfinite() for buffer, value in pairs]
+        finite = (is_finite[0] & is_finite[1]).all()
+        happens = finite if happens is None else happens & finite
+    if update.unless is not None:
+        happens = ~update.unless if happens is None else happens & ~update.unless
+    writes = []
+    for buffer, value in pairs:
+        old = buffer.to(value.dtype)
+        new = (1 - update.momentum) * old + update.momentum * value
+        writes.append((buffer, new if happens is None else torch.where(happens, new, old)))
+    if running.batches is not None:
+        writes.append((running.batches, running.batches + (1 if happens is None else happens)))
+    for buffer, value in writes:
+        check_writable(buffer, value)
+    for buffer, value in writes:
+        write(buffer, value)
+    if running.skipped is not None and finite is not None:
+        count_in(running.skipped, ~finite if update.unless is None else ~finite & ~update.unless)
+    return finite
 
 
 def count_in(counter: Tensor, skipped: Tensor) -> None:

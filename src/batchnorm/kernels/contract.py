@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from batchnorm.kernels.activation import Activation
@@ -55,6 +56,13 @@ class Epilogue(NamedTuple):
     def has_residual(self) -> bool:
         """Whether the backward computes dresidual."""
         return self.residual is not None or self.output is not None
+
+    def wider_than(self, x: Tensor) -> str | None:
+        """Why a kernel that computes in x's dtype or float32 does not accept the parameters: they are float64 and x is not."""
+        parameters = (self.weight, self.bias)
+        if x.dtype is torch.float64 or not any(each is not None and each.dtype is torch.float64 for each in parameters):
+            return None
+        return f"the parameters are float64 and x is {x.dtype}"
 
     def affine(self) -> Epilogue:
         """The weight and the bias alone."""

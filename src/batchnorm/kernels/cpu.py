@@ -56,11 +56,7 @@ def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:  #
     for beside in (epilogue.residual, epilogue.output):
         if beside is not None and beside.dtype != x.dtype:
             return f"the residual is {beside.dtype} and x is {x.dtype}"
-    if x.dtype is not torch.float64:
-        for parameter in (epilogue.weight, epilogue.bias):
-            if parameter is not None and parameter.dtype is torch.float64:
-                return f"the parameters are float64 and x is {x.dtype}"
-    return None
+    return epilogue.wider_than(x)
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Moments:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.buffers import check_writable, count_in, write
+from batchnorm.kernels import buffers
 from batchnorm.kernels.contract import (
     Backward,
     Epilogue,
@@ -126,28 +126,8 @@ def takes_update(running: Running, moments: Moments, update: Update) -> bool:  #
 
 @torch.no_grad()
 def update_running(running: Running, moments: Moments, update: Update) -> Tensor | None:
-    count = moments.count
-    pairs = ((running.mean, moments.mean), (running.variance, moments.variance(unbiased=update.unbiased)))
-    finite, happens = None, None if isinstance(count, int) else count > 1
-    if update.skip_nonfinite:
-        finite = torch.stack([value.to(buffer.dtype).isfinite().all() for buffer, value in pairs]).all()
-        happens = finite if happens is None else happens & finite
-    if update.unless is not None:
-        happens = ~update.unless if happens is None else happens & ~update.unless
-    writes = []
-    for buffer, value in pairs:
-        old = buffer.to(value.dtype)
-        new = (1 - update.momentum) * old + update.momentum * value
-        writes.append((buffer, new if happens is None else torch.where(happens, new, old)))
-    if running.batches is not None:
-        writes.append((running.batches, running.batches + (1 if happens is None else happens)))
-    for buffer, value in writes:
-        check_writable(buffer, value)
-    for buffer, value in writes:
-        write(buffer, value)
-    if running.skipped is not None and finite is not None:
-        count_in(running.skipped, ~finite if update.unless is None else ~finite & ~update.unless)
-    return finite
+    happens = None if isinstance(moments.count, int) else moments.count > 1
+    return buffers.update_statistics(running, moments.mean, moments.variance(unbiased=update.unbiased), update, happens)
 
 
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:  # noqa: ARG001 (the contract's signature)
