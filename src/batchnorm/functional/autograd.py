@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm import kernels, memory
+from batchnorm import memory
 from batchnorm.functional import reduction
 from batchnorm.functional.reduction import Reducer
-from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Normalized, Renormalization, Step, eager
+from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Normalized, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch
@@ -50,6 +50,7 @@ class Call(NamedTuple):
     """The arguments of `Normalize` that need no gradient.
 
     Attributes:
+        kernel: the kernel that accepts the call.
         eps: added to the variance.
         activation: applied last, or None.
         mask: bool, (N, 1, *S), or None.
@@ -60,6 +61,7 @@ class Call(NamedTuple):
         groups: groups of samples that are normalized separately, or None.
     """
 
+    kernel: Kernel
     eps: float
     activation: Activation | None = None
     mask: Tensor | None = None
@@ -139,7 +141,7 @@ class Normalize(torch.autograd.Function):
         assert type(call) is Call
         ctx.set_materialize_grads(False)
         epilogue = Epilogue(weight, bias, residual, call.mask, call.activation)
-        ctx.kernel = kernel = kernels.select(x, epilogue, call.groups is None and call.renormalization is None)
+        ctx.kernel = kernel = call.kernel
         bias = None if call.activation is None else bias
         if call.constants is not None:
             ctx.count = None

@@ -194,7 +194,7 @@ def normalize(
         kernel = kernels.select(x, epilogue, groups is None and renormalization is None)
         fused = epilogue if kernel.fuses else epilogue.affine()
         if needs_grad(x, fused):
-            call = Call(eps, fused.activation, fused.mask, None, moments, renormalization, reducer, groups)
+            call = Call(kernel, eps, fused.activation, fused.mask, None, moments, renormalization, reducer, groups)
             output, *values = memory.recorded(Normalize.apply, x, *distinct(x, *fused[:3]), call)
             found = Moments(*values)
         else:
@@ -255,7 +255,7 @@ def normalize_with(
     kernel = kernels.select(x, epilogue)
     fused = epilogue if kernel.fuses else epilogue.affine()
     if needs_grad(x, fused):
-        call = Call(eps, fused.activation, fused.mask, (mean, variance))
+        call = Call(kernel, eps, fused.activation, fused.mask, (mean, variance))
         output = memory.recorded(Normalize.apply, x, *distinct(x, *fused[:3]), call)[0]
     else:
         output = kernel.infer(x, mean, variance, eps, fused)[0]
