@@ -302,7 +302,7 @@ class TestMemory:
                 recomputed.clear()
                 assert recipes
                 assert all(recipe() is None for recipe in recipes)
-                assert not contexts._thread.saver._entries
+                assert not contexts.thread.saver._entries
         finally:
             gc.enable()
 
@@ -315,7 +315,7 @@ class TestMemory:
                 if index in (4, 19):
                     gc.collect()
                     counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-            assert not contexts._thread.saver._entries
+            assert not contexts.thread.saver._entries
         assert counts[1] <= counts[0]  # other tests leave things that go meanwhile
 
     def test_chains_are_cut(self, recomputed):
@@ -546,7 +546,7 @@ class TestComposition:
         model = network()
         with bn.save_memory(), torch.no_grad():
             model(sample())
-            assert not contexts._thread.saver._entries
+            assert not contexts.thread.saver._entries
         with bn.save_memory(), torch.inference_mode():
             model.eval()(sample())
 
@@ -571,12 +571,12 @@ class TestContext:
         with bn.save_memory():
             with bn.save_memory():
                 pass
-            assert contexts._thread.saver is not None
+            assert contexts.thread.saver is not None
             assert torch.autograd.graph.saved_tensors_hooks is not None
-        assert contexts._thread.saver is None
+        assert contexts.thread.saver is None
         with pytest.raises(ZeroDivisionError), bn.save_memory():
             raise ZeroDivisionError
-        assert contexts._thread.saver is None
+        assert contexts.thread.saver is None
         assert not torch.overrides._get_current_function_mode_stack()
 
     def test_is_a_decorator(self, recomputed):
@@ -642,13 +642,13 @@ class TestConvert:
         model = bn.convert(torchs(), save_memory=True)
         with pytest.raises(RuntimeError):
             model(torch.randn(1, 5, 8, 8))
-        assert contexts._thread.saver is None
+        assert contexts.thread.saver is None
         assert not torch.overrides._get_current_function_mode_stack()
 
     def test_parts_of_a_converted_model_are_as_ever(self, recomputed):
         model = bn.convert(torchs(), save_memory=True)
         step(model, call=lambda x: model[3:](model[:3](x)))
-        assert contexts._thread.saver is None
+        assert contexts.thread.saver is None
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="without the C++ kernels")

@@ -136,7 +136,12 @@ class Normalize(torch.autograd.Function):
             y, statistics = call.step.forward(x, weight, bias, *call.arguments)
             if not y.numel():
                 return None
-            ctx.save_for_backward(x, statistics, weight, None if call.activation is None else bias)
+            ctx.to_save = (
+                x,
+                statistics,
+                weight,
+                None if call.activation is None else bias,
+            )  # `save_for_backward`, likewise
             return y
         assert type(call) is Call
         ctx.set_materialize_grads(False)

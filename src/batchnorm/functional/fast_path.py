@@ -21,13 +21,9 @@ from batchnorm.torch_state import differentiated_by_torch, is_tracing
 
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
     """The one-operator calls for x, or None if this call takes the general path."""
-    if (
-        type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or is_tracing()
-        or differentiated_by_torch()
-        or memory.saving()
-    ):
+    if type(x) is not Tensor or torch.compiler.is_compiling() or is_tracing() or differentiated_by_torch():
+        return None
+    if memory.thread.saver is not None and memory.saving():
         return None
     return kernels.steps_for(x, running_mean)
 
@@ -64,7 +60,7 @@ def call(
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, bias, None, StepCall(step, arguments, code, eps, activation))
+        return _apply(x, weight, bias, None, _new(StepCall, (step, arguments, code, eps, activation)))
     y, statistics = step.forward(x, weight, bias, *arguments)
     if not y.numel():
         return None
@@ -72,6 +68,8 @@ def call(
         observe(statistics)
     return y
 
+
+_new = tuple.__new__  # of a named tuple, without its frame
 
 # `Normalize.apply` without its two frames for `torch.func`, which takes the general path: they cost as much as a kernel.
 _apply = super(torch.autograd.Function, Normalize).apply  # pyright: ignore[reportAttributeAccessIssue]

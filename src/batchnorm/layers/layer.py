@@ -7,7 +7,7 @@ so that code asking `isinstance(module, nn.BatchNorm2d)` finds them.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -168,7 +168,7 @@ class BatchNorm(LayerState):
             proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
             return proxy if activation is None else activation(proxy)
         self._check_input_dim(input)
-        if memory.skips(self.save_memory):
+        if not self.save_memory and memory.skips():
             with memory.skipping():
                 return self._normalize(input, residual, mask, lengths, activation)
         return self._normalize(input, residual, mask, lengths, activation)
@@ -243,10 +243,8 @@ class BatchNorm(LayerState):
         return axis
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if _rank(input) < 2:
-            raise InputError(
-                f"expected input of at least 2D, (N, C, *S) (got {input.dim()}D input); add the missing axis with unsqueeze"
-            )
+        if not isinstance(input, Tensor) or input.dim() < 2:
+            _refuse(input, "input of at least 2D, (N, C, *S)", "add the missing axis with unsqueeze")
 
     def _set_options(self, **options: Any) -> None:
         for name, choices in _CHOICES.items():
@@ -264,21 +262,24 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
     """`BatchNorm` of (N, C) or (N, C, L) input."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _expect_rank(input, 2, 3)
+        if not isinstance(input, Tensor) or input.dim() not in (2, 3):
+            _refuse(input, "2D or 3D input")
 
 
 class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
     """`BatchNorm` of (N, C, H, W) input."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _expect_rank(input, 4)
+        if not isinstance(input, Tensor) or input.dim() != 4:
+            _refuse(input, "4D input")
 
 
 class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     """`BatchNorm` of (N, C, D, H, W) input."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _expect_rank(input, 5)
+        if not isinstance(input, Tensor) or input.dim() != 5:
+            _refuse(input, "5D input")
 
 
 def check_statistics(statistics: Any) -> None:
@@ -293,18 +294,12 @@ def check_statistics(statistics: Any) -> None:
         )
 
 
-def _expect_rank(input: Tensor, *ranks: int) -> None:
-    if _rank(input) not in ranks:
-        wanted = " or ".join(f"{rank}D" for rank in ranks)
-        raise InputError(
-            f"expected {wanted} input (got {input.dim()}D input); reshape it, or use batchnorm.BatchNorm, which takes any rank"
-        )
-
-
-def _rank(input: Tensor) -> int:
+def _refuse(
+    input: Any, wanted: str, remedy: str = "reshape it, or use batchnorm.BatchNorm, which takes any rank"
+) -> NoReturn:
     if not isinstance(input, Tensor):
         raise ArgumentError(f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor")
-    return input.dim()
+    raise InputError(f"expected {wanted} (got {input.dim()}D input); {remedy}")
 
 
 def _integer(value: Any, name: str) -> int:

@@ -11,6 +11,7 @@ from batchnorm.memory.contexts import (
     saving,
     skipping,
     skips,
+    thread,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "saving",
     "skipping",
     "skips",
+    "thread",
 ]

@@ -84,7 +84,7 @@ class _Thread(threading.local):
     depth: int = 0
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 @contextmanager
@@ -109,23 +109,23 @@ def save_memory() -> Iterator[None]:
 
 
 def _open(everywhere: bool) -> None:
-    if _thread.saver is None:
+    if thread.saver is None:
         saver = Saver()
         mode = _Mode(saver)
         mode.__enter__()
-        _thread.saver, _thread.mode = saver, mode
-    _thread.depth += 1
-    _thread.saver.everywhere += everywhere
+        thread.saver, thread.mode = saver, mode
+    thread.depth += 1
+    thread.saver.everywhere += everywhere
 
 
 def _close(everywhere: bool) -> None:
-    saver, mode = _thread.saver, _thread.mode
+    saver, mode = thread.saver, thread.mode
     if saver is None or mode is None:
         return
     saver.everywhere -= everywhere
-    _thread.depth -= 1
-    if _thread.depth == 0:
-        _thread.saver = _thread.mode = None
+    thread.depth -= 1
+    if thread.depth == 0:
+        thread.saver = thread.mode = None
         mode.__exit__(None, None, None)
         saver.clear()
 
@@ -162,7 +162,7 @@ def detach(model: nn.Module) -> None:
 
 def recorded(function: Callable[..., Any], *args: Any) -> Any:
     """Call an autograd function as `Saver.call` does, since torch function modes do not intercept autograd functions."""
-    saver = None if torch.compiler.is_compiling() else _thread.saver
+    saver = None if torch.compiler.is_compiling() else thread.saver
     if saver is None or _is_inactive() or is_foreign(args[0]):
         return function(*args)
     with disabled_torch_function(), saver.hooks():
@@ -171,25 +171,25 @@ def recorded(function: Callable[..., Any], *args: Any) -> Any:
 
 def saving() -> bool:
     """Whether memory is saved in this thread now, and no other hooks take precedence."""
-    return _thread.saver is not None and not _is_inactive()
+    return thread.saver is not None and not _is_inactive()
 
 
 def recording() -> Saver | None:
     """The saver that accepts a recipe for the current call, or None."""
-    saver = None if torch.compiler.is_compiling() else _thread.saver
+    saver = None if torch.compiler.is_compiling() else thread.saver
     return saver if saver is not None and saver.recording else None
 
 
-def skips(wanted: bool) -> bool:
-    """Whether memory is saved now, but not for a layer whose `save_memory` is `wanted`."""
-    saver = None if wanted or torch.compiler.is_compiling() else _thread.saver
-    return saver is not None and not saver.everywhere
+def skips() -> bool:
+    """Whether memory is saved now, but only for layers whose `save_memory` is True."""
+    saver = thread.saver
+    return saver is not None and not torch.compiler.is_compiling() and not saver.everywhere
 
 
 @contextmanager
 def skipping() -> Iterator[None]:
     """Save no memory for the batch norm that runs in this context."""
-    saver = _thread.saver
+    saver = thread.saver
     assert saver is not None
     before, saver.wanted = saver.wanted, False
     try:

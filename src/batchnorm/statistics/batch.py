@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from batchnorm.statistics.common import by_replicas, train_on_fast_path, train_or_infer
+from batchnorm.statistics.common import by_replicas, infer_on_fast_path, train_on_fast_path, train_or_infer
 from batchnorm.statistics.contract import Layer
 
 
@@ -21,5 +21,6 @@ class Batch:
     infers_by_running_statistics: ClassVar[bool] = True
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        y = train_on_fast_path("training", layer, x, residual, mask)
+        fast = train_on_fast_path if layer.training else infer_on_fast_path
+        y = fast(layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, by_replicas) if y is None else y

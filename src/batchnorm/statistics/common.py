@@ -25,9 +25,11 @@ from batchnorm.functional.checks import check_eps, check_input, check_momentum, 
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
 from batchnorm.kernels import Renormalization, Running, Update
 from batchnorm.moments import Moments
+from batchnorm.statistics import one_batch
 from batchnorm.statistics.accumulate import accumulating, add
 from batchnorm.statistics.contract import Applying, Layer
 from batchnorm.statistics.one_batch import in_one_batch, joint_reducer, updates_here
+from batchnorm.statistics.thread import thread
 from batchnorm.torch_state import differentiated_by_torch
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
@@ -124,22 +126,22 @@ def _by_torchs_operator(
 
 
 def train_on_fast_path(
-    kind: Literal["training", "renormalization"],
     layer: Layer,
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
+    kind: Literal["training", "renormalization"] = "training",
     bounds: tuple[float, ...] = (),
     observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """The layer's output in training, computed by one operator, or None if the call takes the general path.
 
     Args:
-        kind: the name of the step in `kernels.Steps`.
         layer: the layer that the source received.
         x: (N, C, *S).
         residual: must be None; the general path takes it.
         mask: must be None; the general path takes it.
+        kind: the name of the step in `kernels.Steps`.
         bounds: further arguments of the step.
         observe: receives the batch's statistics if no gradient is recorded.
     """
@@ -151,14 +153,17 @@ def train_on_fast_path(
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
     if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
         return None
-    if layer.reducer is not None or accumulating() or in_one_batch():
+    if layer.reducer is not None or thread.window is not None:
         return None
     found = _tensors_of(layer)
     if found is None:
         return None
     weight, bias, mean, variance, batches = found
     steps = fast_path.steps_for(x, mean)
-    if steps is None and kind != "training":
+    if steps is None:
+        if kind != "training" or in_one_batch():
+            return None
+    elif thread.micro_batch is not None or one_batch.calls:  # `in_one_batch` without its frames
         return None
     skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
@@ -221,10 +226,9 @@ def reducer_of(layer: Layer) -> Reducer | None:
 
 
 def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-    if residual is None and mask is None:
-        y = _infer_on_fast_path(layer, x)
-        if y is not None:
-            return y
+    y = infer_on_fast_path(layer, x, residual, mask)
+    if y is not None:
+        return y
     if layer.running_mean is None or layer.running_var is None:
         raise StateError(
             "normalizing by running statistics needs them, but this layer has none; build it with track_running_stats=True"
@@ -242,12 +246,12 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
     )
 
 
-def _infer_on_fast_path(layer: Layer, x: Tensor) -> Tensor | None:
+def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """The layer's output by its running statistics, computed by one operator, or None if the call takes the general path."""
     activation = layer.activation
     if isinstance(layer, Applying):
         layer = layer.owner
-    if not isinstance(layer, nn.Module):
+    if residual is not None or mask is not None or not isinstance(layer, nn.Module):
         return None
     found = _tensors_of(layer)
     if found is None:

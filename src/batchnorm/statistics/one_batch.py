@@ -208,7 +208,7 @@ class _Inherited:
 
 
 # For each layer, the calls whose graph is alive: a checkpoint may run them again.
-_calls: WeakKeyDictionary[Any, WeakSet[Call]] = WeakKeyDictionary()
+calls: WeakKeyDictionary[Any, WeakSet[Call]] = WeakKeyDictionary()
 
 
 class _Waiting(Joint):
@@ -230,7 +230,7 @@ class _Waiting(Joint):
 
     def record(self, call: Call) -> None:
         if may_be_recomputed():
-            _calls.setdefault(owner_of(self._layer), WeakSet()).add(call)
+            calls.setdefault(owner_of(self._layer), WeakSet()).add(call)
 
 
 class _Recomputing(Joint):
@@ -259,16 +259,16 @@ def joint_reducer(layer: Layer, replicas: Reducer | None) -> Reducer | None:
         return replicas
     if thread.micro_batch is not None:
         return _Waiting(thread.micro_batch, layer, replicas)
-    if _calls and recomputing():
-        calls = _calls.get(owner_of(layer))
-        if calls:
-            return _Recomputing(list(calls), replicas)
+    if calls and recomputing():
+        of_layer = calls.get(owner_of(layer))
+        if of_layer:
+            return _Recomputing(list(of_layer), replicas)
     return replicas
 
 
 def in_one_batch() -> bool:
     """Whether this is the forward of a micro-batch, or may be its recomputation."""
-    return not torch.compiler.is_compiling() and (thread.micro_batch is not None or bool(_calls))
+    return thread.micro_batch is not None or (not torch.compiler.is_compiling() and bool(calls))
 
 
 def updates_here() -> bool:

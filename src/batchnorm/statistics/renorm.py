@@ -68,11 +68,11 @@ class Renorm:
     def _on_fast_path(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
         call = partial(
             train_on_fast_path,
-            "renormalization",
             layer,
             x,
             residual,
             mask,
+            "renormalization",
             bounds=(self.r_max, self.d_max, self.warmup),
         )
         if not (layer.training and recomputed.is_needed()):
