@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm import kernels
@@ -203,3 +204,60 @@ def test_inference_can_be_differentiated_after_more_training():
     layer.train()(x.detach())
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.ones_like(x) / (1 + 1e-5) ** 0.5)
+
+
+@pytest.mark.usefixtures("forced")
+class TestOnTheCPU:
+    """Where the C++ library is missing, torch's operator updates the running statistics itself."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_step_is_that_of_torch(self, dtype):
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        torchs, x = nn.BatchNorm1d(3, dtype=wide), torch.randn(8, 3, 5).to(dtype)
+        ours = bn.convert(copy.deepcopy(torchs))
+        results = []
+        for layer in (torchs, ours):
+            given = x.clone().requires_grad_()
+            y = layer(given)
+            y.square().sum().backward()
+            results.append([y, given.grad, layer.weight.grad, layer.bias.grad, *layer.buffers(), layer.eval()(x)])
+        assert all(map(torch.equal, *results))
+
+    def test_a_checkpoint_updates_once(self):
+        layer, plain, x = bn.BatchNorm1d(3), bn.BatchNorm1d(3), torch.randn(8, 3, requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=False)
+        assert y is not None
+        y.square().sum().backward()
+        found, x.grad = x.grad, None
+        plain(x).square().sum().backward()
+        assert torch.equal(found, x.grad)
+        assert all(map(torch.equal, layer.buffers(), plain.buffers()))
+
+    def test_statistics_that_were_not_finite_before_do_not_make_a_batch_so(self):
+        layer, x = bn.BatchNorm1d(3), torch.randn(8, 3)
+        layer.running_mean[1] = torch.nan
+        layer(x)
+        assert (layer.num_nonfinite_batches, layer.num_batches_tracked) == (0, 1)
+        assert layer.running_mean.isnan().tolist() == [False, True, False]
+        assert not torch.equal(layer.running_var, torch.ones(3))
+
+    @pytest.mark.parametrize(
+        "option", [{"running_variance": "biased"}, {"momentum": None}, {"on_nonfinite": "propagate"}]
+    )
+    def test_options_that_torch_does_not_have(self, option, monkeypatch):
+        x = torch.randn(8, 3)
+        found = bn.BatchNorm1d(3, **option)
+        found(x)
+        monkeypatch.setattr(kernels, "KERNELS", (eager,))
+        expected = bn.BatchNorm1d(3, **option)
+        expected(x)
+        for one, other in zip(found.buffers(), expected.buffers(), strict=True):
+            torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_sizes_that_do_not_fit_are_named(self, training):
+        layer = bn.BatchNorm1d(3).train(training)
+        before = [buffer.clone() for buffer in layer.buffers()]
+        with pytest.raises(bn.errors.ShapeError, match="3"):
+            layer(torch.randn(8, 4))
+        assert all(map(torch.equal, before, layer.buffers()))

@@ -1,10 +1,12 @@
-"""Calls of torch's own operator: in compiled code, and on GPUs.
+"""Calls of torch's own operator: in compiled code, on GPUs, and on a CPU without the C++ library.
 
 A compiler fuses the operator with its neighbors, and compiled code checks at each call every Python object that was read while it was
 traced. So these functions read few, and call the operator itself, whose backward is torch's too.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,8 +15,8 @@ from torch.nn import functional as F
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.recompute import recomputing, recomputing_now
-from batchnorm.kernels import Activation, Epilogue, Running, Update, buffers
-from batchnorm.torch_state import differentiated_by_torch
+from batchnorm.kernels import Activation, Epilogue, Running, Update, aten, buffers
+from batchnorm.torch_state import differentiated_by_torch, is_tracing
 
 
 def train(
@@ -26,17 +28,54 @@ def train(
     running: Running,
     update: Update,
 ) -> Tensor | None:
-    """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path.
+    """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        y = _train_on_cpu(x, weight, bias, eps, running, update)
+    else:
+        y = _train_on_device(x, weight, bias, eps, running, update)
+    return y if activation is None or y is None else activation(y)
 
-    As in `kernels.aten`, torch's operator computes the unbiased variance from running statistics of zeros, with momentum 1.
+
+def _train_on_cpu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update
+) -> Tensor | None:
+    """Torch updates the running statistics. If they are not finite then, they are put back, and the general path takes the call.
+
+    On the CPU it costs little to look at them. They are put back without a new version: an earlier graph holds them, but does not use them.
     """
+    mean, variance, momentum = running.mean, running.variance, update.momentum
+    if not (update.unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
+        return None
+    if not eps > 0.0 or x.numel() <= x.shape[1]:
+        return None
+    before = mean.clone(), variance.clone()
+    again = recomputing()
+    written = before if again else (mean, variance)
+    try:
+        y = torch.batch_norm(x, weight, bias, *written, True, momentum, eps, False)
+    except RuntimeError:  # of sizes that do not fit; the general path names them
+        return None
+    if again:
+        return y
+    if update.skip_nonfinite and not math.isfinite((mean.sum() + variance.sum()).item()):
+        mean.data.copy_(before[0])
+        variance.data.copy_(before[1])
+        return None
+    if running.batches is not None:
+        running.batches.add_(1)
+    return y
+
+
+def _train_on_device(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update
+) -> Tensor | None:
+    """Torch's operator computes the statistics of the batch, as in `kernels.aten`; the running ones are updated by them."""
     if _is_beyond(x, weight, bias, running) or not eps > 0.0:
         return None
     count = x.numel() // x.shape[1]
     if count < 2:
         return None
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    statistics = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
+    statistics = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device)
     mean, variance = statistics[0], statistics[1]
     y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
     compiling = torch.compiler.is_compiling()
@@ -46,24 +85,67 @@ def train(
         with torch.no_grad():
             variance = variance if update.unbiased else variance * ((count - 1) / count)
             buffers.update_statistics(running, mean, variance, update)
-    return y if activation is None else activation(y)
+    return y
 
 
 def infer(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: Activation | None, running: Running
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        y = _infer_on_cpu(x, weight, bias, eps, running)
+    else:
+        y = _infer_on_device(x, weight, bias, eps, running)
+    return y if activation is None or y is None else activation(y)
+
+
+def _infer_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running) -> Tensor | None:
+    mean, variance = running.mean, running.variance
+    if not _fits_cpu(x, weight, bias, mean, variance) or not eps >= 0.0 or x.numel() == 0:
+        return None
+    if torch.is_grad_enabled():  # later updates must not change what is saved for backward
+        mean, variance = mean.clone(), variance.clone()
+    try:
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
+    except RuntimeError:  # of sizes that do not fit; the general path names them
+        return None
+
+
+def _infer_on_device(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running
+) -> Tensor | None:
     if _is_beyond(x, weight, bias, running) or not eps >= 0.0 or x.numel() == 0:
         return None
     if running.mean.dtype is not running.variance.dtype or running.mean.dtype not in (x.dtype, torch.float32):
         return None
     mean, variance = running.mean.detach(), running.variance.detach()
-    if (
-        torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    ):  # later updates must not change what is saved for backward
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # likewise
         mean, variance = mean.clone(), variance.clone()
-    y = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
-    return y if activation is None else activation(y)
+    return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+
+def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor) -> bool:
+    """Whether torch's operator computes this call, which nothing observes or compiles; in few frames."""
+    wide = _WIDE.get(x.dtype)
+    return (
+        "cpu" in aten.DEVICES
+        and type(x) is Tensor
+        and (weight is None or weight.dtype is wide)
+        and (bias is None or bias.dtype is wide)
+        and mean.dtype is wide
+        and variance.dtype is wide
+        and not (differentiated_by_torch() or is_tracing() or memory.saving())
+        and aten in kernels.KERNELS
+    )
+
+
+# The dtype in which torch computes, by that of the input.
+_WIDE = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
@@ -71,7 +153,7 @@ def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: R
     if type(x) is not Tensor or x.dim() < 2 or not x.is_floating_point() or differentiated_by_torch() or exporting():
         return True
     # Beside half-precision input torch computes in the parameters' dtype: half-precision parameters would round the statistics.
-    dtype = torch.float32 if x.dtype is torch.bfloat16 or x.dtype is torch.float16 else x.dtype
+    dtype = _WIDE.get(x.dtype)
     for values in (weight, bias):
         if values is not None and (values.dim() != 1 or values.shape[0] != x.shape[1] or values.dtype is not dtype):
             return True
@@ -80,4 +162,4 @@ def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: R
             return True
     if torch.compiler.is_compiling():
         return False
-    return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not kernels.aten
+    return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not aten

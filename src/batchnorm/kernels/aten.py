@@ -1,4 +1,4 @@
-"""The verbs by torch's own batch normalization: on GPUs, with cuDNN on CUDA, and in compiled code, where a compiler fuses it with others.
+"""The verbs by torch's own batch normalization: on GPUs, with cuDNN on CUDA, on a CPU without the C++ library, and in compiled code.
 
 Torch computes in float32 (float64 for float64 input), and so are the channel values here: the mean of a batch is as exact as torch's.
 Torch returns the mean and 1 / sqrt(variance + eps), but not the variance, which cannot be computed from these if it is smaller than eps.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import eager
+from batchnorm.kernels import cpu, eager
 from batchnorm.kernels.contract import (
     Backward,
     Epilogue,
@@ -33,7 +33,8 @@ name = "aten"
 fuses = False
 
 _EPS = 1e-5  # of a backward that is given rstd: cuDNN wants a number, and does not use it
-DEVICES = ("cuda", "xpu", "mps")  # and the CPU in compiled code; in eager mode its other kernels are more exact
+# And the CPU in compiled code, where a compiler fuses it with others; in eager mode the C++ library is faster and more exact.
+DEVICES = ("cuda", "xpu", "mps", *(() if cpu.unavailable() is None else ("cpu",)))
 
 
 def status() -> str:

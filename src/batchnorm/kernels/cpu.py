@@ -183,7 +183,11 @@ def update_running(running: Running, moments: Moments, update: Update) -> Tensor
 
 
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
-    return _STEPS if x.is_cpu and running_mean.is_cpu else None
+    if not (x.is_cpu and running_mean.is_cpu):
+        return None
+    if _STEPS is None:
+        _warn_once()
+    return _STEPS
 
 
 def status() -> str:
@@ -376,5 +380,7 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"batchnorm runs on plain torch operators on the CPU: {_library.unavailable}", RuntimeWarning, stacklevel=2
+            f"on the CPU batchnorm runs torch's own operators, with torch's speed and accuracy: {_library.unavailable}",
+            RuntimeWarning,
+            stacklevel=2,
         )
