@@ -81,3 +81,30 @@ def test_frozen_batch_norms_of_other_libraries_leave_too(tmp_path):
     for number, other in enumerate((bn.fold(model, sample(2))[0], bn.convert(model))):
         found = through_onnx(other, tmp_path / f"{number}.onnx", sample(5))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", ["convert", "cast"])
+def test_half_precision_is_one_operator_beside_wide_statistics(dtype, first):
+    """Then exporters merge it into the convolution, as they do torch's."""
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    x = sample(2).to(dtype)
+    model = bn.convert(model).to(dtype) if first == "convert" else bn.convert(model.to(dtype))
+    assert model[1].running_var.dtype is torch.float32
+    program = torch.export.export(model, (x,))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [name for name in called if not name.startswith(("aten.to.", "aten._assert_"))] == [
+        "aten.conv2d.default",
+        "aten.batch_norm.default",
+        "aten.relu.default",
+    ]
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_onnx_merges_it_into_the_convolution(dtype):
+    pytest.importorskip("onnxruntime")
+    model = bn.convert(settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))).eval().to(dtype)
+    program = torch.onnx.export(model, (sample(2).to(dtype),), dynamo=True, verbose=False)
+    assert program is not None
+    assert [node.op_type for node in program.model.graph] == ["Conv", "Relu"]

@@ -16,15 +16,23 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def beyond_torch(input: Tensor, mean: Tensor | None, variance: Tensor | None, epilogue: Epilogue) -> str | None:
-    """Why torch's operator does not take this call, or None. It takes dtypes all alike, or float32 beside half-precision input."""
+    """Why torch's operator does not take this call, or None. It takes dtypes all alike, or float32 beside half-precision input.
+
+    Half-precision weight and bias beside float32 statistics, as `.half()` leaves them, become float32 in `by_torch`.
+    """
     if epilogue.mask is not None:
         return "its call has a mask"
     if input.is_complex():
         return "its input is complex"
-    dtypes = {value.dtype for value in (mean, variance, epilogue.weight, epilogue.bias) if value is not None}
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    if dtypes <= {input.dtype} or (half and dtypes == {torch.float32}):
+    statistics = {value.dtype for value in (mean, variance) if value is not None}
+    parameters = {value.dtype for value in (epilogue.weight, epilogue.bias) if value is not None}
+    if statistics | parameters <= {input.dtype}:
         return None
+    if input.dtype in (torch.float16, torch.bfloat16):
+        if statistics | parameters == {torch.float32}:
+            return None
+        if statistics == {torch.float32} and parameters == {input.dtype}:
+            return None
     return f"its input is {input.dtype}, and its parameters and running statistics are not all alike"
 
 
@@ -38,7 +46,10 @@ def by_torch(
     momentum: float = 0.0,
 ) -> Tensor:
     """`F.batch_norm`, and what follows it."""
-    output = F.batch_norm(input, mean, variance, epilogue.weight, epilogue.bias, training, momentum, eps)
+    weight, bias = epilogue.weight, epilogue.bias
+    if mean is not None and mean.dtype is torch.float32:
+        weight, bias = (None if value is None else value.float() for value in (weight, bias))
+    output = F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
     if epilogue.residual is not None:
         output = output + epilogue.residual
     return output if epilogue.activation is None else epilogue.activation(output)
