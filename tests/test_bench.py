@@ -12,18 +12,18 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
 from batchnorm import measure
-from batchnorm.bench import allocator, memory, model, providers, run, suite, targets
+from batchnorm.bench import allocator, memory, networks, providers, run, suite, targets
 from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import DIRECTIONS, cases, quick, tensors
 from batchnorm.bench.row import Row, load
 from batchnorm.bench.suite import Layer
-from batchnorm.bench.tables import summary_tables
+from batchnorm.bench.tables import model_table, summary_tables
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
-from batchnorm.lab.networks import resnet50
 from batchnorm.report.bench import render
 from tests.layer_table import ACTIVATIONS
 from tests.test_bench_cases import case
@@ -347,25 +347,40 @@ class TestCommand:
 class TestModel:
     def test_steps_of_a_small_network(self, monkeypatch, tmp_path):
         small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        monkeypatch.setitem(model.MODELS, "resnet50", lambda: nn.Sequential(*small, nn.Linear(4, 1000)))
+        network = networks.Network(lambda: nn.Sequential(*small, nn.Linear(4, 1000)), (3, 16, 16), (4, 2))
+        monkeypatch.setitem(networks.NETWORKS, "resnet50", network)
         out = tmp_path / "out.json"
         arguments = ("--model", "resnet50", "--quick", "--threads", "1", "--json", out, "--report", tmp_path / "a.html")
-        result = call(*arguments, "--provider", "ours,save memory")
+        result = call(*arguments, "--fuse", "--memory")
         assert result.exit_code == 0, result.output
         rows = load(out)
         assert [(row.layout, row.provider) for row in rows] == [
             (layout, provider)
             for layout in ("planar", "channels_last")
-            for provider in ("eager", "ours", "save memory")
+            for provider in ("eager", "ours", "fused", "save memory")
         ]
         assert all(row.ratio_to_eager > 0 and row.peak_bytes > row.saved_bytes > 0 for row in rows)
         assert "Training steps" in (tmp_path / "a.html").read_text()
 
-    def test_our_resnet50_is_convertible_and_trains(self):
-        network = bn.convert(resnet50(classes=5))
-        assert sum(isinstance(module, bn.BatchNorm2d) for module in network.modules()) == 53
-        network(torch.randn(2, 3, 32, 32)).sum().backward()
-        assert all(parameter.grad is not None for parameter in network.parameters())
+    def test_compiled_steps_are_compared_with_compiled_ones(self):
+        (row,) = made_up_rows()[:1]
+        times = {"eager": 8.0, "ours": 4.0, "compile": 3.0, "compile ours": 2.0}
+        steps = [replace(row, suite="mlp", case="model step", provider=name, p50=time) for name, time in times.items()]
+        assert list(model_table(steps).columns[5].cells) == ["1.00x", "2.00x", "1.00x", "1.50x"]
+
+    def test_an_unknown_model(self):
+        result = call("--model", "resnet51")
+        assert (result.exit_code, "resnet18" in result.output) == (2, True)
+
+    @pytest.mark.parametrize("name", networks.NETWORKS)
+    def test_every_layer_of_a_network_is_converted_and_trains(self, name):
+        network = networks.NETWORKS[name]
+        layers = network.build()
+        norms = sum(isinstance(module, _BatchNorm) for module in layers.modules())
+        bn.convert(layers)
+        assert sum(isinstance(module, bn.BatchNorm) for module in layers.modules()) == norms > 1
+        layers(torch.randn(2, network.sample[0], *(min(size, 64) for size in network.sample[1:]))).sum().backward()
+        assert all(parameter.grad is not None for parameter in layers.parameters())
 
 
 def test_a_page_of_made_up_rows_says_what_held():

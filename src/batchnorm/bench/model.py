@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.bench import memory
+from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.run import settled
 from batchnorm.errors import InputError
-from batchnorm.lab.networks import resnet50
 from batchnorm.measure import Effort, clock_for, digits, interleaved, peak_bytes, percentile, saved_bytes
 from batchnorm.surgery import convert, fuse
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"resnet50": resnet50}
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
     "ours": lambda model: convert(model),
@@ -26,6 +25,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "save memory": lambda model: fuse(convert(model, save_memory=True)),
     "compile": lambda model: torch.compile(model, dynamic=False),
     "compile ours": lambda model: torch.compile(convert(model), dynamic=False),
+    "compile fused": lambda model: torch.compile(fuse(convert(model)), dynamic=False),
 }
 
 
@@ -37,30 +37,55 @@ def run(
     threads: Sequence[int],
     batch: int,
     rounds: int,
-    size: int = 224,
 ) -> Iterator[list[Row]]:
-    """Time steps of forward, backward and SGD with (batch, 3, size, size) images; rows for each layout, outputs and threads.
+    """Time steps of forward, backward and SGD; rows for each layout, outputs and number of threads.
 
     Raises:
         InputError: on an unknown model or variant.
     """
-    if name not in MODELS:
-        raise InputError(f"model must be one of {', '.join(MODELS)}, but got {name!r}")
+    network = find(name)
     for variant in variants:
         if variant not in VARIANTS:
             raise InputError(f"for a model, provider must be one of {', '.join(VARIANTS)}, but got {variant!r}")
     for layout, kind, number in product(layouts, outputs, threads):
         with settled(number), memory.outputs(kind):
-            yield _measure(name, ("eager", *variants), layout, kind, number, batch, rounds, size)
+            yield _measure(name, network, ("eager", *variants), layout, kind, number, batch, rounds)
+
+
+def find(name: str) -> Network:
+    """The network of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in NETWORKS:
+        raise InputError(f"model must be one of {', '.join(NETWORKS)}, but got {name!r}")
+    return NETWORKS[name]
+
+
+def layouts_of(network: Network, layouts: Sequence[str]) -> list[str]:
+    """The layouts that the network's input can have: images both, all else one, as in `case.Case`."""
+    ranks = {1: "channels_last", 2: "planar"}
+    return list(layouts) if len(network.sample) == 3 else [ranks[len(network.sample)]]
 
 
 def _measure(
-    name: str, variants: Sequence[str], layout: str, outputs: str, threads: int, batch: int, rounds: int, size: int
+    name: str,
+    network: Network,
+    variants: Sequence[str],
+    layout: str,
+    outputs: str,
+    threads: int,
+    batch: int,
+    rounds: int,
 ) -> list[Row]:
     torch.manual_seed(0)
-    original = MODELS[name]()
-    x, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-    if layout == "channels_last":
+    original = network.build()
+    x = torch.randn(batch, *network.sample)
+    with torch.no_grad():
+        classes, *positions = copy.deepcopy(original)(x).shape[1:]
+    labels = torch.randint(classes, (batch, *positions))
+    if x.dim() == 4 and layout == "channels_last":
         original = original.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stubs)
         x = x.contiguous(memory_format=torch.channels_last)
     steps, saved, peaks = {}, {}, {}
@@ -72,7 +97,7 @@ def _measure(
         steps[variant]()  # create the optimizer's buffers and compiled code before the peak is measured
         peaks[variant] = peak_bytes(steps[variant])
     samples = interleaved(steps, Effort(0.0, least=rounds), clock_for(threads)[0])
-    eager = percentile(samples["eager"], 50)
+    median = {variant: percentile(values, 50) for variant, values in samples.items()}
 
     def row(variant: str, values: list[float]) -> Row:
         p20, p50, p80 = (digits(percentile(values, percent) * 1e3) for percent in (20, 50, 80))
@@ -97,7 +122,7 @@ def _measure(
             tensor_bytes=x.numel() * x.itemsize,
             limit=None,
             ratio_to_limit=None,
-            ratio_to_eager=digits(eager / percentile(values, 50)),
+            ratio_to_eager=digits(median["eager"] / median[variant]),
             max_error=None,
             peak_bytes=peaks[variant],
             saved_bytes=saved[variant],

@@ -71,14 +71,22 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
 
 
 def model_table(rows: Sequence[Row]) -> Table:
-    """Training steps: time, speedup over eager, memory saved for the backward, and peak memory of a step."""
-    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\neager", "saved for\nbackward", "peak"])
+    """Training steps: time, speedup over torch's layers run in the same way, memory saved for the backward, and peak memory of a step."""
+    table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\ntorch's", "saved for\nbackward", "peak"])
+    torchs = {(_setting(row), row.provider): row.p50 for row in rows}
     for row in rows:
-        times = (f"{value:.0f} {row.unit}" for value in (row.p20, row.p50, row.p80))
+        like = "compile" if row.provider.startswith("compile") else "eager"
+        gain = torchs[_setting(row), like] / row.p50 if (_setting(row), like) in torchs else None
+        times = (f"{value:.4g} {row.unit}" for value in (row.p20, row.p50, row.p80))
         held = (MISSING if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes))
         where = f"{row.suite} {row.shape} {row.layout}, {row.outputs} outputs, {threads(row.threads)}"
-        table.add_row(where, row.provider, *times, _faster(row.ratio_to_eager), *held)
+        table.add_row(where, row.provider, *times, _faster(gain), *held)
     return table
+
+
+def _setting(row: Row) -> tuple[object, ...]:
+    """What training steps that are compared have in common."""
+    return row.suite, row.shape, row.layout, row.outputs, row.threads
 
 
 def _table(title: str, columns: list[str]) -> Table:

@@ -12,6 +12,7 @@ import click
 from batchnorm.bench import model as models
 from batchnorm.bench import providers, replicas, run, suite
 from batchnorm.bench.case import DIRECTIONS, DTYPES, OUTPUTS, cases, quick
+from batchnorm.bench.networks import NETWORKS
 from batchnorm.bench.row import Row, to_csv, to_dict
 from batchnorm.bench.tables import case_tables, model_table, summary_tables
 from batchnorm.bench.targets import summarize
@@ -23,7 +24,6 @@ from batchnorm.lab import extras
 MINUTES, QUICK_MINUTES = 3.5, 0.3
 ROUNDS, QUICK_ROUNDS = 7, 3
 LEAST_ROUNDS = 5  # of each case
-BATCH, QUICK_BATCH = 16, 2
 WIDTH = 120  # of a file or a pipe: nothing need be cut there
 
 
@@ -61,8 +61,11 @@ def several(
     "--minutes", type=click.FloatRange(min=0), help=f"Time to spend.  [default: {MINUTES}, quick: {QUICK_MINUTES}]"
 )
 @click.option("--quick", is_flag=True, help="Four of the layers, on all threads; for a model, a small batch.")
-@click.option("--model", metavar="NAME", help=f"Time whole training steps of {', '.join(models.MODELS)} instead.")
-@click.option("--batch", type=click.IntRange(min=2), help=f"Batch size.  [default: {BATCH}, quick: {QUICK_BATCH}]")
+@several("--model", None, f"Time whole training steps instead, of any of {', '.join(NETWORKS)}.")
+@click.option("--compile", "compiled", is_flag=True, help="For a model: compiled too, torch's layers and ours.")
+@click.option("--fuse", "fused", is_flag=True, help="For a model: after bn.fuse too.")
+@click.option("--memory", is_flag=True, help="For a model: with save_memory too.")
+@click.option("--batch", type=click.IntRange(min=2), help="Batch size.  [default: the model's, from 4 to 256]")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -127,13 +130,31 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
 
 
 def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:
-    """The rows of a model's training steps, one list for each layout, outputs and number of threads."""
+    """The rows of models' training steps, one list for each model, layout, outputs and number of threads."""
     threads = options["threads"] if _typed(ctx, "threads") else [max(options["threads"])]
-    variants = options["provider"] if _typed(ctx, "provider") else ["ours"]
-    batch = options["batch"] or (QUICK_BATCH if options["quick"] else BATCH)
     rounds = options["rounds"] or (QUICK_ROUNDS if options["quick"] else ROUNDS)
-    measured = models.run(options["model"], variants, options["layout"], options["outputs"], threads, batch, rounds)
-    return measured, len(options["layout"]) * len(options["outputs"]) * len(threads)
+    measured, total = [], 0
+    for name in options["model"]:
+        network = models.find(name)
+        layouts = models.layouts_of(network, options["layout"])
+        batch = options["batch"] or network.batch[options["quick"]]
+        variants = _variants(ctx, options)
+        measured.append(models.run(name, variants, layouts, options["outputs"], threads, batch, rounds))
+        total += len(layouts) * len(options["outputs"]) * len(threads)
+    return chain.from_iterable(measured), total
+
+
+def _variants(ctx: click.Context, options: dict[str, Any]) -> list[str]:
+    """How the models are run beside torch's layers in eager mode."""
+    if _typed(ctx, "provider"):
+        return options["provider"]
+    compiled = ["compile", "compile ours", *["compile fused"] * options["fused"]]
+    return [
+        "ours",
+        *["fused"] * options["fused"],
+        *["save memory"] * options["memory"],
+        *compiled * options["compiled"],
+    ]
 
 
 def _typed(ctx: click.Context, name: str) -> bool:
