@@ -97,6 +97,7 @@ CONVOLUTIONAL, HALF = ("vgg", "resnet"), 0.5
 EXPERIMENT = Experiment(
     name="cost",
     question="What does batch normalization cost in time and memory, and how much of the memory can be saved?",
+    kind="remedy",
     claims={
         (
             "In convolutional networks most of the memory that batch normalization adds can be saved by computing its outputs again, "

@@ -102,9 +102,28 @@ EXPERIMENT = Experiment(
     },
     measure=measure,
     curves={
-        "accuracy": Curve("Test accuracy by depth, sigmoids", "layers", "test accuracy"),
-        "gradient": Curve("Gradient at the start, 30 layers of sigmoids", "layer", "gradient norm", log_y=True),
-        "gradient_relu": Curve("Gradient at the start, 50 layers of ReLU", "layer", "gradient norm", log_y=True),
+        "accuracy": Curve(
+            "Test accuracy by depth, sigmoids",
+            "layers",
+            "test accuracy",
+            "One answer in ten is right by chance (dotted).",
+            level=0.1,
+        ),
+        "gradient": Curve(
+            "Gradient at the start, 30 layers of sigmoids",
+            "layer",
+            "gradient norm",
+            "The gradient travels from right to left, from the output to the first layer. Where a line falls toward the left, the gradient "
+            "shrinks on its way.",
+            log_y=True,
+        ),
+        "gradient_relu": Curve(
+            "Gradient at the start, 50 layers of ReLU",
+            "layer",
+            "gradient norm",
+            "The gradient travels from right to left. Where a line rises toward the left, the gradient grows on its way.",
+            log_y=True,
+        ),
     },
     protocol=(
         f"Layers of {WIDTH} sigmoids on digits of 8x8 pixels, PyTorch's initialization, plain SGD, 180 steps of 64 images (full: 900); "

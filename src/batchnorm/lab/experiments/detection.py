@@ -82,6 +82,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="detection",
     question="Does batch normalization make a two-stage detector better, and in which of its stages?",
+    kind="application",
     claims={"With BN in both stages a detector trained for few steps finds clearly more, and more precisely.": judge},
     source="the tutorial, section 6; Ren et al. 2015 (Faster R-CNN, arXiv:1506.01497) for the detector",
     paper="",
@@ -91,7 +92,14 @@ EXPERIMENT = Experiment(
         "recall": Metric("digits proposed", ".1%"),
     },
     measure=measure,
-    curves={"precision": Curve("Precision while learning", "steps", "mAP at .5")},
+    curves={
+        "precision": Curve(
+            "Precision while learning",
+            "steps",
+            "mAP at .5",
+            "Higher is better; compare BN in one stage with BN in both.",
+        )
+    },
     protocol=(
         "Two to five of scikit-learn's digits on noisy 64x64 canvases: 400 train, 100 validate, 100 test, from separate digits. Six "
         "convolutions, proposals from 256 anchors, at most 12 of them classified from 6x6 points; He's start, SGD with "

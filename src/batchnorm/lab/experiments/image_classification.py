@@ -102,7 +102,13 @@ EXPERIMENT = Experiment(
     },
     measure=measure,
     curves={
-        name: Curve(f"Validation accuracy, {label}-like", "step", "validation accuracy")
+        name: Curve(
+            f"Validation accuracy, {label}-like",
+            "step",
+            "validation accuracy",
+            f"Compare the steps at which the lines reach {TARGET:.0%} (dotted), and where they end. Each arm has its best learning rate.",
+            level=TARGET,
+        )
         for name, label in LABELS.items()
     },
     protocol=(

@@ -32,7 +32,6 @@ def measure(arm: str, setting: Setting) -> Measured:
         curves={
             "sweep": shown.curves["sweep"],
             "begun": [(deviation, test) for deviation, _, test in begun],
-            "course": shown.curves[demo.COURSE],
         },
     )
 
@@ -84,9 +83,20 @@ EXPERIMENT = Experiment(
     },
     measure=measure,
     curves={
-        "sweep": Curve("Test accuracy by learning rate", "learning rate", "test accuracy", log_x=True),
-        "begun": Curve("Test accuracy by initial scale", "deviation of initial weights", "test accuracy", log_x=True),
-        "course": Curve(f"Validation accuracy at learning rate {COMMON:g}", "step", "validation accuracy"),
+        "sweep": Curve(
+            "Test accuracy by learning rate",
+            "learning rate",
+            "test accuracy",
+            "Compare how wide the plateau of each line is: at these learning rates the network trains.",
+            log_x=True,
+        ),
+        "begun": Curve(
+            "Test accuracy by initial scale",
+            "deviation of initial weights",
+            "test accuracy",
+            f"Compare how wide the plateau of each line is: from these initial weights the network trains, at learning rate {COMMON:g}.",
+            log_x=True,
+        ),
     },
     protocol=(
         "784-512-256-10 with ReLU on digits of 28x28 pixels (or MNIST's files), plain SGD, 240 steps (MNIST: 1000) of 64 images; "

@@ -70,6 +70,7 @@ ARMS = {
 EXPERIMENT = Experiment(
     name="population",
     question="Are population statistics better for inference than running ones?",
+    kind="remedy",
     claims={
         "While running statistics lag, the statistics of the population make the same weights far more accurate.": judge
     },
@@ -83,9 +84,19 @@ EXPERIMENT = Experiment(
     },
     measure=measure,
     curves={
-        "course": Curve("Test accuracy by step", "step", "test accuracy"),
+        "course": Curve(
+            "Test accuracy by step",
+            "step",
+            "test accuracy",
+            "The same weights at each step, with statistics from three sources. The distance between the lines is what the lag of the "
+            "running statistics costs; where they meet, the running statistics have caught up.",
+        ),
         "samples": Curve(
-            f"Population statistics of so many images, step {EARLY}", "images", "test accuracy", log_x=True
+            f"Population statistics of so many images, step {EARLY}",
+            "images",
+            "test accuracy",
+            "Where the line becomes flat, more images do not make the population statistics better.",
+            log_x=True,
         ),
     },
     protocol=(

@@ -111,6 +111,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="recommender",
     question="Does batch normalization help a recommender, a wide network on sparse categories and heavy-tailed numbers?",
+    kind="application",
     claims={"With BN a recommender ranks views that were clicked higher above the others.": judge},
     source="the tutorial, section 6",
     paper="",
@@ -120,7 +121,14 @@ EXPERIMENT = Experiment(
         "possible": Metric("area under the curve of the planted chances", ".3f", "neither"),
     },
     measure=measure,
-    curves={"area": Curve("While learning", "steps", "area under the curve")},
+    curves={
+        "area": Curve(
+            "While learning",
+            "steps",
+            "area under the curve",
+            "Higher is better; compare BN with logarithms of the numbers, too.",
+        )
+    },
     protocol=(
         "60000 synthetic views to train, 10000 each to validate and test: six fields of up to 2000 categories, six log-normal numbers of "
         "scales 1 to 10000, clicks by planted tastes. Embeddings of 8, two hidden layers of 256, Adam, batches of 256; the learning "

@@ -97,6 +97,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="speech",
     question="Does batch normalization make a recognizer of letters better, in its convolutions and its recurrent layers?",
+    kind="application",
     claims={
         "With BN, few steps make a recognizer of letters several times more accurate on voices it never heard.": judge
     },
@@ -105,7 +106,14 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     metrics={"letters": Metric("letters wrong", ".1%", "lower")},
     measure=measure,
-    curves={"letters": Curve("Letters wrong while learning", "steps", "share of letters")},
+    curves={
+        "letters": Curve(
+            "Letters wrong while learning",
+            "steps",
+            "share of letters",
+            "Lower is better; compare how soon each line falls.",
+        )
+    },
     protocol=(
         "700 recordings of ten words, synthesized by espeak-ng in seven accents; seven voices train, two validate, four test. 40 bands, "
         "two convolutions, two bidirectional GRU layers of 64, CTC over letters, best path. SGD, Nesterov momentum .9, gradient norm "

@@ -85,13 +85,21 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="translation",
     question="Does batch normalization serve a small transformer as layer normalization does?",
+    kind="application",
     claims={"With BN a small transformer translates as well as with layer normalization.": judge},
     source="the tutorial, section 6; against it: Shen et al. 2020 (arXiv:2003.07845), section 3",
     paper="much worse than layer norm on real text (abstract)",
     arms=ARMS,
     metrics={"right": Metric("sentences right", ".1%")},
     measure=measure,
-    curves={"right": Curve("While learning", "steps", "share of sentences right")},
+    curves={
+        "right": Curve(
+            "While learning",
+            "steps",
+            "share of sentences right",
+            "Higher is better; compare how soon each line rises, and where it ends.",
+        )
+    },
     protocol=(
         "6000 sentences of a made-up grammar to train, 500 each to validate and test: words change order and get endings that agree. "
         "Encoder and decoder of two blocks, 64 wide, 4 heads, normalized before each part; Adam, one-cycle schedule, batches of 64; "
