@@ -131,10 +131,9 @@ def _frames(experiment: Experiment, results: Results, name: str, curve: Curve) -
     names = dict.fromkeys(key for seeds in results.by_arm.values() for each in seeds for key in each.curves)
     values = sorted((key.removeprefix(family) for key in names if key.startswith(family)), key=float)
     return [
-        Frame(
-            value, _series(experiment, results, family + value, curve), _early_ends(experiment, results, family + value)
-        )
+        Frame(value, _series(experiment, results, key, curve), key == name, _early_ends(experiment, results, key))
         for value in values
+        if (key := family + value)
     ]
 
 

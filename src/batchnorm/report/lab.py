@@ -76,13 +76,11 @@ def _summary(known: Sequence[Known]) -> str:
 
 
 def _rows(experiment: Experiment, outcome: Outcome | Damaged | None) -> Iterator[str]:
-    name = experiment.name if outcome is None or isinstance(outcome, Damaged) else _link(experiment)
-    for css, words, claim, _ in _judged(experiment, outcome):
-        yield f'<tr><td class="verdict {css}">{words}</td><td>{escape(claim)}</td><td>{name}</td></tr>'
-
-
-def _link(experiment: Experiment) -> str:
-    return f'<a href="#{_anchor(experiment)}">{experiment.name}</a>'
+    has_section = isinstance(outcome, Outcome)
+    name = f'<a href="#{_anchor(experiment)}">{experiment.name}</a>' if has_section else experiment.name
+    for css, words, claim, evidence in _judged(experiment, outcome):
+        note = f'<p class="note">{evidence}</p>' if evidence and not has_section else ""
+        yield f'<tr><td class="verdict {css}">{words}</td><td>{escape(claim)}{note}</td><td>{name}</td></tr>'
 
 
 def _judged(experiment: Experiment, outcome: Outcome | Damaged | None) -> Iterator[tuple[str, str, str, str]]:
