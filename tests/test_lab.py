@@ -316,7 +316,9 @@ class TestDemonstration:
         assert way[:2] == [0.0, 0.0]
 
     def test_the_typical_unit_is_the_one_with_the_median_drift(self):
-        means = torch.tensor([[0.0, 0.0, 1.0], [9.0, -2.0, 1.5], [9.0, -1.0, 1.0]])  # (T, units), that move by 9, 2 and 0.5
+        means = torch.tensor(
+            [[0.0, 0.0, 1.0], [9.0, -2.0, 1.5], [9.0, -1.0, 1.0]]
+        )  # (T, units), that move by 9, 2 and 0.5
         deviations = torch.tensor([[4.0, 4.0, 4.0], [1.0, 1.0, 1.0], [8.0, 8.0, 8.0]])
         drift, way = demo._typical(torch.stack([means, deviations], dim=1))
         assert drift == 0.5  # 2 of 4, the deviation at the start

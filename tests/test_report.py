@@ -154,7 +154,9 @@ class TestPage:
     def test_plots_have_numbers_and_captions(self, text):
         text = html.unescape(text)
         for number, curve in enumerate(demo.EXPERIMENT.curves.values(), start=1):
-            start = f"<figcaption><strong>Figure {number}. {curve.title}.</strong> {curve.caption.split('(')[0].strip()}"
+            start = (
+                f"<figcaption><strong>Figure {number}. {curve.title}.</strong> {curve.caption.split('(')[0].strip()}"
+            )
             assert start in text
             assert f'<figure id="demo-figure-{number}">' in text
 

@@ -16,6 +16,12 @@ Kind = Literal["claim", "application", "remedy"]
 Answer = Literal["holds", "holds only when", "does not hold"]
 T = TypeVar("T")
 
+KINDS: Mapping[Kind, str] = {
+    "claim": "Claims about training",
+    "application": "Applications",
+    "remedy": "Costs and remedies",
+}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -157,7 +163,8 @@ class Experiment:
         measure: measures one arm with one seed; a module-level function, since it runs in a worker process with one thread.
         curves: curves by the names in `Measured.curves`.
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
-        seconds: estimated seconds of the default size for one seed and all arms on one core.
+        seconds: estimated processor seconds of the default size for one seed and all arms.
+        timed_on: the machine on which `seconds` was measured; "" if it is a guess.
         data: what a folder given with `--data` must contain; "" if the experiment accepts none.
         cpu_only: whether the experiment runs on the CPU only.
     """
@@ -174,6 +181,7 @@ class Experiment:
     kind: Kind = "claim"
     protocol: str = ""
     seconds: float = 60.0
+    timed_on: str = ""
     data: str = ""
     cpu_only: bool = False
 

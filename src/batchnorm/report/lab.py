@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from batchnorm.lab.experiment import Experiment
+from batchnorm.lab.experiment import KINDS, Experiment
 from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.report.curves import drawings
 from batchnorm.report.page import Section, document, figures, table
@@ -18,7 +18,6 @@ SIGNS = {
     "does not hold": ("fails", "✗ does not hold"),
 }
 Known = tuple[Experiment, Outcome | Damaged | None]
-KINDS = {"claim": "What is claimed of training", "application": "Applications", "remedy": "Costs and remedies"}
 
 
 def render(known: Sequence[Known]) -> str:

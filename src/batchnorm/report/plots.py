@@ -101,7 +101,7 @@ class Answers:
     series: Sequence[Series]
     slider: str = ""
     frames: Sequence[Frame] = ()
-    rows: Mapping[float, str] = field(default_factory=dict)
+    rows: Mapping[int, str] = field(default_factory=dict)
 
     def to_dict(self, axes: Axes) -> dict[str, Any]:
         """As plain data for JSON, with the ranges of the drawn axes as values and as coordinates of the SVG."""

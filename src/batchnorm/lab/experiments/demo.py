@@ -157,8 +157,8 @@ EXPERIMENT = Experiment(
         ),
     },
     source=(
-        "Ioffe & Szegedy 2015, sections 3.3 and 4.1 (arXiv:1502.03167); Bjorck et al. 2018 (arXiv:1806.02375): "
-        "the benefit is the larger learning rate"
+        "Ioffe & Szegedy 2015, sections 3.3 and 4.1 (arXiv:1502.03167); Bjorck et al. 2018 (arXiv:1806.02375), who attribute "
+        "the benefit to the larger learning rate"
     ),
     paper="",
     arms=ARMS,
@@ -188,8 +188,8 @@ EXPERIMENT = Experiment(
             "standard deviations at the start",
             "Distance of the mean over the validation images, in inference, from its start, for the hidden unit that moves neither more "
             f"nor less than most, at learning rate {COMMON:g}. Less movement with BN is no discovery: in training, BN sets the mean of "
-            "every mini-batch to the layer's bias by construction. Whether it makes training faster is another question (Santurkar et al. 2018, "
-            "arXiv:1805.11604).",
+            "every mini-batch to the layer's bias by construction. Whether it makes training faster is another question "
+            "(Santurkar et al. 2018, arXiv:1805.11604).",
         ),
     },
     protocol=(
