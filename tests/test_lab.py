@@ -297,7 +297,7 @@ class TestDemonstration:
         order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
         noise = dataclasses.replace(digits, train=Examples(digits.train.images, digits.train.labels[order]))
         plain, normalized = (demo._typical(torch.stack(trained(arm, data=noise).received))[0] for arm in demo.ARMS)
-        assert normalized > 1.5 * plain  # 1.12 and 0.55; on the real labels 1.07 and 2.19
+        assert normalized > 1.5 * plain  # 2.03 and 1.13; on the real labels 1.67 and 4.78
 
     def test_the_end_is_measured_however_seldom_the_rest_is(self):
         assert [step for step, _ in trained(rate=0.3, steps=7).course] == [0, 7]

@@ -23,6 +23,10 @@ MARKERS = {  # color, marker, filled
     "renorm": (BATCH_NORM, "P", "none"),
     "mask": (BATCH_NORM, "X", "none"),
 }
+HOW_TO_READ = (
+    "<p class='note'>Time as a multiple of the byte limit: left is faster, and 1 is the speed of a copy. Marks are medians, bars reach "
+    "from the 20th to the 80th percentile.</p>"
+)
 Key = tuple[str, str, str, str, str, int]
 
 
@@ -38,7 +42,7 @@ def render(rows: Sequence[Row], command: str) -> str:
         body.append(Section("steps", "Training steps", [_steps(steps)]))
     if calls:
         groups = _grouped(calls)
-        body.append(Section("figures", "Against the limit", [_figures(groups)]))
+        body.append(Section("figures", "Against the limit", [HOW_TO_READ, _figures(groups)]))
         body.append(Section("numbers", "Every number", [_numbers(key, group) for key, group in groups.items()]))
     body.append(Section("protocol", "How it was measured", [_protocol(rows, command)]))
     judged = [summary.verdict for summary in summaries if summary.verdict]
@@ -95,7 +99,7 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
         verdict = {"held": "✓ held", "missed": "✗ missed", "too noisy": "? too noisy", "": ""}[summary.verdict]
         return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
 
-    columns = ["ours / limit", *(f"ours vs {name}" for name in others), ""]
+    columns = ["ours / limit", *(f"ours vs {name}" for name in others), "verdict"]
     named = ((summary.group, cells(summary)) for summary in summaries)
     rows = [(f"{group.direction}, {group.layout}, {group.epilogue}", found) for group, found in named]
     return table(title, columns, rows)
@@ -118,13 +122,7 @@ def _steps(rows: Sequence[Row]) -> str:
 
 
 def _figures(groups: dict[Key, list[Row]]) -> str:
-    caption = (
-        "Time as a multiple of the byte limit: left is faster, and 1 is the speed of a copy. Marks are medians, bars run from the 20th to "
-        "the 80th percentile."
-    )
-    drawn = (
-        (_ratios(f"g{index}", key, group), _title(key), caption) for index, (key, group) in enumerate(groups.items())
-    )
+    drawn = ((_ratios(f"g{index}", key, group), _title(key), "") for index, (key, group) in enumerate(groups.items()))
     return figures(drawn, "")
 
 
