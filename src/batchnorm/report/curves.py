@@ -53,7 +53,7 @@ def drawings(experiment: Experiment, results: Results) -> list[Drawn]:
     told = {arm: spread(metric, results.values(arm, headline)) for arm in experiment.arms}
     values = {arm: results.values(arm, headline) for arm in experiment.arms}
     caption = f"A dot for each seed, and a bar at their mean{_better(metric.better)}."
-    return drawn or [Drawn(_dots(experiment, metric.label, values, told), _capital(metric.label), caption)]
+    return drawn or [Drawn(_dots(experiment, metric.label, values, told, None), _capital(metric.label), caption)]
 
 
 def _better(better: str) -> str:
@@ -74,7 +74,9 @@ def _drawn(experiment: Experiment, results: Results, name: str, curve: Curve) ->
     told = {arm: ", ".join(f"{value:.4g}" for value in found) for arm, found in values.items()}
     title = f"{curve.title}: {curve.x} {x:g}"
     return Drawn(
-        _dots(experiment, curve.y, values, told), title, f"{curve.caption} This run has one point for each arm."
+        _dots(experiment, curve.y, values, told, curve.level),
+        title,
+        f"{curve.caption} This run has one point for each arm.",
     )
 
 
@@ -213,7 +215,13 @@ def _ends(line: Series) -> str:
     return f"{line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" if line.points else "nothing finite"
 
 
-def _dots(experiment: Experiment, label: str, values: Mapping[str, Sequence[float]], told: Mapping[str, str]) -> Plot:
+def _dots(
+    experiment: Experiment,
+    label: str,
+    values: Mapping[str, Sequence[float]],
+    told: Mapping[str, str],
+    level: float | None,
+) -> Plot:
     """A row for each arm, with a dot for each seed and a bar at their mean; `told` are the values in words."""
     rows = {-row: name for row, name in enumerate(experiment.arms.values())}
     series = list[Series]()
@@ -234,6 +242,8 @@ def _dots(experiment: Experiment, label: str, values: Mapping[str, Sequence[floa
             else:
                 place = axes.get_yaxis_transform()
                 axes.text(0.02, -row, told[line.arm], transform=place, color=MUTED, va="center")
+        if level is not None:
+            axes.axvline(level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set_yticks(list(rows), list(rows.values()))
         axes.set(xlabel=label, ylim=(0.6 - len(values), 0.6))
         return axes

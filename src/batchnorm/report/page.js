@@ -140,11 +140,13 @@ class Plot {
     const rows = found.map(({ one, told }) => make("div", {}, swatch(one), head === one.label ? told : `${one.label} ${told}`));
     this.readout.replaceChildren(make("strong", {}, head), ...rows);
     this.readout.hidden = false;
+    this.readout.style.maxWidth = found.length > 3 ? "100%" : "";
     this.input.setAttribute("aria-valuetext", [head, ...rows.map((row) => row.textContent)].join("; "));
-    // Beside the marked points along x, below them along y; on the side and in the half with more room.
+    // Below the marked points along y; beside them along x, in the half with more room, or below the plot if there is not enough.
     const [, , width, height] = this.svg.getAttribute("viewBox").split(" ").map(Number);
     const style = { top: "auto", bottom: "auto", left: "auto", right: "auto" };
     if (this.along === "y") Object.assign(style, { top: `${(100 * (at + 8)) / height}%`, right: "0" });
+    else if (found.length > 3) Object.assign(style, { top: "100%", left: "0" });
     else {
       const [bottom, top] = y.places;
       const marked = found.flatMap(({ points }) => points);
