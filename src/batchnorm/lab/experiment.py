@@ -16,6 +16,10 @@ Kind = Literal["claim", "application", "remedy"]
 Answer = Literal["holds", "holds only when", "does not hold"]
 T = TypeVar("T")
 
+# Machines of `Experiment.timed_on`; they did other work too.
+AVX2 = "an AMD EPYC with AVX2"
+AVX512 = "an AMD EPYC with AVX-512"
+
 KINDS: Mapping[Kind, str] = {
     "claim": "Claims about training",
     "application": "Applications",

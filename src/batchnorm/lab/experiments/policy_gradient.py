@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.layers import BatchNorm1d
 from batchnorm.population import recalibrate
 
@@ -176,5 +176,6 @@ EXPERIMENT = Experiment(
         "as those of a round before the first. Nothing was tuned for an arm; returns are of 20 poles that never train."
     ),
     seconds=60,
+    timed_on=AVX2,
     cpu_only=True,
 )
