@@ -242,7 +242,7 @@ class TestDemo:
         (told,) = json.loads(output)
         assert told["outcome"] == json.loads((tmp_path / "result.json").read_text())
         assert [claim["answer"] for claim in told["claims"][:2]] == ["holds", "holds"]
-        assert (tmp_path / "report.html").read_text().count("<svg") == 4
+        assert (tmp_path / "report.html").read_text().count("<svg") == 3
 
     def test_idx_files_and_the_printed_table(self, tmp_path):
         write_idx_files(tmp_path / "data", zipped=True)

@@ -282,7 +282,7 @@ class TestDemonstration:
             for rate, end in each.curves["validation"]:
                 course = each.curves[f"course@{rate:g}"]
                 assert course[-1][1] == end
-                every = 5 if rate == demo.COMMON else 50
+                every = 5 if rate == demo.COMMON else 20
                 assert [step for step, _ in course] == [*range(0, course[-1][0], every), course[-1][0]]
             best = max(each.curves["validation"], key=lambda point: point[1])[0]
             assert each.values["best_rate"] == best
@@ -290,18 +290,14 @@ class TestDemonstration:
             assert each.values["common_accuracy"] == dict(each.curves["sweep"])[0.1]
             reached = [step for step, share in each.curves["course@0.1"] if share >= 0.95]
             assert each.values["steps"] == min(reached)
-            assert max(abs(y) for _, y in each.curves["input"]) == pytest.approx(each.values["drift"])
-            assert max(y for _, y in each.curves["input"]) == pytest.approx(each.values["drift"])  # mirrored if need be
-            bands = zip(*(each.curves[name] for name in ("input.low", "input", "input.high")), strict=True)
-            assert all(low[1] < middle[1] < high[1] for low, middle, high in bands)
-            assert each.curves["input"][0] == (0, 0)
-            assert each.curves["gradient"][0][0] == 0
+            assert max(y for _, y in each.curves["drift"]) == pytest.approx(each.values["drift"])
+            assert each.curves["drift"][0] == (0, 0)
 
     def test_a_network_that_learns_noise_contradicts_what_is_said_of_its_hidden_units(self, digits):
         order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
         noise = dataclasses.replace(digits, train=Examples(digits.train.images, digits.train.labels[order]))
         plain, normalized = (demo._typical(torch.stack(trained(arm, data=noise).received))[0] for arm in demo.ARMS)
-        assert normalized > 1.5 * plain  # 1.12 and 0.55; on the real labels 1.07 and 2.19
+        assert normalized > 1.5 * plain  # 2.03 and 1.13; on the real labels 1.67 and 4.78
 
     def test_the_end_is_measured_however_seldom_the_rest_is(self):
         assert [step for step, _ in trained(rate=0.3, steps=7).course] == [0, 7]
@@ -310,29 +306,29 @@ class TestDemonstration:
         training = trained(rate=1e3, steps=60)
         assert 0 < training.course[-1][0] < 60
         assert training.validation < 0.2
-        assert not math.isfinite(training.gradient[-1][1])
 
     @pytest.mark.parametrize("end", [math.nan, math.inf])
     def test_a_distribution_that_diverges_moves_without_bounds(self, end):
-        received = torch.tensor([0.0, 1.0, 2.0]).repeat(3, 1)  # (T, quantiles)
+        received = torch.tensor([1.0, 2.0]).repeat(3, 1)  # (T, mean and standard deviation)
         received[2] = end
-        drift, (_, middle, _) = demo._typical(received[:, :, None])
+        drift, way = demo._typical(received[:, :, None])
         assert drift == math.inf
-        assert middle[:2] == [0.0, 0.0]
+        assert way[:2] == [0.0, 0.0]
 
     def test_the_typical_unit_is_the_one_with_the_median_drift(self):
-        medians = torch.tensor([[0.0, 0.0, 1.0], [9.0, -2.0, 1.5], [9.0, -1.0, 1.0]])  # (T, units), drift 9, 2 and 0.5
-        received = torch.stack([medians - 1, medians, medians + 3], dim=1)
-        drift, lines = demo._typical(received)
-        assert drift == 0.5  # 2 of a width of 4
-        assert lines == [[-0.75, -0.25, -0.5], [0.0, 0.5, 0.25], [0.25, 0.75, 0.5]]  # mirrored: it moves down
+        means = torch.tensor(
+            [[0.0, 0.0, 1.0], [9.0, -2.0, 1.5], [9.0, -1.0, 1.0]]
+        )  # (T, units), that move by 9, 2 and 0.5
+        deviations = torch.tensor([[4.0, 4.0, 4.0], [1.0, 1.0, 1.0], [8.0, 8.0, 8.0]])
+        drift, way = demo._typical(torch.stack([means, deviations], dim=1))
+        assert drift == 0.5  # 2 of 4, the deviation at the start
+        assert way == [0.0, 0.5, 0.25]
 
     def test_a_training_depends_on_its_arguments_alone(self):
         once, again = (trained("batch_norm", steps=10) for _ in "12")
-        assert (once.course, once.gradient, once.test) == (again.course, again.gradient, again.test)
+        assert (once.course, once.test) == (again.course, again.test)
         assert all(map(torch.equal, once.received, again.received))
         assert [step for step, _ in once.course] == [0, 5, 10]
-        assert [step for step, _ in once.gradient] == [0, 4, 9]
 
 
 def measured(steps=20, accuracy=0.9, drift=2.0, trains=(0.1,)):
@@ -364,7 +360,7 @@ class TestClaims:
             "Steps per seed: 10, 10 with BN; 20, 20 without.",
             "Every seed ends at 95% or more for the learning rates 0.01, 0.1, 1 with BN, for the learning rates 0.1 without.",
             "Test accuracy per seed: 95.0%, 95.0% with BN; 90.0%, 90.0% without.",
-            "Largest move of a typical unit's median over the validation images, in widths of its first distribution: "
+            "Largest move of a typical unit's mean over the validation images, in standard deviations at the start: "
             "0.10, 0.10 with BN; 2.00, 2.00 without.",
         ]
 

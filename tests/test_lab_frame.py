@@ -10,21 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 from matplotlib.figure import Figure
+from rich.progress import Task, TaskID
 
 import batchnorm
 from batchnorm.cli import commands
+from batchnorm.cli.lab import TimeLeft, time_left
 from batchnorm.errors import InputError
 from batchnorm.files import spelled, to_json
 from batchnorm.lab import experiments, fingerprint, result, runner
 from batchnorm.lab import unit as units
-from batchnorm.lab.experiment import Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import KINDS, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.fingerprint import code_version, data_version
 from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.lab.unit import Finished, Unit, packed, unpacked
@@ -115,6 +118,11 @@ class TestRegistry:
         assert experiment.question.endswith("?")
         assert experiment.metrics
         assert experiment.claims
+        assert all(len(curve.caption) > 20 for curve in experiment.curves.values())
+
+    def test_the_order_keeps_groups_together(self):
+        kinds = [experiments.load(name).kind for name in experiments.NAMES]
+        assert [kind for kind, _ in groupby(kinds)] == list(KINDS)
 
     def test_every_file_is_listed(self):
         files = {path.stem for path in (PACKAGE / "lab" / "experiments").glob("*.py")}
@@ -315,7 +323,8 @@ class TestPage:
             assert text in page, text
         assert page.count("<svg") == 2
         assert "default-src 'none'" in page
-        assert not re.search(r"https?://|//[\w.]+/|@import|<script|<link(?! rel=\"icon\" href=\"data:)", page)
+        page = page.replace("http://www.w3.org/2000/svg", "")  # a name, which nothing loads
+        assert not re.search(r"https?://|//[\w.]+/|@import|<script [^>]*src|<link(?! rel=\"icon\" href=\"data:)", page)
         assert set(re.findall(r'href="(#tiny[^"]*|#half[^"]*)"', page)) >= {"#tiny", "#half"}
         assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
         assert re.search(r"prefers-color-scheme: dark", page)
@@ -324,7 +333,7 @@ class TestPage:
         experiment, complete = known()
         page = render([(dataclasses.replace(experiment, curves={}), complete)])
         assert page.count("<svg") == 1
-        assert 'aria-label="share: without it 50.5%' in page
+        assert 'aria-label="Share: without it 50.5%' in page
 
     def test_numbers_that_are_none_break_no_drawing(self):
         experiment, complete = known()
@@ -347,7 +356,7 @@ class TestPage:
     def test_damaged_results_are_said_and_the_others_shown(self):
         experiment, complete = known()
         page = render([(experiment, complete), (dataclasses.replace(experiment, name="worse"), Damaged())])
-        assert "run it again</p>" in page
+        assert "run it again</td>" in page
         assert "Its results are damaged." in page
         assert "✓ holds" in page
         assert 'id="worse"' not in page
@@ -431,16 +440,31 @@ class TestCommands:
         complete.save(tmp_path / "tiny.json")
         monkeypatch.setattr(experiments, "FIRST", ("later",))
         lines = call("lab", "list", "--out", tmp_path).stdout.splitlines()
-        assert [line.split() for line in lines[2:4]] == [
+        assert [line.split() for line in lines[2:5]] == [
+            ["Claims", "about", "training"],
             ["tiny", "Does", "<it>", "work?", "6", "s", "holds", "(quick,", "2", "seeds)"],
             ["later", "*", "Does", "<it>", "work?", "~3", "s", "–"],
         ]
+        assert lines[-2].endswith("~ is an estimate for the default size and 3 seeds, a guess.")
         assert lines[-1] == "* Start here: batchnorm lab run later --quick"
         listed = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
         assert [each["claims"][0]["answer"] for each in listed] == ["holds", None]
         assert [each["begin_here"] for each in listed] == [False, True]
         monkeypatch.undo()
         assert set(experiments.FIRST) <= set(experiments.NAMES)
+
+    def test_list_groups_the_experiments_and_says_where_estimates_are_from(self, tmp_path, monkeypatch):
+        changed = {
+            "first": {"kind": "remedy", "timed_on": "a phone"},
+            "second": {"kind": "application", "timed_on": "a watch"},
+            "third": {"kind": "application", "timed_on": "a phone"},
+        }
+        monkeypatch.setattr(experiments, "NAMES", tuple(changed))
+        monkeypatch.setattr(experiments, "load", lambda name: dataclasses.replace(tiny(), name=name, **changed[name]))
+        lines = call("lab", "list", "--out", tmp_path).stdout.splitlines()
+        words = [line.split(" ")[0] for line in lines[2:] if line.strip()]
+        assert words == ["Applications", "second", "third", "Costs", "first", "Time"]
+        assert lines[-1].endswith("measured on a phone (first, third); measured on a watch (second).")
 
     @pytest.mark.parametrize(
         ("size", "seeds", "state"),
@@ -449,7 +473,7 @@ class TestCommands:
     def test_list_tells_a_run_that_is_not_the_default(self, tmp_path, registry, size, seeds, state):
         registry("tiny")
         known(size=size, seeds=seeds)[1].save(tmp_path / "tiny.json")
-        line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[2]
+        line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[3]
         assert line.split("work?")[1].split()[2:] == state.split()
 
     @pytest.mark.parametrize("damage", [*DAMAGES, None], ids=str)
@@ -469,7 +493,7 @@ class TestCommands:
             assert each.exit_code == 0, each.output
             (warning,) = each.stderr.splitlines()
             assert warning.startswith(f"Warning: {path} must be an outcome of schema 1: ")
-        lines = results[0].stdout.splitlines()[2:]
+        lines = results[0].stdout.splitlines()[3:]
         assert lines[0].split() == ["tiny", "Does", "<it>", "work?", "~3", "s", "damaged:", "run", "it", "again"]
         assert "holds" in lines[1]
         assert "✓ holds" in (tmp_path / "report.html").read_text()
@@ -491,7 +515,7 @@ class TestCommands:
     def test_every_claim_is_told(self, tmp_path, registry):
         registry("tiny", tiny=two_claims)
         known(size="default", seeds=3)[1].save(tmp_path / "tiny.json")
-        line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[2]
+        line = call("lab", "list", "--out", tmp_path).stdout.splitlines()[3]
         assert line.split("work?")[1].split() == ["9", "s", "1", "of", "2", "hold"]
         (listed,) = json.loads(call("lab", "list", "--out", tmp_path, "--json").stdout)
         assert [(each["claim"], each["answer"]) for each in listed["claims"]] == [
@@ -572,6 +596,29 @@ def gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
         return True
+
+
+class TestTimeLeft:
+    costs: ClassVar = {"depth": 10.0, "demo": 30.0}
+    units = (unit(), unit(seed=1), unit("demo"))
+
+    def test_at_first_it_is_the_estimate(self):
+        assert time_left(self.costs, self.units, [], workers=1) == 50
+        assert time_left(self.costs, self.units, [], workers=4) == 30  # no worker shares a unit with another
+
+    def test_what_is_done_tells_the_pace(self):
+        done = [Finished(self.units[0], strange(self.units[0]).measured, 20.0)]  # twice the estimate
+        assert time_left(self.costs, self.units, done, workers=1) == 80
+
+    def test_at_the_end_nothing_is_left(self):
+        done = [Finished(each, strange(each).measured, 1.0) for each in self.units]
+        assert time_left(self.costs, self.units, done, workers=2) == 0
+
+    @pytest.mark.parametrize(("ends", "text"), [(1065.0, "about 1:05 left"), (10.0, "about 0:00 left")])
+    def test_it_counts_down(self, monkeypatch, ends, text):
+        monkeypatch.setattr("time.monotonic", lambda: 1000.0)
+        task = Task(TaskID(0), "", total=1, completed=0, _get_time=lambda: 0.0, fields={"ends": ends})
+        assert TimeLeft().render(task).plain == text
 
 
 class TestEnds:

@@ -36,7 +36,7 @@ EXPERIMENT = Experiment(
         "gap": Metric("gap", ".2f", "neither"),
     },
     measure=measure,
-    curves={"course": Curve("Share by step", "step", "share")},
+    curves={"course": Curve("Share by step", "step", "share", "Higher is better.")},
     protocol="Nothing is trained.",
     seconds=1,
     data="anything",

@@ -10,7 +10,15 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich import console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from batchnorm.cli.text import visible
@@ -72,16 +80,9 @@ def command_line(ctx: click.Context) -> str:
     return shlex.join(words)
 
 
-def progress_bar(counted: bool = True) -> Progress:
-    """A progress bar on stderr, if that is a terminal. `counted` adds the number of finished items."""
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A progress bar on stderr, if that is a terminal, followed by `columns`: by default the finished items and the time left."""
     stderr = Console(stderr=True)
-    count = (MofNCompleteColumn(),) if counted else ()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *count,
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+    last = columns or (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+    begin = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    return Progress(*begin, *last, console=stderr, transient=True, disable=not stderr.is_terminal)

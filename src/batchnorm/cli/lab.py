@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from typing import Any
 import click
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.progress import ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +23,7 @@ from batchnorm.env import cores
 from batchnorm.errors import InputError
 from batchnorm.files import write
 from batchnorm.lab import experiments, extras, result
-from batchnorm.lab.experiment import Experiment, Setting, Size, Verdict, summary
+from batchnorm.lab.experiment import KINDS, Experiment, Setting, Size, Verdict, summary
 from batchnorm.lab.fingerprint import data_version
 from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.lab.runner import all_stored, run
@@ -30,6 +32,7 @@ from batchnorm.report.rows import comparison, extent
 
 OUT = Path("runs/lab")
 SEEDS, QUICK_SEEDS = 3, 1
+SHARES = {"quick": 0.5, "default": 1.0, "full": 5.0}  # of an estimate, by size; quick runs took a fifth to all of it
 
 out_option = click.option(
     "--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Folder of the results."
@@ -53,17 +56,33 @@ def list_command(out: Path, as_json: bool) -> None:
         print_json([_to_dict(*each) for each in found])
         return
     table = Table("experiment", "question", "time", "result so far", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for experiment, known in found:
-        mark = " *" if experiment.name in experiments.FIRST else ""
-        row = (experiment.name + mark, experiment.question, _time(experiment, known), _state(experiment, known))
-        table.add_row(*row)
+    for kind, title in KINDS.items():
+        group = [(experiment, known) for experiment, known in found if experiment.kind == kind]
+        if group:
+            table.add_section()
+            table.add_row(Text(title, "bold"))
+        for experiment, known in group:
+            mark = " *" if experiment.name in experiments.FIRST else ""
+            row = (experiment.name + mark, experiment.question, _time(experiment, known), _state(experiment, known))
+            table.add_row(*row)
     Console().print(table)
-    click.echo(
-        f"Time is that of one core: divide it by the number of cores. ~ is an estimate for the default size and {SEEDS} seeds."
-    )
+    click.echo(f"Time is that of one core: divide it by the number of cores. {_estimates([each for each, _ in found])}")
     first = [name for name in experiments.FIRST if name in experiments.NAMES]
     if first:
         click.echo(f"* Start here: batchnorm lab run {' '.join(first)} --quick")
+
+
+def _estimates(listed: Sequence[Experiment]) -> str:
+    """What the estimates are, and on which machines they were measured."""
+    told = f"~ is an estimate for the default size and {SEEDS} seeds"
+    machines = dict[str, list[str]]()
+    for experiment in listed:
+        machines.setdefault(experiment.timed_on, []).append(experiment.name)
+    where = [
+        (f"measured on {machine}" if machine else "a guess") + (f" ({', '.join(names)})" if len(machines) > 1 else "")
+        for machine, names in machines.items()
+    ]
+    return f"{told}, {'; '.join(where)}."
 
 
 def _known(out: Path) -> list[tuple[Experiment, Outcome | Damaged | None]]:
@@ -201,16 +220,20 @@ def measure_all(
         return [(each, Outcome.of(each, seeds, own[each.name], command)) for each in chosen if own[each.name]]
 
     finished = list[Finished]()
-    costs = {experiment.name: experiment.seconds / len(experiment.arms) for experiment in chosen}
+    costs = {each.name: each.seconds * SHARES[setting.size] / len(each.arms) for each in chosen}
+    total = sum(costs[unit.experiment] for unit in units)
     try:
-        with progress_bar(counted=False) as progress, closing(run(measure, units, out / "units", workers)) as done:
-            task = progress.add_task(f"0 of {len(units)}", total=sum(costs[unit.experiment] for unit in units))
+        with progress_bar(TimeLeft()) as progress, closing(run(measure, units, out / "units", workers)) as done:
+            ends = time.monotonic() + time_left(costs, units, finished, workers)
+            task = progress.add_task(f"0 of {len(units)}", total=total, ends=ends)
             for each in done:
                 finished.append(each)
                 name = each.unit.experiment
                 known = {experiment.name: so_far for experiment, so_far in outcomes(finished)}
                 known[name].save(files[name])  # at once, so that a later failure does not lose it
-                progress.update(task, advance=costs[name], description=f"{len(finished)} of {len(units)}, last {name}")
+                ends = time.monotonic() + time_left(costs, units, finished, workers)
+                description = f"{len(finished)} of {len(units)}, last {name}"
+                progress.update(task, advance=costs[name], description=description, ends=ends)
     except KeyboardInterrupt:
         finished = all_stored(units, out / "units")
         _show(outcomes(finished), as_json)
@@ -219,6 +242,27 @@ def measure_all(
         ctx.exit(130)
     _show(outcomes(finished), as_json)
     return outcomes(finished)
+
+
+def time_left(costs: Mapping[str, float], units: Sequence[Unit], finished: Sequence[Finished], workers: int) -> float:
+    """Estimated seconds until all `units` are finished.
+
+    `costs` are estimated seconds of a unit by experiment; the finished ones tell how much slower or faster they are here.
+    """
+    done = sum(costs[each.unit.experiment] for each in finished)
+    pace = sum(each.seconds for each in finished) / done if done else 1.0
+    known = {each.unit for each in finished}
+    waiting = [pace * costs[unit.experiment] for unit in units if unit not in known]
+    return max(sum(waiting) / workers, max(waiting, default=0.0))
+
+
+class TimeLeft(ProgressColumn):
+    """Counts down to `ends` of a task, in seconds of `time.monotonic`."""
+
+    def render(self, task: Task) -> Text:
+        """The time left as minutes and seconds."""
+        left = max(0, round(task.fields["ends"] - time.monotonic()))
+        return Text(f"about {left // 60}:{left % 60:02d} left")
 
 
 def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:

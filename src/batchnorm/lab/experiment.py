@@ -12,8 +12,19 @@ from statistics import fmean, stdev
 from typing import Literal, TypeVar
 
 Size = Literal["quick", "default", "full"]
+Kind = Literal["claim", "application", "remedy"]
 Answer = Literal["holds", "holds only when", "does not hold"]
 T = TypeVar("T")
+
+# Machines of `Experiment.timed_on`; they did other work too.
+AVX2 = "an AMD EPYC with AVX2"
+AVX512 = "an AMD EPYC with AVX-512"
+
+KINDS: Mapping[Kind, str] = {
+    "claim": "Claims about training",
+    "application": "Applications",
+    "remedy": "Costs and remedies",
+}
 
 
 @dataclass(frozen=True)
@@ -73,15 +84,25 @@ class Metric:
 class Curve:
     """How the curves with one name are drawn: for each arm the mean over seeds, in a band that is the seeds' range or the curve's own.
 
-    `caption` is the text below the plot.
+    Attributes:
+        title: what is drawn.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        caption: what to see in the plot, as sentences.
+        log_x: whether x is logarithmic; points that are not positive are left out.
+        log_y: whether y is logarithmic.
+        level: a value of y that the claims name, drawn as a dotted line.
+        slider: if the name is "a@1", the label of a slider over all curves named "a@" and a number.
     """
 
     title: str
     x: str
     y: str
+    caption: str
     log_x: bool = False
     log_y: bool = False
-    caption: str = ""
+    level: float | None = None
+    slider: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,7 @@ class Experiment:
     Attributes:
         name: its name on the command line, such as "lr-range".
         question: the question, as a sentence.
+        kind: its group in lists: a claim about training, an application, or a cost with its remedy.
         claims: claims about batch normalization, as sentences that can be false, each with the function that judges it.
         source: the source of the claims, with section.
         paper: the number in the source, to compare with ours; "" if there is none.
@@ -145,7 +167,8 @@ class Experiment:
         measure: measures one arm with one seed; a module-level function, since it runs in a worker process with one thread.
         curves: curves by the names in `Measured.curves`.
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
-        seconds: estimated seconds of the default size for one seed and all arms on one core.
+        seconds: estimated processor seconds of the default size for one seed and all arms.
+        timed_on: the machine on which `seconds` was measured; "" if it is a guess.
         data: what a folder given with `--data` must contain; "" if the experiment accepts none.
         cpu_only: whether the experiment runs on the CPU only.
     """
@@ -159,8 +182,10 @@ class Experiment:
     metrics: Mapping[str, Metric]
     measure: Callable[[str, Setting], Measured]
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    kind: Kind = "claim"
     protocol: str = ""
     seconds: float = 60.0
+    timed_on: str = ""
     data: str = ""
     cpu_only: bool = False
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from batchnorm.bench.row import Row, threads
 from batchnorm.bench.targets import LARGE, Summary, summarize
-from batchnorm.report.page import document, section, table
-from batchnorm.report.plots import BATCH_NORM, INK, MUTED, PLAIN, PLAIN_NUMBER, inline_svg
+from batchnorm.report.page import Section, document, figures, table
+from batchnorm.report.plots import BATCH_NORM, INK, MUTED, PLAIN, PLAIN_NUMBER, Answers, Plot, Series, belongs, plot
 
 MARKERS = {  # color, marker, filled
     "ours": (BATCH_NORM, "o", "full"),
@@ -22,6 +23,10 @@ MARKERS = {  # color, marker, filled
     "renorm": (BATCH_NORM, "P", "none"),
     "mask": (BATCH_NORM, "X", "none"),
 }
+HOW_TO_READ = (
+    "<p class='note'>Time as a multiple of the byte limit: left is faster, and 1 is the speed of a copy. Marks are medians, bars reach "
+    "from the 20th to the 80th percentile.</p>"
+)
 Key = tuple[str, str, str, str, str, int]
 
 
@@ -30,16 +35,16 @@ def render(rows: Sequence[Row], command: str) -> str:
     calls = [row for row in rows if row.ratio_to_limit is not None]
     steps = [row for row in rows if row.ratio_to_limit is None]
     summaries = summarize(calls)
-    body = []
+    body = list[Section]()
     if summaries:
-        body.append(section("What was promised, and what came out", *_summaries(summaries)))
+        body.append(Section("targets", "What was promised, and what came out", _summaries(summaries)))
     if steps:
-        body.append(section("Training steps", _steps(steps)))
+        body.append(Section("steps", "Training steps", [_steps(steps)]))
     if calls:
         groups = _grouped(calls)
-        body.append(section("Against the limit", _figures(groups)))
-        body.append(section("Every number", *(_numbers(key, group) for key, group in groups.items())))
-    body.append(section("How it was measured", _protocol(rows, command)))
+        body.append(Section("figures", "Against the limit", [HOW_TO_READ, _figures(groups)]))
+        body.append(Section("numbers", "Every number", [_numbers(key, group) for key, group in groups.items()]))
+    body.append(Section("protocol", "How it was measured", [_protocol(rows, command)]))
     judged = [summary.verdict for summary in summaries if summary.verdict]
     noisy = judged.count("too noisy")
     unclear = f" The spread of {noisy} is too large for a verdict: measure again on a quiet machine." if noisy else ""
@@ -94,7 +99,7 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
         verdict = {"held": "✓ held", "missed": "✗ missed", "too noisy": "? too noisy", "": ""}[summary.verdict]
         return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
 
-    columns = ["ours / limit", *(f"ours vs {name}" for name in others), ""]
+    columns = ["ours / limit", *(f"ours vs {name}" for name in others), "verdict"]
     named = ((summary.group, cells(summary)) for summary in summaries)
     rows = [(f"{group.direction}, {group.layout}, {group.epilogue}", found) for group, found in named]
     return table(title, columns, rows)
@@ -117,44 +122,56 @@ def _steps(rows: Sequence[Row]) -> str:
 
 
 def _figures(groups: dict[Key, list[Row]]) -> str:
-    drawn = (
-        f"<figure>\n{_ratios(f'g{index}', key, group)}<figcaption><strong>{escape(_title(key))}.</strong> "
-        "Time as a multiple of the byte limit; dots are medians, bars run from the 20th to the 80th percentile.</figcaption>\n</figure>"
-        for index, (key, group) in enumerate(groups.items())
-    )
-    return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
+    drawn = ((_ratios(f"g{index}", key, group), _title(key), "") for index, (key, group) in enumerate(groups.items()))
+    return figures(drawn, "")
 
 
-def _ratios(name: str, key: Key, rows: Sequence[Row]) -> str:
+def _ratios(name: str, key: Key, rows: Sequence[Row]) -> Plot:
     """A plot with a line for each shape and a mark for each provider."""
-    shapes = list(dict.fromkeys((row.shape, row.epilogue) for row in rows))
-    places = {shape: -index for index, shape in enumerate(shapes)}
+    shapes = {shape: -index for index, shape in enumerate(dict.fromkeys((row.shape, row.epilogue) for row in rows))}
+    names = {place: " ".join(shape) for shape, place in shapes.items()}
+    measured = {
+        provider: [
+            (shapes[row.shape, row.epilogue], *(time / row.limit for time in (row.p20, row.p50, row.p80)))
+            for row in rows
+            if row.provider == provider and row.limit
+        ]
+        for provider in MARKERS
+    }
+    series = [
+        Series(provider, provider, MARKERS[provider][0], [_told(*each) for each in found])
+        for provider, found in measured.items()
+        if found
+    ]
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure) -> Axes:
         axes = figure.subplots()
         axes.axvline(1, color=INK, linewidth=0.9)
-        for provider, (color, marker, fill) in MARKERS.items():
-            found = [row for row in rows if row.provider == provider and row.limit]
-            if not found:
-                continue
-            heights = [places[row.shape, row.epilogue] for row in found]
-            low, middle, high = zip(*((row.p20 / row.limit, row.p50 / row.limit, row.p80 / row.limit)
-                                      for row in found if row.limit), strict=True)  # fmt: skip
-            axes.hlines(heights, low, high, color=color, linewidth=1.2)
-            axes.plot(middle, heights, marker, color=color, fillstyle=fill, markersize=5, label=provider)  # pyright: ignore[reportArgumentType]
+        for line in series:
+            color, marker, fill = MARKERS[line.arm]
+            heights, low, middle, high = zip(*measured[line.arm], strict=True)
+            belongs(axes.hlines(heights, low, high, color=color, linewidth=1.2), line.arm)
+            (marks,) = axes.plot(middle, heights, marker, color=color, fillstyle=fill, markersize=5, label=line.label)  # pyright: ignore[reportArgumentType]
+            belongs(marks, line.arm)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(PLAIN_NUMBER)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(list(places.values()), [f"{shape} {epilogue}" for shape, epilogue in places], fontsize=9)
+        axes.set_yticks(list(names), list(names.values()), fontsize=9)
         axes.set(xlabel="time / byte limit", ylim=(0.6 - len(shapes), 0.6))
         figure.legend(loc="outside upper right", ncols=4)
+        return axes
 
     described = "; ".join(
         f"{row.shape} {row.epilogue}, {row.provider} {row.ratio_to_limit}" for row in rows if row.provider in MARKERS
     )
     description = f"Ratios to the byte limit. {_title(key)}: {described}"
-    return inline_svg(name, description, draw, size=(5.6, 1.2 + 0.24 * len(shapes)))
+    answers = Answers(_title(key), "y", series, rows=names)
+    return plot(name, description, draw, (5.6, 1.2 + 0.24 * len(shapes)), answers)
+
+
+def _told(height: int, low: float, middle: float, high: float) -> tuple[float, int, str]:
+    return middle, height, f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _numbers(key: Key, rows: Sequence[Row]) -> str:

@@ -3,60 +3,157 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from batchnorm.lab.experiment import Experiment, Measured, Results
-from batchnorm.report.plots import BATCH_NORM, MORE, MUTED, PLAIN, PLAIN_NUMBER, inline_svg
+from batchnorm.lab.experiment import Curve, Experiment, Measured, Results
+from batchnorm.report.plots import (
+    BATCH_NORM,
+    MORE,
+    MUTED,
+    PLAIN,
+    PLAIN_NUMBER,
+    Answers,
+    Frame,
+    Plot,
+    Series,
+    belongs,
+    plot,
+)
 from batchnorm.report.rows import spread
 
 COLORS = (PLAIN, BATCH_NORM, *MORE)
-DASHES: tuple[Any, ...] = (
-    (0, (4, 1.5)),
-    "solid",
-    (0, (1, 1.2)),
-    (0, (5, 1.2, 1, 1.2)),
-)  # distinguishes arms without color too
+DASHES = ("6.4 2.4", "", "1.6 1.9", "8 1.9 1.6 1.9")  # distinguishes arms without color too
 SIZE = (5.6, 3.9)  # the width has about as many units as a phone has pixels, so text stays legible there
+WIDTH = 1.6  # of lines
 Points = list[tuple[float, float]]
 
 
-def drawings(experiment: Experiment, results: Results) -> list[tuple[str, str, str]]:
-    """Each plot as inline SVG, with its title and caption."""
+class Drawn(NamedTuple):
+    """A plot with its title and its caption, which says what to see."""
+
+    plot: Plot
+    title: str
+    caption: str
+
+
+def drawings(experiment: Experiment, results: Results) -> list[Drawn]:
+    """Each plot of an experiment."""
     drawn = [
-        (_curves(experiment, results, name), curve.title, curve.caption)
+        _drawn(experiment, results, name, curve)
         for name, curve in experiment.curves.items()
         if any(name in measured.curves for arm in experiment.arms for measured in results.by_arm[arm])
     ]
-    headline = next(iter(experiment.metrics))
-    return drawn or [(_dots(experiment, results, headline), experiment.metrics[headline].label, "")]
+    metric = experiment.metrics[headline := next(iter(experiment.metrics))]
+    told = {arm: spread(metric, results.values(arm, headline)) for arm in experiment.arms}
+    values = {arm: results.values(arm, headline) for arm in experiment.arms}
+    caption = f"A dot for each seed, and a bar at their mean{_better(metric.better)}."
+    return drawn or [Drawn(_dots(experiment, metric.label, values, told, None), _capital(metric.label), caption)]
 
 
-def _curves(experiment: Experiment, results: Results, name: str) -> str:
+def _better(better: str) -> str:
+    return "" if better == "neither" else f"; {better} is better"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _drawn(experiment: Experiment, results: Results, name: str, curve: Curve) -> Drawn:
+    """The curve as lines; as a dot for each seed if it has a single point, as in quick runs."""
+    xs = {x for arm in experiment.arms for x, _ in _mean(results.by_arm[arm], name)}
+    if len(xs) != 1:
+        return Drawn(_curves(experiment, results, name, curve), curve.title, curve.caption)
+    (x,) = xs
+    values = {arm: [dict(each.curves[name])[x] for each in results.by_arm[arm]] for arm in experiment.arms}
+    told = {arm: ", ".join(f"{value:.4g}" for value in found) for arm, found in values.items()}
+    title = f"{curve.title}: {curve.x} {x:g}"
+    return Drawn(
+        _dots(experiment, curve.y, values, told, curve.level),
+        title,
+        f"{curve.caption} This run has one point for each arm.",
+    )
+
+
+def _curves(experiment: Experiment, results: Results, name: str, curve: Curve) -> Plot:
     """A line for each arm, the mean over seeds, in the range of the seeds or in its own band."""
-    curve = experiment.curves[name]
-    lines = {arm: _mean(results.by_arm[arm], name) for arm in experiment.arms}
+    lines = _series(experiment, results, name, curve)
+    frames = _frames(experiment, results, name, curve) if curve.slider else []
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure) -> Axes:
         axes = figure.subplots()
-        for index, (arm, line) in enumerate(lines.items()):
-            style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
-            low, high = _band(results.by_arm[arm], name)
-            if low:
-                axes.fill_between(*_columns(low), _columns(high)[1], color=style["color"], alpha=0.15, linewidth=0)
-            marker = "o" if len(line) <= 12 else ""
-            axes.plot(*_columns(line), label=experiment.arms[arm], marker=marker, markersize=4, **style)
-        _scale(axes, curve.log_x, curve.log_y, sorted({x for line in lines.values() for x, _ in line}))
+        for line in lines:
+            if line.points:
+                x, y, low, high = zip(*line.points, strict=True)
+                belongs(axes.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0), line.arm)
+                marker = "o" if len(line.points) <= 12 else ""
+                (drawn,) = axes.plot(x, y, color=line.color, linestyle=_style(line.dash), marker=marker, markersize=4)
+                belongs(drawn, line.arm)
+            axes.plot([], [], label=line.label, color=line.color, linestyle=_style(line.dash))
+        for each in (one for frame in frames for one in frame.series):
+            axes.update_datalim([(axes.dataLim.x0, y) for line in (each.points, *each.seeds) for _, y, *_ in line])
+        if curve.level is not None:
+            axes.axhline(curve.level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.autoscale_view()
+        _scale(axes, curve.log_x, curve.log_y, sorted({point[0] for line in lines for point in line.points}))
         axes.set(xlabel=curve.x, ylabel=curve.y)
-        _legend(figure, len(lines))
+        _legend(figure, lines)
+        return axes
 
-    ends = "; ".join(f"{experiment.arms[arm]} {_ends(line)}" for arm, line in lines.items())
-    return inline_svg(f"{experiment.name}-{name}", f"{curve.title}: {ends}.", draw, SIZE)
+    ends = "; ".join(f"{line.label} {_ends(line)}" for line in lines)
+    answers = Answers(curve.title, "x", lines, curve.slider, frames)
+    return plot(f"{experiment.name}-{name}", f"{curve.title}: {ends}.", draw, SIZE, answers)
+
+
+def _series(experiment: Experiment, results: Results, name: str, curve: Curve) -> list[Series]:
+    """For each arm the mean with its band, and each seed; where x is logarithmic, from the first positive x on."""
+
+    def shown(points: Iterable[tuple[float, ...]]) -> list[Any]:
+        return [point for point in points if point[0] > 0 or not curve.log_x]
+
+    series = list[Series]()
+    for index, (arm, label) in enumerate(experiment.arms.items()):
+        seeds = results.by_arm[arm]
+        low, high = _band(seeds, name)
+        points = [(x, y, a, b) for (x, y), (_, a), (_, b) in zip(_mean(seeds, name), low, high, strict=True)]
+        each = [shown(measured.curves.get(name, ())) for measured in seeds]
+        color, dash = COLORS[index % len(COLORS)], DASHES[index % len(DASHES)]
+        series.append(Series(arm, label, color, shown(points), dash, each))
+    return series
+
+
+def _frames(experiment: Experiment, results: Results, name: str, curve: Curve) -> list[Frame]:
+    """A frame for each curve named as `name` up to its "@", in the order of the numbers after it."""
+    family = name.partition("@")[0] + "@"
+    names = dict.fromkeys(key for seeds in results.by_arm.values() for each in seeds for key in each.curves)
+    values = sorted((key.removeprefix(family) for key in names if key.startswith(family)), key=float)
+    return [
+        Frame(value, _series(experiment, results, key, curve), key == name, _early_ends(experiment, results, key))
+        for value in values
+        if (key := family + value)
+    ]
+
+
+def _early_ends(experiment: Experiment, results: Results, name: str) -> str:
+    """Of the trainings that end before others, since their loss is no longer finite, the last steps."""
+    ends = {arm: [each.curves[name][-1][0] for each in results.by_arm[arm]] for arm in experiment.arms}
+    last = max((end for arm in ends.values() for end in arm), default=0)
+    early = {arm: [f"{end:g}" for end in found if end < last] for arm, found in ends.items()}
+    return "; ".join(
+        f"{experiment.arms[arm]}: the loss of {len(steps)} of {len(ends[arm])} seeds is no longer finite at step {', '.join(steps)}"
+        for arm, steps in early.items()
+        if steps
+    )
+
+
+def _style(dash: str) -> Any:
+    """A line style of matplotlib, whose dashes are multiples of the line's width."""
+    return (0, [float(part) / WIDTH for part in dash.split()]) if dash else "solid"
 
 
 def _mean(seeds: Sequence[Measured], name: str) -> Points:
@@ -74,15 +171,12 @@ def _mean(seeds: Sequence[Measured], name: str) -> Points:
 
 def _band(seeds: Sequence[Measured], name: str) -> tuple[Points, Points]:
     if any(f"{name}.low" in measured.curves for measured in seeds):
-        return _mean(seeds, f"{name}.low"), _mean(seeds, f"{name}.high")
+        low, high = (dict(_mean(seeds, f"{name}.{end}")) for end in ("low", "high"))
+        return [(x, low.get(x, y)) for x, y in _mean(seeds, name)], [(x, high.get(x, y)) for x, y in _mean(seeds, name)]
     known = [dict(measured.curves.get(name, ())) for measured in seeds]
     xs = [x for x, _ in _mean(seeds, name)]
     low, high = ([(x, pick(each[x] for each in known)) for x in xs] for pick in (min, max))
     return low, high
-
-
-def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def _scale(axes: Axes, log_x: bool, log_y: bool, xs: Sequence[float]) -> None:
@@ -96,48 +190,65 @@ def _scale(axes: Axes, log_x: bool, log_y: bool, xs: Sequence[float]) -> None:
     if log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(PLAIN_NUMBER)
+        low, high = axes.get_xlim()
         if len(xs) <= 8:
             axes.set_xticks(xs)
-            axes.xaxis.set_minor_locator(NullLocator())
+        elif high < 1000 * low:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, lines: int) -> None:
+def _legend(figure: Figure, lines: Sequence[Series]) -> None:
     """Place the legend above the plot, in as many columns as fit."""
-    for columns in range(2 if lines > 3 else lines, 0, -1):
+    for columns in range(2 if len(lines) > 3 else len(lines), 0, -1):
         legend = figure.legend(loc="outside upper left", ncols=columns, fontsize=10, handlelength=2.6)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            for line, handle, text in zip(lines, legend.legend_handles, legend.get_texts(), strict=True):
+                assert handle is not None
+                belongs(handle, line.arm, "legend")
+                belongs(text, line.arm, "legend")
             return
         legend.remove()
 
 
-def _ends(line: Points) -> str:
-    return f"{line[0][1]:.3g} to {line[-1][1]:.3g}" if line else "nothing finite"
+def _ends(line: Series) -> str:
+    return f"{line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" if line.points else "nothing finite"
 
 
-def _dots(experiment: Experiment, results: Results, name: str) -> str:
-    """A row for each arm, with a dot for each seed and a bar at their mean."""
-    metric = experiment.metrics[name]
-    values = {arm: _finite(results.values(arm, name)) for arm in experiment.arms}
+def _dots(
+    experiment: Experiment,
+    label: str,
+    values: Mapping[str, Sequence[float]],
+    told: Mapping[str, str],
+    level: float | None,
+) -> Plot:
+    """A row for each arm, with a dot for each seed and a bar at their mean; `told` are the values in words."""
+    rows = {-row: name for row, name in enumerate(experiment.arms.values())}
+    series = list[Series]()
+    for row, arm in enumerate(experiment.arms):
+        found = [value for value in values[arm] if math.isfinite(value)]
+        points = [(value, -row, told[arm] if first == 0 else "") for first, value in enumerate(found)]
+        series.append(Series(arm, experiment.arms[arm], COLORS[row % len(COLORS)], points))
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure) -> Axes:
         axes = figure.subplots()
-        for row, (arm, found) in enumerate(values.items()):
-            color = COLORS[row % len(COLORS)]
-            axes.plot(found, [-row] * len(found), "o", color=color, markersize=6, alpha=0.7)
+        for row, line in enumerate(series):
+            found = [value for value, *_ in line.points]
             if found:
-                axes.plot(fmean(found), -row, "|", color=color, markersize=18, markeredgewidth=2)
+                (dots,) = axes.plot(found, [-row] * len(found), "o", color=line.color, markersize=6, alpha=0.7)
+                (bar,) = axes.plot(fmean(found), -row, "|", color=line.color, markersize=18, markeredgewidth=2)
+                belongs(dots, line.arm)
+                belongs(bar, line.arm)
             else:
                 place = axes.get_yaxis_transform()
-                axes.text(
-                    0.02, -row, spread(metric, results.values(arm, name)), transform=place, color=MUTED, va="center"
-                )
-        axes.set_yticks([-row for row in range(len(values))], list(experiment.arms.values()))
-        axes.set(xlabel=metric.label, ylim=(0.6 - len(values), 0.6))
+                axes.text(0.02, -row, told[line.arm], transform=place, color=MUTED, va="center")
+        if level is not None:
+            axes.axvline(level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.set_yticks(list(rows), list(rows.values()))
+        axes.set(xlabel=label, ylim=(0.6 - len(values), 0.6))
+        return axes
 
-    said = "; ".join(f"{experiment.arms[arm]} {spread(metric, results.values(arm, name))}" for arm in values)
+    said = "; ".join(f"{experiment.arms[arm]} {text}" for arm, text in told.items())
     size = (SIZE[0], 1.0 + 0.42 * len(values))
-    return inline_svg(f"{experiment.name}-dots", f"{metric.label}: {said}.", draw, size)
-
-
-def _finite(values: Iterable[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
+    name = f"{experiment.name}-{label}-dots"
+    return plot(name, f"{_capital(label)}: {said}.", draw, size, Answers(_capital(label), "y", series, rows=rows))

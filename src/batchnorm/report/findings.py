@@ -26,8 +26,8 @@ def render(known: Sequence[tuple[Experiment, Outcome]], folder: str) -> tuple[st
     blocks, svgs = [INTRODUCTION, _lines(overview)], dict[str, str]()
     for experiment, outcome in complete:
         name = f"{experiment.name}.svg"
-        svg, title, _ = drawings(experiment, outcome.results())[0]
-        svgs[name] = _standalone(svg)
+        plot, title, _ = drawings(experiment, outcome.results())[0]
+        svgs[name] = _standalone(plot.svg)
         blocks.append(_section(experiment, outcome, f"![{title}]({folder}/{name})"))
     environments = {
         ", ".join(f"{name} {value}" for name, value in outcome.environment.items()) for _, outcome in complete

@@ -1,17 +1,23 @@
-"""The frame of every page: self-contained HTML without scripts, light and dark, for every screen width."""
+"""The frame of every page: self-contained HTML, light and dark, for every screen width; readable without its script too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from html import escape
 from importlib import resources
+from typing import NamedTuple
+
+from batchnorm.report.plots import Plot
 
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
+script-src 'sha256-{digest}'">
 <link rel="icon" href="data:,">
 <title>{title}</title>
 <style>
@@ -23,32 +29,68 @@ PAGE = """<!doctype html>
 <h1>{title}</h1>
 <p class="lead">{lead}</p>
 </header>
+<nav aria-label="Contents">
+<ul>
+{contents}
+</ul>
+</nav>
 <main>
 {body}
 </main>
 <footer>
 <p class="note">{footer}</p>
 </footer>
+<script>{script}</script>
 </body>
 </html>
 """
 
 
-def document(kicker: str, title: str, lead: str, body: Iterable[str], footer: str) -> str:
-    """A complete page around `body`, sections in HTML; the other arguments are plain text."""
+class Section(NamedTuple):
+    """A section of a page: its id, its heading, its content in HTML, and a short name for the contents, shown above the heading too."""
+
+    id: str
+    heading: str
+    content: Sequence[str]
+    name: str = ""
+
+    def to_html(self) -> str:
+        """The section as HTML."""
+        kicker = f'<span class="kicker">{escape(self.name)}</span>' if self.name else ""
+        heading = f"<h2>{kicker}{escape(self.heading)}</h2>"
+        return "\n".join([f'<section id="{self.id}">', heading, *self.content, "</section>"])
+
+
+def document(kicker: str, title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
+    """A complete page of `sections`, with contents; the other arguments are plain text."""
+    script = _resource("page.js")
     return PAGE.format(
         kicker=escape(kicker),
         title=escape(title),
-        css=resources.files("batchnorm.report").joinpath("page.css").read_text(encoding="utf-8"),
+        css=_resource("page.css"),
         lead=escape(lead),
-        body="\n".join(body),
+        contents="\n".join(
+            f'<li><a href="#{each.id}">{escape(each.name or each.heading)}</a></li>' for each in sections
+        ),
+        body="\n".join(each.to_html() for each in sections),
         footer=escape(footer),
+        script=script,
+        digest=b64encode(sha256(script.encode()).digest()).decode(),
     )
 
 
-def section(heading: str, *content: str) -> str:
-    """A section with a heading and its HTML content."""
-    return "\n".join(["<section>", f"<h2>{heading}</h2>", *content, "</section>"])
+def _resource(name: str) -> str:
+    return resources.files("batchnorm.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def figures(items: Iterable[tuple[Plot, str, str]], prefix: str) -> str:
+    """Numbered figures next to each other, each with a plot, a title and a caption in HTML; ids begin with `prefix`."""
+    drawn = (
+        f'<figure id="{prefix}figure-{number}">\n{plot.svg}<script type="application/json">{plot.data}</script>\n'
+        f"<figcaption><strong>Figure {number}. {escape(title)}.</strong> {caption}</figcaption>\n</figure>"
+        for number, (plot, title, caption) in enumerate(items, start=1)
+    )
+    return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
 
 
 def table(caption: str, columns: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> str:
@@ -58,7 +100,8 @@ def table(caption: str, columns: Iterable[str], rows: Iterable[tuple[str, list[s
         f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
         for label, cells in rows
     )
+    # What scrolls takes the focus, so that the keyboard can scroll it.
     return (
-        f'<div class="scroll"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr><td></td>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(caption)}"><table>\n<caption>{escape(caption)}</caption>\n'
+        f"<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
     )

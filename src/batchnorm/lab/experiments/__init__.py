@@ -15,11 +15,8 @@ NAMES = (
     "paper-4.1",
     "depth",
     "image-classification",
-    "batch-size",
-    "population",
     "smoothness",
     "regularization",
-    "cost",
     "detection",
     "speech",
     "gan",
@@ -28,6 +25,9 @@ NAMES = (
     "recommender",
     "translation",
     "driving",
+    "batch-size",
+    "population",
+    "cost",
 )
 
 FIRST = ("demo", "lr-range", "depth")  # good to start with: short, with a large effect

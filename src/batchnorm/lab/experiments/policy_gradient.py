@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.experiment import Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.layers import BatchNorm1d
 from batchnorm.population import recalibrate
 
@@ -149,6 +149,7 @@ def judge(results: Results) -> Verdict:
 EXPERIMENT = Experiment(
     name="policy-gradient",
     question="Does batch normalization let a policy gradient learn from observations in badly scaled units?",
+    kind="application",
     claims={
         "In badly scaled units proximal policy optimization solves CartPole with BN on the input, and not without.": judge
     },
@@ -161,12 +162,20 @@ EXPERIMENT = Experiment(
         "solved": Metric("steps to a return of 475", ".0f", "lower"),
     },
     measure=measure,
-    curves={"return": Curve("Return while learning", "environment steps", "mean return of 20 episodes")},
+    curves={
+        "return": Curve(
+            "Return while learning",
+            "environment steps",
+            "mean return of 20 episodes",
+            "Higher is better, 500 the most. The band reaches from the worst to the best seed.",
+        )
+    },
     protocol=(
         "CartPole-v1 of gymnasium, 16 poles, in millimeters from a wall 3 m away, km/h, turns and turns per minute. PPO: 64 steps a "
         "round, four passes in batches of 256, clip .2, Adam .003; policy and value 4-64-64 networks, tanh. Running statistics begin "
         "as those of a round before the first. Nothing was tuned for an arm; returns are of 20 poles that never train."
     ),
     seconds=60,
+    timed_on=AVX2,
     cpu_only=True,
 )

@@ -1,0 +1,106 @@
+"""The pages of reports in a browser: values at the pointer and by keyboard, switches, the slider, and accessibility, light and dark."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from batchnorm.lab import experiments, result
+from batchnorm.lab.experiments import demo
+from batchnorm.report.lab import render, render_one
+from tests.test_report import made_up_outcome
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NODE = shutil.which("node")
+
+
+def packages():
+    """Whether node finds its packages, in node_modules or along NODE_PATH."""
+    resolve = "['playwright-core', 'axe-core'].forEach(require.resolve)"
+    return subprocess.run([NODE, "-e", resolve], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and NODE and packages()),
+    reason="needs Chromium, node, and `npm install --no-save playwright-core axe-core` in the repository",
+)
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    """What the browser met on a page of the demonstration and on one of the lab."""
+    folder = tmp_path_factory.mktemp("pages")
+    pages = [folder / "demo.html", folder / "lab.html"]
+    pages[0].write_text(render_one(demo.EXPERIMENT, made_up_outcome()))
+    known = [(demo.EXPERIMENT, made_up_outcome())]
+    dots = "regularization"
+    known.append((experiments.load(dots), result.load(dots, ROOT / "benchmarks" / "results" / "lab")))
+    known.append((experiments.load("cost"), None))
+    pages[1].write_text(render(known))
+    command = [NODE, ROOT / "tests" / "report_browser.cjs", CHROMIUM, *pages]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(("demo", "lab"), json.loads(done.stdout), strict=True))
+
+
+@pytest.fixture(params=["demo", "lab"])
+def page(met, request):
+    return met[request.param]
+
+
+def test_nothing_is_said_on_the_console_and_nothing_loaded(page):
+    assert page["messages"] == []
+
+
+def test_no_serious_violation_of_accessibility(page):
+    assert page["violations"] == []
+
+
+def test_no_page_scrolls_sideways(page):
+    assert page["sideways"] == [0, 0]
+
+
+def test_every_plot_answers_to_pointer_and_keyboard(met):
+    assert [len(page["plots"]) for page in met.values()] == [3, 4]
+    for each in (plot for page in met.values() for plot in page["plots"]):
+        assert re.search(r"\d", each["hover"])
+        assert each["left"] == ""
+        assert re.search(r"\d", each["first"])
+        assert re.search(r"\d", each["text"])
+        assert each["text"] != each["first"]
+        assert each["announced"].replace("; ", "\n") == each["text"]
+        assert each["marks"] >= 1
+
+
+def test_values_are_those_of_the_measurements(met):
+    sweep = met["demo"]["plots"][1]
+    assert sweep["first"] == "learning rate 0.01\nwithout BN 0.3\nwith BN 0.98"
+    assert sweep["text"] == "learning rate 0.1\nwithout BN 0.96\nwith BN 0.98"
+
+
+def test_arms_can_be_switched(page):
+    arm = page["arm"]
+    assert arm["label"] == "without BN"
+    assert (arm["before"], arm["after"], arm["again"]) == (6, 0, 6)  # a line and a band in each of three plots
+    assert "without BN" not in arm["values"]["text"]
+    assert "with BN" in arm["values"]["text"]
+
+
+def test_seeds_can_be_switched(page):
+    assert page["seed"]["drawn"] == 6  # both arms in each of three plots
+    assert page["seed"]["values"]["first"].count("seed 0: 0.5") == 2
+
+
+def test_the_slider_reaches_the_other_trainings(page):
+    assert page["slider"] == {"value": "1", "drawn": 2, "lines": 0}
+
+
+def test_the_page_is_complete_without_its_script(page):
+    assert page["without"]["inputs"] == 0
+    assert page["without"]["pictures"] == len(page["plots"])
+    for text in ("✓ holds", "It reaches 95% validation accuracy", "Figure 1. How fast it learns.", "Make it again"):
+        assert text in page["without"]["text"]
