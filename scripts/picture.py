@@ -98,8 +98,8 @@ def draw(result: dict) -> str:
     said = "; ".join(f"{name} {', '.join(f'{end[1]:.0%}' for end in ends[arm])}" for arm, name, _ in ARMS)
     seeds = len(learning["plain"])
     label = (
-        f"Two plots of accuracy, mean and range of {seeds} seeds. Left: in the first {STEPS} steps at learning rate 0.1 the network with BN "
-        f"learns sooner. Right: test accuracy at the learning rates {', '.join(f'{rate:g}' for rate in rates)}: {said}."
+        f"Two plots of accuracy, mean and range of {seeds} seeds. Left: in the first {STEPS} steps at learning rate 0.1 the network "
+        f"with BN learns sooner. Right: test accuracy at the learning rates {', '.join(f'{rate:g}' for rate in rates)}: {said}."
     )
     return "\n".join(
         [
