@@ -17,7 +17,7 @@ from markdown.extensions.toc import slugify
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-REPOSITORY = "https://github.com/batchnorm/batchnorm/blob/main/"
+REPOSITORY = re.compile(r"https://(github\.com/batchnorm/batchnorm/blob|raw\.githubusercontent\.com/batchnorm/batchnorm)/main/")
 QUICK = ("explain", "--version")  # commands that a test may run
 
 
@@ -87,8 +87,8 @@ def anchors(page: Path) -> set[str]:
 def test_links_lead_somewhere(page):
     for link in links(page):
         address, _, anchor = link.partition("#")
-        if address.startswith(REPOSITORY):
-            target = ROOT / address.removeprefix(REPOSITORY)
+        if REPOSITORY.match(address):
+            target = ROOT / REPOSITORY.sub("", address)
         elif link.startswith("http"):
             assert re.fullmatch(r"https?://[\w.-]+\.\w+(/[^\s]*)?", link), link
             continue
