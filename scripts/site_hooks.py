@@ -15,7 +15,7 @@ CHANGES = (
     # A dialog needs a name for screen readers.
     ('data-md-component="search" role="dialog"', r'\g<0> aria-label="{search}"'),
 )
-BREAKS = re.compile(r"(?<=[\w)])([._=(,/]+)(?=[\w"&])")  # where a name in a narrow table may go on in the next line
+BREAKS = re.compile(r'(?<=[\w)])([._=(,/]+)(?=[\w"&])')  # where a name in a narrow table may go on in the next line
 CELL_CODE = re.compile(r"(<code>)([^<]*)(?=</code>)")
 SEARCH = {"en": "Search", "zh": "搜索"}
 
