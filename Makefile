@@ -10,7 +10,7 @@ BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(CSRC)
 # Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo lab bench test test-all coverage durations models lint docs sanitize clean
+.PHONY: demo lab bench test test-all coverage durations models lint docs site-check sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make models    every operation on 45 architectures of other libraries (docs/models.md; some 5 GB of packages)"
 	@echo "make lint      ruff, clang-format and pyright"
 	@echo "make docs      build docs/ into site/"
+	@echo "make site-check  open every page of the site in Chromium: nothing cut, no console message, no other host; accessibility"
 	@echo "make sanitize  fuzz the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean     remove the virtual environment and what was built"
 
@@ -82,7 +83,16 @@ lint: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/dev
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# What the browser checks need from npm: the driver of Chromium, and the rules of accessibility.
+build/browser/node_modules: Makefile
+	npm install --silent --no-fund --no-audit --prefix build/browser playwright-core@1.65.1 axe-core@4.14.1
+	@touch $@
+
+# Every page in headless Chromium, from disk and over http, narrow and wide; it needs Chromium and node.
+site-check: docs build/browser/node_modules
+	node scripts/site_check.mjs site
 
 SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 

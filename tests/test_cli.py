@@ -1,15 +1,19 @@
 """The commands as a person types them: numbers, JSON, one-line errors, Ctrl-C and going on."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -74,8 +78,17 @@ class TestExplain:
             (("1", "2", "--eps", "0"), "eps must be above 0"),
             (("1", "2", "--grad", "1"), "one number per value"),
             (("1", "2", "--grad", "a,b"), "commas"),
-            (("1", "two"), "not a valid float"),
-            (("1", "2", "--gama", "3"), "--gama"),
+            (("1", "two"), "'two' is neither a number nor a row"),
+            (("1", "2", "--gama", "3"), "No such option '--gama'"),
+            (("1", "2", "--gama=3"), "No such option '--gama'"),
+            (("-1", "2", "-x"), "No such option '-x'"),
+            (("1,2", "3"), "rows of 1 and of 2"),
+            (("1", "2", "--shape", "3x2"), "3x2 has 6 and 2 were given"),
+            (("1", "2", "--shape", "2x"), "separated by x"),
+            (("1", "2", "--shape", "0x2"), "separated by x"),
+            (("1,2", "3,4", "--channel", "2"), "0 to 1, but got 2"),
+            (("1,2", "3,4", "--grad", "1,0"), "got 2 for 4 values"),
+            (("gone.csv",), "'gone.csv' is neither"),
             ((), "Missing argument"),
         ],
     )
@@ -87,6 +100,96 @@ class TestExplain:
         assert len(errors) == 1
         assert message in errors[0]
         assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("1,10", "2,-20", "4,40"),
+            ("1", "10", "2", "-20", "4", "40", "--shape", "3x2"),
+            ("rows.csv",),
+            ("rows.txt",),
+            ("rows.npy",),
+            ("-",),
+        ],
+        ids=" ".join,
+    )
+    def test_rows_files_and_standard_input(self, arguments, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("rows.csv").write_text('"a","b"\r\n1,10\r\n2,-20\r\n\r\n4, 40\r\n')
+        Path("rows.txt").write_text("# two channels\n1 10\n2\t-20\n4  40 # last\n")
+        np.save("rows.npy", np.array([[1, 10], [2, -20], [4, 40]], dtype=np.float32))
+        shown = CliRunner().invoke(commands, ["explain", *arguments, "--json"], input="1;10\n2;-20\n4;40\n")
+        result = json.loads(shown.stdout)
+        assert result["shape"] == [3, 2]
+        first, second = result["channels"]
+        names = ("0 (a)", "1 (b)") if arguments == ("rows.csv",) else ("0", "1")
+        assert first == {"channel": names[0], **explain([1, 2, 4]).to_dict()}
+        assert second == {"channel": names[1], **explain([10, -20, 40]).to_dict()}
+
+    def test_images_are_normalized_over_every_axis_but_the_channels(self, tmp_path):
+        x = np.random.default_rng(0).normal(size=(2, 3, 2, 2))
+        np.save(tmp_path / "x.npy", x)
+        result = call("explain", tmp_path / "x.npy", "--grad", ",".join(map(str, range(24))))
+        assert "Shape 2 x 3 x 2 x 2: 3 channels on axis 1" in result.stdout
+        grad = np.arange(24.0).reshape(x.shape)
+        for channel in range(3):
+            it = explain(x[:, channel].ravel(), grad_output=grad[:, channel].ravel())
+            assert f"Channel {channel}\n\n{it}" in result.stdout
+        alone = call("explain", tmp_path / "x.npy", "--channel", 1).stdout
+        assert "Channel 1\n" in alone
+        assert "Channel 0\n" not in alone
+        many = call("explain", *range(20), "--shape", "2x10").stdout
+        assert "  9: 14, 25, 1.4, 5.9\n\n--channel 0 shows every step" in many
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "has none"),
+            ("1,,2\n", "line 1 has ''"),
+            ("1,2\n3\n", "rows of 1 and of 2"),
+            ("1 2\n3 x\n", "line 2 has 'x'"),
+        ],
+    )
+    def test_a_bad_file_is_named(self, text, message, tmp_path):
+        (tmp_path / "bad.csv").write_text(text)
+        result = call("explain", tmp_path / "bad.csv")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+        (tmp_path / "bad.npy").write_text(text)
+        result = call("explain", tmp_path / "bad.npy")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "bad.npy must be an array of real numbers" in result.stderr
+
+    def test_the_terminals_width(self):
+        parent, child = pty.openpty()
+        termios.tcsetwinsize(child, (50, 64))
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+        command = [sys.executable, "-m", "batchnorm", "explain", *map(str, range(100))]
+        with subprocess.Popen(
+            command, env={**environment, "PYTHONPATH": str(SOURCE), "PYTHONIOENCODING": "utf-8"}, stdout=child
+        ):
+            os.close(child)
+            printed = b""
+            with contextlib.suppress(OSError):  # the end of a terminal
+                while part := os.read(parent, 65536):
+                    printed += part
+        os.close(parent)
+        assert printed.decode().replace("\r\n", "\n") == explain(range(100)).text(64, 24) + "\n"
+
+    def test_a_page(self, tmp_path):
+        page = tmp_path / "page.html"
+        assert call("explain", "1,10", "2,20", "4,40", "--html", page).exit_code == 0
+        text = page.read_text()
+        assert "http" not in text.replace("http-equiv", "")
+        assert "Channel 1: Backward (section 3)" in text
+        assert text.count("<circle") == 2 * 3 * 3
+        for number in explain([10, 20, 40]).grad_input:
+            assert f"<td>{number:.6g}</td>" in text
+        again = call("explain", 1, 2, "--html", page)
+        assert again.exit_code == 2
+        assert "--force" in again.stderr
+        assert call("explain", 1, 2, "--html", page, "--force").exit_code == 0
+        assert page.read_text() != text
 
 
 class TestLoading:

@@ -9,13 +9,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from markdown.extensions.toc import slugify
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-REPOSITORY = "https://github.com/batchnorm/batchnorm/blob/main/"
+REPOSITORY = re.compile(
+    r"https://(github\.com/batchnorm/batchnorm/blob|raw\.githubusercontent\.com/batchnorm/batchnorm)/main/"
+)
 QUICK = ("explain", "--version")  # commands that a test may run
 
 
@@ -68,18 +72,33 @@ def test_commands_print_what_is_shown(command, shown):
 
 
 def links(page: Path) -> list[str]:
-    """Targets of a page's links, without what follows a `#`: in the text, or defined at its end."""
-    text = page.read_text()
-    return re.findall(r"(?:\]\(|^\[[^\]]+\]: )([^)#\s]+)", text, re.MULTILINE)
+    """Targets of a page's links: in the text, in HTML, or defined at its end."""
+    text = BLOCK.sub("", page.read_text())
+    return re.findall(r"(?:\]\(|(?:href|src)=\"|^\[[^\]]+\]: )([^)\s\"]+)", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    return {
+        slugify(re.sub(r"[`*]", "", heading), "-")
+        for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in links(page):
-        if target.startswith(REPOSITORY):
-            assert (ROOT / target.removeprefix(REPOSITORY)).exists(), target
-        elif not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for link in links(page):
+        address, _, anchor = link.partition("#")
+        if REPOSITORY.match(address):
+            target = ROOT / REPOSITORY.sub("", address)
+        elif link.startswith("http"):
+            assert re.fullmatch(r"https?://[\w.-]+\.\w+(/[^\s]*)?", link), link
+            continue
+        else:
+            target = page.parent / address if address else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
 
 
 def test_the_readme_renders_outside_the_repository():
@@ -94,19 +113,34 @@ def test_the_readme_renders_outside_the_repository():
 
 
 def test_every_page_is_in_the_index():
-    index = (ROOT / "docs" / "index.md").read_text()
+    index, chinese = ((ROOT / "docs" / name).read_text() for name in ("index.md", "index.zh.md"))
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "index.md" or f"({page.name})" in index, page.name
-        assert page.name in navigation, page.name
+        if page.name not in ("index.md", "index.zh.md"):
+            name = page.name.replace(".zh.md", ".md")
+            assert f"({name})" in index, page.name
+            assert f"({name})" in chinese, page.name
+            assert name in navigation, page.name
+
+
+def script(path: str) -> Any:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_what_the_demonstration_measured():
+    """Make it again with: python scripts/picture.py"""
+    picture = script("scripts/picture.py")
+    assert picture.PICTURE.read_text() == picture.draw(json.loads(picture.RESULT.read_text()))
 
 
 def test_the_page_of_models_is_what_the_rows_say():
     """Make it again with: make models"""
-    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
-    models = importlib.util.module_from_spec(spec)
-    sys.modules["models"] = models  # where dataclasses look for their types
-    spec.loader.exec_module(models)
+    models = script("benchmarks/models.py")
     result = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text())
     assert (ROOT / "docs" / "models.md").read_text() == models.page(result)
     assert not [row["name"] for row in result["rows"] if models.is_wrong(row)]

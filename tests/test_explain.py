@@ -140,6 +140,22 @@ def test_the_table_is_aligned():
     assert not any(line != line.rstrip() for line in lines)
 
 
+@pytest.mark.parametrize("width", [40, 64, 80, 100, 160])
+def test_the_table_fits_a_width_and_says_the_same(width):
+    it = explain(TUTORIAL, gamma=0.5, beta=2)
+    text = it.text(width)
+    assert max(len(line.replace("\N{COMBINING CIRCUMFLEX ACCENT}", "")) for line in text.splitlines()) <= width
+    assert set(str(it).split()) <= set(text.split())
+
+
+def test_a_long_table_is_shortened():
+    lines = explain(range(100)).text(rows=8).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.split()[:2] == ["i", "xᵢ"])
+    assert [line.split()[0] for line in lines[start + 1 : start + 9]] == ["1", "2", "3", "4", "5", "…", "99", "100"]
+    assert lines[start + 9] == ""
+    assert explain(range(8)).text(rows=8) == str(explain(range(8)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

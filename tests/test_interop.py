@@ -306,13 +306,36 @@ class TestTutorial:
     def test_convert_names_it_and_the_way_to_take_it_over(self, caplog):
         model = nn.Sequential(nn.Linear(3, 3), Tutorial(3), nn.BatchNorm1d(3))
         bn.convert(model)
-        (warning,) = [text for text in caplog.messages if "written by hand" in text]
-        assert warning.startswith("convert: left 1: it is a batch norm written by hand")
-        assert "batchnorm.interop.from_tutorial(layer)" in warning
+        what = "it is a batch norm written by hand (Tutorial with gamma, beta, running_mean, running_var); its statistics are no buffers"
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert warning.startswith(f"convert: 1 of 2 batch norms changed; left 1: {what}")
+        assert "batchnorm.interop.from_tutorial(layer), if" in warning
+        for operation, count in ((bn.freeze, "1 of 2"), (bn.fuse, "0 of 2")):
+            caplog.clear()
+            operation(model)
+            assert f"{operation.__name__}: {count} batch norms" in caplog.text
+            assert f"left 1: {what}" in caplog.text
         model[1] = interop.from_tutorial(model[1])
         caplog.clear()
         bn.convert(model)
-        assert not [text for text in caplog.messages if "written by hand" in text]
+        assert "written by hand" not in caplog.text
+
+    def test_arguments_and_buffers_are_named(self, caplog):
+        layer = DiveIntoDeepLearning(3)
+        for name in ("moving_mean", "moving_var"):
+            value = getattr(layer, name)
+            delattr(layer, name)
+            layer.register_buffer(name, value)
+        assert bn.convert(layer) is layer
+        assert (
+            "left the model: it is a batch norm written by hand (DiveIntoDeepLearning with gamma, beta, moving_mean"
+            in caplog.text
+        )
+        assert "from_tutorial(layer, eps=..., momentum=...)" in caplog.text
+        assert "no buffers" not in caplog.text
+        caplog.clear()
+        bn.recalibrate(layer, [torch.randn(4, 3, 5, 5)])
+        assert "no batch norm to recalibrate; the model left: it is a batch norm written by hand" in caplog.text
 
     def test_something_else(self):
         with pytest.raises(ArgumentError, match="gamma"):

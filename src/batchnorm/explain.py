@@ -7,11 +7,12 @@ do not depend on the order in which a processor adds.
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, isfinite, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchnorm.errors import ArgumentError, InputError
 
@@ -21,11 +22,27 @@ if TYPE_CHECKING:
 Row = tuple[float, ...]
 
 
+class Step(NamedTuple):
+    """A step of an explanation.
+
+    Attributes:
+        title: what it is.
+        formulas: name, formula, value and remark of each.
+        columns: a heading and its numbers, one per value of the mini-batch.
+        note: what the columns' headings mean.
+    """
+
+    title: str
+    formulas: tuple[tuple[str, str, float, str], ...]
+    columns: tuple[tuple[str, Row], ...] = ()
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Every intermediate result of batch normalization of one mini-batch; rows have one number per value.
 
-    `str()` gives a table with the formulas, `to_dict()` data for JSON.
+    `str()` and `text()` give a table with the formulas, `to_dict()` data for JSON.
 
     Attributes:
         values: x, the mini-batch.
@@ -86,32 +103,54 @@ class Explanation:
         return {name: list(field) if isinstance(field, tuple) else field for name, field in asdict(self).items()}
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None, rows: int | None = None) -> str:
+        """The steps as a table.
+
+        Args:
+            width: wrap to this many columns of a terminal, at least 40; None does not wrap.
+            rows: show this many values at most, at least 4, and an ellipsis for those in the middle; None shows all.
+        """
+        width = None if width is None else max(width, 40)
+        lines = [*_wrapped(self.title, width)]
+        for step in self.steps():
+            lines += ["", *_wrapped(step.title, width), *_formulas(step.formulas, width)]
+            lines += ["", *_wrapped(step.note, width)] if step.note else []
+            lines += ["", *_columns(step.columns, width, rows)] if step.columns else []
+        return "\n".join(lines)
+
+    @property
+    def title(self) -> str:
+        """What is normalized, in a line."""
+        return f"Batch normalization of m = {len(self.values)} values with γ = {self.gamma:g}, β = {self.beta:g}, ε = {self.eps:g}"
+
+    def steps(self) -> list[Step]:
+        """The forward, the running statistics and the backward: formulas with their values, and columns with a number per value."""
         m, old = len(self.values), 1 - self.momentum
-        rows = range(1, m + 1)
+        index = ("i", tuple(range(1, m + 1)))
         one_hot = self.grad_output == (1.0,) + (0.0,) * (m - 1)
-        return "\n".join(
-            [
-                f"Batch normalization of m = {m} values with γ = {self.gamma:g}, β = {self.beta:g}, ε = {self.eps:g}",
-                "",
+        return [
+            Step(
                 "Forward (Ioffe & Szegedy 2015, Algorithm 1)",
-                *_formulas(
+                (
                     ("sum", "Σ xᵢ", self.sum, ""),
                     ("mean", "µ = Σ xᵢ / m", self.mean, ""),
                     ("variance", "σ² = Σ (xᵢ - µ)² / m", self.variance, "biased: divided by m"),
                     ("standard deviation", "√(σ² + ε)", self.std, ""),
                 ),
-                "",
-                *_columns(
-                    ("i", rows),
+                (
+                    index,
                     ("xᵢ", self.values),
                     ("xᵢ - µ", self.deviations),
                     ("(xᵢ - µ)²", self.squared_deviations),
                     ("x̂ᵢ = (xᵢ - µ) / √(σ² + ε)", self.normalized),
                     ("yᵢ = γ x̂ᵢ + β", self.output),
                 ),
-                "",
+            ),
+            Step(
                 f"Running statistics after this batch, from mean 0 and variance 1; momentum {self.momentum:g} weighs the new value",
-                *_formulas(
+                (
                     ("running mean", f"{old:g} · 0 + {self.momentum:g} · µ", self.running_mean, ""),
                     (
                         "running variance",
@@ -120,20 +159,18 @@ class Explanation:
                         "unbiased: the batch stands for the population",
                     ),
                 ),
-                "",
+            ),
+            Step(
                 "Backward (section 3), "
                 + ("for L = y₁: how the first output depends on every xᵢ" if one_hot else "for the given dL/dyᵢ"),
-                *_formulas(
+                (
                     ("variance", "dL/dσ² = Σ dL/dx̂ᵢ · (xᵢ - µ) · -½ (σ² + ε)^(-3/2)", self.grad_variance, ""),
                     ("mean", "dL/dµ = Σ dL/dx̂ᵢ · -1 / √(σ² + ε) + dL/dσ² · Σ -2 (xᵢ - µ) / m", self.grad_mean, ""),
                     ("scale", "dL/dγ = Σ dL/dyᵢ · x̂ᵢ", self.grad_gamma, ""),
                     ("shift", "dL/dβ = Σ dL/dyᵢ", self.grad_beta, ""),
                 ),
-                "",
-                "  dL/dxᵢ = a + b + c,  a = dL/dx̂ᵢ / √(σ² + ε),  b = dL/dσ² · 2 (xᵢ - µ) / m,  c = dL/dµ / m",
-                "",
-                *_columns(
-                    ("i", rows),
+                (
+                    index,
                     ("dL/dyᵢ", self.grad_output),
                     ("dL/dx̂ᵢ = dL/dyᵢ · γ", self.grad_normalized),
                     ("a", self.grad_through_normalized),
@@ -141,8 +178,9 @@ class Explanation:
                     ("c", (self.grad_through_mean,) * m),
                     ("dL/dxᵢ", self.grad_input),
                 ),
-            ]
-        )
+                "  dL/dxᵢ = a + b + c,  a = dL/dx̂ᵢ / √(σ² + ε),  b = dL/dσ² · 2 (xᵢ - µ) / m,  c = dL/dµ / m",
+            ),
+        ]
 
 
 def explain(
@@ -285,25 +323,57 @@ def _shape(values: Any) -> tuple[int, ...]:
     return tuple(getattr(values, "shape", ()))
 
 
-def _formulas(*lines: tuple[str, str, float, str]) -> list[str]:
-    """Name, formula, value and remark, aligned."""
+def _formulas(lines: Sequence[tuple[str, str, float, str]], width: int | None) -> list[str]:
+    """Name, formula, value and remark, aligned; one below the other if that is too wide."""
     names = max(_width(name) for name, _, _, _ in lines)
     formulas = max(_width(formula) for _, formula, _, _ in lines)
     values = max(len(f"{value:.6g}") for _, _, value, _ in lines)
-    return [
+    aligned = [
         f"  {_left(name, names)}  {_left(formula, formulas)} = {f'{value:.6g}':<{values}}  {remark}".rstrip()
         for name, formula, value, remark in lines
     ]
-
-
-def _columns(*columns: tuple[str, Sequence[float]]) -> list[str]:
-    """A heading per column, right-aligned over its numbers."""
-    cells = [[heading, *(f"{number:.6g}" for number in numbers)] for heading, numbers in columns]
-    widths = [max(map(_width, column)) for column in cells]
+    if width is None or max(map(_width, aligned)) <= width:
+        return aligned
     return [
-        "  " + "  ".join(" " * (width - _width(cell)) + cell for cell, width in zip(line, widths, strict=True))
-        for line in zip(*cells, strict=True)
+        line
+        for name, formula, value, remark in lines
+        for text in (f"  {name}  {formula}", f"    = {value:.6g}" + (f"  {remark}" if remark else ""))
+        for line in _wrapped(text, width)
     ]
+
+
+def _columns(columns: Sequence[tuple[str, Sequence[float]]], width: int | None, rows: int | None) -> list[str]:
+    """A heading per column, right-aligned over its numbers; columns that are too many for the width continue below, after the first."""
+    cells = [[heading, *_shortened([f"{number:.6g}" for number in numbers], rows)] for heading, numbers in columns]
+    index, *others = [_aligned(column) for column in cells]
+    blocks = [[index]]
+    for column in others:
+        if width is not None and len(blocks[-1]) > 1 and sum(_width(c[0]) + 2 for c in (*blocks[-1], column)) > width:
+            blocks.append([index])
+        blocks[-1].append(column)
+    return [
+        line
+        for number, block in enumerate(blocks)
+        for line in [""] * bool(number) + ["  " + "  ".join(row) for row in zip(*block, strict=True)]
+    ]
+
+
+def _shortened(numbers: list[str], rows: int | None) -> list[str]:
+    """The first and the last of a column, with an ellipsis between, if there are more than `rows`."""
+    if rows is None or len(numbers) <= rows:
+        return numbers
+    last = max(rows, 4) // 4
+    return [*numbers[: max(rows, 4) - last - 1], "…", *numbers[-last:]]
+
+
+def _aligned(column: list[str]) -> list[str]:
+    width = max(map(_width, column))
+    return [" " * (width - _width(cell)) + cell for cell in column]
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    """The text in lines of a width; further lines are indented by four."""
+    return [text] if width is None else textwrap.wrap(text, width, subsequent_indent="    ")
 
 
 def _left(text: str, width: int) -> str:

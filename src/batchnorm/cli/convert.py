@@ -18,7 +18,7 @@ from batchnorm.cli.text import print_json, visible
 from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import convert, fuse, is_frozen_norm, walk, why_left
-from batchnorm.surgery.by_hand import WHY_LEFT
+from batchnorm.surgery.by_hand import why_left_by_hand
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import copied
 
@@ -90,7 +90,7 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
         elif isinstance(before.module, _BatchNorm) or is_frozen_norm(before.module):
             rows.append({**row, "becomes": None, "left": why_left(before.module)})
         elif is_hand_written(before.module):
-            rows.append({**row, "becomes": None, "left": WHY_LEFT})
+            rows.append({**row, "becomes": None, "left": why_left_by_hand(before.module)})
     return rows
 
 

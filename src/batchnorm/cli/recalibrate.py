@@ -26,8 +26,8 @@ from batchnorm.cli.models import (
 from batchnorm.cli.text import print_json, visible
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.population import METHODS, Progress, recalibrating
-from batchnorm.surgery import batch_norms
-from batchnorm.surgery.by_hand import WHY_LEFT, hand_written
+from batchnorm.surgery import batch_norms, walk
+from batchnorm.surgery.by_hand import hand_written, why_left_by_hand
 
 
 @click.command(
@@ -103,8 +103,8 @@ def recalibrate_command(
                 "are neither tensors, tuples nor dicts needs --forward)"
             ) from error
     if not last.layers:
-        by_hand = hand_written(model)
-        hint = f"; of {', '.join(by_hand)}: {WHY_LEFT}" if by_hand else ""
+        by_hand = hand_written(walk(model))
+        hint = "".join(f"; of {name}: {why_left_by_hand(layer)}" for name, layer in by_hand.items())
         raise InputError(
             f"{spec} must have a batch norm with running statistics that is not frozen, but has none{hint}"
         )

@@ -24,9 +24,14 @@ def is_hand_written(layer: nn.Module) -> bool:
     """Whether a module is a hand-written batch norm: not torch's or ours, with gamma, beta and running statistics of one size."""
     if isinstance(layer, _BatchNorm):  # ours have gamma and beta too
         return False
-    numbers = [getattr(layer, name, None) for name in (*_AFFINE, *_statistics_of(layer))]
+    numbers = [getattr(layer, name, None) for name in hand_written_names(layer)]
     sizes = {value.numel() if isinstance(value, Tensor) and not is_lazy(value) else None for value in numbers}
     return len(sizes) == 1 and None not in sizes
+
+
+def hand_written_names(layer: Any) -> tuple[str, str, str, str]:
+    """The attributes of scale, offset, mean and variance of a hand-written batch norm; torch's names for statistics that it lacks."""
+    return (*_AFFINE, *_statistics_of(layer))
 
 
 def from_tutorial(layer: Any, *, eps: float | None = None, momentum: float | None = None) -> BatchNorm:

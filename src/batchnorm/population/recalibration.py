@@ -39,7 +39,8 @@ from batchnorm.moments import Moments
 from batchnorm.population.items import Forward, call, check_loader
 from batchnorm.population.lineage import Lineage
 from batchnorm.statistics.contract import in_domain, is_frozen
-from batchnorm.surgery import batch_norms
+from batchnorm.surgery import batch_norms, walk
+from batchnorm.surgery.by_hand import hand_written, why_left_by_hand
 from batchnorm.surgery.observe import Observer, observed
 from batchnorm.surgery.transaction import transaction
 
@@ -134,7 +135,10 @@ def recalibrating(
     check_loader(loader, several_passes=method == "layerwise")
     ranks = _ranks(process_group)
     if not recorders:
-        logger.warning("recalibrate: the model has no batch norm to recalibrate")
+        by_hand = "".join(
+            f"; {name} left: {why_left_by_hand(layer)}" for name, layer in hand_written(walk(model)).items()
+        )
+        logger.warning("recalibrate: the model has no batch norm to recalibrate%s", by_hand)
     return _run(model, recorders, _Batches(loader, limit), forward or call, method == "layerwise", ranks)
 
 

@@ -7,7 +7,6 @@ from torch import nn
 from batchnorm import memory
 from batchnorm.layers import BatchNorm
 from batchnorm.statistics import Statistics
-from batchnorm.surgery.by_hand import warn_of_hand_written
 from batchnorm.surgery.exchange import convert_layers
 from batchnorm.surgery.fuse import fuse_layers
 from batchnorm.surgery.report import Report
@@ -44,7 +43,6 @@ def convert(
         InputError: if statistics is not a statistics source.
     """
     slots = slots_of(model)
-    warn_of_hand_written("convert", slots)
     report = convert_layers(slots, Report("convert", "changed"), statistics)
     if save_memory:
         for layer, _ in layers_of(slots):

@@ -31,6 +31,7 @@ from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running, Statistics
 from batchnorm.surgery import frozen
 from batchnorm.surgery.absorb import release_activations
+from batchnorm.surgery.by_hand import hand_written, why_left_by_hand
 from batchnorm.surgery.classes import become
 from batchnorm.surgery.frozen import FrozenBatchNorm
 from batchnorm.surgery.report import Report
@@ -82,6 +83,9 @@ def convert_layers(
         report.changed.append(paths)
         name = type(layer).__name__
         logger.info("%s: %s is now %s", report.operation, paths, f"batchnorm.{name}" if name == before else f"{name}")
+    for name, layer in hand_written(slots).items():
+        report.total += 1
+        report.leave(name, why_left_by_hand(layer))
     return report
 
 

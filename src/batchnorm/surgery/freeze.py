@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running
+from batchnorm.surgery.by_hand import hand_written
 from batchnorm.surgery.classes import become, like, remade
 from batchnorm.surgery.exchange import convert_layers
 from batchnorm.surgery.report import Report
@@ -51,6 +52,7 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     slots = slots_of(model)
     converted, report = convert_layers(slots, Report("freeze", "converted")), Report("freeze", "frozen")
     report.total = converted.total
+    report.left = {name: converted.left[name] for name in hand_written(slots)}
     for layer, paths in layers_of(slots):
         if layer.running_mean is None or not layer.track_running_stats:
             report.leave(paths, "it has no running statistics")
