@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, a fixed seed and exact kernels. And which of them begin."""
+"""What every test starts from: one thread and a fixed seed. And which of them begin."""
 
 import json
 import os
@@ -28,12 +28,6 @@ def _settled():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _exact():
-    """Without the C++ library the CPU runs torch's operators, which `test_kernels_aten.py` tests; all others expect exact results."""
-    kernels.aten.DEVICES = tuple(device for device in kernels.aten.DEVICES if device != "cpu")
 
 
 @pytest.fixture(params=kernels.KERNELS, ids=lambda kernel: kernel.name)

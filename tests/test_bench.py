@@ -303,6 +303,8 @@ class TestCommand:
             "1",
             "--layout",
             "planar",
+            "--ranks",
+            "3",
             "--csv",
             tmp_path / "rows.csv",
         )
@@ -310,7 +312,25 @@ class TestCommand:
         assert "two · replicas step" in result.stdout
         rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
         assert [row["provider"] for row in rows] == 2 * ["copy", "eager", "ours", "synchronized"]
+        assert {row["ranks"] for row in rows} == {"3"}
+        assert "3 processes" in result.stdout
         assert all(int(row["rounds"]) >= 5 and float(row["p50"]) > 0 for row in rows)
+
+    def test_one_process_has_nothing_to_wait_for(self):
+        assert call("--suite", "sync", "--ranks", "1").exit_code == 2
+
+    def test_what_does_not_fit_into_memory_is_left_out(self, small, monkeypatch):
+        monkeypatch.setattr(memory, "TENSORS", 2**40)
+        with pytest.warns(UserWarning, match="left out: it needs .* GB are free"):
+            result = call("--suite", small, "--layout", "planar", "--threads", "1", "--minutes", 0)
+        assert result.exit_code == 0, result.output
+
+    def test_growth_is_drawn_where_sizes_span_decades(self):
+        rows = made_up_rows(shapes=((64, 64, 64, 64), (1, 64, 4, 4), (16, 64, 64, 64)))
+        page = render(rows, "-")
+        assert "How cost grows" in page
+        assert "ns per value" in page
+        assert "How cost grows" not in render(made_up_rows(), "-")
 
     def test_compile_is_compared_if_asked(self, small, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)

@@ -36,7 +36,7 @@ class TestShapes:
         spec = importlib.util.spec_from_file_location("derive_shapes", path)
         derive = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(derive)
-        assert sorted([*derive.HEADS, "never-slower"]) == suite.names()
+        assert sorted([*derive.HEADS, "never-slower", "scaling"]) == suite.names()
         for name in derive.HEADS:
             assert (derive.SHAPES / f"{name}.toml").read_text() == derive.toml(name), f"run {path.name}"
 
@@ -108,7 +108,7 @@ class TestShapes:
             (("--outputs", "warm"), "outputs must be one of reused"),
             (("--threads", "0"), "threads must be at least 1"),
             (("--threads", "two"), "whole numbers"),
-            (("--model", "vgg"), "model must be one of resnet50"),
+            (("--model", "vgg"), "model must be one of resnet18"),
             (("--model", "resnet50", "--provider", "onednn"), "provider must be one of eager"),
         ],
     )

@@ -1,16 +1,33 @@
-"""Controls whether outputs are allocated in reused or in fresh memory."""
+"""Controls whether outputs are allocated in reused or in fresh memory, and asks whether a case fits."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from batchnorm.bench.case import Case
 from batchnorm.errors import InputError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 LARGEST_THRESHOLD = 32 * 2**20  # the upper limit of glibc's automatic adjustment
+
+
+# Tensors of the input's size that exist at once at most: input, gradient, their layout in the making, a copy's two, outputs of two
+# implementations, and the exact result of a few channels.
+TENSORS = 9
+
+
+def missing_for(case: Case) -> str | None:
+    """Why a case does not fit into the memory that is free now; None if it does, or if the system does not say."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    needed = TENSORS * case.tensor_bytes
+    return None if needed <= free else f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
 @contextmanager

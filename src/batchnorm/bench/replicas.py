@@ -1,6 +1,6 @@
-"""Measures the cost of synchronization: layers in two processes on loopback with gloo, torch's and ours alone, and ours synchronized.
+"""Measures the cost of synchronization: layers in several processes on loopback with gloo, torch's and ours alone, and ours synchronized.
 
-A synchronized call waits for the other process, so both make the same calls in the same order, and agree on their number before the clock
+A synchronized call waits for the other processes, so all make the same calls in the same order, and agree on their number before the clock
 starts. A barrier precedes each sample. Times are wall-clock times of the first process.
 """
 
@@ -29,7 +29,7 @@ from batchnorm.bench.run import rows, settled
 from batchnorm.distributed import synchronize
 from batchnorm.measure import SAMPLE
 
-REPLICAS = 2
+RANKS = 2
 MOST_ROUNDS = 200
 TIMEOUT = datetime.timedelta(minutes=5)
 
@@ -48,8 +48,8 @@ class Synchronized:
         return timed_layer(case, given, layer)
 
 
-def run(cases: Sequence[Case], seconds: float, least: int = 5) -> Iterator[list[Row]]:
-    """Measure each case in two new processes and yield its rows; about `seconds` for all, but at least `least` rounds each.
+def run(cases: Sequence[Case], seconds: float, least: int = 5, ranks: int = RANKS) -> Iterator[list[Row]]:
+    """Measure each case in new processes and yield its rows; about `seconds` for all, but at least `least` rounds each.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: what a process raised.
@@ -58,14 +58,14 @@ def run(cases: Sequence[Case], seconds: float, least: int = 5) -> Iterator[list[
         return
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (folder, list(cases), seconds / len(cases), least, results)
-        processes = mp.start_processes(_replica, arguments, nprocs=REPLICAS, join=False, start_method="spawn")
+        arguments = (ranks, folder, list(cases), seconds / len(cases), least, results)
+        processes = mp.start_processes(_replica, arguments, nprocs=ranks, join=False, start_method="spawn")
         assert processes is not None
         try:
             for case in cases:
                 while results.empty():
                     processes.join(timeout=0.1)
-                yield _rows(case, results.get())
+                yield _rows(case, results.get(), ranks)
             while not processes.join(timeout=1.0):
                 pass
         finally:
@@ -74,22 +74,20 @@ def run(cases: Sequence[Case], seconds: float, least: int = 5) -> Iterator[list[
                     process.terminate()
 
 
-def _rows(case: Case, samples: dict[str, list[float]]) -> list[Row]:
+def _rows(case: Case, samples: dict[str, list[float]], ranks: int) -> list[Row]:
     nothing = dict.fromkeys(samples)
     return [
-        replace(row, metric="time per call, the other replica's included")
+        replace(row, metric="time per call, the other replicas' included", ranks=ranks)
         for row in rows(case, samples, nothing, nothing)
     ]
 
 
-def _replica(rank: int, folder: str, cases: list[Case], seconds: float, least: int, results: Any) -> None:
+def _replica(rank: int, ranks: int, folder: str, cases: list[Case], seconds: float, least: int, results: Any) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host need not resolve
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=REPLICAS, timeout=TIMEOUT
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=TIMEOUT)
     for number, case in enumerate(cases):
-        given = tensors(case, seed=REPLICAS * number + rank)
+        given = tensors(case, seed=ranks * number + rank)
         alone = replace(case, through="layer")
         with settled(case.threads), memory.outputs(case.outputs), torch.set_grad_enabled(case.needs_grad):
             timed = {one.name: one.prepare(alone, given) for one in (Copy(), Eager(), Ours(), Synchronized())}

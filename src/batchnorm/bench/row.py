@@ -16,6 +16,7 @@ from batchnorm.errors import InputError
 from batchnorm.files import read_json
 
 SCHEMA = 1
+UNITS = {"us": 1e6, "ms": 1e3}  # in a second
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Row:
         cpu, cores, isa, system: the machine.
         batchnorm, torch, python, date: versions, and date of the measurement.
         load: the system's load average over the last minute, this process included; None if the system does not say.
+        ranks: number of processes that synchronize.
     """
 
     suite: str
@@ -78,6 +80,7 @@ class Row:
     python: str
     date: str
     load: float | None = None
+    ranks: int = 1
 
 
 def circumstances() -> dict[str, Any]:

@@ -20,7 +20,8 @@ def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
     for row in rows:
-        title = (row.suite, row.case, row.layout, row.dtype, f"{row.outputs} outputs", threads(row.threads))
+        processes = [f"{row.ranks} processes"] * (row.ranks > 1)
+        title = (row.suite, row.case, row.layout, row.dtype, f"{row.outputs} outputs", threads(row.threads), *processes)
         groups.setdefault(title, {}).setdefault((row.shape, row.epilogue), {})[row.provider] = row
     for title, shapes in groups.items():
         names = list(dict.fromkeys(name for found in shapes.values() for name in found if name != "copy"))

@@ -56,6 +56,7 @@ def several(
 @several("--direction", None, f"Any of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
 @several("--outputs", "fresh", f"Memory of outputs, any of {', '.join(OUTPUTS)}.")
 @several("--threads", f"1,{cores()}" if cores() > 1 else "1", "Numbers of threads.", _numbers)
+@several("--ranks", str(replicas.RANKS), "Numbers of processes that synchronize, for --suite sync.", _numbers)
 @several("--provider", None, f"Implementations to compare.  [default: {','.join(providers.USUAL)}, or the suite's]")
 @click.option(
     "--minutes", type=click.FloatRange(min=0), help=f"Time to spend.  [default: {MINUTES}, quick: {QUICK_MINUTES}]"
@@ -125,8 +126,12 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
     there = [case for case in chosen if case.through == "replicas"]
     share = 60 * minutes / max(len(chosen), 1)
     found = providers.find(options["provider"] or [name for one in suites for name in one.providers] or providers.USUAL)
-    measured = chain(run.run(here, found, share * len(here), least), replicas.run(there, share * len(there), least))
-    return measured, len(chosen)
+    ranks = options["ranks"]
+    if min(ranks, default=2) < 2:
+        raise click.BadParameter("must be at least 2: one process has nothing to wait for", ctx, param_hint="--ranks")
+    together = (replicas.run(there, share * len(there) / len(ranks), least, number) for number in ranks)
+    measured = chain(run.run(here, found, share * len(here), least), *together)
+    return measured, len(here) + len(there) * len(ranks)
 
 
 def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import exported, joint, reduction
+from batchnorm.functional import exported, fast_path, joint, reduction
 from batchnorm.functional.autograd import Call, Normalize, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
     check_eps,
@@ -90,6 +90,12 @@ def batch_norm(
         ShapeError: on sizes that do not fit together.
         DTypeError: on an integer or boolean input.
     """
+    whole_batch = residual is None and mask is None and lengths is None and reducer is None
+    if whole_batch and (not training or type(momentum) is float):
+        running = running_mean, running_var
+        output = _on_fast_path(input, running, weight, bias, momentum if training else None, eps, activation)
+        if output is not None:
+            return output
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean and running_var must either both be None or neither be None; pass both or none")
     check_input(input, {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias})
@@ -116,6 +122,31 @@ def batch_norm(
     return normalize_with(
         input, running_mean, running_var, weight, bias, eps, activation=activation, residual=residual, mask=mask
     )
+
+
+def _on_fast_path(
+    input: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor | None,
+    eps: float,
+    activation: str | nn.Module | Activation | None,
+) -> Tensor | None:
+    """The output, computed by one operator, or None if the call takes the general path. `momentum` None is inference."""
+    mean, variance = running
+    if not (isinstance(mean, Tensor) and isinstance(variance, Tensor) and isinstance(eps, float)):
+        return None
+    if not (isinstance(weight, Tensor | None) and isinstance(bias, Tensor | None)):
+        return None
+    steps = fast_path.steps_for(input, mean)
+    if steps is None or input.is_nested:
+        return None
+    if momentum is None:
+        step, arguments = steps.inference, (mean, variance)
+    else:
+        step, arguments = steps.training, (mean, variance, None, None, momentum, True, False)
+    return fast_path.call(step, input, weight, bias, kernels.parse(activation), eps, arguments)
 
 
 def normalize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from batchnorm.bench.row import Row, threads
+from batchnorm.bench.row import UNITS, Row, threads
 from batchnorm.bench.targets import LARGE, Summary, summarize
 from batchnorm.report.page import Section, document, figures, table
 from batchnorm.report.plots import BATCH_NORM, INK, MUTED, PLAIN, PLAIN_NUMBER, Answers, Plot, Series, belongs, plot
@@ -27,7 +28,12 @@ HOW_TO_READ = (
     "<p class='note'>Time as a multiple of the byte limit: left is faster, and 1 is the speed of a copy. Marks are medians, bars reach "
     "from the 20th to the 80th percentile.</p>"
 )
-Key = tuple[str, str, str, str, str, int]
+HOW_IT_GROWS = (
+    "<p class='note'>Time per value by the number of values, both logarithmic. On the left the calls cost more than the bytes. "
+    "Where the copy bends upward, a larger level of memory begins; nothing else may bend more.</p>"
+)
+SPAN = 1000  # from the smallest to the largest tensor of a group whose growth is drawn
+Key = tuple[str, str, str, str, str, int, int]
 
 
 def render(rows: Sequence[Row], command: str) -> str:
@@ -42,6 +48,10 @@ def render(rows: Sequence[Row], command: str) -> str:
         body.append(Section("steps", "Training steps", [_steps(steps)]))
     if calls:
         groups = _grouped(calls)
+        growing = {key: group for key, group in groups.items() if _grows(group)}
+        if growing:
+            plots = [(_growth(f"s{index}", *each), _title(each[0]), "") for index, each in enumerate(growing.items())]
+            body.append(Section("growth", "How cost grows", [HOW_IT_GROWS, figures(plots, "growth-")]))
         body.append(Section("figures", "Against the limit", [HOW_TO_READ, _figures(groups)]))
         body.append(Section("numbers", "Every number", [_numbers(key, group) for key, group in groups.items()]))
     body.append(Section("protocol", "How it was measured", [_protocol(rows, command)]))
@@ -61,14 +71,15 @@ def render(rows: Sequence[Row], command: str) -> str:
 def _grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     groups: dict[Key, list[Row]] = {}
     for row in rows:
-        key = (row.suite, row.case, row.layout, row.dtype, row.outputs, row.threads)
+        key = (row.suite, row.case, row.layout, row.dtype, row.outputs, row.threads, row.ranks)
         groups.setdefault(key, []).append(row)
     return groups
 
 
 def _title(key: Key) -> str:
-    suite, case, layout, dtype, outputs, number = key
-    return f"{suite}, {case}, {layout}, {dtype}, {outputs} outputs, {threads(number)}"
+    suite, case, layout, dtype, outputs, number, ranks = key
+    processes = f", {ranks} processes" if ranks > 1 else ""
+    return f"{suite}, {case}, {layout}, {dtype}, {outputs} outputs, {threads(number)}{processes}"
 
 
 def _summaries(summaries: Sequence[Summary]) -> list[str]:
@@ -168,6 +179,45 @@ def _ratios(name: str, key: Key, rows: Sequence[Row]) -> Plot:
     description = f"Ratios to the byte limit. {_title(key)}: {described}"
     answers = Answers(_title(key), "y", series, rows=names)
     return plot(name, description, draw, (5.6, 1.2 + 0.24 * len(shapes)), answers)
+
+
+def _grows(rows: Sequence[Row]) -> bool:
+    sizes = [row.tensor_bytes for row in rows]
+    return max(sizes) >= SPAN * min(sizes)
+
+
+def _growth(name: str, key: Key, rows: Sequence[Row]) -> Plot:
+    """A plot of nanoseconds per value, with a line for each provider."""
+    styles = {"copy": (INK, "", "none"), **MARKERS}
+    lines = dict[str, list[tuple[float, ...]]]()
+    for row in sorted(rows, key=lambda row: row.tensor_bytes):
+        values, nanoseconds = math.prod(map(int, row.shape.split("x"))), 1e9 / UNITS[row.unit]
+        p50, p20, p80 = (time * nanoseconds / values for time in (row.p50, row.p20, row.p80))
+        lines.setdefault(row.provider, []).append((float(values), p50, p20, p80))
+    lines = {provider: points for provider, points in lines.items() if provider in styles}
+    series = [Series(provider, provider, styles[provider][0], points) for provider, points in lines.items()]
+
+    def draw(figure: Figure) -> Axes:
+        axes = figure.subplots()
+        for line in series:
+            color, marker, fill = styles[line.arm]
+            places, middle, low, high = zip(*lines[line.arm], strict=True)
+            belongs(axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0), line.arm)
+            (drawn,) = axes.plot(
+                places, middle, marker=marker, color=color, fillstyle=fill, markersize=5, label=line.label
+            )  # pyright: ignore[reportArgumentType]
+            belongs(drawn, line.arm)
+        axes.set(xscale="log", yscale="log", xlabel="values", ylabel="ns per value")
+        axes.yaxis.set_major_formatter(PLAIN_NUMBER)
+        figure.legend(loc="outside upper right", ncols=4)
+        return axes
+
+    described = "; ".join(
+        f"{provider}: " + ", ".join(f"{point[1]:.3g} at {point[0]:.2g}" for point in points)
+        for provider, points in lines.items()
+    )
+    description = f"Nanoseconds per value. {_title(key)}: {described}"
+    return plot(name, description, draw, (5.6, 3.4), Answers(_title(key), "x", series))
 
 
 def _told(height: int, low: float, middle: float, high: float) -> tuple[float, int, str]:

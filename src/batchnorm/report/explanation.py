@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 
 from batchnorm.explain import Explanation, Step
-from batchnorm.report.page import document, section, table
+from batchnorm.report.page import Section, document, table
 
 _WIDTH, _MARGIN, _LINE = 640, 60, 56
 
@@ -14,7 +14,7 @@ _WIDTH, _MARGIN, _LINE = 640, 60, 56
 def render(explanations: Mapping[str, Explanation]) -> str:
     """A page of explanations by title; an empty title is left out."""
     first = next(iter(explanations.values()))
-    body = [block for title, it in explanations.items() for block in _blocks(title, it)]
+    body = [section for number, each in enumerate(explanations.items(), 1) for section in _sections(number, *each)]
     lead = (
         "Normalizing subtracts the mean µ and divides by the standard deviation √(σ² + ε); γ and β then scale and shift the result. In the "
         "backward every x has a gradient, since it moves the mean and the variance."
@@ -22,10 +22,13 @@ def render(explanations: Mapping[str, Explanation]) -> str:
     return document("batchnorm explain", first.title, lead, body, "Computed in float64, every sum rounded once.")
 
 
-def _blocks(title: str, it: Explanation) -> list[str]:
-    prefix = f"{escape(title[0].upper() + title[1:])}: " if title else ""
-    picture = section(f"{prefix}the values before and after", _lines(it))
-    return [picture, *(section(prefix + escape(step.title), *_step(step)) for step in it.steps())]
+def _sections(number: int, title: str, it: Explanation) -> list[Section]:
+    prefix = f"{title[0].upper() + title[1:]}: " if title else ""
+    picture = Section(f"values-{number}", f"{prefix}the values before and after", [_lines(it)])
+    steps = (
+        Section(f"step-{number}-{place}", prefix + step.title, _step(step)) for place, step in enumerate(it.steps(), 1)
+    )
+    return [picture, *steps]
 
 
 def _step(step: Step) -> list[str]:
