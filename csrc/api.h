@@ -69,7 +69,7 @@ struct Task {
     double slope;  // of leaky_relu
 
     int threads;
-    bool stream;  // write with stores that bypass the cache
+    bool from_memory;  // the tensors do not fit the cache
 };
 
 // Runs a task on the fastest build for this processor, with at most `task.threads` threads.

@@ -93,7 +93,7 @@ uint64_t fuzz_one() {
     if (numbers() % 2) task.mask = (uint8_t*)mask.data();
     task.count = (double)(task.N * task.S), task.eps = 1e-5;
     task.activation = (Activation)(numbers() % activations), task.slope = 0.01;
-    task.stream = numbers() % 2;
+    task.from_memory = numbers() % 2;
     task.group_size = one_of({1, 2, 5});
     task.groups = numbers() % 3 ? 0 : task.N / task.group_size;
     const int64_t vectors = task.C * (task.groups > 1 ? task.groups : 1);

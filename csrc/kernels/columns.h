@@ -109,7 +109,8 @@ void map_columns(const Task& task, const Table<T>& table, const Rows& rows, bool
         return;
     }
     const int64_t whole = stream ? rows.columns / T::width * T::width : 0;
-    if (whole) map_whole_columns<true>(table, rows, 0, whole, ahead, map, out);
+    if constexpr (Simd::streams)
+        if (whole) map_whole_columns<true>(table, rows, 0, whole, ahead, map, out);
     if (whole < rows.columns) map_whole_columns<false>(table, rows, whole ? rows.columns - T::width : 0, rows.columns, ahead, map, out);
 }
 

@@ -82,7 +82,7 @@ class Interleaved {
     void map_backwards() const {
         parallel(task.threads, chunks, [&](int64_t number) {
             map_chunk(chunks - 1 - number);
-            if (task.stream) Simd::flush();
+            if (Simd::streams && task.from_memory) Simd::flush();
         });
     }
 
@@ -189,7 +189,7 @@ class Interleaved {
         const bool aligned = C * channels.copies * sizeof(Element) % cache_line == 0;
         for_counted_and_not(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
             if (!counted) return out.clear(m0 * C, m1 * C);
-            const bool stream = task.stream && aligned && out.to_alignment(m0 * C) == 0;
+            const bool stream = Simd::streams && task.from_memory && aligned && out.to_alignment(m0 * C) == 0;
             for_rows(m0, m1, [&](const Rows& taken) { loops.map(task, channels.table, taken, stream, rows_of_map * taken.stride); });
         });
     }

@@ -46,7 +46,8 @@ class Planar {
           C(task.C),
           S(task.S),
           counted(mask_of_sums(task), N, S, C * S, task.counted),
-          from_memory(task.stream) {
+          from_memory(task.from_memory),
+          streams(Simd::streams && task.from_memory) {
         row_values = at_most(S, chunk_values);
         rows = at_most(at_least(chunk_values / at_least(S, 1), 1), at_least(N, 1));
         chunks_of_row = divide_up(S, row_values);
@@ -54,7 +55,7 @@ class Planar {
         const bool many_rows = N >= vectors_of_block, short_rows = many_rows && S < short_plane;
         sums_by_columns = short_rows && !task.mask;
         // Stores that bypass the cache are fast only for whole cache lines, and the ends of short rows are not whole lines.
-        maps_by_columns = short_rows || S < T::width || (many_rows && task.stream && S < most_joined && S * sizeof(Element) % cache_line);
+        maps_by_columns = short_rows || S < T::width || (many_rows && streams && S < most_joined && S * sizeof(Element) % cache_line);
     }
 
     // Runs both passes over each block of channels.
@@ -69,7 +70,7 @@ class Planar {
             const int64_t next = from_memory && number + task.threads < tasks ? block * S * task.threads : 0;
             reduce_block(c0, c1);
             map_span(c0, c1, {0, N, 0, S}, next);
-            if (task.stream) Simd::flush();
+            if (streams) Simd::flush();
         });
     }
 
@@ -178,6 +179,7 @@ class Planar {
     // Whether x exceeds the last-level cache; then the next block is prefetched while one is mapped. A smaller x needs no prefetching, and
     // its blocks may be larger, which makes longer runs.
     const bool from_memory;
+    const bool streams;  // whether a map writes around the cache
 
     // A map without sums runs in the order of memory.
     void map_in_order() const {
@@ -190,7 +192,7 @@ class Planar {
             const int64_t c0 = rest % blocks * block, n0 = rest / blocks * samples;
             const Span span = {n0, at_most(n0 + samples, N), s * row_values, at_most((s + 1) * row_values, S)};
             map_span(c0, at_most(c0 + block, C), span, 0);
-            if (task.stream) Simd::flush();
+            if (streams) Simd::flush();
         });
     }
 
@@ -341,8 +343,8 @@ class Planar {
         const Rows rows = rows_of(c0, c1, span);
         const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && Outputs<T, true>(task).to_alignment(rows.first) == 0;
         const int64_t ahead = next ? next : rows_of_map * rows.stride;
-        if (task.mask) return (this->*loops.map_joined)(c0, c1, span, task.stream && aligned, ahead);
-        loops.columns.map(task, Table<T>(channels.table, c0, c1, S, true), rows, task.stream && aligned, ahead);
+        if (task.mask) return (this->*loops.map_joined)(c0, c1, span, streams && aligned, ahead);
+        loops.columns.map(task, Table<T>(channels.table, c0, c1, S, true), rows, streams && aligned, ahead);
     }
 
     // If a row is not whole vectors, its last vector overlaps the one before it. When streaming, the first vector overlaps the second
@@ -351,7 +353,7 @@ class Planar {
     INLINE void map_row(int64_t i, int64_t m, int64_t count, Channel<Vector> channel, const Map map, int64_t next, const Out out) const {
         constexpr int64_t width = T::width;
         if (count < width) return map_partial(i, m, channel, Partial{(int)count}, map, out);
-        const int64_t head = task.stream ? out.to_alignment(i) : -1, last = count - width;
+        const int64_t head = streams ? out.to_alignment(i) : -1, last = count - width;
         int64_t j = 0, step = width;
         if (head >= 0 && head <= last) {
             for (j = head; j <= last; j += width) map_vector<true>(i + j, m + j, channel, next, map, out);

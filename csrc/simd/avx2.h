@@ -41,15 +41,6 @@ struct Avx2 : Generic<Avx2> {
         }
     }
 
-    template <class Vector>
-    static INLINE void stream(void* to, Vector values) {
-        if constexpr (sizeof(Vector) == 32) {
-            _mm256_stream_si256((__m256i*)to, bits_as<__m256i>(values));
-        } else {
-            Generic::stream(to, values);
-        }
-    }
-
     static INLINE Floats widen_float16(Halves halves) { return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(halves))); }
     static INLINE Halves narrow_to_float16(Floats values) {
         return bits_as<Halves>(_mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -75,6 +75,8 @@ struct Avx512 : Generic<Avx512> {
         }
     }
 
+    // `to` is aligned to Vector.
+    static constexpr bool streams = true;
     template <class Vector>
     static INLINE void stream(void* to, Vector values) {
         if constexpr (sizeof(Vector) == 64) {
@@ -84,6 +86,8 @@ struct Avx512 : Generic<Avx512> {
             _mm256_stream_si256((__m256i*)to, bits_as<__m256i>(values));
         }
     }
+    // To be called by a thread that streamed, before another thread may read.
+    static INLINE void flush() { _mm_sfence(); }
 
     // In 1 and 6 instructions instead of the generic 2 and 11: conversions take most of the time of a half-precision map.
     static INLINE Floats widen_bfloat16(Halves halves) {

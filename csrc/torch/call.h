@@ -18,7 +18,7 @@ constexpr int64_t bytes_worth_huge_pages = 4 << 20;
 constexpr uint64_t huge_page = 2 << 20;
 
 // Smaller outputs fit the cache, where the next operator finds them.
-constexpr int64_t bytes_worth_streaming = 8 << 20;
+constexpr int64_t bytes_beyond_cache = 8 << 20;
 
 inline void use_huge_pages(const Tensor& tensor, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
@@ -83,7 +83,7 @@ class Call {
         Tensor tensor = x.empty_like();
         const int64_t bytes = tensor.values() * element_size(task.dtype);
         use_huge_pages(tensor, bytes);
-        task.stream = bytes >= bytes_worth_streaming;
+        task.from_memory = bytes >= bytes_beyond_cache;
         return tensor;
     }
     void set_mask(const Tensor& mask) {
