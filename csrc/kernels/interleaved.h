@@ -99,7 +99,7 @@ class Interleaved {
         return divide_up(shortest_row, task.C);
     }
 
-    double value(int64_t m, int64_t c) const { return (double)T::load((const Element*)task.x + m * C + c, Partial{1})[0]; }
+    double value(int64_t m, int64_t c) const { return T::load_one((const Element*)task.x + m * C + c); }
 
     // body(rows) for rows m0 ... m1 - 1 as joined rows, then for the rest as one shorter row.
     template <class Body>

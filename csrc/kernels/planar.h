@@ -208,7 +208,7 @@ class Planar {
     }
 
     NOINLINE double value(int64_t n, int64_t c, int64_t s) const {
-        return (double)T::load((const Element*)task.x + (n * C + c) * S + s, Partial{1})[0];
+        return T::load_one((const Element*)task.x + (n * C + c) * S + s);
     }
 
     int64_t channels_per_task(int tensors) const {

@@ -46,6 +46,11 @@ struct Storage : Conversion::Computed {
 
     static INLINE Vector load(const Element* from, Whole) { return Conversion::widen(load_vector<InMemory>(from)); }
     static INLINE Vector load(const Element* from, Partial lanes) { return Conversion::widen(Simd::load_partial<InMemory>(from, lanes)); }
+    static INLINE double load_one(const Element* from) {
+        InMemory values = {};
+        values[0] = *from;
+        return (double)Conversion::widen(values)[0];
+    }
     static INLINE void store(Element* to, Vector values, Whole) {
         const InMemory narrow = Conversion::narrow(values);
         memcpy(to, &narrow, sizeof narrow);
