@@ -80,6 +80,8 @@ def _measure(
     rounds: int,
 ) -> list[Row]:
     torch.manual_seed(0)
+    if any(variant.startswith("compile") for variant in variants):
+        torch.compiler.reset()  # after 8 models a function would no longer be compiled
     original = network.build()
     x = torch.randn(batch, *network.sample)
     with torch.no_grad():

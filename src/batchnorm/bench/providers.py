@@ -79,7 +79,6 @@ class Compile:
         return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "torch.compile needs a C++ compiler"
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
-        torch.compiler.reset()
         call, parameters = (_ours if self.ours else _torchs)(case, given)
         # The backward runs more than once, so it must not reuse the memory of saved tensors, as one from the cache might.
         with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):

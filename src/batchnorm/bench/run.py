@@ -14,7 +14,7 @@ import torch
 from batchnorm.bench import memory
 from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import Case, Tensors, tensors
-from batchnorm.bench.providers import SOURCES, Provider, Timed
+from batchnorm.bench.providers import SOURCES, Compile, Provider, Timed
 from batchnorm.bench.row import UNITS, Row, circumstances
 from batchnorm.measure import Effort, clock_for, digits, interleaved, peak_bytes, percentile
 
@@ -69,6 +69,8 @@ def _measure(
 ) -> list[Row]:
     """Measure one case; `peaks`, by outputs and provider, are reused for other numbers of threads."""
     start = time.perf_counter()
+    if any(isinstance(provider, Compile) for provider in providers):
+        torch.compiler.reset()  # after 8 shapes a function would no longer be compiled
     timed, errors = dict[str, Timed](), dict[str, float | None]()
     with torch.set_grad_enabled(case.needs_grad):
         for provider in providers:
