@@ -283,7 +283,7 @@ class Case:
             return hook
 
         def after(norm: Norm) -> Callable[..., None]:
-            def hook(_layer: nn.Module, _args: Any, output: Any) -> None:
+            def hook(_layer: nn.Module, _args: Any, output: Any) -> None:  # also if a checkpoint stops the call early
                 if graph_task() != -1:
                     if _differ(values.get(norm.name), norm.statistics()):
                         found.in_backward[norm.name] = found.in_backward.get(norm.name, 0) + 1
@@ -299,7 +299,7 @@ class Case:
                 value.grad = None
             for norm in self.norms:
                 handles.append(norm.module.register_forward_pre_hook(before(norm)))
-                handles.append(norm.module.register_forward_hook(after(norm)))
+                handles.append(norm.module.register_forward_hook(after(norm), always_call=True))
             for handle in handles:
                 stack.callback(handle.remove)
             loss = self.loss(self.items[0])
@@ -398,7 +398,7 @@ class Case:
             stack.callback(self.inside.register_forward_hook(lambda *_: _add_forward(found)).remove)
             for norm in self.norms:
                 stack.callback(norm.module.register_forward_pre_hook(before(norm)).remove)
-                stack.callback(norm.module.register_forward_hook(after(norm)).remove)
+                stack.callback(norm.module.register_forward_hook(after(norm), always_call=True).remove)
             for item in self.items:
                 step(self.inside, item)
                 if found.steps >= 2:
