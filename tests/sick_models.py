@@ -1,8 +1,9 @@
 """For each rule of `diagnose` a model that has the fault, and the same model without it, built or trained for real."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ class Patient(NamedTuple):
     """A model and the arguments of `diagnose`."""
 
     model: nn.Module
-    arguments: dict[str, Any] = {}
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
 
 class Pair(NamedTuple):
@@ -30,7 +31,9 @@ class Pair(NamedTuple):
     healthy: Callable[[], Patient]
 
 
-def images(batches: int = 8, samples: int = N, shift: float = 0.0, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def images(
+    batches: int = 8, samples: int = N, shift: float = 0.0, seed: int = 1
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Noise with a bright spot whose place is the class, (N, 3, 8, 8)."""
     generator = torch.Generator().manual_seed(seed)
     items = []
@@ -189,7 +192,12 @@ def woken(trains: bool) -> Patient:
 def pooled(last: int) -> Patient:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, CLASSES)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8, CLASSES),
     )
     return Patient(model, {"loader": [*images(4), *images(1, last)]})
 
@@ -433,7 +441,9 @@ GALLERY = {
     "BN703": Pair(lambda: biased(True), ("1",), lambda: biased(False)),
     "BN704": Pair(lambda: with_data(Siamese(4.0)), ("norm",), lambda: with_data(Siamese(1.0))),
     "BN705": Pair(
-        lambda: with_loss(Checkpointed(nn.BatchNorm2d(4))), ("layers.1",), lambda: with_loss(Checkpointed(bn.BatchNorm2d(4)))
+        lambda: with_loss(Checkpointed(nn.BatchNorm2d(4))),
+        ("layers.1",),
+        lambda: with_loss(Checkpointed(bn.BatchNorm2d(4))),
     ),
     "BN711": Pair(lambda: by_hand(registered=False), ("1",), by_hand),
     "BN712": Pair(lambda: by_hand(branches=False), ("1",), by_hand),
