@@ -425,7 +425,7 @@ GALLERY = {
     "BN402": Pair(lambda: flat(3), ("1",), lambda: flat(N)),
     "BN403": Pair(lambda: tailed(2), ("1",), lambda: tailed(N // 2 + 1)),
     "BN404": Pair(lambda: sequences(True), ("0",), lambda: sequences(False)),
-    "BN405": Pair(lambda: sorted_data(False), ("1",), lambda: sorted_data(True)),
+    "BN405": Pair(lambda: sorted_data(False), BOTH, lambda: sorted_data(True)),
     "BN406": Pair(lambda: telling(3.0), ("0",), lambda: telling(0.0)),
     "BN407": Pair(lambda: stepping(trained(), every=4), BOTH, lambda: stepping(trained())),
     "BN501": Pair(changed(poisoned), ("4",), healthy),

@@ -113,11 +113,6 @@ class Case:
         """Layers without a size; such a model cannot be run without changing it."""
         return [norm for norm in self.norms if norm.lazy]
 
-    @property
-    def counting(self) -> list[Norm]:
-        """Layers that learn statistics and have counted a batch, or do not count."""
-        return [norm for norm in self.norms if norm.updates and norm.batches != 0]
-
     # ---- calls -------------------------------------------------------------------------------------------------------------------
 
     def call(self, item: Any, model: nn.Module | None = None) -> Any:

@@ -81,6 +81,12 @@ class Norm(NamedTuple):
         tracks = getattr(self.module, "track_running_stats", True)
         return self.statistics() is not None and not self.frozen and bool(tracks)
 
+    @property
+    def started(self) -> bool:
+        """Whether its running statistics have had a batch, or were loaded: they are counted, or not the initial 0 and 1."""
+        pair = self.statistics()
+        return pair is not None and (bool(self.batches) or bool((pair[0] != 0).any() or (pair[1] != 1).any()))
+
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Running mean and variance, (C,) float64 each; None if it has none, or none yet."""
         pair = [self.tensor("mean"), self.tensor("var")]

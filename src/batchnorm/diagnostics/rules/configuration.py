@@ -34,7 +34,7 @@ def _eps(case: Case) -> Iterator[Found]:
         if pair is None or eps is None:
             continue
         share = float((pair[1] < eps).double().mean())
-        if eps > at.EPS or (share > at.EPS_SHARE and eps > 1e-4 and norm.batches != 0):
+        if eps > at.EPS or (share > at.EPS_SHARE and eps > 1e-4 and norm.started):
             found[norm.name] = (eps, share)
     worst = sorted(found, key=lambda name: -found[name][1])
     if worst:

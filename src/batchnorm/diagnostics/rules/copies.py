@@ -151,6 +151,7 @@ RULES = (
         "bn.recalibrate(twin, loader)  # or bn.copy_statistics(model, twin)",
         "torch.optim.swa_utils.update_bn(loader, twin)  # or AveragedModel(model, use_buffers=True)",
         _stale,
+        fixable=True,
     ),
     Rule(
         "BN602",

@@ -29,7 +29,7 @@ def drifts(record: Record) -> dict[str, Drift]:
     """The drift of each layer that learns statistics, on its input in training mode."""
     found = dict[str, Drift]()
     for name, layer in record.layers.items():
-        drift = _drift(layer) if layer.trained and layer.norm.updates and layer.norm.batches != 0 else None
+        drift = _drift(layer) if layer.trained and layer.norm.updates and layer.norm.started else None
         if drift is not None:
             found[name] = drift
     return found
