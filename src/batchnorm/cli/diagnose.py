@@ -109,7 +109,8 @@ def diagnose_command(
     )
     if out is not None:
         require_format(out)
-    matching(select), matching(ignore)  # before the model is built
+    for codes in (select, ignore):
+        matching(codes)  # before the model is built, which may take long
     with redirected(as_json=as_json):
         model = build_model(spec)
         if weights is not None:
