@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class LayerRecord:
         calls: moments by the number of the call within a forward.
         batches: one entry for each batch with finite values.
         nonfinite: number of batches with NaN or Inf.
-        magnitude: the largest |mean| / deviation of a channel times the precision of the input's dtype.
+        precision: that of the input's dtype, the distance from 1 to the next number.
         padding: share of values in constant tails of unequal length; 0 where a mask is given.
         source: name of the convolution or linear layer whose output is its input, in every call; None if there is none.
         single: the smallest N of a batch that had one value per channel; 0 if there was none.
@@ -66,7 +67,7 @@ class LayerRecord:
     calls: dict[int, Moments] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
     nonfinite: int = 0
-    magnitude: float = 0.0
+    precision: float = 0.0
     padding: float = 0.0
     source: str | None = ""
     single: int = 0
@@ -90,6 +91,11 @@ def divergence(mean: Tensor, var: Tensor, from_mean: Tensor, from_var: Tensor, e
     var, from_var = var + eps, from_var + eps
     ratio = var / from_var
     return 0.5 * (ratio + (mean - from_mean).square() / from_var - 1 - ratio.log())
+
+
+def stacked(layer: LayerRecord) -> tuple[Tensor, Tensor]:
+    """Means and variances of a layer's batches, (B, C) each."""
+    return torch.stack([each.mean for each in layer.batches]), torch.stack([each.var for each in layer.batches])
 
 
 @contextlib.contextmanager
@@ -147,6 +153,9 @@ def record(norms: Iterable[Norm], model: nn.Module, items: Iterable[Any], call: 
                 if not recorder.refused():
                     raise
             recorder.end()
+    for layer in recorder.record.layers.values():
+        if layer.calls:
+            layer.pool = functools.reduce(Moments.merge, layer.calls.values())
     return recorder.record
 
 
@@ -158,7 +167,7 @@ class _Recorder:
         ]
         self._outputs = dict[int, tuple[weakref.ref[Tensor], str]]()
         self._numbers = dict[str, int]()
-        self._parts = dict[str, list[Batch]]()
+        self._calls = dict[str, list[Batch]]()
         self._last: LayerRecord | None = None
 
     @contextlib.contextmanager
@@ -175,7 +184,7 @@ class _Recorder:
     def begin(self) -> None:
         self._numbers.clear()
         self._outputs.clear()
-        self._parts.clear()
+        self._calls.clear()
         self._last = None
 
     def refused(self) -> bool:
@@ -185,8 +194,8 @@ class _Recorder:
     def end(self) -> None:
         """Merge the calls of the batch."""
         self.record.batches += 1
-        for name, parts in self._parts.items():
-            self.record.layers[name].batches.append(_merged(parts))
+        for name, calls in self._calls.items():
+            self.record.layers[name].batches.append(_merged(calls))
 
     def _after(self, name: str) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -227,17 +236,15 @@ class _Recorder:
         if not bool((mean.isfinite() & m2.isfinite()).all()):
             found.nonfinite += 1
             return
-        batch = Moments(int(count), mean, m2)
-        found.pool = batch if found.pool is None else found.pool.merge(batch)
-        found.calls[number] = found.calls[number].merge(batch) if number in found.calls else batch
+        var = m2 / count
+        moments_here = Moments(int(count), mean, m2)
+        before = found.calls.get(number)
+        found.calls[number] = moments_here if before is None else before.merge(moments_here)
         means = x.flatten(2).mean(2, dtype=torch.float64) if x.dim() > 2 else x.double()  # (N, C)
         center = means.mean(0)
         spread = (means - center).square().sum(0)
-        self._parts.setdefault(name, []).append(Batch(len(x), count, mean, m2 / count, center, spread))
-        varying = m2 / count > (found.norm.eps or 0)
-        if varying.any():
-            relative = (mean.abs() / (m2 / count).sqrt())[varying].max().item()
-            found.magnitude = max(found.magnitude, relative * torch.finfo(x.dtype).eps)
+        self._calls.setdefault(name, []).append(Batch(len(x), count, mean, var, center, spread))
+        found.precision = max(found.precision, torch.finfo(x.dtype).eps)
         if mask is None and x.dim() > 2 and self.record.batches < PADDED_BATCHES:
             found.padding = max(found.padding, _padding(x))
 
@@ -248,13 +255,13 @@ def _mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) else None
 
 
-def _merged(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    pool = Moments(int(parts[0].count), parts[0].mean, parts[0].var * parts[0].count)
-    for each in parts[1:]:
-        pool = pool.merge(Moments(int(each.count), each.mean, each.var * each.count))
-    first = parts[0]
+def _merged(calls: list[Batch]) -> Batch:
+    first = calls[0]
+    if len(calls) == 1:
+        return first
+    pool = functools.reduce(
+        Moments.merge, (Moments(int(each.count), each.mean, each.var * each.count) for each in calls)
+    )
     return Batch(first.samples, float(pool.count), pool.mean, pool.variance(), first.sample_mean, first.sample_var)
 
 

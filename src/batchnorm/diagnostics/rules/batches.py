@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
-from batchnorm.diagnostics.record import Batch, LayerRecord, divergence
+from batchnorm.diagnostics.record import Batch, LayerRecord, divergence, stacked
 from batchnorm.diagnostics.rule import Found, Rule
 
 _FEWEST_BATCHES = 3  # for a comparison between batches
@@ -41,8 +40,8 @@ def _divergences(layer: LayerRecord) -> Tensor | None:
     varying, var = _varying(layer), layer.pool.variance()
     if not bool(varying.any()):
         return None
-    of = partial(divergence, from_mean=layer.pool.mean, from_var=var, eps=layer.norm.eps or 1e-5)
-    return torch.stack([of(batch.mean, batch.var)[varying] for batch in layer.batches])
+    means, variances = stacked(layer)
+    return divergence(means, variances, layer.pool.mean, var, layer.norm.eps or 1e-5)[:, varying]
 
 
 def effective_samples(layer: LayerRecord) -> float | None:
@@ -109,11 +108,13 @@ def _padding(case: Case) -> Iterator[Found]:
         )
 
 
-def _ratio(batches: list[Batch], varying: Tensor) -> float:
+def _ratio(batches: Sequence[Batch], varying: Tensor) -> float:
     """Variance of the batches' means over what shuffled samples would have (F), median over channels."""
     n = torch.tensor([batch.samples for batch in batches], dtype=torch.float64).unsqueeze(1)  # (B, 1)
-    means = torch.stack([batch.sample_mean[varying] for batch in batches]).cpu()  # (B, C')
-    within = torch.stack([batch.sample_var[varying] for batch in batches]).cpu().sum(0) / (n.sum() - len(batches))
+    means = torch.stack([batch.sample_mean for batch in batches]).cpu()[:, varying.cpu()]  # (B, C')
+    within = torch.stack([batch.sample_var for batch in batches]).cpu()[:, varying.cpu()].sum(0) / (
+        n.sum() - len(batches)
+    )
     grand = (n * means).sum(0) / n.sum()
     between = (n * (means - grand).square()).sum(0) / (len(batches) - 1)
     return float((between / within.clamp(min=1e-30)).median())
@@ -235,7 +236,7 @@ RULES = (
         "A batch of one class is normalized by the statistics of that class, which removes what distinguishes it; in "
         "inference they are others. Measured "
         "by the F ratio of the samples' means, between batches over within; it is about 1 for shuffled samples.",
-        "DataLoader(..., shuffle=True)  # or statistics=bn.statistics.Domains(n), with bn.domain(i):",
+        'DataLoader(..., shuffle=True)  # or bn.convert(model, statistics=bn.statistics.Domains(("a", "b")))  # then with bn.domain("a"):',
         "DataLoader(..., shuffle=True)",
         _ordered,
     ),

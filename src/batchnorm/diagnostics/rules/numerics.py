@@ -8,6 +8,7 @@ import torch
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
+from batchnorm.diagnostics.record import LayerRecord, stacked
 from batchnorm.diagnostics.rule import Found, Rule
 
 
@@ -49,8 +50,16 @@ def _half(case: Case) -> Iterator[Found]:
         )
 
 
+def _rounding(layer: LayerRecord) -> float:
+    """The error of rounding the input, in standard deviations of the channel where it is largest."""
+    means, variances = stacked(layer)
+    relative = torch.where(variances > (layer.norm.eps or 1e-5), means.abs() / variances.sqrt(), 0.0)
+    return relative.max().item() * layer.precision
+
+
 def _cancellation(case: Case) -> Iterator[Found]:
-    found = {name: layer.magnitude for name, layer in case.record.layers.items() if layer.magnitude > at.CANCELLATION}
+    errors = {name: _rounding(layer) for name, layer in case.record.layers.items() if layer.batches}
+    found = {name: error for name, error in errors.items() if error > at.CANCELLATION}
     if found:
         names = sorted(found, key=lambda name: -found[name])
         yield Found(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
-from batchnorm.diagnostics.record import divergence
+from batchnorm.diagnostics.record import divergence, stacked
 from batchnorm.diagnostics.rule import Found, Rule
 
 
@@ -34,7 +33,7 @@ def _dead(case: Case) -> Iterator[Found]:
     for name, layer in case.record.layers.items():
         eps = layer.norm.eps or 1e-5
         if layer.batches and eps <= at.EPS and layer.trained:
-            shares[name] = float(torch.stack([batch.var < eps for batch in layer.batches]).all(0).double().mean())
+            shares[name] = float((stacked(layer)[1] < eps).all(0).double().mean())
     names = sorted((name for name in shares if shares[name] > at.DEAD_SHARE), key=lambda name: -shares[name])
     if names:
         yield Found(
@@ -180,7 +179,7 @@ RULES = (
         "A layer that is called several times in a forward has one set of running statistics, a mixture that fits none "
         "of its inputs. Measured by the "
         "divergence between the moments of its calls.",
-        "statistics=bn.statistics.Domains(n), with bn.domain(i):",
+        'bn.convert(model, statistics=bn.statistics.Domains(("a", "b")))  # then with bn.domain("a"):',
         "use one batch norm for each place",
         _shared,
     ),
