@@ -15,7 +15,18 @@ from batchnorm.diagnostics import FAMILIES, RULES, matching, rule_of
 from batchnorm.diagnostics.fix import MENDS
 from batchnorm.errors import ArgumentError, InputError
 from tests.networks import FrozenBatchNorm2d
-from tests.sick_models import GALLERY, ByHand, images, lagging, network, train, trained, with_data, with_loss
+from tests.sick_models import (
+    GALLERY,
+    ByHand,
+    images,
+    lagging,
+    network,
+    stale_buffers,
+    train,
+    trained,
+    with_data,
+    with_loss,
+)
 from tests.test_docs import ROOT, script
 
 
@@ -85,6 +96,17 @@ class TestRules:
         assert any(line.startswith("pass loader= and predict= to ask BN301") for line in lines)
         asked = {code for line in lines for code in line.rpartition("ask ")[2].split(", ")}
         assert asked == {rule.code for rule in RULES if rule.needs}
+
+    def test_a_target_network_without_buffers_is_found_by_its_own_data(self):
+        patient = stale_buffers(copied=False)
+        for arguments in (patient.arguments, {**patient.arguments, "loader": images()}):
+            found = bn.diagnose(patient.model, **arguments).findings
+            assert [(each.code, set(each.layers)) for each in found] == [("BN601", {"1", "4"})]
+        patient = stale_buffers(copied=True)
+        assert codes(bn.diagnose(patient.model, **patient.arguments)) == []
+
+    def test_half_precision_is_a_note_where_nothing_trains(self):
+        assert [each.severity for each in bn.diagnose(trained().half().eval()).findings] == ["note"]
 
     def test_few_updates_are_no_fault_where_somebody_recalibrated(self):
         model = network()
@@ -279,6 +301,13 @@ class TestInputs:
                 yield from images(1)
 
         assert bn.diagnose(trained(), endless()).batches == 64
+
+    def test_batches_that_training_refuses_are_left_out_of_everything_else(self):
+        model, items = GALLERY["BN401"].sick().model, [*images(4), *images(1, 1)]
+        found = bn.diagnose(model, items, criterion=nn.CrossEntropyLoss(), predict=lambda model, x: model.eval()(x))
+        assert serious(found) == ["BN401"]
+        found = bn.diagnose(model, images(3, 1), criterion=nn.CrossEntropyLoss(), twin=copy.deepcopy(model))
+        assert codes(found)[0] == "BN401"
 
     def test_an_empty_loader(self):
         with pytest.raises(InputError, match="at least one batch"):

@@ -106,7 +106,7 @@ class Case:
         self.inside = unwrapped(model)
         self.norms = norms_of(model)
         self.names = {id(module): name for name, module in model.named_modules()}
-        self._items = list[Any]()
+        self._items = list[tuple[int, Any]]()
 
     @property
     def lazy(self) -> list[Norm]:
@@ -144,9 +144,9 @@ class Case:
 
     @property
     def items(self) -> list[Any]:
-        """The first items of the loader, as many as fit into memory."""
-        _ = self.record
-        return self._items
+        """The first items of the loader, as many as fit into memory, without those that training refuses."""
+        refused = self.record.refused
+        return [item for number, item in self._items if number not in refused]
 
     @cached_property
     def record(self) -> Record:
@@ -157,10 +157,10 @@ class Case:
 
     def _read(self, loader: Iterable[Any]) -> Iterator[Any]:
         kept = 0
-        for item in itertools.islice(loader, thresholds.BATCHES):
+        for number, item in enumerate(itertools.islice(loader, thresholds.BATCHES)):
             size = sum(value.nbytes for value in tree_leaves(_values(item)) if isinstance(value, Tensor))
             if not self._items or kept + size <= thresholds.KEPT_BYTES:
-                self._items.append(item)
+                self._items.append((number, item))
                 kept += size
             yield item
 
@@ -191,6 +191,8 @@ class Case:
         """The largest relative difference of outputs in inference mode between model and twin; None if outputs are no tensors."""
         twin = self.arguments.twin
         assert twin is not None
+        if not self.items:
+            return None
         inside = unwrapped(twin)
         with self.untouched(twin), in_inference(self.inside), in_inference(inside), torch.no_grad():
             mine, others = self.call(self.items[0]), self.call(self.items[0], inside)
@@ -268,6 +270,8 @@ class Case:
     def gradients(self) -> Gradients:
         """One forward and backward in training mode on the first item that has more than one sample per channel."""
         found = Gradients()
+        if not self.items:
+            return found
         handles = []
 
         def before(norm: Norm) -> Callable[..., None]:
@@ -313,6 +317,8 @@ class Case:
         predict = self.arguments.predict
         assert predict is not None
         batch_norms = list[str]()
+        if not self.items:
+            return 0.0, []
 
         def before(norm: Norm) -> Callable[..., None]:
             def hook(layer: nn.Module, _args: Any) -> None:
@@ -407,7 +413,7 @@ class Case:
         """By hand-written layer: how much inference depends on the batch, relative, and |sum of dx| over sum of |dx| in training."""
         inputs, found = dict[str, Tensor](), dict[str, tuple[float, float]]()
         layers = [norm for norm in self.norms if norm.kind == "hand-written"]
-        if not layers:
+        if not layers or not self.items:
             return found
         with self.untouched(), torch.no_grad(), contextlib.ExitStack() as stack:
             for norm in layers:

@@ -87,6 +87,15 @@ class Norm(NamedTuple):
         pair = self.statistics()
         return pair is not None and (bool(self.batches) or bool((pair[0] != 0).any() or (pair[1] != 1).any()))
 
+    @property
+    def learned(self) -> bool:
+        """Whether weight and bias have been trained: a constant weight, or a bias of zeros, is an initialization."""
+        affine = {name: value.detach() for name, value in self.affine().items()}
+        if len(affine) < 2 or affine["weight"].numel() < 2:
+            return False
+        weight, bias = affine["weight"].flatten(), affine["bias"]
+        return bool((weight != weight[0]).any()) and bool((bias != 0).any())
+
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Running mean and variance, (C,) float64 each; None if it has none, or none yet."""
         pair = [self.tensor("mean"), self.tensor("var")]

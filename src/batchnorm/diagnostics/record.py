@@ -80,10 +80,12 @@ class Record:
     Attributes:
         layers: by name, in the order of their first calls.
         batches: number of batches read.
+        refused: the numbers of those that a layer refused, since it had one value per channel.
     """
 
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     batches: int = 0
+    refused: set[int] = field(default_factory=set)
 
 
 def divergence(mean: Tensor, var: Tensor, from_mean: Tensor, from_var: Tensor, eps: float) -> Tensor:
@@ -152,6 +154,7 @@ def record(norms: Iterable[Norm], model: nn.Module, items: Iterable[Any], call: 
             except ValueError:
                 if not recorder.refused():
                     raise
+                recorder.record.refused.add(recorder.record.batches)
             recorder.end()
     for layer in recorder.record.layers.values():
         if layer.calls:
@@ -229,6 +232,7 @@ class _Recorder:
         number = self._numbers[name] = self._numbers.get(name, -1) + 1
         if x.numel() == x.shape[1] and found.trained:
             found.single = len(x)
+            return
         batch = moments(x, mask)
         count, mean, m2 = float(batch.count), batch.mean.double(), batch.m2.double()
         if count < 1:

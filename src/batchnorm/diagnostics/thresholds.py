@@ -14,6 +14,7 @@ MOSTLY_INITIAL = 0.5  # seven batches with momentum .1
 MOMENTUM = 0.5  # a new batch outweighs all before it
 EPS = 0.02  # the largest eps in use is 1e-3 (Keras, EfficientNet)
 EPS_SHARE = 0.5  # share of channels with a variance below eps; 1 sick, 0 healthy
+CONSTANT = 1e-6  # of eps: a smaller variance is that of a constant channel, which no eps would help
 DEAD_SHARE = 0.25  # share of channels that are constant in every batch; .5 sick, up to .19 healthy
 FEW_SAMPLES_ERROR = 4.0  # effective samples per channel; 1.8 to 12 sick, 35 to 734 healthy
 FEW_SAMPLES = 16.0

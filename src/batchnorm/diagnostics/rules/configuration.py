@@ -33,8 +33,9 @@ def _eps(case: Case) -> Iterator[Found]:
         pair, eps = norm.statistics(), norm.eps
         if pair is None or eps is None:
             continue
-        share = float((pair[1] < eps).double().mean())
-        if eps > at.EPS or (share > at.EPS_SHARE and eps > 1e-4 and norm.started):
+        small = (pair[1] < eps) & (pair[1] > eps * at.CONSTANT)
+        share = float(small.double().mean())
+        if eps > at.EPS or (share > at.EPS_SHARE and norm.started):
             found[norm.name] = (eps, share)
     worst = sorted(found, key=lambda name: -found[name][1])
     if worst:
@@ -91,7 +92,7 @@ RULES = (
         (),
         "eps is there to avoid a division by zero. If it exceeds the variance of most channels, the output is scaled "
         "down instead of normalized. "
-        "Reported for eps above .02, and for eps above 1e-4 if more than half of the running variances are smaller.",
+        "Reported for eps above .02, and if more than half of the running variances are smaller, constant channels not counted.",
         "layer.eps = 1e-5; bn.recalibrate(model, loader)  # and train on",
         "layer.eps = 1e-5",
         _eps,

@@ -63,9 +63,10 @@ def _stale(case: Case) -> Iterator[Found]:
     assert twin is not None
     evidence: dict[str, float | int | str] = {"distance_of_parameters": _parameter_distance(case, twin)}
     if not case.arguments.missing(("loader",)) and not any(norm.lazy for norm in norms_of(twin)) and _pairs(case, twin):
-        measured = drifts(case.twin_record)
+        measured = drifts(case.twin_record, initial=True)
         known = {without_wrappers(name): drift.nats for name, drift in measured.items()}
-        names = [norm.name for norm in case.norms if known.get(without_wrappers(norm.name), 0.0) > at.DRIFT_SUSPECT]
+        started = [mine.name for mine, other in _pairs(case, twin) if mine.started or other.started]
+        names = [name for name in started if known.get(without_wrappers(name), 0.0) > at.DRIFT_SUSPECT]
         names.sort(key=lambda name: -known[without_wrappers(name)])
         if names:
             nats = known[without_wrappers(names[0])]

@@ -33,12 +33,13 @@ def _poisoned(case: Case) -> Iterator[Found]:
 
 
 def _half(case: Case) -> Iterator[Found]:
-    found = dict[str, torch.dtype]()
+    found, training = dict[str, torch.dtype](), False
     for norm in case.norms:
         values = (norm.tensor("mean"), norm.tensor("var"))
         half = [value.dtype for value in values if value is not None and value.dtype in (torch.float16, torch.bfloat16)]
         if half and norm.updates:
             found[norm.name] = half[0]
+            training |= norm.module.training
     if found:
         dtype = next(iter(found.values()))
         name = str(dtype).removeprefix("torch.")
@@ -47,6 +48,7 @@ def _half(case: Case) -> Iterator[Found]:
             tuple(found),
             {"dtype": name, "precision": digits},
             f"running statistics are {name}: an update below {digits:.1g} of their value is lost",
+            "warning" if training else "note",
         )
 
 
@@ -99,7 +101,7 @@ RULES = (
         "running statistics in half precision",
         "warning",
         (),
-        "A moving average adds small changes to large values. In float16 and bfloat16 they are rounded away.",
+        "A moving average adds small changes to large values. In float16 and bfloat16 they are rounded away. A note in inference mode.",
         "bn.convert(model)  # keeps buffers in float32 when the model is cast",
         "for layer in norms: layer.float()",
         _half,

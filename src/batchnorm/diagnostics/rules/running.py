@@ -25,11 +25,12 @@ class Drift(NamedTuple):
     log_ratio: float
 
 
-def drifts(record: Record) -> dict[str, Drift]:
-    """The drift of each layer that learns statistics, on its input in training mode."""
+def drifts(record: Record, *, initial: bool = False) -> dict[str, Drift]:
+    """The drift of each layer that learns statistics, on its input in training mode; with `initial`, of those of new layers too."""
     found = dict[str, Drift]()
     for name, layer in record.layers.items():
-        drift = _drift(layer) if layer.trained and layer.norm.updates and layer.norm.started else None
+        measured = layer.trained and layer.norm.updates and (initial or layer.norm.started)
+        drift = _drift(layer) if measured else None
         if drift is not None:
             found[name] = drift
     return found
@@ -99,22 +100,16 @@ def _few_updates(case: Case) -> Iterator[Found]:
             {"initial_share": share, "batches": norm.batches or 0, "momentum": norm.momentum or 0.0},
             f"after {norm.batches} batches with momentum {norm.momentum:g}, {share:.0%} of the running statistics are "
             "still their initial values",
-            "warning" if share > at.MOSTLY_INITIAL else "note",
+            "warning" if share > at.MOSTLY_INITIAL and norm.learned else "note",
         )
 
 
 def _never(case: Case) -> Iterator[Found]:
-    names = list[str]()
-    for norm in case.norms:
-        pair, affine = norm.statistics(), norm.affine()
-        if pair is None or norm.kind == "frozen" or norm.batches not in (0, None) or len(affine) < 2:
-            continue
-        initial = bool((pair[0] == 0).all() and (pair[1] == 1).all())
-        weight, bias = affine["weight"].detach(), affine["bias"].detach()
-        # Both have values of their own in every channel: a constant initialization, of zeros for example, is no training.
-        trained = weight.numel() > 1 and bool((weight != weight[(0,) * weight.dim()]).any()) and bool((bias != 0).any())
-        if initial and trained and norm.momentum != 0:
-            names.append(norm.name)
+    names = [
+        norm.name
+        for norm in case.norms
+        if norm.updates and norm.learned and not norm.started and norm.momentum != 0 and not norm.batches
+    ]
     if names:
         yield Found(
             tuple(names),
