@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.bench.networks import Block
+from batchnorm.bench.networks import NETWORKS, Block
 from batchnorm.diagnostics import FAMILIES, RULES, matching, rule_of
 from batchnorm.diagnostics.fix import MENDS
 from batchnorm.errors import ArgumentError, InputError
-from tests.networks import FrozenBatchNorm2d
+from batchnorm.lab.networks import tutorial_network
+from tests.networks import FrozenBatchNorm2d, settle
 from tests.sick_models import (
     GALLERY,
     ByHand,
@@ -174,6 +175,30 @@ def test_no_rule_complains_about_a_healthy_network(build, steps):
     )
     assert serious(diagnosis) == [], str(diagnosis)
     assert not diagnosis.not_asked
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet50"])
+def test_no_rule_complains_about_a_new_network_of_the_bench(name):
+    assert codes(bn.diagnose(NETWORKS[name].build())) == []
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_no_rule_complains_about_the_network_of_the_demonstration(batch_norm):
+    torch.manual_seed(0)
+    items = [(torch.rand(64, 1, 28, 28), torch.randint(10, (64,))) for _ in range(3)]
+    model = train(tutorial_network(batch_norm), items, 60, lr=0.01)
+    found = bn.diagnose(model, items, criterion=nn.CrossEntropyLoss(), predict=lambda model, x: model.eval()(x))
+    assert serious(found) == [], str(found)
+
+
+def test_statistics_that_were_loaded_are_no_fault():
+    assert codes(bn.diagnose(settle(network()))) == []
+
+
+def test_synchronized_layers_are_measured_on_the_cpu():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(lagging().model)
+    assert [(each.code, each.layers) for each in bn.diagnose(model, images()).findings] == [("BN201", ("4",))]
+    assert type(model[4]) is nn.SyncBatchNorm
 
 
 def state_of(model: nn.Module) -> list:

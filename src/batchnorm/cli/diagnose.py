@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from batchnorm.cli.common import Console, check_outputs, force_option
+from batchnorm.cli.common import Console, check_outputs, force_option, progress_bar
 from batchnorm.cli.models import (
     build,
     build_model,
@@ -119,13 +121,15 @@ def diagnose_command(
         if data is not None:
             arguments["loader"] = build(data)
             check_data(arguments["loader"], data)
+        fixed = None
         try:
-            found = diagnose(model, select=select, ignore=ignore, **arguments)
-            fixed = None
-            if fix:
-                codes = [each.code for each in found.findings if each.code in _IN_WEIGHTS]
-                fixed = found.fix(model, codes)
-                found = fixed.diagnosis
+            with progress_bar(TextColumn("batches read: {task.completed}")) as progress:
+                if data is not None:
+                    arguments["loader"] = _Shown(arguments["loader"], progress)
+                found = diagnose(model, select=select, ignore=ignore, **arguments)
+                if fix:
+                    fixed = found.fix(model, [each.code for each in found.findings if each.code in _IN_WEIGHTS])
+                    found = fixed.diagnosis
         except BatchNormError:
             raise
         except Exception as error:
@@ -150,6 +154,19 @@ def diagnose_command(
             Console().print(line)
         _show(found)
     ctx.exit(1 if found.has_errors else 0)
+
+
+class _Shown:
+    """A loader that counts its batches in a progress bar, each time that it is read."""
+
+    def __init__(self, loader: Iterable[Any], progress: Progress) -> None:
+        self._loader, self._progress = loader, progress
+        self._task = progress.add_task("diagnosing", total=None)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._loader:
+            self._progress.advance(self._task)
+            yield item
 
 
 def _arguments(model: nn.Module, specs: dict[str, str | None]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -98,6 +99,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+class _OnCPU(nn.SyncBatchNorm):
+    """torch's synchronized layer raises on the CPU."""
+
+    forward = _BatchNorm.forward
+
+
 class Case:
     """A model with everything that can be measured about it."""
 
@@ -136,8 +143,11 @@ class Case:
 
     @contextlib.contextmanager
     def untouched(self, *others: nn.Module) -> Iterator[None]:
-        """Restore the model, and others, at the end."""
+        """Restore the model, and others, at the end. Layers of torch that refuse the CPU normalize by their own batch meanwhile."""
         with untouched(self.model, *others, optimizer=self.arguments.optimizer):
+            for module in itertools.chain.from_iterable(model.modules() for model in (self.model, *others)):
+                if type(module) is nn.SyncBatchNorm and any(value.device.type == "cpu" for value in module.buffers()):
+                    module.__class__ = _OnCPU
             yield
 
     # ---- passes ------------------------------------------------------------------------------------------------------------------
@@ -183,7 +193,7 @@ class Case:
         twin = self.arguments.twin
         assert twin is not None
         inside = unwrapped(twin)
-        with untouched(twin):
+        with self.untouched(twin):
             return record(norms_of(twin), inside, self.items, lambda item: self.call(item, inside))
 
     @cached_property
