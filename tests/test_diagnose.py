@@ -339,11 +339,21 @@ class TestInputs:
             bn.diagnose(trained(), [])
 
     def test_lazy_layers_are_not_run(self):
+        bare = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(3))
+        bn.diagnose(bare, images(), predict=lambda model, x: model(x))
+        assert bare[2].has_uninitialized_params()
         model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
         diagnosis = bn.diagnose(model, images())
         assert codes(diagnosis) == []
         assert any("lazy" in line and "BN201" in line for line in diagnosis.not_asked)
         assert model[1].has_uninitialized_params()
+
+    def test_a_model_on_the_meta_device_is_not_run(self):
+        with torch.device("meta"):
+            model = network(momentum=0.9)
+        diagnosis = bn.diagnose(model, images())
+        assert codes(diagnosis) == ["BN101"]
+        assert any("meta" in line for line in diagnosis.not_asked)
 
     def test_shared_layers_are_named_once(self):
         layer = nn.BatchNorm2d(3, momentum=0.9)

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
-from batchnorm.diagnostics.norms import Norm, norms_of
+from batchnorm.diagnostics.norms import Norm, has_values, norms_of
 from batchnorm.diagnostics.record import Record, in_inference, in_training, input_of, record
 from batchnorm.diagnostics.state import untouched
 from batchnorm.errors import ArgumentError
@@ -115,10 +115,10 @@ class Case:
         self.names = {id(module): name for name, module in model.named_modules()}
         self._items = list[tuple[int, Any]]()
 
-    @property
-    def lazy(self) -> list[Norm]:
-        """Layers without a size; such a model cannot be run without changing it."""
-        return [norm for norm in self.norms if norm.lazy]
+    @cached_property
+    def runs(self) -> bool:
+        """Whether the model can be run without giving lazy layers a size, and has values."""
+        return all(has_values(value) for value in (*self.model.parameters(), *self.model.buffers()))
 
     # ---- calls -------------------------------------------------------------------------------------------------------------------
 

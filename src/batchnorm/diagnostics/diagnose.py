@@ -99,7 +99,7 @@ def diagnose(
 def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) -> Diagnosis:
     case = Case(model, arguments)
     findings, missing = list[Finding](), dict[str, list[str]]()
-    may_run = not case.lazy
+    may_run = case.runs
     if case.norms and may_run and arguments.loader is not None and not case.record.batches:
         raise InputError("loader must yield at least one batch, but it yields none")
     for rule in rules if case.norms else ():
@@ -108,9 +108,9 @@ def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) 
             wanted = " and ".join(f"{need.replace('|', '= or ')}=" for need in lacking)
             missing.setdefault(f"pass {wanted} to ask", []).append(rule.code)
         elif rule.needs and not may_run:
-            missing.setdefault("call the model once, so that its lazy layers get their size, to ask", []).append(
-                rule.code
-            )
+            missing.setdefault(
+                "give lazy layers their size by a first input, and layers on the meta device their values, to ask", []
+            ).append(rule.code)
         else:
             findings += [_finding(rule, found) for found in rule.find(case)]
     findings.sort(key=lambda each: (SEVERITIES.index(each.severity), each.code))

@@ -133,7 +133,7 @@ def to_html(
         evidence = ", ".join(f"{name} {number(value)}" for name, value in each.evidence.items())
         cards.append(
             f"<h3>{escape(each.code)}, {each.severity}: {escape(named(each.layers, 20) or 'the training loop')}</h3>\n"
-            f"<p>{escape(each.message)}.</p>\n<p>{escape(evidence)}</p>\n"
+            f"<p>{escape(each.message[0].upper() + each.message[1:])}.</p>\n<p>{escape(evidence)}</p>\n"
             f"<p>With this library: <code>{escape(each.remedy)}</code><br>With torch alone: "
             f"<code>{escape(each.with_torch)}</code><br>"
             f'<a href="{escape(each.url)}">{escape(each.code)} explained</a></p>'

@@ -48,9 +48,9 @@ class Norm(NamedTuple):
 
     @property
     def lazy(self) -> bool:
-        """Whether it has had no input yet, so that its size is unknown."""
+        """Whether it has no values yet: it has had no input, or is on the meta device."""
         values = (*self.module.parameters(recurse=False), *self.module.buffers(recurse=False))
-        return any(map(is_lazy, values))
+        return not all(map(has_values, values))
 
     @property
     def frozen(self) -> bool:
@@ -73,13 +73,14 @@ class Norm(NamedTuple):
     def batches(self) -> int | None:
         """The number of batches in the running statistics; None if they are not counted."""
         count = getattr(in_domain(self.module), "num_batches_tracked", None)
-        return int(count) if isinstance(count, Tensor) and count.numel() == 1 and not is_lazy(count) else None
+        return int(count) if isinstance(count, Tensor) and has_values(count) else None
 
     @property
     def updates(self) -> bool:
         """Whether its running statistics change in training mode."""
         tracks = getattr(self.module, "track_running_stats", True)
-        return self.statistics() is not None and not self.frozen and bool(tracks)
+        has = self.statistics() is not None or (self.lazy and self.kind in ("torch", "ours"))
+        return has and not self.frozen and bool(tracks)
 
     @property
     def started(self) -> bool:
@@ -110,18 +111,23 @@ class Norm(NamedTuple):
         return {name: value for name, value in found.items() if value is not None}
 
     def tensor(self, role: str) -> Tensor | None:
-        """The tensor in the role "mean", "var", "weight" or "bias"; None if there is none, or none yet."""
+        """The tensor in the role "mean", "var", "weight" or "bias"; None if there is none, or it has no values yet."""
         if self.kind == "hand-written":
             value = hand_written_tensors(self.module).get(role)
         else:
             name = {"mean": "running_mean", "var": "running_var"}.get(role, role)
             value = getattr(in_domain(self.module) if name.startswith("running") else self.module, name, None)
-        return value if isinstance(value, Tensor) and not is_lazy(value) else None
+        return value if isinstance(value, Tensor) and has_values(value) else None
 
     def name_of(self, role: str) -> str:
         """What the layer calls a tensor."""
         value = self.tensor(role)
         return next((name for name, each in own_tensors(self.module) if each is value), role)
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor is neither that of a lazy layer without input nor on the meta device."""
+    return not is_lazy(value) and not value.is_meta
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -134,7 +140,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def hand_written_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a hand-written batch norm by their roles, those of one size."""
-    values = [(name, value) for name, value in own_tensors(module) if value.is_floating_point() and not is_lazy(value)]
+    values = [(name, value) for name, value in own_tensors(module) if not is_lazy(value) and value.is_floating_point()]
     found = dict[str, Tensor]()
     for role, pattern in _NAMES.items():
         value = next((each for name, each in values if pattern.search(name)), None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
-from batchnorm.diagnostics.norms import Norm, norms_of
+from batchnorm.diagnostics.norms import Norm, has_values, norms_of
 from batchnorm.diagnostics.record import divergence
 from batchnorm.diagnostics.rule import Found, Rule, Severity
 from batchnorm.diagnostics.rules.running import drifts
@@ -62,7 +62,11 @@ def _stale(case: Case) -> Iterator[Found]:
     twin = case.arguments.twin
     assert twin is not None
     evidence: dict[str, float | int | str] = {"distance_of_parameters": _parameter_distance(case, twin)}
-    if not case.arguments.missing(("loader",)) and not any(norm.lazy for norm in norms_of(twin)) and _pairs(case, twin):
+    if (
+        not case.arguments.missing(("loader",))
+        and all(map(has_values, (*twin.parameters(), *twin.buffers())))
+        and _pairs(case, twin)
+    ):
         measured = drifts(case.twin_record, initial=True)
         known = {without_wrappers(name): drift.nats for name, drift in measured.items()}
         started = [mine.name for mine, other in _pairs(case, twin) if mine.started or other.started]
@@ -110,7 +114,7 @@ def _folded(case: Case) -> Iterator[Found]:
     assert twin is not None
     paired = {norm.name for norm, _ in _pairs(case, twin)}
     names = tuple(norm.name for norm in case.norms if norm.name not in paired)
-    if not names or case.lazy:
+    if not names or not case.runs:
         return
     difference = case.twin_outputs
     if difference is not None and difference > at.COPY_OUTPUT:

@@ -26,7 +26,7 @@ def _half_frozen(case: Case) -> Iterator[Found]:
         if norm.updates and is_stopped(norm) and norm.module.training and norm.momentum != 0
     ]
     moved: list[str] = []
-    if not case.arguments.missing(("loader", "step")) and not case.lazy:
+    if not case.arguments.missing(("loader", "step")) and case.runs:
         moved = case.stepped.moved
         names = [name for name in names if name in moved] + [name for name in moved if name not in names]
     if names:

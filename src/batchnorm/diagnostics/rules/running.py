@@ -89,7 +89,7 @@ def _initial_share(norm: Norm) -> float:
 def _few_updates(case: Case) -> Iterator[Found]:
     shares = {norm.name: _initial_share(norm) for norm in case.norms if norm.updates and norm.kind in ("torch", "ours")}
     names = sorted((name for name in shares if shares[name] > at.INITIAL_SHARE), key=lambda name: -shares[name])
-    if names and not case.arguments.missing(("loader",)) and not case.lazy:
+    if names and not case.arguments.missing(("loader",)) and case.runs:
         measured = drifts(case.record)
         names = [name for name in names if name not in measured or measured[name].nats >= at.DRIFT_SUSPECT]
     if names:
