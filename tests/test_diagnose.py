@@ -109,6 +109,18 @@ class TestRules:
     def test_half_precision_is_a_note_where_nothing_trains(self):
         assert [each.severity for each in bn.diagnose(trained().half().eval()).findings] == ["note"]
 
+    def test_accumulation_that_updates_once_is_no_fault(self):
+        model = bn.convert(trained())
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def step(model, item):
+            with bn.accumulate(4):
+                for part in item[0].split(16):
+                    model(part).sum().backward()
+            optimizer.step()
+
+        assert codes(bn.diagnose(model, images(), step=step)) == []
+
     def test_few_updates_are_no_fault_where_somebody_recalibrated(self):
         model = network()
         for x, _ in images(2):

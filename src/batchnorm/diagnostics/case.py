@@ -59,7 +59,7 @@ class Step:
     Attributes:
         forwards: calls of the model itself.
         steps: steps of optimizers that hold a parameter of the model.
-        calls: by layer, calls in training mode.
+        updates: by layer, calls in a forward that changed running statistics.
         in_backward: by layer, calls within a backward that changed running statistics.
         woken: layers that were handed over in inference mode and ran in training mode.
         moved: layers handed over with a frozen affine whose statistics changed.
@@ -67,7 +67,7 @@ class Step:
 
     forwards: int = 0
     steps: int = 0
-    calls: dict[str, int] = field(default_factory=dict)
+    updates: dict[str, int] = field(default_factory=dict)
     in_backward: dict[str, int] = field(default_factory=dict)
     woken: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
@@ -383,18 +383,17 @@ class Case:
         def before(norm: Norm) -> Callable[..., None]:
             def hook(layer: nn.Module, _args: Any) -> None:
                 values[norm.name] = _copies(norm)
-                if layer.training and not norm.frozen:
-                    found.calls[norm.name] = found.calls.get(norm.name, 0) + (graph_task() == -1)
-                    if not handed_over[norm.name] and norm.name not in found.woken:
-                        found.woken.append(norm.name)
+                woken = layer.training and not norm.frozen and not handed_over[norm.name]
+                if woken and norm.name not in found.woken:
+                    found.woken.append(norm.name)
 
             return hook
 
         def after(norm: Norm) -> Callable[..., None]:
             def hook(_layer: nn.Module, _args: Any, _output: Any) -> None:
                 if _differ(values.get(norm.name), norm.statistics()):
-                    if graph_task() != -1:
-                        found.in_backward[norm.name] = found.in_backward.get(norm.name, 0) + 1
+                    counts = found.updates if graph_task() == -1 else found.in_backward
+                    counts[norm.name] = counts.get(norm.name, 0) + 1
                     if norm in stopped and norm.name not in found.moved:
                         found.moved.append(norm.name)
 

@@ -165,7 +165,7 @@ def _accumulation(case: Case) -> Iterator[Found]:
     stepped = case.stepped
     if not stepped.steps or not stepped.forwards:
         return
-    updates = {name: calls / stepped.steps for name, calls in stepped.calls.items() if calls <= stepped.forwards}
+    updates = {name: n / stepped.steps for name, n in stepped.updates.items() if n <= stepped.forwards}
     many = {name: value for name, value in updates.items() if value >= 2}
     if many:
         names = sorted(many, key=lambda name: -many[name])
@@ -173,8 +173,8 @@ def _accumulation(case: Case) -> Iterator[Found]:
         yield Found(
             tuple(names),
             {"updates_per_step": most},
-            f"{most:g} forwards for each step of the optimizer: each normalizes by its own micro-batch and updates the "
-            "running statistics",
+            f"{most:g} updates of the running statistics for each step of the optimizer: each forward normalizes by its own "
+            "micro-batch",
             "warning" if most >= at.ACCUMULATION else "note",
         )
 
@@ -259,7 +259,7 @@ RULES = (
         ("loader", "step"),
         "Gradients of micro-batches add up to one step, but each is normalized by its own statistics, and the running "
         "statistics are updated as often. "
-        "From 4 forwards per step a warning; 2 or 3 are a note, as for a discriminator that gets real and fake samples apart.",
+        "From 4 updates per step a warning; 2 or 3 are a note, as for a discriminator that gets real and fake samples apart.",
         "with bn.accumulate(steps): ...  # or bn.as_one_batch(forward, parts)",
         "layer.momentum = 1 - (1 - layer.momentum) ** (1 / steps)  # the running statistics only",
         _accumulation,
