@@ -6,6 +6,9 @@ from batchnorm import statistics as statistics
 from batchnorm.agreement import Agreement as Agreement
 from batchnorm.agreement import average_buffers as average_buffers
 from batchnorm.agreement import replicas_agree as replicas_agree
+from batchnorm.diagnostics import Diagnosis as Diagnosis
+from batchnorm.diagnostics import Finding as Finding
+from batchnorm.diagnostics import diagnose as diagnose
 from batchnorm.distributed import synchronize as synchronize
 from batchnorm.distributed import unsynchronize as unsynchronize
 from batchnorm.errors import BatchNormError as BatchNormError

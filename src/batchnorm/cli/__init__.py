@@ -1,4 +1,5 @@
-"""The commands. Each reads its arguments, calls the library, and prints. Exit codes: 0 success, 2 bad usage, 130 Ctrl-C.
+"""The commands. Each reads its arguments, calls the library, and prints. Exit codes: 0 success, 1 errors that `diagnose` found,
+2 bad usage, 130 Ctrl-C.
 
 Each command is a module, imported only when the command runs, since most need torch, which takes seconds to load.
 """
@@ -19,6 +20,7 @@ SUMMARIES = {
     "bench": "Measure batch normalization against a copy of the same bytes, and against other implementations.",
     "convert": "Show what `batchnorm.convert` does to a model, layer by layer, and which layers it does not change, and why.",
     "demo": "Train a network with and without batch normalization, and compare.",
+    "diagnose": "Say what batch norm does wrong in a model: where, by how much, and what mends it.",
     "env": "Show versions, machine, and which kernel runs for which input, and why.",
     "explain": "Show every step of batch normalization for the mini-batch VALUES, forward and backward.",
     "fold": "Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.",

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from html import escape
 from importlib import resources
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from batchnorm.report.plots import Plot
+if TYPE_CHECKING:  # plots need an extra, and a page need not have any
+    from batchnorm.report.plots import Plot
 
 PAGE = """<!doctype html>
 <html lang="en">

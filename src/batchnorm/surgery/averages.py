@@ -29,7 +29,7 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     """
     named = [
         {
-            _without_wrappers(slot.path): slot.module
+            without_wrappers(slot.path): slot.module
             for slot in slots_of(model)
             if isinstance(slot.module, _BatchNorm) and slot.module.running_mean is not None
         }
@@ -61,7 +61,7 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     return target
 
 
-def _without_wrappers(path: str) -> str:
+def without_wrappers(path: str) -> str:
     names = [name for name in path.split(".") if name not in _WRAPPED]
     while names and names[0] == "module":  # of AveragedModel and DDP, which may be nested
         names.pop(0)

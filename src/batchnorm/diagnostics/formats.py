@@ -1,0 +1,155 @@
+"""A diagnosis as text, JSON, SARIF and HTML."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.rule import Rule
+from batchnorm.files import spelled
+from batchnorm.report.page import Section, document, table
+from batchnorm.version import __version__
+
+SCHEMA = 1  # of the JSON; it rises if a field changes its meaning or goes
+_LEVELS = {"error": "error", "warning": "warning", "note": "note"}
+_MOST_LAYERS = 4  # names in a line
+_SARIF = "https://raw.githubusercontent.com/oasis-tcs/sarif-spec/main/sarif-2.1/schema/sarif-schema-2.1.0.json"
+_ROOT = "the model"
+
+
+def named(layers: Sequence[str], most: int = _MOST_LAYERS) -> str:
+    """Names of layers in a line."""
+    shown = [layer or _ROOT for layer in layers[:most]]
+    more = len(layers) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def number(value: float | int | str) -> str:
+    """A number of the evidence."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def to_text(findings: Sequence[Finding], not_asked: Iterable[str], summary: str, width: int = 110) -> str:
+    """A table: code, severity, layers, and below what was found, the numbers and the remedy."""
+    lines = list[str]()
+    for each in findings:
+        lines.append(f"{each.code}  {each.severity:<7}  {named(each.layers) or 'the training loop'}")
+        evidence = ", ".join(f"{name}={number(value)}" for name, value in each.evidence.items())
+        for text in (each.message, evidence, f"remedy: {each.remedy}"):
+            lines += textwrap.wrap(text, width, initial_indent=" " * 16, subsequent_indent=" " * 18)
+    lines += [summary, *not_asked]
+    return "\n".join(lines)
+
+
+def to_data(
+    findings: Sequence[Finding], layers: Mapping[str, Mapping[str, Any]], not_asked: Sequence[str], batches: int
+) -> dict[str, Any]:
+    """The data of the JSON; NaN and infinities are strings."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "batches": batches,
+        "findings": [
+            {
+                "code": each.code,
+                "severity": each.severity,
+                "layers": list(each.layers),
+                "evidence": {name: _plain(value) for name, value in each.evidence.items()},
+                "message": each.message,
+                "remedy": each.remedy,
+                "with_torch": each.with_torch,
+                "url": each.url,
+                "fixable": each.fixable,
+            }
+            for each in findings
+        ],
+        "layers": {name: {key: _plain(value) for key, value in row.items()} for name, row in layers.items()},
+        "not_asked": list(not_asked),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return spelled(value) if isinstance(value, float) else value
+
+
+def to_sarif(findings: Sequence[Finding], rules: Sequence[Rule]) -> dict[str, Any]:
+    """SARIF 2.1.0; a layer is a logical location."""
+    places = {rule.code: place for place, rule in enumerate(rules)}
+    return {
+        "$schema": _SARIF,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {
+                    "driver": {
+                        "name": "batchnorm diagnose",
+                        "version": __version__,
+                        "informationUri": "https://github.com/batchnorm/batchnorm",
+                        "rules": [
+                            {
+                                "id": rule.code,
+                                "shortDescription": {"text": rule.title},
+                                "fullDescription": {"text": rule.why},
+                                "help": {"text": rule.remedy},
+                                "helpUri": rule.url,
+                                "defaultConfiguration": {"level": _LEVELS[rule.severity]},
+                            }
+                            for rule in rules
+                        ],
+                    }
+                },
+                "results": [
+                    {
+                        "ruleId": each.code,
+                        "ruleIndex": places[each.code],
+                        "level": _LEVELS[each.severity],
+                        "message": {"text": f"{each.message}. Remedy: {each.remedy}"},
+                        "locations": [
+                            {
+                                "logicalLocations": [
+                                    {"name": layer or _ROOT, "fullyQualifiedName": layer or _ROOT, "kind": "module"}
+                                ]
+                            }
+                            for layer in each.layers
+                        ],
+                        "properties": {name: _plain(value) for name, value in each.evidence.items()},
+                    }
+                    for each in findings
+                ],
+            }
+        ],
+    }
+
+
+def to_html(
+    findings: Sequence[Finding], layers: Mapping[str, Mapping[str, Any]], not_asked: Sequence[str], summary: str
+) -> str:
+    """A self-contained page: findings first, then a table of all layers."""
+    cards = list[str]()
+    for each in findings:
+        evidence = ", ".join(f"{name} {number(value)}" for name, value in each.evidence.items())
+        cards.append(
+            f"<h3>{escape(each.code)}, {each.severity}: {escape(named(each.layers, 20) or 'the training loop')}</h3>\n"
+            f"<p>{escape(each.message[0].upper() + each.message[1:])}.</p>\n<p>{escape(evidence)}</p>\n"
+            f"<p>With this library: <code>{escape(each.remedy)}</code><br>With torch alone: "
+            f"<code>{escape(each.with_torch)}</code><br>"
+            f'<a href="{escape(each.url)}">{escape(each.code)} explained</a></p>'
+        )
+    if not cards:
+        cards.append("<p>Nothing found.</p>")
+    columns = list(dict.fromkeys(key for row in layers.values() for key in row))
+    rows = [
+        (name or _ROOT, ["–" if row.get(key) is None else number(row[key]) for key in columns])
+        for name, row in layers.items()
+    ]
+    sections = [
+        Section("findings", "Findings", cards),
+        Section("layers", "Layers", [table("All batch norms", columns, rows)]),
+    ]
+    if not_asked:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in not_asked)
+        sections.append(Section("not-asked", "Not asked", [f"<ul>{lines}</ul>"]))
+    return document("batchnorm diagnose", "Diagnosis", summary, sections, f"batchnorm {__version__}")

@@ -1,0 +1,123 @@
+"""BN8: the optimizer and the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from batchnorm.diagnostics import thresholds as at
+from batchnorm.diagnostics.case import Case
+from batchnorm.diagnostics.rule import Found, Rule
+
+_FEWEST_NORMS = 10
+
+
+def _update(group: dict[str, Any], state: dict[str, Any], grad: Tensor) -> float | None:
+    """The length of an update in the long run; None for optimizers other than SGD and Adam's family, and before Adam's first step."""
+    rate = float(group["lr"])
+    if "betas" not in group:
+        return rate * float(grad.norm()) / (1 - group["momentum"]) if group.get("momentum", 1) < 1 else None
+    if "exp_avg" not in state or "exp_avg_sq" not in state:
+        return None
+    steps, (first, second) = float(state["step"]), group["betas"]
+    mean = state["exp_avg"] / (1 - first**steps)
+    return rate * float((mean / ((state["exp_avg_sq"] / (1 - second**steps)).sqrt() + group["eps"])).norm())
+
+
+def _angle(case: Case) -> Iterator[Found]:
+    optimizer = case.arguments.optimizer
+    assert optimizer is not None
+    groups = {id(value): group for group in optimizer.param_groups for value in group["params"]}
+    grads, angles = case.gradients.parameters, dict[str, float]()
+    for name, layer in case.record.layers.items():
+        weight = None if layer.source is None else getattr(case.inside.get_submodule(layer.source), "weight", None)
+        group = groups.get(id(weight))
+        grad = next((grads.get(key) for key, value in case.model.named_parameters() if value is weight), None)
+        if weight is None or group is None or grad is None or not layer.trained:
+            continue
+        length = _update(group, optimizer.state.get(weight, {}), grad)
+        size = float(weight.detach().norm())
+        if length is not None and size > 0:
+            angles[name] = length / size
+    names = sorted((name for name in angles if angles[name] > at.ANGLE), key=lambda name: -angles[name])
+    if names:
+        yield Found(
+            tuple(names),
+            {"radians_per_step": angles[names[0]]},
+            f"one step turns the weights before it by {angles[names[0]]:.2g} radians: the effective learning rate is too large",
+        )
+
+
+def _decay(case: Case) -> Iterator[Found]:
+    optimizer = case.arguments.optimizer
+    assert optimizer is not None
+    decay = {
+        id(value): float(group.get("weight_decay") or 0)
+        for group in optimizer.param_groups
+        for value in group["params"]
+    }
+    names = {
+        norm.name: most
+        for norm in case.norms
+        if (most := max((decay.get(id(value), 0.0) for value in norm.affine().values()), default=0.0)) > 0
+    }
+    if names:
+        yield Found(
+            tuple(names),
+            {"weight_decay": max(names.values())},
+            f"weight decay {max(names.values()):g} pulls weight and bias of batch norms to 0",
+        )
+
+
+def _explosion(case: Case) -> Iterator[Found]:
+    outputs = {name: size for name, size in case.gradients.outputs.items() if size > 0}
+    if len(outputs) < _FEWEST_NORMS:
+        return
+    first, last = next(iter(outputs)), next(reversed(outputs))
+    ratio = outputs[first] / outputs[last]
+    if ratio > at.EXPLOSION:
+        yield Found(
+            (first,),
+            {"gradient_first_over_last": ratio},
+            f"the gradient at {first or 'the model'} is {ratio:.3g} times that at {last}, {len(outputs)} batch norms later",
+        )
+
+
+RULES = (
+    Rule(
+        "BN801",
+        "the effective learning rate is too large",
+        "warning",
+        ("loader", "criterion", "optimizer"),
+        "The scale of a weight before batch norm has no effect, so what counts is the angle by which a step turns it: "
+        "lr·‖g‖ / (‖w‖ (1 - momentum)). "
+        "It grows as weight decay shrinks the weight. For SGD, and for Adam after its first step.",
+        "group['lr'] /= 10  # or less weight decay",
+        "group['lr'] /= 10  # or less weight decay",
+        _angle,
+    ),
+    Rule(
+        "BN802",
+        "weight decay on batch norm",
+        "note",
+        ("optimizer",),
+        "A policy: many recipes leave weight and bias of batch norms without decay.",
+        "[{'params': others, 'weight_decay': 1e-4}, {'params': affine, 'weight_decay': 0}]",
+        "[{'params': others, 'weight_decay': 1e-4}, {'params': affine, 'weight_decay': 0}]",
+        _decay,
+    ),
+    Rule(
+        "BN803",
+        "exploding gradients",
+        "warning",
+        ("loader", "criterion"),
+        "In deep networks without residual connections batch norm amplifies gradients layer by layer (Yang et al. 2019, "
+        "arXiv:1902.08129). Measured as the "
+        "gradient at the first over that at the last of at least ten batch norms.",
+        "add residual connections, or warm the learning rate up",
+        "add residual connections, or warm the learning rate up",
+        _explosion,
+    ),
+)

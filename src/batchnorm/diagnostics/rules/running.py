@@ -1,0 +1,206 @@
+"""BN2: running statistics compared with the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from batchnorm.diagnostics import thresholds as at
+from batchnorm.diagnostics.case import Case
+from batchnorm.diagnostics.norms import Norm
+from batchnorm.diagnostics.record import LayerRecord, Record, divergence
+from batchnorm.diagnostics.rule import Found, Rule, Severity
+
+
+class Drift(NamedTuple):
+    """How far running statistics are from those of the data.
+
+    Attributes:
+        nats: divergence of the data's Gaussian from that of the running statistics, mean over channels.
+        log_ratio: mean log ratio of standard deviations, data over running.
+    """
+
+    nats: float
+    log_ratio: float
+
+
+def drifts(record: Record, *, initial: bool = False) -> dict[str, Drift]:
+    """The drift of each layer that learns statistics, on its input in training mode; with `initial`, of those of new layers too."""
+    found = dict[str, Drift]()
+    for name, layer in record.layers.items():
+        measured = layer.trained and layer.norm.updates and (initial or layer.norm.started)
+        drift = _drift(layer) if measured else None
+        if drift is not None:
+            found[name] = drift
+    return found
+
+
+def _drift(layer: LayerRecord) -> Drift | None:
+    pair = layer.norm.statistics()
+    if pair is None or layer.pool is None or layer.pool.mean.shape != pair[0].shape:
+        return None
+    if not all(bool(value.isfinite().all()) for value in pair) or bool((pair[1] < 0).any()):
+        return None  # BN501
+    var, eps = layer.pool.variance(), layer.norm.eps or 1e-5
+    nats = divergence(layer.pool.mean, var, *pair, eps).mean().item()
+    return Drift(nats, 0.5 * ((var + eps) / (pair[1] + eps)).log().mean().item())
+
+
+def _lag(case: Case) -> Iterator[Found]:
+    found = drifts(case.record)
+    worst = sorted(found, key=lambda name: -found[name].nats)
+    errors = [name for name in worst if found[name].nats >= at.DRIFT_ERROR]
+    suspects = [
+        name
+        for name in worst
+        if found[name].nats >= at.DRIFT_SUSPECT or abs(found[name].log_ratio) >= at.LOG_RATIO_SUSPECT
+    ]
+    if not suspects:
+        return
+    ratio = case.loss_ratio
+    if not errors and (ratio is None or ratio <= at.LOSS_RATIO):
+        return
+    names = errors or suspects
+    drift = found[names[0]]
+    evidence: dict[str, float | int | str] = {"drift": drift.nats, "log_ratio_of_deviations": drift.log_ratio}
+    message = f"running statistics are {drift.nats:.3g} nats from the data"
+    severity: Severity = "error" if errors else "warning"
+    if ratio is not None:
+        running, recalibrated = case.losses
+        evidence |= {"loss_running": running, "loss_recalibrated": recalibrated}
+        message += f"; recalibrating all layers changes the loss from {running:.3g} to {recalibrated:.3g}"
+        alone = case.loss_recalibrated(names[:1])
+        evidence["loss_first_layer_recalibrated"] = alone
+        message += f", and the first of these alone to {alone:.3g}"
+    yield Found(tuple(names), evidence, message, severity)
+
+
+def _initial_share(norm: Norm) -> float:
+    """The weight of the initial values in the running statistics; 0 where it cannot be known, or where they were replaced."""
+    pair, momentum, batches = norm.statistics(), norm.momentum, norm.batches
+    if pair is None or momentum is None or not batches or not 0 < momentum < 1:
+        return 0.0
+    share = math.exp(batches * math.log1p(-momentum))
+    # The initial variance is 1, so no variance can be below its share, unless somebody recalibrated or copied.
+    return share if bool((pair[1] >= share * (1 - 1e-3)).all()) else 0.0
+
+
+def _few_updates(case: Case) -> Iterator[Found]:
+    shares = {norm.name: _initial_share(norm) for norm in case.norms if norm.updates and norm.kind in ("torch", "ours")}
+    names = sorted((name for name in shares if shares[name] > at.INITIAL_SHARE), key=lambda name: -shares[name])
+    if names and not case.arguments.missing(("loader",)) and case.runs:
+        measured = drifts(case.record)
+        names = [name for name in names if name not in measured or measured[name].nats >= at.DRIFT_SUSPECT]
+    if names:
+        share = shares[names[0]]
+        norm = next(norm for norm in case.norms if norm.name == names[0])
+        yield Found(
+            tuple(names),
+            {"initial_share": share, "batches": norm.batches or 0, "momentum": norm.momentum or 0.0},
+            f"after {norm.batches} batches with momentum {norm.momentum:g}, {share:.0%} of the running statistics are "
+            "still their initial values",
+            "warning" if share > at.MOSTLY_INITIAL and norm.learned else "note",
+        )
+
+
+def _never(case: Case) -> Iterator[Found]:
+    names = [
+        norm.name
+        for norm in case.norms
+        if norm.updates and norm.learned and not norm.started and norm.momentum != 0 and not norm.batches
+    ]
+    if names:
+        yield Found(
+            tuple(names),
+            {"layers": len(names)},
+            "weight and bias are trained, but the running statistics are still 0 and 1: buffers were not loaded, copied "
+            "or estimated",
+        )
+
+
+def _dropout(case: Case) -> Iterator[Found]:
+    passes = case.without_dropout
+    if passes is None:
+        return
+    on, off = passes
+    found = dict[str, float]()
+    for name, layer in on.layers.items():
+        other = off.layers.get(name)
+        if not layer.trained or layer.pool is None or other is None or other.pool is None:
+            continue
+        eps = layer.norm.eps or 1e-5
+        log_ratio = 0.5 * ((other.pool.variance() + eps) / (layer.pool.variance() + eps)).log()
+        found[name] = float(log_ratio.median())
+    names = [
+        name for name in found if abs(found[name]) > at.DROPOUT
+    ]  # in the order of calls: the first causes the others
+    if names:
+        yield Found(
+            tuple(names),
+            {"log_ratio_of_deviations": found[names[0]]},
+            f"without dropout the standard deviation of the input is {math.exp(found[names[0]]):.2f} times that in training",
+        )
+
+
+RULES = (
+    Rule(
+        "BN201",
+        "running statistics lag behind the data, or are those of other data",
+        "error",
+        ("loader",),
+        "In inference a layer normalizes by its running statistics. If they differ from the statistics of the data, "
+        "everything after it gets inputs "
+        "that it was not trained for. Measured in training mode on the layer's own input, so that a layer does not "
+        "inherit the drift of those "
+        "before it: the Kullback-Leibler divergence of the data's mean and variance from the running ones, mean over "
+        "channels. From .1 nats it is "
+        "an error; from .012 nats, or a common change of the deviations by 5 %, a warning if recalibrating lowers the "
+        "loss by a third (pass criterion=).",
+        "bn.recalibrate(model, loader)",
+        "torch.optim.swa_utils.update_bn(loader, model)  # misses the variance between batches",
+        _lag,
+        fixable=True,
+    ),
+    Rule(
+        "BN202",
+        "too few updates",
+        "warning",
+        (),
+        "After n batches the initial values 0 and 1 still have the weight (1 - momentum)^n. Above 5 % it is a note, "
+        "above 50 % a warning. Not "
+        "reported if a running variance is too small for that weight, since then somebody recalibrated, nor if the "
+        "loader shows no drift.",
+        "bn.recalibrate(model, loader)",
+        "layer.momentum = 0.1  # or None, which averages all batches; then more batches in training mode",
+        _few_updates,
+        fixable=True,
+    ),
+    Rule(
+        "BN203",
+        "statistics were never estimated",
+        "error",
+        (),
+        "The affine is trained and the running statistics are exactly the initial ones: a checkpoint without buffers, "
+        "an average of parameters "
+        "alone, or a copy by parameters().",
+        "bn.recalibrate(model, loader)  # or bn.copy_statistics(source, model)",
+        "model.load_state_dict(source.state_dict())  # buffers too",
+        _never,
+        fixable=True,
+    ),
+    Rule(
+        "BN204",
+        "dropout before batch norm",
+        "warning",
+        ("loader",),
+        "Dropout adds variance in training and none in inference, so the running variance is that of other values than "
+        "inference sees (Li et al. 2019, "
+        "arXiv:1801.05134). Measured by two passes in training mode, with and without dropout: median over channels of "
+        "the log ratio of the "
+        "standard deviations, above .05.",
+        'bn.recalibrate(model, loader, method="layerwise")  # or move the dropout behind the last batch norm',
+        "nn.Sequential(conv, norm, relu, dropout)  # dropout behind the last batch norm",
+        _dropout,
+    ),
+)

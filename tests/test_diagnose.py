@@ -1,0 +1,532 @@
+"""`diagnose`: every rule finds its fault, in the right layer, and is silent where it is mended; the model stays as it was."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.bench.networks import NETWORKS, Block
+from batchnorm.diagnostics import FAMILIES, RULES, matching, rule_of
+from batchnorm.diagnostics.fix import MENDS
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.lab.networks import tutorial_network
+from tests.networks import FrozenBatchNorm2d, settle
+from tests.sick_models import (
+    GALLERY,
+    ByHand,
+    images,
+    lagging,
+    network,
+    stale_buffers,
+    train,
+    trained,
+    with_data,
+    with_loss,
+)
+from tests.test_docs import ROOT, script
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def codes(diagnosis) -> list[str]:
+    return [finding.code for finding in diagnosis.findings]
+
+
+def serious(diagnosis) -> list[str]:
+    return [finding.code for finding in diagnosis.findings if finding.severity != "note"]
+
+
+class TestRules:
+    def test_every_rule_has_a_patient_a_remedy_and_a_family(self):
+        assert [rule.code for rule in RULES] == sorted({rule.code for rule in RULES}) == list(GALLERY)
+        for rule in RULES:
+            assert rule.remedy, rule.code
+            assert rule.with_torch, rule.code
+            assert rule.why.endswith("."), rule.code
+            assert rule.code[2] in FAMILIES
+        assert {rule.code for rule in RULES if rule.fixable} == MENDS.keys()
+
+    @pytest.mark.parametrize("code", GALLERY)
+    def test_it_finds_the_fault_and_names_the_layers(self, code):
+        patient = GALLERY[code].sick()
+        diagnosis = bn.diagnose(patient.model, **patient.arguments)
+        found = next((each for each in diagnosis.findings if each.code == code), None)
+        assert found is not None, str(diagnosis)
+        assert set(found.layers) == set(GALLERY[code].layers)
+        assert found.evidence
+        assert all(layer in dict(patient.model.named_modules()) for layer in found.layers)
+
+    @pytest.mark.parametrize("code", GALLERY)
+    def test_nothing_serious_is_found_in_the_healthy_twin(self, code):
+        patient = GALLERY[code].healthy()
+        diagnosis = bn.diagnose(patient.model, **patient.arguments)
+        assert serious(diagnosis) == []
+        assert code not in codes(diagnosis)
+
+    def test_the_layer_that_lags_is_named_not_its_successor(self):
+        model = trained()
+        model[1].running_var *= 9
+        found = bn.diagnose(model, images(), select="BN201").findings
+        assert [each.layers for each in found] == [("1",)]
+
+    def test_select_and_ignore_take_codes_and_beginnings(self):
+        assert matching("BN10") == {"BN101", "BN102", "BN103", "BN104"}
+        assert rule_of("bn201").code == "BN201"
+        patient = lagging()
+        patient.model[1].momentum = 0.9
+        assert codes(bn.diagnose(patient.model, **patient.arguments)) == ["BN201", "BN101"]
+        assert codes(bn.diagnose(patient.model, **patient.arguments, select="BN1")) == ["BN101"]
+        assert codes(bn.diagnose(patient.model, **patient.arguments, ignore=["BN1"])) == ["BN201"]
+        with pytest.raises(InputError, match="BN9"):
+            bn.diagnose(patient.model, select="BN9")
+
+    def test_what_was_not_asked_is_said(self):
+        lines = bn.diagnose(trained()).not_asked
+        assert any(line.startswith("pass loader= and predict= to ask BN301") for line in lines)
+        asked = {code for line in lines for code in line.rpartition("ask ")[2].split(", ")}
+        assert asked == {rule.code for rule in RULES if rule.needs}
+
+    def test_a_target_network_without_buffers_is_found_by_its_own_data(self):
+        patient = stale_buffers(copied=False)
+        for arguments in (patient.arguments, {**patient.arguments, "loader": images()}):
+            found = bn.diagnose(patient.model, **arguments).findings
+            assert [(each.code, set(each.layers)) for each in found] == [("BN601", {"1", "4"})]
+        patient = stale_buffers(copied=True)
+        assert codes(bn.diagnose(patient.model, **patient.arguments)) == []
+
+    def test_half_precision_is_a_note_where_nothing_trains(self):
+        assert [each.severity for each in bn.diagnose(trained().half().eval()).findings] == ["note"]
+
+    def test_accumulation_that_updates_once_is_no_fault(self):
+        model = bn.convert(trained())
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def step(model, item):
+            with bn.accumulate(4):
+                for part in item[0].split(16):
+                    model(part).sum().backward()
+            optimizer.step()
+
+        assert codes(bn.diagnose(model, images(), step=step)) == []
+
+    def test_few_updates_are_no_fault_where_somebody_recalibrated(self):
+        model = network()
+        for x, _ in images(2):
+            model(x)
+        assert codes(bn.diagnose(model)) == ["BN202"]
+        assert codes(bn.diagnose(bn.recalibrate(model, images()), images())) == []
+
+
+def layered(norm) -> nn.Module:
+    """A residual network of two blocks."""
+    torch.manual_seed(0)
+
+    def unit() -> list[nn.Module]:
+        return [nn.Conv2d(8, 8, 3, padding=1, bias=False), norm(8)]
+
+    def body() -> nn.Module:
+        return nn.Sequential(*unit(), nn.ReLU(), *unit())
+
+    blocks = [Block(body(), nn.Identity(), nn.ReLU()) for _ in range(2)]
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), norm(8), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+
+
+HEALTHY = {
+    "torch": lambda: layered(nn.BatchNorm2d),
+    "ours": lambda: layered(bn.BatchNorm2d),
+    "fused": lambda: bn.fuse(layered(nn.BatchNorm2d)),
+    "frozen by another library": lambda: layered(FrozenBatchNorm2d),
+    "no batch norm": lambda: layered(lambda channels: nn.GroupNorm(2, channels)),
+    "dropout behind": lambda: nn.Sequential(network(), nn.Dropout(0.2), nn.Linear(3, 3)),
+    "hand-written": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 16), ByHand(16), nn.ReLU(), nn.Linear(16, 3)),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 40], ids=["untrained", "settled"])
+@pytest.mark.parametrize("build", HEALTHY.values(), ids=HEALTHY)
+def test_no_rule_complains_about_a_healthy_network(build, steps):
+    torch.manual_seed(0)
+    model, items = build(), images(6)
+    train(model, items, steps, lr=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+
+    def predict(model, x):
+        model.eval()
+        return model(x)
+
+    def step(model, item):
+        model.train()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(item[0]), item[1]).backward()
+        optimizer.step()
+
+    diagnosis = bn.diagnose(
+        model,
+        items,
+        criterion=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        predict=predict,
+        validate=lambda model: model.eval()(items[0][0]),
+        step=step,
+        twin=copy.deepcopy(model),
+        replicas=[copy.deepcopy(model)],
+    )
+    assert serious(diagnosis) == [], str(diagnosis)
+    assert not diagnosis.not_asked
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet50"])
+def test_no_rule_complains_about_a_new_network_of_the_bench(name):
+    assert codes(bn.diagnose(NETWORKS[name].build())) == []
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_no_rule_complains_about_the_network_of_the_demonstration(batch_norm):
+    torch.manual_seed(0)
+    items = [(torch.rand(64, 1, 28, 28), torch.randint(10, (64,))) for _ in range(3)]
+    model = train(tutorial_network(batch_norm), items, 60, lr=0.01)
+    found = bn.diagnose(model, items, criterion=nn.CrossEntropyLoss(), predict=lambda model, x: model.eval()(x))
+    assert serious(found) == [], str(found)
+
+
+def test_statistics_that_were_loaded_are_no_fault():
+    assert codes(bn.diagnose(settle(network()))) == []
+
+
+def test_synchronized_layers_are_measured_on_the_cpu():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(lagging().model)
+    assert [(each.code, each.layers) for each in bn.diagnose(model, images()).findings] == [("BN201", ("4",))]
+    assert type(model[4]) is nn.SyncBatchNorm
+
+
+def state_of(model: nn.Module) -> list:
+    named = list(model.named_parameters())
+    return [
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(name, value.requires_grad, value.grad) for name, value in named],
+        [None if value.grad is None else value.grad.clone() for _, value in named],
+        [
+            (each.training, set(vars(each)), len(each._forward_hooks), len(each._forward_pre_hooks))
+            for each in model.modules()
+        ],
+        torch.get_rng_state(),
+        random.getstate(),
+        repr(np.random.get_state()),
+    ]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.nan_to_num(nan=-1234.5), b.nan_to_num(nan=-1234.5))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class TestTheModelIsUntouched:
+    @staticmethod
+    def harmful(model, optimizer):
+        """Arguments whose functions change everything."""
+
+        def step(model, item):
+            model.train()
+            optimizer.zero_grad(set_to_none=False)
+            nn.functional.cross_entropy(model(item[0]), item[1]).backward()
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 2
+            random.random(), np.random.rand(), torch.rand(1)
+
+        def predict(model, x):
+            model[1].extra = 1
+            return model.train()(x)
+
+        return {
+            "criterion": nn.CrossEntropyLoss(),
+            "optimizer": optimizer,
+            "step": step,
+            "predict": predict,
+            "validate": lambda model: model.train()(images(1)[0][0]),
+        }
+
+    @pytest.fixture
+    def model(self):
+        model = trained()
+        nn.functional.cross_entropy(model(images(1)[0][0]), images(1)[0][1]).backward()
+        return model
+
+    def test_whatever_the_functions_do(self, model):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        optimizer.step()
+        before, inner = state_of(model), copy.deepcopy(optimizer.state_dict())
+        found = bn.diagnose(model, images(), **self.harmful(model, optimizer))
+        assert {"BN301", "BN303"} <= set(codes(found))
+        assert same(state_of(model), before)
+        assert same(optimizer.state_dict(), inner)
+
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+    def test_a_loader_that_raises(self, model, error):
+        def loader():
+            yield from images(2)
+            raise error
+
+        before = state_of(model)
+        with pytest.raises(error):
+            bn.diagnose(model, loader())
+        assert same(state_of(model), before)
+
+    @pytest.mark.parametrize("name", ["step", "predict", "validate", "criterion", "forward"])
+    def test_a_function_that_raises(self, model, name):
+        arguments = self.harmful(model, torch.optim.SGD(model.parameters(), 0.1))
+
+        def raising(*arguments):
+            if isinstance(arguments[0], nn.Module):
+                arguments[0].train()(images(1)[0][0])
+            raise OSError("no disk")
+
+        before = state_of(model)
+        with pytest.raises(OSError, match="no disk"):
+            bn.diagnose(model, images(2), **{**arguments, name: raising})
+        assert same(state_of(model), before)
+
+    def test_hand_written_layers_with_plain_attributes(self):
+        model = nn.Sequential(nn.Linear(4, 4), ByHand(4, registered=False))
+        layer, before = model[1], (model[1].running_mean, model[1].running_mean.clone())
+        bn.diagnose(model, [torch.randn(16, 4) + 3 for _ in range(3)])
+        assert layer.running_mean is before[0]
+        assert torch.equal(layer.running_mean, before[1])
+
+    def test_without_a_loader_the_model_never_runs(self, model):
+        model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+        bn.diagnose(model, criterion=nn.CrossEntropyLoss(), predict=lambda model, x: model(x), twin=model)
+
+
+class TestInputs:
+    def test_dicts_keyword_arguments_and_an_uneven_last_batch(self):
+        class Keywords(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = trained()
+
+            def forward(self, *, pixels):
+                return self.net(pixels)
+
+        items = [{"pixels": x} for x, _ in images()] + [{"pixels": images(1, 50)[0][0]}]
+        assert serious(bn.diagnose(Keywords(), items)) == []
+
+    def test_an_iterator_is_read_once(self):
+        assert codes(bn.diagnose(lagging().model, iter(images()), criterion=nn.CrossEntropyLoss())) == ["BN201"]
+
+    def test_no_more_batches_are_read_than_needed(self):
+        def endless():
+            while True:
+                yield from images(1)
+
+        assert bn.diagnose(trained(), endless()).batches == 64
+
+    def test_batches_that_training_refuses_are_left_out_of_everything_else(self):
+        model, items = GALLERY["BN401"].sick().model, [*images(4), *images(1, 1)]
+        found = bn.diagnose(model, items, criterion=nn.CrossEntropyLoss(), predict=lambda model, x: model.eval()(x))
+        assert serious(found) == ["BN401"]
+        found = bn.diagnose(model, images(3, 1), criterion=nn.CrossEntropyLoss(), twin=copy.deepcopy(model))
+        assert codes(found)[0] == "BN401"
+
+    def test_an_empty_loader(self):
+        with pytest.raises(InputError, match="at least one batch"):
+            bn.diagnose(trained(), [])
+
+    def test_lazy_layers_are_not_run(self):
+        bare = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(3))
+        bn.diagnose(bare, images(), predict=lambda model, x: model(x))
+        assert bare[2].has_uninitialized_params()
+        model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+        diagnosis = bn.diagnose(model, images())
+        assert codes(diagnosis) == []
+        assert any("lazy" in line and "BN201" in line for line in diagnosis.not_asked)
+        assert model[1].has_uninitialized_params()
+
+    def test_a_model_on_the_meta_device_is_not_run(self):
+        with torch.device("meta"):
+            model = network(momentum=0.9)
+        diagnosis = bn.diagnose(model, images())
+        assert codes(diagnosis) == ["BN101"]
+        assert any("meta" in line for line in diagnosis.not_asked)
+
+    def test_shared_layers_are_named_once(self):
+        layer = nn.BatchNorm2d(3, momentum=0.9)
+        found = bn.diagnose(nn.Sequential(layer, nn.ReLU(), layer)).findings
+        assert [each.layers for each in found] == [("0",)]
+
+    def test_the_model_itself_is_named_like_in_named_modules(self):
+        found = bn.diagnose(nn.BatchNorm2d(3, momentum=0.9))
+        assert found.findings[0].layers == ("",)
+        assert "the model" in str(found)
+
+    def test_a_compiled_model_is_measured_inside(self):
+        model = torch.compile(lagging().model, backend="eager")
+        found = bn.diagnose(model, images(), select="BN201").findings
+        assert [each.layers for each in found] == [("_orig_mod.4",)]
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"loader": 3}, {"criterion": 3}, {"optimizer": 3}, {"twin": 3}, {"replicas": [3]}, {"step": "x"}],
+        ids=lambda each: next(iter(each)),
+    )
+    def test_arguments_of_the_wrong_kind(self, arguments):
+        with pytest.raises(ArgumentError, match=next(iter(arguments))):
+            bn.diagnose(trained(), **arguments)
+
+    def test_a_model_of_the_wrong_kind(self):
+        with pytest.raises(ArgumentError, match=r"torch\.nn\.Module"):
+            bn.diagnose(3)
+
+    def test_criterion_without_targets(self):
+        with pytest.raises(ArgumentError, match="objective="):
+            bn.diagnose(trained(), [x for x, _ in images()], criterion=nn.CrossEntropyLoss())
+
+
+FIXED = [code for code in GALLERY if code in MENDS]
+
+
+class TestFix:
+    @pytest.mark.parametrize("code", FIXED)
+    def test_the_rule_is_silent_afterwards_and_undo_restores_every_bit(self, code):
+        patient = GALLERY[code].sick()
+        arguments = {"loader": images(), **patient.arguments}
+        if code == "BN502":  # half convolutions need half input
+            arguments["forward"] = lambda model, item: model(item[0].half())
+        before = state_of(patient.model)
+        diagnosis = bn.diagnose(patient.model, **arguments)
+        fixed = diagnosis.fix(patient.model, select=code)
+        assert any(line.startswith(code) for line in fixed.done), str(fixed)
+        assert fixed.done == diagnosis.plan(patient.model, code) or code == "BN703"
+        assert code not in codes(fixed.diagnosis), str(fixed)
+        fixed.undo()
+        assert same(state_of(patient.model), before)
+        assert code in codes(bn.diagnose(patient.model, **arguments))
+
+    def test_recalibrating_brings_the_loss_back(self):
+        patient = lagging()
+        diagnosis = bn.diagnose(patient.model, **patient.arguments)
+        evidence = diagnosis.findings[0].evidence
+        assert evidence["loss_running"] > 100 * evidence["loss_recalibrated"]
+        assert evidence["loss_first_layer_recalibrated"] == pytest.approx(evidence["loss_recalibrated"], rel=0.1)
+        diagnosis.fix(patient.model)
+        with torch.no_grad():
+            losses = [nn.functional.cross_entropy(patient.model.eval()(x), y).item() for x, y in images()]
+        assert sum(losses) / len(losses) == pytest.approx(evidence["loss_recalibrated"], rel=1e-3)
+
+    def test_what_needs_a_decision_is_left(self):
+        patient = GALLERY["BN402"].sick()
+        fixed = bn.diagnose(patient.model, **patient.arguments).fix(patient.model)
+        assert any(line.startswith("BN402: it needs a decision") for line in fixed.left)
+
+    def test_without_a_loader_nothing_is_recalibrated(self):
+        patient = GALLERY["BN501"].sick()
+        fixed = bn.diagnose(patient.model).fix(patient.model)
+        assert fixed.done == ()
+        assert "loader=" in fixed.left[0]
+
+    def test_a_bias_that_goes_elsewhere_too_stays(self):
+        class Branching(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+            def forward(self, x):
+                y = self.conv(x)
+                return self.norm(y) + y
+
+        patient = with_data(Branching())
+        before = state_of(patient.model)
+        fixed = bn.diagnose(patient.model, **patient.arguments).fix(patient.model)
+        assert any("goes elsewhere" in line for line in fixed.left)
+        assert same(state_of(patient.model), before)
+
+    def test_an_exception_leaves_everything_as_it_was(self):
+        patient = with_loss(lagging().model)
+        patient.model[1].momentum = 0.9
+        calls = [0]
+
+        def forward(model, item):
+            calls[0] += 1
+            if calls[0] > allowed:
+                raise OSError("no disk")
+            return model(item[0])
+
+        allowed = 10**9
+        diagnosis = bn.diagnose(patient.model, images(), forward=forward)
+        before, allowed = state_of(patient.model), calls[0] + 3
+        with pytest.raises(OSError, match="no disk"):
+            diagnosis.fix(patient.model)
+        assert same(state_of(patient.model), before)
+        assert patient.model[1].momentum == 0.9
+
+
+class TestFiles:
+    @pytest.fixture
+    def diagnosis(self):
+        inner = lagging().model
+        model = nn.ModuleDict({"<script>alert(1)</script>": inner})
+        return bn.diagnose(model, images(), forward=lambda _, item: inner(item[0]))
+
+    def test_json_has_every_finding_and_layer(self, diagnosis, tmp_path):
+        diagnosis.to_json(tmp_path / "d.json")
+        data = json.loads((tmp_path / "d.json").read_text())
+        assert data["schema"] == 1
+        assert [each["code"] for each in data["findings"]] == codes(diagnosis)
+        assert data["findings"][0]["evidence"] == diagnosis.findings[0].evidence
+        assert len(data["layers"]) == 2
+
+    def test_sarif_refers_to_its_rules(self, diagnosis, tmp_path):
+        diagnosis.to_sarif(tmp_path / "d.sarif")
+        data = json.loads((tmp_path / "d.sarif").read_text())
+        (run,) = data["runs"]
+        rules = run["tool"]["driver"]["rules"]
+        assert data["version"] == "2.1.0"
+        for result in run["results"]:
+            assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+            assert result["level"] in ("error", "warning", "note")
+            assert result["message"]["text"]
+            assert result["locations"][0]["logicalLocations"][0]["fullyQualifiedName"]
+
+    def test_html_escapes_names(self, diagnosis, tmp_path):
+        diagnosis.to_html(tmp_path / "d.html")
+        page = (tmp_path / "d.html").read_text()
+        assert "<script>alert" not in page
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;.4" in page
+        assert "BN201" in page
+
+    def test_nan_is_written_as_text(self, tmp_path):
+        model = trained()
+        bn.diagnose(model, twin=GALLERY["BN501"].sick().model, replicas=[GALLERY["BN501"].sick().model]).to_json(
+            tmp_path / "d.json"
+        )
+        data = json.loads((tmp_path / "d.json").read_text())
+        assert [each["evidence"]["distance_of_buffers"] for each in data["findings"]] == ["inf", "inf"]
+
+
+def test_a_large_model_is_diagnosed_in_time():
+    model = nn.Sequential(*(nn.BatchNorm1d(20) for _ in range(1000)), nn.Embedding(10**6, 1))
+    assert codes(bn.diagnose(model)) == []
+
+
+def test_the_page_has_every_rule_as_it_is():
+    """Make it again with: python scripts/diagnose_page.py"""
+    page = (ROOT / "docs" / "diagnose.md").read_text()
+    assert script("scripts/diagnose_page.py").page(page) == page
