@@ -111,7 +111,7 @@ EXPERIMENT = Experiment(
             f"At the start, the gradient of the first of thirty layers of sigmoids is at most {VANISHED:g} without BN, and at least "
             f"{ARRIVES:g} with it."
         ): RULES.every("gradient", plain=_vanished, batch_norm=_arrives),
-        "BN prevents exploding gradients: in 50 layers of ReLU with He's initialization, the first layer's begins no larger with it.": _no_larger,
+        "In 50 layers of ReLU with He's initialization, BN prevents exploding gradients: the first layer's begins no larger.": _no_larger,
     },
     source="Ioffe & Szegedy 2015, sections 1 and 4.2.2 (arXiv:1502.03167)",
     paper="Inception with sigmoids: 69.8 % with BN, at chance (0.1 %) without (section 4.2.2)",

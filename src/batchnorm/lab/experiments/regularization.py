@@ -87,10 +87,10 @@ EXPERIMENT = Experiment(
         f"Dropout is not needed beside BN: with both, accuracy is at most {MATTERS:.1%} higher.": RULES.as_good(
             "accuracy", "batch_norm", "both", within=MATTERS
         ),
-        f"The noise of smaller normalization batches regularizes: BN over 16 images is at least {MATTERS:.1%} more accurate than over 64.": (
+        f"The noise of smaller normalization batches regularizes: BN over 16 images gains at least {MATTERS:.1%} against 64.": (
             RULES.better("accuracy", "groups_16", "batch_norm", by=MATTERS)
         ),
-        f"The noise of the smallest regularizes: BN over 4 images is at least {MATTERS:.1%} more accurate than over 64.": RULES.better(
+        f"The noise of the smallest regularizes: BN over 4 images gains at least {MATTERS:.1%} against 64.": RULES.better(
             "accuracy", "groups_4", "batch_norm", by=MATTERS
         ),
     },
