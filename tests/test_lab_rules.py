@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from batchnorm.lab.experiment import Measured, Metric, Results
+from batchnorm.lab.experiment import Measured, Metric, Results, Verdict
 from batchnorm.lab.experiments import NAMES, load
 from batchnorm.lab.rules import Rules, beats
 
@@ -45,8 +45,13 @@ def test_every_seed_must_be_better(metric, values, others, options, better):
 
 def test_the_evidence_has_every_seed():
     results = Results({"a": [Measured({"error": 1.0}), Measured({"error": 2.5})], "b": [Measured({"error": NEVER})]})
-    judge = Rules({"a": "with it", "b": "without"}, {"error": LOW}).better("error", "a", "b")
-    assert judge(results).evidence == "For each seed, error: 1.0, 2.5 (with it); never (without)."
+    rules = Rules({"a": "with it", "b": "without"}, {"error": LOW})
+    told = "For each seed, error: 1.0, 2.5 (with it); never (without)."
+    assert rules.better("error", "a", "b")(results) == Verdict("holds", told)
+    assert rules.as_good("error", "b", "a", within=0.5)(results) == Verdict(
+        "does not hold",
+        "For each seed, error: never (without); 1.0, 2.5 (with it). Up to 0.5 worse is as good.",
+    )
 
 
 ACCURACY, STEPS = (tuple(f"{what}_{name}" for name in ("alexnet", "vgg", "resnet")) for what in ("accuracy", "steps"))

@@ -61,7 +61,12 @@ class Rules:
 
     def as_good(self, metric: str, arm: str, *others: str, within: float) -> Judge:
         """A judge of the claim that no seed of `arm` is worse than any seed of each other arm by more than `within`, which is positive."""
-        return self.better(metric, arm, *others, by=-within)
+
+        def judge(results: Results) -> Verdict:
+            found = self.better(metric, arm, *others, by=-within)(results)
+            return Verdict(found.answer, f"{found.evidence} Up to {self.metrics[metric](within)} worse is as good.")
+
+        return judge
 
     def every(self, metric: str, **conditions: Callable[[float], bool]) -> Judge:
         """A judge of the claim that every seed of each named arm meets the arm's condition."""
