@@ -1,18 +1,22 @@
 """The lab's applications: the direction of every effect at a reduced size."""
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium
 import pytest
 import torch
 from torch import nn
 
+from batchnorm.lab import result
 from batchnorm.lab.control import CartPoles, mean_return
-from batchnorm.lab.experiment import Measured, Results, Setting
-from batchnorm.lab.experiments import dqn, gan, load, policy_gradient, recommender, translation
+from batchnorm.lab.experiment import Setting
+from batchnorm.lab.experiments import NAMES, dqn, gan, load, policy_gradient, recommender, translation
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
+ROOT = Path(__file__).parent.parent
 QUICK = Setting(seed=0, size="quick")
 
 
@@ -164,37 +168,15 @@ class TestEffects:
         assert none["error"] > 1.3 * both["error"]
 
 
-@pytest.mark.parametrize(
-    ("name", "metric", "good", "bad", "answers"),
-    [
-        ("detection", "precision", {"none": 0.5, "both": 0.7}, {"none": 0.65, "both": 0.7}, ("holds", "does not hold")),
-        ("speech", "letters", {"none": 0.3, "both": 0.09}, {"none": 0.2, "both": 0.09}, ("holds", "does not hold")),
-        ("dqn", "mean_return", {"none": 10, "joint": 60}, {"none": 20, "joint": 60}, ("holds", "does not hold")),
-        ("driving", "error", {"none": 3}, {"none": 1}, ("holds only when", "does not hold")),
-        ("translation", "right", {"batch_norm": 0.9}, {"batch_norm": 0.3}, ("holds", "does not hold")),
-        (
-            "gan",
-            "distance",
-            {"none": 60, "tuned": 60, "joint": 60},
-            {"none": 20, "joint": 60},
-            ("holds only when", "does not hold"),
-        ),
-        ("policy-gradient", "solved", {"none": math.inf}, {"none": 100}, ("holds", "does not hold")),
-        ("recommender", "area", {"none": 0.6}, {"none": 0.8}, ("holds only when", "does not hold")),
-    ],
-)
-def test_the_verdict_follows_the_numbers(name, metric, good, bad, answers):
-    experiment = load(name)
-    for values, answer in zip((good, bad), answers, strict=True):
-        by_arm = {}
-        for arm in experiment.arms:
-            default = {"distance": 15.0, "area": 0.75, "right": 0.9, "solved": 200.0}.get(metric, 1.0)
-            others = dict.fromkeys(experiment.metrics, 1.0)
-            by_arm[arm] = [Measured({**others, metric: values.get(arm, default)})] * 2
-        (judge,) = experiment.claims.values()
-        verdict = judge(Results(by_arm))
-        assert verdict.answer == answer
-        assert all(label in verdict.evidence for label in experiment.arms.values())
+def test_the_page_has_the_claims_and_verdicts_of_the_published_results():
+    page, results = (
+        (ROOT / "docs" / "lab-applications.md").read_text(encoding="utf-8"),
+        ROOT / "benchmarks" / "results" / "lab",
+    )
+    applications = [experiment for experiment in map(load, NAMES) if experiment.kind == "application"]
+    judged = [result.load(experiment.name, results).verdicts(experiment) for experiment in applications]
+    rows = [f"{claim} | {verdict.answer} |" for verdicts in judged for claim, verdict in verdicts.items()]
+    assert re.findall(r"^\| \[`.*?\) \| (.*)$", page, re.MULTILINE) == rows
 
 
 def trained_gan(arm: str, seed: int) -> tuple[nn.Sequential, nn.Sequential]:

@@ -13,7 +13,6 @@ from batchnorm.lab.experiments import (
     demo,
     depth,
     image_classification,
-    load,
     lr_range,
     paper_4_1,
     population,
@@ -61,7 +60,7 @@ def test_thirty_layers_of_sigmoids_learn_only_with_batch_normalization():
         shares[arm] = depth._trained(network, data, 0.1, 100, QUICK)[1]
     assert shares["plain"] < 0.2
     assert shares["batch_norm"] > 0.5
-    assert gradients["plain"] < 1e-12 < 1e-2 < gradients["batch_norm"]
+    assert 1e-27 < gradients["plain"] < 1e-25 < 1e-2 < gradients["batch_norm"]  # 0 if squared in float32
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ class TestBatchSize:
 
         others = {arm: seed(0.3, 0.3) for arm in batch_size.LAYERS}
         by_arm = others | {"renorm": seed(0.15, 0.12), "frozen": seed(0.11, 0.2), "group_norm": seed(0.1, 0.1)}
-        assert batch_size.recovered(Results(by_arm), "noise") == ("renorm", pytest.approx(0.75))
+        assert batch_size.recovered(Results(by_arm), "noise") == ("renorm", [pytest.approx(0.75)])
 
 
 @pytest.mark.slow
@@ -138,45 +137,3 @@ def test_batch_normalization_doubles_what_is_kept_and_save_memory_gives_it_back(
     saving = cost._saved(cost.convert(build(layer), save_memory=True), images, labels)
     assert 1.7 < normalized / plain < 2.1
     assert 0.9 < saving / plain < 1.15
-
-
-@pytest.mark.parametrize(
-    "name", ["lr-range", "paper-4.1", "depth", "image-classification", "batch-size", "population", "smoothness"]
-)
-def test_equal_arms_hold_no_claim(name):
-    """A judge is shown able to say no."""
-    experiment = load(name)
-
-    class Same(dict):
-        def __missing__(self, key):
-            return 0.5
-
-    (judge,) = experiment.claims.values()
-    verdict = judge(Results({arm: [Measured(Same(), {"course": [(9.0, 0.5)]})] for arm in experiment.arms}))
-    assert verdict.answer == "does not hold"
-    assert verdict.evidence
-
-
-@pytest.mark.parametrize(
-    ("name", "plain", "normalized", "answer", "told"),
-    [
-        ("depth", {"accuracy_30": 0.1}, {"accuracy_30": 0.11}, "does not hold", ""),
-        ("depth", {"accuracy_30": 0.1}, {"accuracy_30": 0.7}, "holds only when", "Less than 85%"),
-        ("lr-range", {"rates": 0}, {"rates": 1}, "does not hold", ""),
-        ("paper-4.1", {"steps": math.inf}, {}, "holds only when", "never within 3000 for 1 of 1 seeds without BN"),
-        ("paper-4.1", {}, {"steps": math.inf}, "does not hold", "with BN 1 of 1 seeds never come there"),
-        ("smoothness", {"moved": 9.0}, {"accuracy": 0.9}, "does not hold", ""),
-    ],
-)
-def test_what_a_judge_says_of_a_part_of_a_claim(name, plain, normalized, answer, told):
-    experiment = load(name)
-
-    def measured(values):
-        return [Measured(dict.fromkeys(experiment.metrics, 60.0) | values, {"course": [(3000.0, 0.9)]})]
-
-    arms = {arm: measured(plain if arm == "plain" else normalized) for arm in experiment.arms}
-    (judge,) = experiment.claims.values()
-    verdict = judge(Results(arms))
-    assert verdict.answer == answer
-    assert told in verdict.evidence
-    assert "inf" not in verdict.evidence

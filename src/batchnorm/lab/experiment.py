@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
-from typing import Literal, TypeVar
+from statistics import fmean
+from typing import Literal, TypeVar, get_args
 
 Size = Literal["quick", "default", "full"]
 Kind = Literal["claim", "application", "remedy"]
 Answer = Literal["holds", "holds only when", "does not hold"]
+ANSWERS: tuple[Answer, ...] = get_args(Answer)
 T = TypeVar("T")
 
 # Machines of `Experiment.timed_on`; they did other work too.
@@ -119,20 +120,6 @@ class Results:
         """The mean over the seeds."""
         return fmean(self.values(arm, metric))
 
-    def means(self, metric: str) -> dict[str, float]:
-        """The means of all arms."""
-        return {arm: self.mean(arm, metric) for arm in self.by_arm}
-
-    def deviation(self, arm: str, metric: str) -> float:
-        """The sample standard deviation over the seeds; 0 for a single seed."""
-        values = self.values(arm, metric)
-        return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
-
-
-def listed(labels: Mapping[str, str], values: Mapping[str, float], form: str) -> str:
-    """The values of the arms as a list within a sentence; `form` is a format specification."""
-    return ", ".join(f"{labels[arm]} {value:{form}}" for arm, value in values.items())
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -169,6 +156,7 @@ class Experiment:
         protocol: data, networks, optimizer, and what was chosen on which split, as one paragraph.
         seconds: estimated processor seconds of the default size for one seed and all arms.
         timed_on: the machine on which `seconds` was measured; "" if it is a guess.
+        revised: how and why claims or rules were changed after the first results, as sentences; "" if they were not.
         data: what a folder given with `--data` must contain; "" if the experiment accepts none.
         cpu_only: whether the experiment runs on the CPU only.
     """
@@ -186,6 +174,7 @@ class Experiment:
     protocol: str = ""
     seconds: float = 60.0
     timed_on: str = ""
+    revised: str = ""
     data: str = ""
     cpu_only: bool = False
 

@@ -95,10 +95,15 @@ def accuracy(network: nn.Module, examples: Examples) -> float:
     return hits / len(examples)
 
 
+def euclidean_norm(*tensors: Tensor) -> float:
+    """The Euclidean norm of all elements together, in float64: in float32 the squares of elements below 1e-23 vanish."""
+    return math.hypot(*(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors))
+
+
 def gradient_norms(network: nn.Module) -> list[float]:
     """The Euclidean norm of the loss's gradient for the weight matrix of each linear layer, from input to output."""
     weights = [layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)]
-    return [float(weight.grad.norm()) for weight in weights if weight.grad is not None]
+    return [euclidean_norm(weight.grad) for weight in weights if weight.grad is not None]
 
 
 @torch.no_grad()

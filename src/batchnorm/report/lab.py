@@ -125,6 +125,7 @@ def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:
         "The paper": experiment.paper or "gives no number",
         "Source": experiment.source,
         "Protocol": experiment.protocol,
+        **({"Changed after the first results": experiment.revised} if experiment.revised else {}),
         "Size": f"{extent(experiment, outcome)}, {outcome.seconds:.0f} s of one core on {outcome.device}, "
         f"{outcome.environment['date']}",
     }

@@ -1,6 +1,7 @@
 """At which learning rates does the tutorial's network train, and how fast, with and without batch normalization? The demonstration."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.networks import tutorial_network
+from batchnorm.lab.rules import beats, verdict
 from batchnorm.lab.train import Schedule, accuracy, look_inside, train
 
 COMMON = 0.1
@@ -112,32 +114,31 @@ METRICS = {
 
 
 def _for_every_seed(metric: str, told: str) -> Judge:
-    """Judges that the metric is better with batch normalization for every seed, against the same seed without."""
-    sign = -1 if METRICS[metric].better == "lower" else 1
+    """Judges that the metric is better for every seed with batch normalization than for every seed without."""
 
     def judge(results: Results) -> Verdict:
         plain, normalized = (results.values(arm, metric) for arm in ARMS)
-        better = all(sign * with_it > sign * without for without, with_it in zip(plain, normalized, strict=True))
         shown, others = (", ".join(map(METRICS[metric], values)) for values in (normalized, plain))
-        return Verdict("holds" if better else "does not hold", f"{told}: {shown} with BN; {others} without.")
+        return verdict(beats(METRICS[metric], normalized, plain), f"{told}: {shown} with BN; {others} without.")
 
     return judge
 
 
 def _wider(results: Results) -> Verdict:
-    plain, normalized = (_trains_at(results, arm) for arm in ARMS)
+    """Whether there are learning rates at which every seed trains with batch normalization, and no seed without."""
+    plain, normalized = (_trains_at(results, arm, seeds) for arm, seeds in (("plain", max), ("batch_norm", min)))
     shown, others = (
         "the learning rates " + ", ".join(map("{:g}".format, rates)) if rates else "none"
         for rates in (normalized, plain)
     )
-    evidence = f"Every seed ends at {TARGET:.0%} or more for {shown} with BN, for {others} without."
-    return Verdict("holds" if set(normalized) - set(plain) else "does not hold", evidence)
+    evidence = f"Every seed ends at {TARGET:.0%} or more for {shown} with BN; at least one seed for {others} without."
+    return verdict(bool(set(normalized) - set(plain)), evidence)
 
 
-def _trains_at(results: Results, arm: str) -> list[float]:
-    """The learning rates at which every seed ends with the target accuracy on validation."""
+def _trains_at(results: Results, arm: str, seeds: Callable[[Iterable[float]], float]) -> list[float]:
+    """The learning rates at which the target accuracy on validation is reached by every seed (`min`), or by one at least (`max`)."""
     ends = [dict(measured.curves["validation"]) for measured in results.by_arm[arm]]
-    return [rate for rate in ends[0] if min(end[rate] for end in ends) >= TARGET]
+    return [rate for rate in ends[0] if seeds(end[rate] for end in ends) >= TARGET]
 
 
 EXPERIMENT = Experiment(
@@ -200,9 +201,13 @@ EXPERIMENT = Experiment(
         f"learning rate is chosen on validation and reported on test; a learning rate trains if a training ends with {TARGET:.0%} on "
         "validation; validation accuracy is measured every 5 steps (MNIST: 10), at other learning rates than "
         f"{COMMON:g} every 20 (MNIST: 40). What a hidden unit receives is the input of the last ReLU for the "
-        "validation images in inference. A comparison holds if it holds for every seed."
+        "validation images in inference. A comparison holds if every seed with BN is better than every seed without."
     ),
     seconds=18,
+    revised=(
+        "Seeds were compared one by one with the same seed of the other arm, which three seeds of equal arms pass in one of "
+        "eight cases. Every seed is compared with every seed of the other arm now."
+    ),
     timed_on=AVX2,
     data="MNIST's IDX files",
 )

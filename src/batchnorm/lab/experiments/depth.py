@@ -11,13 +11,15 @@ from torch import nn
 from batchnorm.lab.data import Dataset, digits
 from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.networks import perceptron
+from batchnorm.lab.rules import Rules, verdict
 from batchnorm.lab.train import Schedule, accuracy, gradient_norms, train
 from batchnorm.layers import BatchNorm1d
 
 DEPTHS = (20, 30, 50)
 RATES = (0.01, 0.1)
 WIDTH = 64
-CHANCE, HALF, ENOUGH = 0.15, 0.5, 0.85
+CHANCE, ENOUGH = 0.15, 0.85  # of the test images
+VANISHED, ARRIVES = 1e-20, 1e-3  # norms of a gradient
 
 
 def measure(arm: str, setting: Setting) -> Measured:
@@ -67,39 +69,54 @@ def _first_gradients(network: nn.Sequential, data: Dataset, seed: int) -> list[f
     return gradient_norms(network)
 
 
-def judge(results: Results) -> Verdict:
-    plain, normalized = (results.values(arm, "accuracy_30") for arm in ("plain", "batch_norm"))
-    evidence = (
-        f"30 layers of sigmoids: {results.mean('plain', 'accuracy_30'):.1%} of the test images right without BN, "
-        f"{results.mean('batch_norm', 'accuracy_30'):.1%} with it; the first layer's gradient begins at "
-        f"{results.mean('plain', 'gradient'):.1g} and {results.mean('batch_norm', 'gradient'):.1g}. In 50 layers of ReLU with He's "
-        f"initialization it is the other way round: {results.mean('plain', 'gradient_relu'):.2g} without, "
-        f"{results.mean('batch_norm', 'gradient_relu'):.2g} with BN."
-    )
-    if max(plain) <= CHANCE and min(normalized) >= ENOUGH:
-        return Verdict("holds", evidence)
-    if max(plain) <= CHANCE and min(normalized) >= HALF:
-        return Verdict("holds only when", f"Less than {ENOUGH:.0%} are enough. {evidence}")
-    return Verdict("does not hold", evidence)
+ARMS = {"plain": "without BN", "batch_norm": "with BN"}
+METRICS = {
+    **{f"accuracy_{depth}": Metric(f"test accuracy, {depth} layers", ".1%") for depth in DEPTHS},
+    "gradient": Metric("first layer's gradient, 30 sigmoid layers", ".1e", "neither"),
+    "gradient_relu": Metric("first layer's gradient, 50 ReLU layers", ".1e", "neither"),
+}
+RULES = Rules(ARMS, METRICS)
+
+
+def _at_chance(share: float) -> bool:
+    return share <= CHANCE
+
+
+def _learns(share: float) -> bool:
+    return share >= ENOUGH
+
+
+def _vanished(norm: float) -> bool:
+    return norm <= VANISHED
+
+
+def _arrives(norm: float) -> bool:
+    return norm >= ARRIVES
+
+
+def _no_larger(results: Results) -> Verdict:
+    """Whether the largest gradient with batch normalization is no larger than the largest without."""
+    plain, normalized = (max(results.values(arm, "gradient_relu")) for arm in ARMS)
+    return verdict(normalized <= plain, RULES.told(results, "gradient_relu", *ARMS))
 
 
 EXPERIMENT = Experiment(
     name="depth",
     question="Does batch normalization let deep networks of saturating activations learn?",
     claims={
+        f"Thirty layers of sigmoids come to {ENOUGH:.0%} with BN and stay at chance without.": RULES.every(
+            "accuracy_30", plain=_at_chance, batch_norm=_learns
+        ),
         (
-            "Thirty layers of sigmoids learn with batch normalization and stay at chance without, for no "
-            "gradient reaches the first."
-        ): judge
+            f"At the start, the gradient of the first of thirty layers of sigmoids is at most {VANISHED:g} without BN, and at least "
+            f"{ARRIVES:g} with it."
+        ): RULES.every("gradient", plain=_vanished, batch_norm=_arrives),
+        "In 50 layers of ReLU with He's initialization, BN prevents exploding gradients: the first layer's begins no larger.": _no_larger,
     },
     source="Ioffe & Szegedy 2015, sections 1 and 4.2.2 (arXiv:1502.03167)",
     paper="Inception with sigmoids: 69.8 % with BN, at chance (0.1 %) without (section 4.2.2)",
-    arms={"plain": "without BN", "batch_norm": "with BN"},
-    metrics={
-        **{f"accuracy_{depth}": Metric(f"test accuracy, {depth} layers", ".1%") for depth in DEPTHS},
-        "gradient": Metric("first layer's gradient, 30 sigmoid layers", ".1e", "neither"),
-        "gradient_relu": Metric("first layer's gradient, 50 ReLU layers", ".1e", "neither"),
-    },
+    arms=ARMS,
+    metrics=METRICS,
     measure=measure,
     curves={
         "accuracy": Curve(
@@ -128,8 +145,13 @@ EXPERIMENT = Experiment(
     protocol=(
         f"Layers of {WIDTH} sigmoids on digits of 8x8 pixels, PyTorch's initialization, plain SGD, 180 steps of 64 images (full: 900); "
         f"the learning rate is the one of {', '.join(map(str, RATES))} with the better validation accuracy; accuracies are of test "
-        "images. Gradients are norms over each layer's weights in the first batch. Quick: 30 layers alone."
+        "images. Gradients are norms in float64 over each layer's weights in the first batch. Quick: 30 layers alone."
     ),
     seconds=28,
+    revised=(
+        "One claim said that no gradient reaches the first layer without BN, since squares of small numbers vanish in float32; "
+        "norms are taken in float64 now. The gradient and the explosion in ReLU, which was told without a judge, are claims of "
+        "their own."
+    ),
     timed_on=AVX2,
 )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.experiment import AVX512, Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
+from batchnorm.lab.experiment import AVX512, Curve, Experiment, Measured, Metric, Setting
+from batchnorm.lab.rules import Rules
 from batchnorm.layers import BatchNorm1d
 
 ARMS = {
@@ -29,8 +30,8 @@ WIDTH = 128
 DISCOUNT = 0.99
 BEGIN = 500  # steps before the first update
 REFRESH = 250  # steps between two copies to the target network
-MARGIN = 5.0  # the smallest ratio of returns with and without BN
-LEARNED = 100  # mean return over the run above which something was learned; 9 is the minimum
+LEARNED = 100  # mean return over the run from which something was learned; 9 is the minimum
+NEAR = 50  # by how much less mean return is as good
 
 
 class Memory:
@@ -123,14 +124,20 @@ def measure(arm: str, setting: Setting) -> Measured:
     )
 
 
-def judge(results: Results) -> Verdict:
-    """Whether the joint forward has five times the return; the other arms without a target network are reported too."""
-    returns = results.means("mean_return")
-    evidence = "Mean return over the run: " + listed(ARMS, returns, ".0f")
-    learned = {arm: sum(value >= LEARNED for value in results.values(arm, "mean_return")) for arm in ("none", "joint")}
-    seeds = len(results.by_arm["joint"])
-    evidence += f"; seeds with at least {LEARNED}: {learned['none']} of {seeds} and {learned['joint']} of {seeds}."
-    return Verdict("holds" if returns["joint"] >= MARGIN * returns["none"] else "does not hold", evidence)
+METRICS = {
+    "mean_return": Metric("mean return over the run", ".0f"),
+    "last_return": Metric("return at the end", ".0f"),
+    "solved": Metric("steps to a return of 475", ".0f", "lower"),
+}
+RULES = Rules(ARMS, METRICS)
+
+
+def _learns(mean_return: float) -> bool:
+    return mean_return >= LEARNED
+
+
+def _collapses(mean_return: float) -> bool:
+    return mean_return < LEARNED
 
 
 EXPERIMENT = Experiment(
@@ -139,18 +146,23 @@ EXPERIMENT = Experiment(
     kind="application",
     claims={
         (
-            "With BN and a joint forward of states and next states, Q-learning without a target network learns "
-            "where it collapses without."
-        ): judge
+            "With BN and a joint forward of states and next states, Q-learning without a target network learns with every seed, and "
+            "without BN with none."
+        ): RULES.every("mean_return", joint=_learns, none=_collapses),
+        "Q-learning without a target network learns better with a joint forward than with two separate forwards.": RULES.better(
+            "mean_return", "joint", "separate"
+        ),
+        "Q-learning learns as well with BN and a joint forward as without BN but with a target network.": RULES.as_good(
+            "mean_return", "joint", "target", within=NEAR
+        ),
+        "Q-learning without a target network learns as well with BN and a joint forward as with layer norm.": RULES.as_good(
+            "mean_return", "joint", "layer_norm", within=NEAR
+        ),
     },
     source="Bhatt et al. 2024 (CrossQ, arXiv:1902.05605), section 3: off-policy learning without target networks, joint forward",
     paper="",
     arms=ARMS,
-    metrics={
-        "mean_return": Metric("mean return over the run", ".0f"),
-        "last_return": Metric("return at the end", ".0f"),
-        "solved": Metric("steps to a return of 475", ".0f", "lower"),
-    },
+    metrics=METRICS,
     measure=measure,
     curves={
         "return": Curve(
@@ -166,6 +178,11 @@ EXPERIMENT = Experiment(
         "steps. Nothing was tuned for an arm; returns are of 20 poles that never train. A target network is copied every 250 steps."
     ),
     seconds=44,
+    revised=(
+        "One claim held if the mean return with BN was five times that without, which two of three seeds were enough for: one "
+        "never learns. Every seed counts now, and the joint forward is compared with separate forwards and with the simpler "
+        "remedies."
+    ),
     timed_on=AVX512,
     cpu_only=True,
 )

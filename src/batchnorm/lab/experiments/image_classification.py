@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from batchnorm.lab.data import Dataset, cifar, digits
-from batchnorm.lab.experiment import AVX512, Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import AVX512, Curve, Experiment, Judge, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.image_networks import alexnet, resnet, vgg
 from batchnorm.lab.networks import Normalization
+from batchnorm.lab.rules import Rules, verdict
 from batchnorm.lab.train import Schedule, accuracy, train
 from batchnorm.layers import BatchNorm2d
 
@@ -24,7 +25,7 @@ NETWORKS: dict[str, Callable[[Normalization | None, int], nn.Module]] = {
 }
 LABELS = {"alexnet": "AlexNet", "vgg": "VGG", "resnet": "ResNet"}
 RATES = (0.01, 0.05, 0.1)
-TARGET, ENOUGH = 0.95, 0.97
+TARGET = 0.95
 EVERY = 10  # steps
 Course = list[tuple[float, float]]
 
@@ -63,43 +64,49 @@ def _trained(arm: str, name: str, rate: float, data: Dataset, setting: Setting) 
     return course or [(0.0, 0.0)], accuracy(network, data.test)
 
 
-def judge(results: Results) -> Verdict:
-    def shares(arm: str) -> list[float]:
-        return [results.mean(arm, f"accuracy_{name}") for name in NETWORKS]
-
-    plain, he, normalized = map(shares, ("plain", "he", "batch_norm"))
-    evidence = (
-        f"Test accuracy of {', '.join(LABELS.values())}: {_listed(normalized)} with BN, {_listed(plain)} without, "
-        f"{_listed(he)} without BN but with He's initialization."
-    )
-    if min(normalized) >= ENOUGH and all(
-        with_it > max(others) for with_it, *others in zip(normalized, plain, he, strict=True)
-    ):
-        return Verdict("holds", evidence)
-    if min(normalized) >= ENOUGH and all(with_it > without for with_it, without in zip(normalized, plain, strict=True)):
-        return Verdict("holds only when", f"The weights have PyTorch's default initialization. {evidence}")
-    return Verdict("does not hold", evidence)
+ARMS = {"plain": "without BN", "he": "without BN, He's initialization", "batch_norm": "with BN"}
+METRICS = {
+    **{f"accuracy_{name}": Metric(f"test accuracy, {label}", ".1%") for name, label in LABELS.items()},
+    **{f"steps_{name}": Metric(f"steps to {TARGET:.0%}, {label}", ".0f", "lower") for name, label in LABELS.items()},
+}
+RULES = Rules(ARMS, METRICS)
 
 
-def _listed(shares: list[float]) -> str:
-    return ", ".join(f"{share:.1%}" for share in shares)
+def _each(metric: str, arm: str, other: str) -> Judge:
+    """A judge of the claim that every seed of one arm is better than every seed of another, for each network."""
+
+    def judge(results: Results) -> Verdict:
+        better = [name for name in NETWORKS if RULES.beats(results, f"{metric}_{name}", arm, other)]
+        evidence = " ".join(RULES.told(results, f"{metric}_{name}", arm, other) for name in NETWORKS)
+        if not 0 < len(better) < len(NETWORKS):
+            return verdict(bool(better), evidence)
+        networks = " or ".join(f"{LABELS[name]}-like" for name in better)
+        return Verdict("holds only when", f"The network is {networks}. {evidence}")
+
+    return judge
 
 
 EXPERIMENT = Experiment(
     name="image-classification",
     question="Do AlexNet-, VGG- and ResNet-like networks learn images faster and better with batch normalization?",
     claims={
-        "With batch normalization all three networks classify at least 97 % of the digits, and better than without.": judge
+        "After few steps from PyTorch's initialization, each network is more accurate with BN than without.": _each(
+            "accuracy", "batch_norm", "plain"
+        ),
+        "Without BN, He's initialization alone makes each network more accurate than PyTorch's.": _each(
+            "accuracy", "he", "plain"
+        ),
+        "Each network is more accurate with BN than without BN but with He's initialization.": _each(
+            "accuracy", "batch_norm", "he"
+        ),
+        f"Each network comes to {TARGET:.0%} in fewer steps with BN than without BN but with He's initialization.": _each(
+            "steps", "batch_norm", "he"
+        ),
     },
     source="Ioffe & Szegedy 2015, section 4.2 (arXiv:1502.03167); He et al. 2015 (arXiv:1502.01852) for the initialization",
     paper="ImageNet: 72.2 % after 13.3 million steps with BN instead of 31.0 million without; 74.8 % at most, with BN (figure 3)",
-    arms={"plain": "without BN", "he": "without BN, He's initialization", "batch_norm": "with BN"},
-    metrics={
-        **{f"accuracy_{name}": Metric(f"test accuracy, {label}", ".1%") for name, label in LABELS.items()},
-        **{
-            f"steps_{name}": Metric(f"steps to {TARGET:.0%}, {label}", ".0f", "lower") for name, label in LABELS.items()
-        },
-    },
+    arms=ARMS,
+    metrics=METRICS,
     measure=measure,
     curves={
         name: Curve(
@@ -114,10 +121,15 @@ EXPERIMENT = Experiment(
     protocol=(
         "Digits of 16x16 pixels; five convolutions and two linear layers (AlexNet), twelve convolutions (VGG), six residual blocks "
         f"(ResNet); SGD with momentum 0.9 and a cosine schedule, 150 steps of 64 images (quick: 80, full: 500); learning rates "
-        f"{', '.join(map(str, RATES))}, chosen on validation (quick: the first two). PyTorch's initialization unless He's is named. "
+        f"{', '.join(map(str, RATES))}, chosen on validation (quick: the first two). PyTorch's initialization unless He's is named; "
+        "initializations for residual networks without normalization (Fixup, arXiv:1901.09321) are not compared. "
         f"Steps to the target are found on the validation images, measured every {EVERY} steps; accuracies are of test images at the end."
     ),
     seconds=128,
+    revised=(
+        "One claim required 97 % with BN, and more than the means without, which a difference of 0.7 points was enough for. "
+        "What initialization explains and what BN adds are claims of their own now, and every seed counts."
+    ),
     timed_on=AVX512,
     data="CIFAR-10's binary files (data_batch_1.bin ... test_batch.bin)",
 )

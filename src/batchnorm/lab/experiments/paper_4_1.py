@@ -5,23 +5,24 @@ one of each arm. A typical input of the last sigmoids is tracked as in the paper
 """
 
 import math
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.lab.data import Dataset, load
-from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, Metric, Results, Setting, Verdict
 from batchnorm.lab.networks import perceptron
+from batchnorm.lab.rules import Rules, beats, verdict
 from batchnorm.lab.train import Schedule, accuracy, activation_input, train
 from batchnorm.layers import BatchNorm1d
 
 COMMON = 0.1
-RATES = (COMMON, 0.3, 1.0, 3.0)
+RATES = (COMMON, 0.3, 1.0, 3.0, 10.0)
 TARGET = 0.95
 QUANTILES = (0.15, 0.5, 0.85)
 RATIO, TUNED_RATIO = 10, 3  # ratio of steps without and with batch normalization
+SHORTER = 3  # by which factor fewer steps are taken at the other learning rates
 
 
 class Look(NamedTuple):
@@ -36,7 +37,7 @@ class Look(NamedTuple):
 def measure(arm: str, setting: Setting) -> Measured:
     data, steps = load(setting.data).to(setting.device), setting.pick(3000, 4000, 20_000)
     # The common learning rate is the smallest; larger ones need fewer steps.
-    runs = {rate: _run(arm, data, rate, steps if rate == COMMON else steps // 3, setting.seed) for rate in RATES}
+    runs = {rate: _run(arm, data, rate, steps if rate == COMMON else steps // SHORTER, setting.seed) for rate in RATES}
     quickest = min(RATES, key=lambda rate: (_reached(runs[rate], "validation"), -runs[rate][-1].validation))
     common = runs[COMMON]
     shift, quantiles = _typical(torch.stack([look.received for look in common]))
@@ -82,52 +83,51 @@ def _typical(received: Tensor) -> tuple[float, list[list[float]]]:
     return float(shift[unit]), received[:, :, unit].T.tolist()
 
 
-def _fewer(results: Results, metric: str, taken: float) -> tuple[float, str]:
-    """The ratio of steps without and with batch normalization, and the same in words; without success, `taken` steps count."""
-    plain, normalized = (results.values(arm, metric) for arm in ("plain", "batch_norm"))
-    if math.inf in normalized:
-        return 0.0, f"with BN {normalized.count(math.inf)} of {len(normalized)} seeds never come there"
-    ratio = fmean(min(steps, taken) for steps in plain) / fmean(normalized)
-    never = plain.count(math.inf)
-    without = f"never within {taken:.0f} for {never} of {len(plain)} seeds" if never else f"{fmean(plain):.0f}"
-    least = "at least " if never else ""
-    return ratio, f"{without} without BN, {fmean(normalized):.0f} with it, {least}{ratio:.1f} times fewer"
+ARMS = {"plain": "without BN", "batch_norm": "with BN"}
+METRICS = {
+    "steps": Metric(f"steps to {TARGET:.0%}, rate {COMMON:g}", ".0f", "lower"),
+    "tuned_steps": Metric(f"steps to {TARGET:.0%}, own rate", ".0f", "lower"),
+    "tuned_rate": Metric("own rate (on validation)", ".3g", "neither", each=True),
+    "accuracy": Metric("test accuracy at the end, own rate", ".1%"),
+    "shift": Metric("largest move of a typical median", ".2f", "lower"),
+}
+RULES = Rules(ARMS, METRICS)
 
 
-def judge(results: Results) -> Verdict:
-    taken = max(step for measured in results.by_arm["plain"] for step, _ in measured.curves["course"])
-    common, told = _fewer(results, "steps", taken)
-    tuned, told_tuned = _fewer(results, "tuned_steps", taken // 3)
-    evidence = (
-        f"Steps to {TARGET:.0%} of the test images at learning rate {COMMON:g}: {told}; "
-        f"each at its own best learning rate: {told_tuned}."
-    )
-    if common >= RATIO and tuned >= TUNED_RATIO:
-        return Verdict("holds", evidence)
-    if common >= RATIO:
-        return Verdict("holds only when", f"Both have the same learning rate. {evidence}")
-    return Verdict("does not hold", evidence)
+def _fewer(metric: str, times: float, share: int, *also: str) -> Judge:
+    """
+    A judge of the claim that every seed takes `times` fewer steps with BN than every seed without.
+
+    A seed that never comes to the target without BN counts as if it came in the last step, which is a `share` of the steps of the
+    common learning rate. `also` names metrics to tell.
+    """
+
+    def judge(results: Results) -> Verdict:
+        taken = max(step for measured in results.by_arm["plain"] for step, _ in measured.curves["course"]) // share
+        plain = [min(steps, taken) for steps in results.values("plain", metric)]
+        holds = beats(METRICS[metric], results.values("batch_norm", metric), plain, times=times)
+        evidence = " ".join(RULES.told(results, name, *ARMS) for name in (metric, *also))
+        return verdict(holds, f"{evidence} Training ends after {taken:.0f} steps.")
+
+    return judge
 
 
 EXPERIMENT = Experiment(
     name="paper-4.1",
     question="Does the paper's small sigmoid network train faster with batch normalization, and do its inputs stay put?",
     claims={
-        (
-            "With batch normalization the network of section 4.1 needs many times fewer steps, also at a "
-            "learning rate tuned for each."
-        ): judge
+        f"At learning rate {COMMON:g}, the network of section 4.1 needs {RATIO} times fewer steps with BN.": _fewer(
+            "steps", RATIO, 1
+        ),
+        f"Each at its own best learning rate, the network of section 4.1 needs {TUNED_RATIO} times fewer steps with BN.": _fewer(
+            "tuned_steps", TUNED_RATIO, SHORTER, "tuned_rate"
+        ),
+        "The median input of a typical last sigmoid moves less with BN.": RULES.better("shift", "batch_norm", "plain"),
     },
     source="Ioffe & Szegedy 2015, section 4.1 and figure 1 (arXiv:1502.03167)",
     paper="higher test accuracy all along 50 000 steps on MNIST, as a plot without numbers; 14 times fewer steps on ImageNet (4.2.2)",
-    arms={"plain": "without BN", "batch_norm": "with BN"},
-    metrics={
-        "steps": Metric(f"steps to {TARGET:.0%}, rate {COMMON:g}", ".0f", "lower"),
-        "tuned_steps": Metric(f"steps to {TARGET:.0%}, own rate", ".0f", "lower"),
-        "tuned_rate": Metric("own rate (on validation)", ".3g", "neither", each=True),
-        "accuracy": Metric("test accuracy at the end, own rate", ".1%"),
-        "shift": Metric("largest move of a typical median", ".2f", "lower"),
-    },
+    arms=ARMS,
+    metrics=METRICS,
     measure=measure,
     curves={
         "course": Curve(
@@ -156,6 +156,11 @@ EXPERIMENT = Experiment(
         "Inputs of sigmoids are those of the validation images normalized as in training."
     ),
     seconds=41,
+    revised=(
+        "One claim joined both learning rates and was judged by means; whether inputs stay put was asked, but not judged. The "
+        "largest learning rate was 3, the best one of two seeds without BN; 10 was added, so that the best is not at the edge "
+        "of the list."
+    ),
     timed_on=AVX2,
     data="MNIST's IDX files",
 )

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from batchnorm.lab.data import Examples, digits
-from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Setting
 from batchnorm.lab.image_networks import resnet
+from batchnorm.lab.rules import Rules
 from batchnorm.lab.train import Schedule, accuracy, train
 from batchnorm.layers import BatchNorm2d
 from batchnorm.population import recalibrate
@@ -18,7 +19,6 @@ from batchnorm.population import recalibrate
 MOMENTUM, USUAL = 0.01, 0.1
 EARLY = 20  # steps
 SAMPLES = (64, 128, 256, 512, 1024)
-GAP = 0.3
 
 
 def measure(arm: str, setting: Setting) -> Measured:
@@ -47,41 +47,38 @@ def _recalibrated(network: nn.Module, examples: Examples, samples: int) -> nn.Mo
     return recalibrate(copy.deepcopy(network), examples.images[:samples].split(64))
 
 
-def judge(results: Results) -> Verdict:
-    early = {arm: results.mean(arm, "early") for arm in ARMS}
-    end = {arm: results.mean(arm, "end") for arm in ARMS}
-    evidence = (
-        f"After {EARLY} steps: {early['running']:.1%} of the test images right by the running statistics of momentum {MOMENTUM:g}, "
-        f"{early['usual']:.1%} of momentum {USUAL:g}, {early['population']:.1%} by the population's. At the end: {end['running']:.1%}, "
-        f"{end['usual']:.1%} and {end['population']:.1%}."
-    )
-    if early["population"] - early["running"] >= GAP:
-        return Verdict("holds", evidence)
-    if early["population"] - early["running"] >= GAP / 3:
-        return Verdict("holds only when", f"A smaller gain counts. {evidence}")
-    return Verdict("does not hold", evidence)
-
-
 ARMS = {
     "running": f"running, momentum {MOMENTUM:g}",
     "usual": f"running, momentum {USUAL:g}",
     "population": f"population, momentum {MOMENTUM:g}",
 }
+METRICS = {
+    "early": Metric(f"test accuracy after {EARLY} steps", ".1%"),
+    "least": Metric(f"least from step {EARLY} on", ".1%"),
+    "end": Metric("test accuracy at the end", ".1%"),
+}
+RULES = Rules(ARMS, METRICS)
+
+
 EXPERIMENT = Experiment(
     name="population",
     question="Are population statistics better for inference than running ones?",
     kind="remedy",
     claims={
-        "While running statistics lag, the statistics of the population make the same weights far more accurate.": judge
+        f"After {EARLY} steps, population statistics make the same weights more accurate than running ones of momentum {MOMENTUM:g}.": (
+            RULES.better("early", "population", "running")
+        ),
+        f"After {EARLY} steps, population statistics are more accurate than running ones of the usual momentum {USUAL:g}.": RULES.better(
+            "early", "population", "usual"
+        ),
+        f"At the end of the training, population statistics are more accurate than running ones of momentum {USUAL:g}.": RULES.better(
+            "end", "population", "usual"
+        ),
     },
     source="Ioffe & Szegedy 2015, section 3.1, algorithm 2 (arXiv:1502.03167); Wu & Johnson 2021, section 3 (arXiv:2105.07576)",
     paper="1000 to 10 000 samples are enough for population statistics (Wu & Johnson, section 3.2)",
     arms=ARMS,
-    metrics={
-        "early": Metric(f"test accuracy after {EARLY} steps", ".1%"),
-        "least": Metric(f"least from step {EARLY} on", ".1%"),
-        "end": Metric("test accuracy at the end", ".1%"),
-    },
+    metrics=METRICS,
     measure=measure,
     curves={
         "course": Curve(
@@ -105,5 +102,9 @@ EXPERIMENT = Experiment(
         "a copy. Nothing is chosen."
     ),
     seconds=20,
+    revised=(
+        "One claim held if population statistics were 30 points better on average than running ones of momentum 0.01; one seed "
+        "gains only 23. Every seed counts now, and the simpler remedy, the usual momentum, is compared, early and at the end."
+    ),
     timed_on=AVX2,
 )

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batchnorm.errors import InputError
 from batchnorm.lab.data import speech
-from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
+from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Setting
 from batchnorm.lab.letters import best_path, error_rate
 from batchnorm.lab.recognizer import Recognizer
+from batchnorm.lab.rules import Rules
 from batchnorm.lab.train import batches
 
 ARMS = {
@@ -85,13 +86,8 @@ def measure(arm: str, setting: Setting) -> Measured:
     return Measured({"letters": curve[-1][1]}, {"letters": curve})
 
 
-def judge(results: Results) -> Verdict:
-    """Whether BN reduces the errors to a third."""
-    wrong = results.means("letters")
-    evidence = "Letters wrong: " + listed(ARMS, wrong, ".1%") + "."
-    return Verdict(
-        "holds" if wrong["none"] >= RATIO * wrong["both"] and wrong["none"] > 0 else "does not hold", evidence
-    )
+METRICS = {"letters": Metric("letters wrong", ".1%", "lower")}
+RULES = Rules(ARMS, METRICS)
 
 
 EXPERIMENT = Experiment(
@@ -99,12 +95,20 @@ EXPERIMENT = Experiment(
     question="Does batch normalization make a recognizer of letters better, in its convolutions and its recurrent layers?",
     kind="application",
     claims={
-        "With BN, few steps make a recognizer of letters several times more accurate on voices it never heard.": judge
+        f"After few steps a recognizer with BN gets {RATIO:g} times fewer letters wrong, of voices that it never heard.": RULES.better(
+            "letters", "both", "none", times=RATIO
+        ),
+        "BN in convolutions and recurrent layers makes fewer mistakes than in either alone.": RULES.better(
+            "letters", "both", "convolutions", "recurrent"
+        ),
+        "In recurrent layers, statistics over all time steps make fewer mistakes than those of each time step.": RULES.better(
+            "letters", "both", "per_step"
+        ),
     },
     source="Amodei et al. 2016 (Deep Speech 2, arXiv:1512.02595), section 3.2: sequence-wise BN",
     paper="words wrong without and with BN: 13.6 % and 14.4 % (1 recurrent layer), 11.6 and 10.6 (3), 10.8 and 9.8 (5), 10.8 and 9.5 (7)",
     arms=ARMS,
-    metrics={"letters": Metric("letters wrong", ".1%", "lower")},
+    metrics=METRICS,
     measure=measure,
     curves={
         "letters": Curve(
@@ -121,6 +125,11 @@ EXPERIMENT = Experiment(
         " Learning rates were chosen beforehand, with one seed at the default size."
     ),
     seconds=77,
+    revised=(
+        "One claim was judged by the mean of the seeds, to which one failed training contributed most: the plain network fails "
+        "with one seed, is slow with another, and with the third does as well as BN. The other two claims were told as results, "
+        "without a judge."
+    ),
     timed_on=AVX2,
     data="WAV files of 16-bit samples, and transcripts.csv with the columns file and text, and voice if known",
     cpu_only=True,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import sentences
-from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Results, Setting, Verdict, listed
+from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, Metric, Results, Setting, Verdict
+from batchnorm.lab.rules import Rules
 from batchnorm.lab.train import batches
 from batchnorm.lab.translator import Translator
 
@@ -75,22 +76,40 @@ def measure(arm: str, setting: Setting) -> Measured:
     return Measured({"right": curve[-1][1]}, {"right": curve})
 
 
-def judge(results: Results) -> Verdict:
-    """Whether BN comes close to layer norm."""
-    right = results.means("right")
-    evidence = "Sentences right: " + listed(ARMS, right, ".1%") + "."
-    return Verdict("holds" if right["batch_norm"] >= right["layer_norm"] - NEAR else "does not hold", evidence)
+METRICS = {"right": Metric("sentences right", ".1%")}
+RULES = Rules(ARMS, METRICS)
+SCOPE = (
+    "The language is a toy, and training is short: 6000 sentences of a regular grammar. On real text Shen et al. found BN significantly "
+    "worse than layer norm, which this does not contradict, and longer training evens out the arms."
+)
+
+
+def _on_the_toy(judge: Judge) -> Judge:
+    """What a judge says, without ever saying more than was measured."""
+
+    def judge_within_scope(results: Results) -> Verdict:
+        found = judge(results)
+        return Verdict("holds only when", f"{SCOPE} {found.evidence}") if found.answer == "holds" else found
+
+    return judge_within_scope
 
 
 EXPERIMENT = Experiment(
     name="translation",
     question="Does batch normalization serve a small transformer as layer normalization does?",
     kind="application",
-    claims={"With BN a small transformer translates as well as with layer normalization.": judge},
+    claims={
+        "With BN a small transformer translates more sentences than without normalization.": _on_the_toy(
+            RULES.better("right", "batch_norm", "none")
+        ),
+        "With BN a small transformer translates as well as with layer normalization.": _on_the_toy(
+            RULES.as_good("right", "batch_norm", "layer_norm", within=NEAR)
+        ),
+    },
     source="the tutorial, section 6; against it: Shen et al. 2020 (arXiv:2003.07845), section 3",
-    paper="much worse than layer norm on real text (abstract)",
+    paper="significantly worse than layer norm on real text (abstract, without a number)",
     arms=ARMS,
-    metrics={"right": Metric("sentences right", ".1%")},
+    metrics=METRICS,
     measure=measure,
     curves={
         "right": Curve(
@@ -107,6 +126,10 @@ EXPERIMENT = Experiment(
         " Learning rates were chosen beforehand, with one seed at the default size."
     ),
     seconds=43,
+    revised=(
+        "The claim about layer norm held, although a toy grammar was translated, and by means. Its verdict cannot be more than "
+        "*holds only when* now, and every seed counts."
+    ),
     timed_on=AVX2,
     cpu_only=True,
 )
