@@ -207,9 +207,7 @@ class Planar {
         return Channels<T>::middle(value(0, c, 0), value(0, c, S / 4), value(0, c, S / 2), value(0, c, S / 4 * 3));
     }
 
-    NOINLINE double value(int64_t n, int64_t c, int64_t s) const {
-        return T::load_one((const Element*)task.x + (n * C + c) * S + s);
-    }
+    NOINLINE double value(int64_t n, int64_t c, int64_t s) const { return T::load_one((const Element*)task.x + (n * C + c) * S + s); }
 
     int64_t channels_per_task(int tensors) const {
         const int64_t channel_bytes = at_least(N * S * (int64_t)sizeof(Element) * tensors, 1);
