@@ -90,9 +90,10 @@ build/browser/node_modules: Makefile
 	npm install --silent --no-fund --no-audit --prefix build/browser playwright-core@1.65.1 axe-core@4.14.1
 	@touch $@
 
-# Every page in headless Chromium, from disk and over http, narrow and wide; it needs Chromium and node.
+# Every page and report in headless Chromium, from disk and over http, narrow and wide; it needs Chromium and node.
 site-check: docs build/browser/node_modules
 	node scripts/site_check.mjs site
+	$(BIN)/python -m pytest tests/test_report_browser.py
 
 SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
