@@ -17,9 +17,8 @@ Answer = Literal["holds", "holds only when", "does not hold"]
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
 T = TypeVar("T")
 
-# Machines of `Experiment.timed_on`; they did other work too.
+# The machine of `Experiment.timed_on`; it did other work too.
 AVX2 = "an AMD EPYC with AVX2"
-AVX512 = "an AMD EPYC with AVX-512"
 
 KINDS: Mapping[Kind, str] = {
     "claim": "Claims about training",
