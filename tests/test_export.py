@@ -108,3 +108,13 @@ def test_onnx_merges_it_into_the_convolution(dtype):
     program = torch.onnx.export(model, (sample(2).to(dtype),), dynamo=True, verbose=False)
     assert program is not None
     assert [node.op_type for node in program.model.graph] == ["Conv", "Relu"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_parameters_themselves_enter_the_operator(training):
+    """Quantization looks for them there, and finds no cast of one."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = bn.convert(nn.Sequential(*layers)).train(training)
+    graph = torch.export.export(model, (sample(2),)).graph
+    (node,) = (node for node in graph.nodes if node.target is torch.ops.aten.batch_norm.default)
+    assert [argument.op for argument in node.args[1:5]] == ["placeholder"] * 4

@@ -48,11 +48,16 @@ def by_torch(
     """`F.batch_norm`, and what follows it."""
     weight, bias = epilogue.weight, epilogue.bias
     if mean is not None and mean.dtype is torch.float32:
-        weight, bias = (None if value is None else value.float() for value in (weight, bias))
+        weight, bias = _as_float32(weight), _as_float32(bias)
     output = F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
     if epilogue.residual is not None:
         output = output + epilogue.residual
     return output if epilogue.activation is None else epilogue.activation(output)
+
+
+def _as_float32(value: Tensor | None) -> Tensor | None:
+    """The tensor itself if it is float32: exporters record a cast even of what has the dtype, and tools look for the parameter."""
+    return value if value is None or value.dtype is torch.float32 else value.float()
 
 
 def to_onnx() -> bool:
