@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,21 @@ def one_kernel(request, monkeypatch):
         pytest.skip(kernels.cpu.unavailable())
     monkeypatch.setattr(kernels, "KERNELS", (request.param, *kernels.KERNELS[-1:]))
     return request.param
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    """A function that writes a module into the current folder, an empty one, from which commands import it in this test alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = list[str]()
+
+    def write(name: str, source: str) -> Path:
+        names.append(name)
+        sys.modules.pop(name, None)
+        (tmp_path / f"{name}.py").write_text(source)
+        return tmp_path
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)

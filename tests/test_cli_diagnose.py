@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import sys
 
 import pytest
 import torch
@@ -62,13 +61,8 @@ def interrupted():
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "sicknet.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("sicknet", None)
-    yield tmp_path
-    sys.modules.pop("sicknet", None)
+def folder(importable):
+    return importable("sicknet", MODULE)
 
 
 def call(*arguments):

@@ -45,13 +45,8 @@ number = 3
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "mynet.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("mynet", None)
-    yield tmp_path
-    sys.modules.pop("mynet", None)
+def folder(importable):
+    return importable("mynet", MODULE)
 
 
 def call(*arguments):

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.diagnostics.case import Case, relative_difference
+from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.norms import Norm
+from batchnorm.diagnostics.probes import relative_difference
 from batchnorm.diagnostics.record import in_inference
 from batchnorm.diagnostics.state import Saved
 from batchnorm.population import recalibrate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,11 @@ class Found(NamedTuple):
     evidence: Mapping[str, float | int | str]
     message: str
     severity: Severity | None = None
+
+
+def worst_first(values: Mapping[str, float], above: float = -math.inf) -> list[str]:
+    """The names whose value exceeds `above`, the largest first."""
+    return sorted((name for name, value in values.items() if value > above), key=lambda name: -values[name])
 
 
 @dataclass(frozen=True)

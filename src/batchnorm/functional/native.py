@@ -150,10 +150,10 @@ _WIDE = {
 
 def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
     """Whether the call takes the general path: another kernel computes it, torch's operator does not accept it, or it must raise."""
-    if type(x) is not Tensor or x.dim() < 2 or not x.is_floating_point() or differentiated_by_torch() or exporting():
+    if type(x) is not Tensor or x.dim() < 2 or x.dtype not in _WIDE or differentiated_by_torch() or exporting():
         return True
     # Beside half-precision input torch computes in the parameters' dtype: half-precision parameters would round the statistics.
-    dtype = _WIDE.get(x.dtype)
+    dtype = _WIDE[x.dtype]
     for values in (weight, bias):
         if values is not None and (values.dim() != 1 or values.shape[0] != x.shape[1] or values.dtype is not dtype):
             return True

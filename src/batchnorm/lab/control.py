@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from batchnorm.lab import extras
+from batchnorm.lab.experiment import Curve
 
 LONGEST = 500  # steps of an episode, each of reward 1
 SOLVED = 475.0  # mean return at which gymnasium calls CartPole-v1 solved
+RETURN = Curve(
+    "Return while learning",
+    "environment steps",
+    "mean return of 20 episodes",
+    "Higher is better, 500 the most. The band reaches from the worst to the best seed.",
+)
 TEST_SEED = 1_000_000  # seed of the test episodes, which are not used for training
 
 

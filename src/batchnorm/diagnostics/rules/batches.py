@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.record import Batch, LayerRecord, divergence, stacked
-from batchnorm.diagnostics.rule import Found, Rule
+from batchnorm.diagnostics.rule import Found, Rule, worst_first
 
 _FEWEST_BATCHES = 3  # for a comparison between batches
 
@@ -98,9 +98,9 @@ def _tail(case: Case) -> Iterator[Found]:
 
 
 def _padding(case: Case) -> Iterator[Found]:
-    found = {name: layer.padding for name, layer in case.record.layers.items() if layer.padding > at.PADDING}
-    if found:
-        names = sorted(found, key=lambda name: -found[name])
+    found = {name: layer.padding for name, layer in case.record.layers.items()}
+    names = worst_first(found, at.PADDING)
+    if names:
         yield Found(
             tuple(names),
             {"share_of_padding": found[names[0]]},
@@ -168,7 +168,7 @@ def _accumulation(case: Case) -> Iterator[Found]:
     updates = {name: n / stepped.steps for name, n in stepped.updates.items() if n <= stepped.forwards}
     many = {name: value for name, value in updates.items() if value >= 2}
     if many:
-        names = sorted(many, key=lambda name: -many[name])
+        names = worst_first(many)
         most = many[names[0]]
         yield Found(
             tuple(names),

@@ -11,7 +11,7 @@ from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.norms import Norm, has_values, norms_of
 from batchnorm.diagnostics.record import divergence
-from batchnorm.diagnostics.rule import Found, Rule, Severity
+from batchnorm.diagnostics.rule import Found, Rule, Severity, worst_first
 from batchnorm.diagnostics.rules.running import drifts
 from batchnorm.surgery.averages import without_wrappers
 
@@ -134,7 +134,7 @@ def _replicas(case: Case) -> Iterator[Found]:
         for name, distance in _apart(case, replica).items():
             worst[name] = max(worst.get(name, 0.0), distance)
     if worst:
-        names = sorted(worst, key=lambda name: -worst[name])
+        names = worst_first(worst)
         yield Found(
             tuple(names),
             {"distance_of_buffers": worst[names[0]], "replicas": len(replicas)},

@@ -9,7 +9,7 @@ import torch
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.record import LayerRecord, stacked
-from batchnorm.diagnostics.rule import Found, Rule
+from batchnorm.diagnostics.rule import Found, Rule, worst_first
 
 
 def _poisoned(case: Case) -> Iterator[Found]:
@@ -61,13 +61,12 @@ def _rounding(layer: LayerRecord) -> float:
 
 def _cancellation(case: Case) -> Iterator[Found]:
     errors = {name: _rounding(layer) for name, layer in case.record.layers.items() if layer.batches}
-    found = {name: error for name, error in errors.items() if error > at.CANCELLATION}
-    if found:
-        names = sorted(found, key=lambda name: -found[name])
+    names = worst_first(errors, at.CANCELLATION)
+    if names:
         yield Found(
             tuple(names),
-            {"rounding_error_in_deviations": found[names[0]]},
-            f"the mean is so large that rounding the input costs {found[names[0]]:.2g} standard deviations",
+            {"rounding_error_in_deviations": errors[names[0]]},
+            f"the mean is so large that rounding the input costs {errors[names[0]]:.2g} standard deviations",
         )
 
 

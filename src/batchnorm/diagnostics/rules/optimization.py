@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
-from batchnorm.diagnostics.rule import Found, Rule
+from batchnorm.diagnostics.rule import Found, Rule, worst_first
 
 _FEWEST_NORMS = 10
 
@@ -41,7 +41,7 @@ def _angle(case: Case) -> Iterator[Found]:
         size = float(weight.detach().norm())
         if length is not None and size > 0:
             angles[name] = length / size
-    names = sorted((name for name in angles if angles[name] > at.ANGLE), key=lambda name: -angles[name])
+    names = worst_first(angles, at.ANGLE)
     if names:
         yield Found(
             tuple(names),

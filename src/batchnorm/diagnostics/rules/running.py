@@ -10,7 +10,7 @@ from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.diagnostics.record import LayerRecord, Record, divergence
-from batchnorm.diagnostics.rule import Found, Rule, Severity
+from batchnorm.diagnostics.rule import Found, Rule, Severity, worst_first
 
 
 class Drift(NamedTuple):
@@ -88,7 +88,7 @@ def _initial_share(norm: Norm) -> float:
 
 def _few_updates(case: Case) -> Iterator[Found]:
     shares = {norm.name: _initial_share(norm) for norm in case.norms if norm.updates and norm.kind in ("torch", "ours")}
-    names = sorted((name for name in shares if shares[name] > at.INITIAL_SHARE), key=lambda name: -shares[name])
+    names = worst_first(shares, at.INITIAL_SHARE)
     if names and not case.arguments.missing(("loader",)) and case.runs:
         measured = drifts(case.record)
         names = [name for name in names if name not in measured or measured[name].nats >= at.DRIFT_SUSPECT]

@@ -10,7 +10,7 @@ from torch import nn
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.record import divergence, stacked
-from batchnorm.diagnostics.rule import Found, Rule
+from batchnorm.diagnostics.rule import Found, Rule, worst_first
 
 
 def _stripped(case: Case) -> Iterator[Found]:
@@ -34,7 +34,7 @@ def _dead(case: Case) -> Iterator[Found]:
         eps = layer.norm.eps or 1e-5
         if layer.batches and eps <= at.EPS and layer.trained:
             shares[name] = float((stacked(layer)[1] < eps).all(0).double().mean())
-    names = sorted((name for name in shares if shares[name] > at.DEAD_SHARE), key=lambda name: -shares[name])
+    names = worst_first(shares, at.DEAD_SHARE)
     if names:
         yield Found(
             tuple(names),
@@ -69,7 +69,7 @@ def _shared(case: Case) -> Iterator[Found]:
             continue
         pairs = itertools.islice(itertools.permutations(pools, 2), 64)
         found[name] = max(divergence(*a, *b, eps).mean().item() for a, b in pairs)
-    names = sorted((name for name in found if found[name] > at.SHARED), key=lambda name: -found[name])
+    names = worst_first(found, at.SHARED)
     if names:
         calls = len(case.record.layers[names[0]].calls)
         yield Found(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Setting
+from batchnorm.lab.control import RETURN, SOLVED, CartPoles, mean_return
+from batchnorm.lab.experiment import AVX2, Experiment, Measured, Metric, Setting
 from batchnorm.lab.rules import Rules
 from batchnorm.layers import BatchNorm1d
 
@@ -164,14 +164,7 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     metrics=METRICS,
     measure=measure,
-    curves={
-        "return": Curve(
-            "Return while learning",
-            "environment steps",
-            "mean return of 20 episodes",
-            "Higher is better, 500 the most. The band reaches from the worst to the best seed.",
-        )
-    },
+    curves={"return": RETURN},
     protocol=(
         "CartPole-v1 of gymnasium, one pole; from step 500 on an update on 64 remembered transitions a step. 4-128-128-2 network, "
         "ReLU, BN (momentum .01) on the input and after both hidden layers; Adam .001, discount .99, exploration 1 to .05 over 2000 "

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.lab.control import SOLVED, CartPoles, mean_return
-from batchnorm.lab.experiment import AVX2, Curve, Experiment, Measured, Metric, Setting
+from batchnorm.lab.control import RETURN, SOLVED, CartPoles, mean_return
+from batchnorm.lab.experiment import AVX2, Experiment, Measured, Metric, Setting
 from batchnorm.lab.rules import Rules
 from batchnorm.layers import BatchNorm1d
 from batchnorm.population import recalibrate
@@ -161,14 +161,7 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     metrics=METRICS,
     measure=measure,
-    curves={
-        "return": Curve(
-            "Return while learning",
-            "environment steps",
-            "mean return of 20 episodes",
-            "Higher is better, 500 the most. The band reaches from the worst to the best seed.",
-        )
-    },
+    curves={"return": RETURN},
     protocol=(
         "CartPole-v1 of gymnasium, 16 poles, in millimeters from a wall 3 m away, km/h, turns and turns per minute. PPO: 64 steps a "
         "round, four passes in batches of 256, clip .2, Adam .003; policy and value 4-64-64 networks, tanh. Running statistics begin "
