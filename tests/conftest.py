@@ -10,6 +10,8 @@ import torch
 
 from batchnorm import kernels
 
+os.environ["BATCHNORM_LANG"] = "en"  # whatever the locale says; the commands' processes get it too
+
 # Seconds of the tests that take the longest. `make durations` writes them anew.
 DURATIONS = json.loads(Path(__file__).with_name("durations.json").read_text())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from batchnorm.cli.language import lang_option
 from batchnorm.cli.text import accept_any_text, one_line
 from batchnorm.errors import BatchNormError
 from batchnorm.version import __version__
@@ -25,6 +26,7 @@ SUMMARIES = {
     "explain": "Show every step of batch normalization for the mini-batch VALUES, forward and backward.",
     "fold": "Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.",
     "lab": "Measure claims about batch normalization on this machine.",
+    "learn": "Ten exercises that check themselves and name what is misunderstood.",
     "recalibrate": "Give a model's batch norms the population statistics of a data set, and write its weights.",
 }
 
@@ -72,6 +74,7 @@ class Commands(click.Group):
     commands=[click.Command(name, help=summary) for name, summary in SUMMARIES.items()],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+@lang_option
 @click.version_option(__version__, prog_name="batchnorm")
 def commands() -> None:
     """Batch normalization for PyTorch: see it work, and see how it works."""

@@ -70,7 +70,7 @@ def command_line(ctx: click.Context) -> str:
         parent = parent.parent
     words = ["batchnorm", *path]
     for option in ctx.command.params:
-        if option.name and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+        if option.name in ctx.params and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
             value = ctx.params[option.name]
             listed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             if isinstance(option, click.Argument):

@@ -1,0 +1,5 @@
+import torch
+
+
+def backward(dy, x, gamma, eps):
+    raise NotImplementedError

@@ -1,0 +1,5 @@
+import torch
+
+
+def fold(weight, bias, gamma, beta, running_mean, running_var, eps):
+    raise NotImplementedError

@@ -1,0 +1,5 @@
+import torch
+
+
+def forward_images(x, gamma, beta, eps):
+    raise NotImplementedError

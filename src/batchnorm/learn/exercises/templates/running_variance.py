@@ -1,0 +1,5 @@
+import torch
+
+
+def update_running_variance(running_var, x, momentum):
+    raise NotImplementedError
