@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode, v4
 
@@ -53,37 +52,33 @@ def notebook(task: Task, language: Language) -> NotebookNode:
     return v4.new_notebook(cells=cells, metadata=METADATA)
 
 
-def executed(book: NotebookNode, kernel: KernelManager) -> NotebookNode:
+def executed(book: NotebookNode, kernel: NotebookClient) -> NotebookNode:
     """The notebook with the outputs of its cells, numbered from 1. The kernel forgets what earlier notebooks defined."""
-    reset = v4.new_notebook(cells=[v4.new_code_cell("%reset -f")], metadata=METADATA)
-    for each in (reset, book):
-        NotebookClient(each, km=kernel, timeout=60, record_timing=False).execute(cleanup_kc=True)
-    code = (cell for cell in book.cells if cell.cell_type == "code")
-    for number, cell in enumerate(code, 1):
-        cell.execution_count = number
-    book.metadata = nbformat.from_dict(METADATA)
+    kernel.nb = v4.new_notebook(cells=[v4.new_code_cell("%reset -f")])
+    kernel.execute_cell(kernel.nb.cells[0], 0)
+    kernel.nb = book
+    code = [place for place, cell in enumerate(book.cells) if cell.cell_type == "code"]
+    for number, place in enumerate(code, 1):
+        kernel.execute_cell(book.cells[place], place, execution_count=number)
     return book
 
 
 @contextmanager
-def kernel() -> Iterator[KernelManager]:
+def kernel() -> Iterator[NotebookClient]:
     """One kernel for all notebooks, so that torch is imported once."""
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel()
-    try:
-        yield manager
-    finally:
-        manager.shutdown_kernel(now=True)
+    client = NotebookClient(v4.new_notebook(), timeout=60, kernel_name="python3", record_timing=False)
+    with client.setup_kernel():
+        yield client
 
 
 def main() -> None:
     """Write all notebooks."""
-    with kernel() as manager:
+    with kernel() as client:
         for language in LANGUAGES:
             for task in TASKS.values():
                 path = path_of(task, language)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(nbformat.writes(executed(notebook(task, language), manager)) + "\n", encoding="utf-8")
+                path.write_text(nbformat.writes(executed(notebook(task, language), client)) + "\n", encoding="utf-8")
                 print(f"Wrote {path.relative_to(FOLDER.parent.parent)}.")
 
 

@@ -18,8 +18,8 @@ def notebooks():
 
 @pytest.fixture(scope="module")
 def kernel(notebooks):
-    with notebooks.kernel() as manager:
-        yield manager
+    with notebooks.kernel() as client:
+        yield client
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -148,15 +148,15 @@ def _kind(value: Any) -> str:
 
 
 def _code(value: Any) -> Any:
-    """What a definition does, comparable: the byte code of a function and of a class's methods."""
+    """What a definition is made of, comparable: the names and constants of a function and of a class's methods.
+
+    Byte code depends on whether a file or a cell of a notebook was compiled.
+    """
     if isinstance(value, FunctionType):
         return _code(value.__code__)
     if isinstance(value, CodeType):
-        return (
-            value.co_code,
-            value.co_names,
-            [_code(each) if isinstance(each, CodeType) else each for each in value.co_consts],
-        )
+        constants = [_code(each) if isinstance(each, CodeType) else each for each in value.co_consts]
+        return value.co_names, value.co_varnames, constants
     if isinstance(value, type):
         return {name: _code(each) for name, each in vars(value).items() if isinstance(each, FunctionType)}
     return repr(value)
