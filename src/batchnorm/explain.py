@@ -7,14 +7,13 @@ do not depend on the order in which a processor adds.
 
 from __future__ import annotations
 
-import textwrap
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchnorm.errors import ArgumentError, InputError
+from batchnorm.language import text_width, tr, wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +122,13 @@ class Explanation:
     @property
     def title(self) -> str:
         """What is normalized, in a line."""
-        return f"Batch normalization of m = {len(self.values)} values with γ = {self.gamma:g}, β = {self.beta:g}, ε = {self.eps:g}"
+        return tr(
+            "Batch normalization of m = {m} values with γ = {gamma:g}, β = {beta:g}, ε = {eps:g}",
+            m=len(self.values),
+            gamma=self.gamma,
+            beta=self.beta,
+            eps=self.eps,
+        )
 
     def steps(self) -> list[Step]:
         """The forward, the running statistics and the backward: formulas with their values, and columns with a number per value."""
@@ -132,12 +137,12 @@ class Explanation:
         one_hot = self.grad_output == (1.0,) + (0.0,) * (m - 1)
         return [
             Step(
-                "Forward (Ioffe & Szegedy 2015, Algorithm 1)",
+                tr("Forward (Ioffe & Szegedy 2015, Algorithm 1)"),
                 (
-                    ("sum", "Σ xᵢ", self.sum, ""),
-                    ("mean", "µ = Σ xᵢ / m", self.mean, ""),
-                    ("variance", "σ² = Σ (xᵢ - µ)² / m", self.variance, "biased: divided by m"),
-                    ("standard deviation", "√(σ² + ε)", self.std, ""),
+                    (tr("sum"), "Σ xᵢ", self.sum, ""),
+                    (tr("mean"), "µ = Σ xᵢ / m", self.mean, ""),
+                    (tr("variance"), "σ² = Σ (xᵢ - µ)² / m", self.variance, tr("biased: divided by m")),
+                    (tr("standard deviation"), "√(σ² + ε)", self.std, ""),
                 ),
                 (
                     index,
@@ -149,25 +154,29 @@ class Explanation:
                 ),
             ),
             Step(
-                f"Running statistics after this batch, from mean 0 and variance 1; momentum {self.momentum:g} weighs the new value",
+                tr(
+                    "Running statistics after this batch, from mean 0 and variance 1; momentum {momentum:g} weighs the new value",
+                    momentum=self.momentum,
+                ),
                 (
-                    ("running mean", f"{old:g} · 0 + {self.momentum:g} · µ", self.running_mean, ""),
+                    (tr("running mean"), f"{old:g} · 0 + {self.momentum:g} · µ", self.running_mean, ""),
                     (
-                        "running variance",
+                        tr("running variance"),
                         f"{old:g} · 1 + {self.momentum:g} · σ² · m / (m - 1)",
                         self.running_variance,
-                        "unbiased: the batch stands for the population",
+                        tr("unbiased: the batch stands for the population"),
                     ),
                 ),
             ),
             Step(
-                "Backward (section 3), "
-                + ("for L = y₁: how the first output depends on every xᵢ" if one_hot else "for the given dL/dyᵢ"),
+                tr("Backward (section 3), for L = y₁: how the first output depends on every xᵢ")
+                if one_hot
+                else tr("Backward (section 3), for the given dL/dyᵢ"),
                 (
-                    ("variance", "dL/dσ² = Σ dL/dx̂ᵢ · (xᵢ - µ) · -½ (σ² + ε)^(-3/2)", self.grad_variance, ""),
-                    ("mean", "dL/dµ = Σ dL/dx̂ᵢ · -1 / √(σ² + ε) + dL/dσ² · Σ -2 (xᵢ - µ) / m", self.grad_mean, ""),
-                    ("scale", "dL/dγ = Σ dL/dyᵢ · x̂ᵢ", self.grad_gamma, ""),
-                    ("shift", "dL/dβ = Σ dL/dyᵢ", self.grad_beta, ""),
+                    (tr("variance"), "dL/dσ² = Σ dL/dx̂ᵢ · (xᵢ - µ) · -½ (σ² + ε)^(-3/2)", self.grad_variance, ""),
+                    (tr("mean"), "dL/dµ = Σ dL/dx̂ᵢ · -1 / √(σ² + ε) + dL/dσ² · Σ -2 (xᵢ - µ) / m", self.grad_mean, ""),
+                    (tr("scale"), "dL/dγ = Σ dL/dyᵢ · x̂ᵢ", self.grad_gamma, ""),
+                    (tr("shift"), "dL/dβ = Σ dL/dyᵢ", self.grad_beta, ""),
                 ),
                 (
                     index,
@@ -325,14 +334,14 @@ def _shape(values: Any) -> tuple[int, ...]:
 
 def _formulas(lines: Sequence[tuple[str, str, float, str]], width: int | None) -> list[str]:
     """Name, formula, value and remark, aligned; one below the other if that is too wide."""
-    names = max(_width(name) for name, _, _, _ in lines)
-    formulas = max(_width(formula) for _, formula, _, _ in lines)
+    names = max(text_width(name) for name, _, _, _ in lines)
+    formulas = max(text_width(formula) for _, formula, _, _ in lines)
     values = max(len(f"{value:.6g}") for _, _, value, _ in lines)
     aligned = [
         f"  {_left(name, names)}  {_left(formula, formulas)} = {f'{value:.6g}':<{values}}  {remark}".rstrip()
         for name, formula, value, remark in lines
     ]
-    if width is None or max(map(_width, aligned)) <= width:
+    if width is None or max(map(text_width, aligned)) <= width:
         return aligned
     return [
         line
@@ -348,7 +357,11 @@ def _columns(columns: Sequence[tuple[str, Sequence[float]]], width: int | None, 
     index, *others = [_aligned(column) for column in cells]
     blocks = [[index]]
     for column in others:
-        if width is not None and len(blocks[-1]) > 1 and sum(_width(c[0]) + 2 for c in (*blocks[-1], column)) > width:
+        if (
+            width is not None
+            and len(blocks[-1]) > 1
+            and sum(text_width(c[0]) + 2 for c in (*blocks[-1], column)) > width
+        ):
             blocks.append([index])
         blocks[-1].append(column)
     return [
@@ -367,19 +380,14 @@ def _shortened(numbers: list[str], rows: int | None) -> list[str]:
 
 
 def _aligned(column: list[str]) -> list[str]:
-    width = max(map(_width, column))
-    return [" " * (width - _width(cell)) + cell for cell in column]
+    width = max(map(text_width, column))
+    return [" " * (width - text_width(cell)) + cell for cell in column]
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:
     """The text in lines of a width; further lines are indented by four."""
-    return [text] if width is None else textwrap.wrap(text, width, subsequent_indent="    ")
+    return [text] if width is None else wrapped(text, width)
 
 
 def _left(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))
-
-
-def _width(text: str) -> int:
-    """Width on a terminal in columns; the hat of x̂ takes none."""
-    return sum(unicodedata.combining(character) == 0 for character in text)
+    return text + " " * (width - text_width(text))

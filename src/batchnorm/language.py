@@ -73,7 +73,7 @@ def catalog(language: Language) -> dict[str, str]:
     return found
 
 
-def columns(text: str) -> int:
+def text_width(text: str) -> int:
     """Width on a terminal: a Chinese character takes two columns, the hat of x̂ none."""
     return sum(_columns(character) for character in text)
 
@@ -84,11 +84,11 @@ def _columns(character: str) -> int:
 
 def wrapped(text: str, width: int, indent: str = _INDENT) -> list[str]:
     """The text in lines of this many columns; further lines are indented."""
-    if columns(text) == sum(unicodedata.combining(character) == 0 for character in text):
+    if text_width(text) == sum(unicodedata.combining(character) == 0 for character in text):
         return textwrap.wrap(text, width, subsequent_indent=indent)
     lines = [""]
     for piece in _PIECE.findall(text):
-        if lines[-1].strip() and columns(lines[-1]) + columns(piece.rstrip()) > width:
+        if lines[-1].strip() and text_width(lines[-1]) + text_width(piece.rstrip()) > width:
             lines.append(indent)
         lines[-1] += piece
     return [line.rstrip() for line in lines]

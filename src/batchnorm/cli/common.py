@@ -24,6 +24,7 @@ from rich.text import Text
 from batchnorm.cli.text import visible
 from batchnorm.errors import InputError
 from batchnorm.files import check_file
+from batchnorm.language import text_width
 
 force_option = click.option("--force", "-f", is_flag=True, help="Overwrite files that exist.")
 
@@ -35,10 +36,13 @@ class Console(console.Console):
         super().__init__(highlight=False, **options)
 
     def render_str(self, text: str, *, style: Any = "", **options: Any) -> Text:
-        """The literal text. Rich calls this for every string that is printed, also in tables and trees."""
-        return Text(
-            visible(text, keep="\n"), style=style, justify=options.get("justify"), overflow=options.get("overflow")
-        )
+        """The literal text. Rich calls this for every string that is printed, also in tables and trees.
+
+        Chinese has no spaces, so it is broken anywhere instead of cut.
+        """
+        shown = visible(text, keep="\n")
+        overflow = "fold" if text_width(shown) > len(shown) else options.get("overflow")
+        return Text(shown, style=style, justify=options.get("justify"), overflow=overflow)
 
 
 def check_outputs(outputs: Mapping[str, Path | None], *, force: bool) -> None:

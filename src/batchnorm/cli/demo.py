@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 
 from batchnorm.cli.lab import measure_all
+from batchnorm.cli.language import lang_option
 from batchnorm.env import cores
 from batchnorm.files import write
 from batchnorm.lab import experiments, extras
 from batchnorm.lab.experiment import Setting
 from batchnorm.lab.runner import prepare
+from batchnorm.language import tr
 
 
 @click.command("demo", epilog="Example: batchnorm demo --data mnist/ --out runs/mnist")
@@ -31,6 +33,7 @@ from batchnorm.lab.runner import prepare
     help="Number of processes.  [default: cores, up to 4]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print verdicts and measurements as JSON, and nothing else.")
+@lang_option
 @click.pass_context
 def demo_command(
     ctx: click.Context, data: Path | None, out: Path, seeds: int | None, quick: bool, workers: int, as_json: bool
@@ -52,4 +55,10 @@ def demo_command(
 
     write(files["report.html"], render_one(experiment, outcome))
     if not as_json:
-        click.echo(f"\nWrote {files['report.html']} and {files['demo']} in {time.perf_counter() - start:.0f} s.")
+        done = tr(
+            "Wrote {page} and {result} in {seconds:.0f} s.",
+            page=files["report.html"],
+            result=files["demo"],
+            seconds=time.perf_counter() - start,
+        )
+        click.echo(f"\n{done}")

@@ -11,9 +11,11 @@ from typing import Any
 import click
 
 from batchnorm.cli.batch import Batch, read, reshaped, row, typed
+from batchnorm.cli.language import lang_option
 from batchnorm.cli.text import print_json
 from batchnorm.errors import InputError
 from batchnorm.explain import Explanation, explain
+from batchnorm.language import tr
 
 MOST_ROWS = 24  # of a table on a terminal
 MOST_CHANNELS = 4  # shown in full, if no channel is chosen
@@ -61,6 +63,7 @@ class Shape(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page of its own instead.")
 @click.option("--force", "-f", is_flag=True, help="Overwrite a file that exists.")
+@lang_option
 @click.pass_context
 def explain_command(
     ctx: click.Context,
@@ -101,7 +104,7 @@ def explain_command(
         print_json(_json(batch, found))
     elif html is not None:
         _write(html, batch, found, force)
-        click.echo(f"Wrote {html}.")
+        click.echo(tr("Wrote {file}.", file=html))
     else:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if terminal else None
@@ -148,17 +151,23 @@ def _text(batch: Batch, found: dict[int, Explanation], chosen: bool, width: int 
     if len(batch.shape) == 1:
         return found[0].text(width, rows)
     sizes = " x ".join(map(str, batch.shape))
-    head = f"Shape {sizes}: {len(batch.channels())} channels on axis 1, the statistics of each over all other axes"
+    head = tr(
+        "Shape {sizes}: {channels} channels on axis 1, the statistics of each over all other axes",
+        sizes=sizes,
+        channels=len(batch.channels()),
+    )
     if len(found) > MOST_CHANNELS and not chosen:
-        lines = [head, "", "channel: mean, biased variance, running mean, running variance"]
+        lines = [head, "", tr("channel: mean, biased variance, running mean, running variance")]
         lines += [
             f"  {batch.name(index)}: {it.mean:.6g}, {it.variance:.6g}, {it.running_mean:.6g}, {it.running_variance:.6g}"
             for index, it in found.items()
         ]
-        return "\n".join([*lines, "", "--channel 0 shows every step of one channel."])
-    return "\n\n".join(
-        [head, *(f"Channel {batch.name(index)}\n\n{it.text(width, rows)}" for index, it in found.items())]
-    )
+        return "\n".join([*lines, "", tr("--channel 0 shows every step of one channel.")])
+    return "\n\n".join([head, *(f"{_channel(batch, index)}\n\n{it.text(width, rows)}" for index, it in found.items())])
+
+
+def _channel(batch: Batch, index: int) -> str:
+    return tr("Channel {name}", name=batch.name(index))
 
 
 def _write(path: Path, batch: Batch, found: dict[int, Explanation], force: bool) -> None:
@@ -170,5 +179,5 @@ def _write(path: Path, batch: Batch, found: dict[int, Explanation], force: bool)
     check_outputs({"--html": path}, force=force)
     write(
         path,
-        render({f"channel {batch.name(index)}" if len(batch.shape) > 1 else "": it for index, it in found.items()}),
+        render({_channel(batch, index) if len(batch.shape) > 1 else "": it for index, it in found.items()}),
     )

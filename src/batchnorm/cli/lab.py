@@ -18,17 +18,20 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.cli.common import Console, check_outputs, command_line, force_option, progress_bar
+from batchnorm.cli.language import lang_option
 from batchnorm.cli.text import one_line, print_json
 from batchnorm.env import cores
 from batchnorm.errors import InputError
 from batchnorm.files import write
 from batchnorm.lab import experiments, extras, result
-from batchnorm.lab.experiment import KINDS, Experiment, Setting, Size, Verdict, summary
+from batchnorm.lab.experiment import KINDS, WORDS, Experiment, Setting, Size, Verdict, summary
 from batchnorm.lab.fingerprint import data_version
 from batchnorm.lab.result import Damaged, Outcome
 from batchnorm.lab.runner import all_stored, run
+from batchnorm.lab.translated import translated
 from batchnorm.lab.unit import Finished, Unit, measure
-from batchnorm.report.rows import comparison, extent
+from batchnorm.language import speaking, tr
+from batchnorm.report.rows import SIZES, comparison, extent
 
 OUT = Path("runs/lab")
 SEEDS, QUICK_SEEDS = 3, 1
@@ -48,6 +51,7 @@ def lab_command() -> None:
 @lab_command.command("list", epilog="Example: batchnorm lab list")
 @out_option
 @json_option
+@lang_option
 def list_command(out: Path, as_json: bool) -> None:
     """List the experiments: the question of each, how long it takes, and the result so far."""
     extras.require()
@@ -55,34 +59,36 @@ def list_command(out: Path, as_json: bool) -> None:
     if as_json:
         print_json([_to_dict(*each) for each in found])
         return
-    table = Table("experiment", "question", "time", "result so far", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    heads = tr("experiment"), tr("question"), tr("time"), tr("result so far")
+    table = Table(*heads, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for kind, title in KINDS.items():
         group = [(experiment, known) for experiment, known in found if experiment.kind == kind]
         if group:
             table.add_section()
-            table.add_row(Text(title, "bold"))
+            table.add_row(Text(tr(title), "bold"))
         for experiment, known in group:
             mark = " *" if experiment.name in experiments.FIRST else ""
-            row = (experiment.name + mark, experiment.question, _time(experiment, known), _state(experiment, known))
+            row = (experiment.name + mark, tr(experiment.question), _time(experiment, known), _state(experiment, known))
             table.add_row(*row)
     Console().print(table)
-    click.echo(f"Time is that of one core: divide it by the number of cores. {_estimates([each for each, _ in found])}")
+    estimates = _estimates([each for each, _ in found])
+    click.echo(tr("Time is that of one core: divide it by the number of cores. {estimates}", estimates=estimates))
     first = [name for name in experiments.FIRST if name in experiments.NAMES]
     if first:
-        click.echo(f"* Start here: batchnorm lab run {' '.join(first)} --quick")
+        click.echo(tr("* Start here: {command}", command=f"batchnorm lab run {' '.join(first)} --quick"))
 
 
 def _estimates(listed: Sequence[Experiment]) -> str:
     """What the estimates are, and on which machines they were measured."""
-    told = f"~ is an estimate for the default size and {SEEDS} seeds"
     machines = dict[str, list[str]]()
     for experiment in listed:
         machines.setdefault(experiment.timed_on, []).append(experiment.name)
     where = [
-        (f"measured on {machine}" if machine else "a guess") + (f" ({', '.join(names)})" if len(machines) > 1 else "")
+        (tr("measured on {machine}", machine=tr(machine)) if machine else tr("a guess"))
+        + (f" ({', '.join(names)})" if len(machines) > 1 else "")
         for machine, names in machines.items()
     ]
-    return f"{told}, {'; '.join(where)}."
+    return tr("~ is an estimate for the default size and {seeds} seeds, {where}.", seeds=SEEDS, where="; ".join(where))
 
 
 def _known(out: Path) -> list[tuple[Experiment, Outcome | Damaged | None]]:
@@ -116,18 +122,25 @@ def _state(experiment: Experiment, known: Outcome | Damaged | None) -> str:
     if known is None:
         return "–"
     if isinstance(known, Damaged):
-        return "damaged: run it again"
+        return tr("damaged: run it again")
     if not known.fits(experiment):
-        return "has other arms or metrics: run it again"
+        return tr("has other arms or metrics: run it again")
     verdicts = known.verdicts(experiment)
-    answer = summary(verdicts) if verdicts else f"{known.finished} of {known.units} measured"
+    answer = tr("{finished} of {units} measured", finished=known.finished, units=known.units)
+    if verdicts:
+        answer = summary(verdicts)
     if (known.size, known.seeds) == ("default", SEEDS):
         return answer
-    return f"{answer} ({known.size}, {known.seeds} {'seed' if known.seeds == 1 else 'seeds'})"
+    size = tr(SIZES[known.size])
+    if known.seeds == 1:
+        return f"{answer} ({tr('{size}, 1 seed', size=size)})"
+    return f"{answer} ({tr('{size}, {seeds} seeds', size=size, seeds=known.seeds)})"
 
 
 def _to_dict(experiment: Experiment, known: Outcome | Damaged | None) -> dict[str, Any]:
-    verdicts = known.verdicts(experiment) if isinstance(known, Outcome) else {}
+    """For JSON, which is English."""
+    with speaking("en"):
+        verdicts = known.verdicts(experiment) if isinstance(known, Outcome) else {}
     return {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -162,6 +175,7 @@ def _answer(verdict: Verdict | None) -> dict[str, str | None]:
     "--workers", type=click.IntRange(min=1), default=cores, help="Processes of one thread each.  [default: cores]"
 )
 @json_option
+@lang_option
 @click.pass_context
 def run_command(
     ctx: click.Context,
@@ -191,7 +205,8 @@ def run_command(
     files = {each.name: result.path_of(each.name, out) for each in chosen}
     measure_all(ctx, chosen, setting, seeds, files, out, workers, as_json)
     if not as_json:
-        click.echo(f"\nFor the page: batchnorm lab report --out {shlex.quote(str(out))}")
+        command = f"batchnorm lab report --out {shlex.quote(str(out))}"
+        click.echo("\n" + tr("For the page: {command}", command=command))
 
 
 def measure_all(
@@ -225,20 +240,26 @@ def measure_all(
     try:
         with progress_bar(TimeLeft()) as progress, closing(run(measure, units, out / "units", workers)) as done:
             ends = time.monotonic() + time_left(costs, units, finished, workers)
-            task = progress.add_task(f"0 of {len(units)}", total=total, ends=ends)
+            task = progress.add_task(tr("{finished} of {units}", finished=0, units=len(units)), total=total, ends=ends)
             for each in done:
                 finished.append(each)
                 name = each.unit.experiment
                 known = {experiment.name: so_far for experiment, so_far in outcomes(finished)}
                 known[name].save(files[name])  # at once, so that a later failure does not lose it
                 ends = time.monotonic() + time_left(costs, units, finished, workers)
-                description = f"{len(finished)} of {len(units)}, last {name}"
+                description = tr(
+                    "{finished} of {units}, last {name}", finished=len(finished), units=len(units), name=name
+                )
                 progress.update(task, advance=costs[name], description=description, ends=ends)
     except KeyboardInterrupt:
         finished = all_stored(units, out / "units")
         _show(outcomes(finished), as_json)
-        done = f"{len(finished)} of {len(units)} measurements are finished and stored"
-        click.echo(f"\nInterrupted; {done}. Continue with:\n  {command}", err=True)
+        done = tr(
+            "Interrupted; {finished} of {units} measurements are finished and stored. Continue with:",
+            finished=len(finished),
+            units=len(units),
+        )
+        click.echo(f"\n{done}\n  {command}", err=True)
         ctx.exit(130)
     _show(outcomes(finished), as_json)
     return outcomes(finished)
@@ -262,7 +283,7 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The time left as minutes and seconds."""
         left = max(0, round(task.fields["ends"] - time.monotonic()))
-        return Text(f"about {left // 60}:{left % 60:02d} left")
+        return Text(tr("about {time} left", time=f"{left // 60}:{left % 60:02d}"))
 
 
 def _units(chosen: Sequence[Experiment], setting: Setting, seeds: int) -> list[Unit]:
@@ -304,14 +325,15 @@ def _show(known: Sequence[tuple[Experiment, Outcome]], as_json: bool) -> None:
         print_json([_to_dict(*each) for each in known])
         return
     console = Console()
-    for number, (experiment, came_out) in enumerate(known):
+    for number, (english, came_out) in enumerate(known):
+        experiment = translated(english)
         columns, rows = comparison(experiment, came_out.results())
         table = Table("", *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for label, cells in rows:
             table.add_row(label, *cells)
         judged = Table.grid(padding=(0, 2))
         for claim, verdict in came_out.verdicts(experiment).items():
-            judged.add_row(verdict.answer, claim)
+            judged.add_row(tr(WORDS[verdict.answer]), claim)
             judged.add_row("", verdict.evidence)
         if number:
             console.print()
@@ -327,6 +349,7 @@ def _show(known: Sequence[tuple[Experiment, Outcome]], as_json: bool) -> None:
 @out_option
 @click.option("--page", type=click.Path(path_type=Path), help="File to write.  [default: report.html in the folder]")
 @force_option
+@lang_option
 def report_command(out: Path, page: Path | None, force: bool) -> None:
     """Write one HTML page with all results so far, finished or not. The page loads nothing from the network."""
     extras.require()
@@ -338,7 +361,7 @@ def report_command(out: Path, page: Path | None, force: bool) -> None:
     from batchnorm.report.lab import render  # after the checks, since matplotlib loads slowly
 
     write(target, render(known))
-    click.echo(f"Wrote {target}.")
+    click.echo(tr("Wrote {file}.", file=target))
 
 
 @lab_command.command("findings", epilog="Example: batchnorm lab findings --page docs/findings.md")
@@ -364,7 +387,8 @@ def findings_command(out: Path, page: Path, force: bool) -> None:
     check_outputs({"--page": page}, force=force)
     from batchnorm.report.findings import render
 
-    text, drawings = render(complete, page.stem)
+    with speaking("en"):  # the page is of the English documentation
+        text, drawings = render(complete, page.stem)
     write(page, text)
     for name, svg in drawings.items():
         write(page.with_suffix("") / name, svg)

@@ -11,19 +11,26 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, TypeVar, get_args
 
+from batchnorm.language import marked, tr
+
 Size = Literal["quick", "default", "full"]
 Kind = Literal["claim", "application", "remedy"]
 Answer = Literal["holds", "holds only when", "does not hold"]
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
+WORDS: Mapping[str, str] = {
+    "holds": marked("holds"),
+    "holds only when": marked("holds only when"),
+    "does not hold": marked("does not hold"),
+}
 T = TypeVar("T")
 
 # The machine of `Experiment.timed_on`; it did other work too.
-AVX2 = "an AMD EPYC with AVX2"
+AVX2 = marked("an AMD EPYC with AVX2")
 
 KINDS: Mapping[Kind, str] = {
-    "claim": "Claims about training",
-    "application": "Applications",
-    "remedy": "Costs and remedies",
+    "claim": marked("Claims about training"),
+    "application": marked("Applications"),
+    "remedy": marked("Costs and remedies"),
 }
 
 
@@ -76,7 +83,7 @@ class Metric:
     def __call__(self, value: float) -> str:
         """The number as text: "never" for infinity, a dash for NaN."""
         if math.isinf(value):
-            return "never"
+            return tr("never")
         return "–" if math.isnan(value) else format(value, self.form)
 
 
@@ -134,7 +141,9 @@ Judge = Callable[[Results], Verdict]
 def summary(verdicts: Mapping[str, Verdict]) -> str:
     """The answer to a single claim, or how many of several hold."""
     answers = [verdict.answer for verdict in verdicts.values()]
-    return answers[0] if len(answers) == 1 else f"{answers.count('holds')} of {len(answers)} hold"
+    if len(answers) == 1:
+        return tr(WORDS[answers[0]])
+    return tr("{held} of {claims} hold", held=answers.count("holds"), claims=len(answers))
 
 
 @dataclass(frozen=True)

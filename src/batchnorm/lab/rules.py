@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from batchnorm.lab.experiment import Judge, Metric, Results, Verdict
+from batchnorm.language import tr
 
 
 def beats(
@@ -47,8 +48,11 @@ class Rules:
     def told(self, results: Results, metric: str, *arms: str) -> str:
         """The values of every seed as a sentence."""
         form = self.metrics[metric]
-        listed = (f"{', '.join(map(form, results.values(arm, metric)))} ({self.arms[arm]})" for arm in arms)
-        return f"For each seed, {form.label}: {'; '.join(listed)}."
+        listed = (
+            tr("{values} ({arm})", values=", ".join(map(form, results.values(arm, metric))), arm=tr(self.arms[arm]))
+            for arm in arms
+        )
+        return tr("For each seed, {metric}: {listed}.", metric=tr(form.label), listed="; ".join(listed))
 
     def better(self, metric: str, arm: str, *others: str, by: float = 0.0, times: float = 1.0) -> Judge:
         """A judge of the claim that every seed of `arm` is better than every seed of each other arm, by at least `by` and `times`."""
@@ -64,7 +68,8 @@ class Rules:
 
         def judge(results: Results) -> Verdict:
             found = self.better(metric, arm, *others, by=-within)(results)
-            return Verdict(found.answer, f"{found.evidence} Up to {self.metrics[metric](within)} worse is as good.")
+            near = tr("Up to {within} worse is as good.", within=self.metrics[metric](within))
+            return Verdict(found.answer, f"{found.evidence} {near}")
 
         return judge
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from batchnorm.lab.experiment import Curve, Experiment, Measured, Results
+from batchnorm.language import marked, tr
 from batchnorm.report.plots import (
     BATCH_NORM,
     MORE,
@@ -23,10 +24,16 @@ from batchnorm.report.plots import (
     Plot,
     Series,
     belongs,
+    drawable,
     plot,
 )
 from batchnorm.report.rows import spread
 
+CAPTIONS = {
+    "higher": marked("A dot for each seed, and a bar at their mean; higher is better."),
+    "lower": marked("A dot for each seed, and a bar at their mean; lower is better."),
+    "neither": marked("A dot for each seed, and a bar at their mean."),
+}
 COLORS = (PLAIN, BATCH_NORM, *MORE)
 DASHES = ("6.4 2.4", "", "1.6 1.9", "8 1.9 1.6 1.9")  # distinguishes arms without color too
 SIZE = (5.6, 3.9)  # the width has about as many units as a phone has pixels, so text stays legible there
@@ -52,12 +59,8 @@ def drawings(experiment: Experiment, results: Results) -> list[Drawn]:
     metric = experiment.metrics[headline := next(iter(experiment.metrics))]
     told = {arm: spread(metric, results.values(arm, headline)) for arm in experiment.arms}
     values = {arm: results.values(arm, headline) for arm in experiment.arms}
-    caption = f"A dot for each seed, and a bar at their mean{_better(metric.better)}."
+    caption = tr(CAPTIONS[metric.better])
     return drawn or [Drawn(_dots(experiment, metric.label, values, told, None), _capital(metric.label), caption)]
-
-
-def _better(better: str) -> str:
-    return "" if better == "neither" else f"; {better} is better"
 
 
 def _capital(text: str) -> str:
@@ -76,7 +79,7 @@ def _drawn(experiment: Experiment, results: Results, name: str, curve: Curve) ->
     return Drawn(
         _dots(experiment, curve.y, values, told, curve.level),
         title,
-        f"{curve.caption} This run has one point for each arm.",
+        f"{curve.caption} " + tr("This run has one point for each arm."),
     )
 
 
@@ -94,14 +97,14 @@ def _curves(experiment: Experiment, results: Results, name: str, curve: Curve) -
                 marker = "o" if len(line.points) <= 12 else ""
                 (drawn,) = axes.plot(x, y, color=line.color, linestyle=_style(line.dash), marker=marker, markersize=4)
                 belongs(drawn, line.arm)
-            axes.plot([], [], label=line.label, color=line.color, linestyle=_style(line.dash))
+            axes.plot([], [], label=drawable(line.label), color=line.color, linestyle=_style(line.dash))
         for each in (one for frame in frames for one in frame.series):
             axes.update_datalim([(axes.dataLim.x0, y) for line in (each.points, *each.seeds) for _, y, *_ in line])
         if curve.level is not None:
             axes.axhline(curve.level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.autoscale_view()
         _scale(axes, curve.log_x, curve.log_y, sorted({point[0] for line in lines for point in line.points}))
-        axes.set(xlabel=curve.x, ylabel=curve.y)
+        axes.set(xlabel=drawable(curve.x), ylabel=drawable(curve.y))
         _legend(figure, lines)
         return axes
 
@@ -145,7 +148,13 @@ def _early_ends(experiment: Experiment, results: Results, name: str) -> str:
     last = max((end for arm in ends.values() for end in arm), default=0)
     early = {arm: [f"{end:g}" for end in found if end < last] for arm, found in ends.items()}
     return "; ".join(
-        f"{experiment.arms[arm]}: the loss of {len(steps)} of {len(ends[arm])} seeds is no longer finite at step {', '.join(steps)}"
+        tr(
+            "{arm}: the loss of {ended} of {seeds} seeds is no longer finite at step {steps}",
+            arm=experiment.arms[arm],
+            ended=len(steps),
+            seeds=len(ends[arm]),
+            steps=", ".join(steps),
+        )
         for arm, steps in early.items()
         if steps
     )
@@ -212,7 +221,9 @@ def _legend(figure: Figure, lines: Sequence[Series]) -> None:
 
 
 def _ends(line: Series) -> str:
-    return f"{line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" if line.points else "nothing finite"
+    if not line.points:
+        return tr("nothing finite")
+    return tr("{first:.3g} to {last:.3g}", first=line.points[0][1], last=line.points[-1][1])
 
 
 def _dots(
@@ -241,11 +252,11 @@ def _dots(
                 belongs(bar, line.arm)
             else:
                 place = axes.get_yaxis_transform()
-                axes.text(0.02, -row, told[line.arm], transform=place, color=MUTED, va="center")
+                axes.text(0.02, -row, drawable(told[line.arm]), transform=place, color=MUTED, va="center")
         if level is not None:
             axes.axvline(level, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set_yticks(list(rows), list(rows.values()))
-        axes.set(xlabel=label, ylim=(0.6 - len(values), 0.6))
+        axes.set_yticks(list(rows), list(map(drawable, rows.values())))
+        axes.set(xlabel=drawable(label), ylim=(0.6 - len(values), 0.6))
         return axes
 
     said = "; ".join(f"{experiment.arms[arm]} {text}" for arm, text in told.items())

@@ -6,50 +6,78 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from batchnorm.lab.experiment import KINDS, Experiment
+from batchnorm.lab.experiment import KINDS, WORDS, Answer, Experiment
 from batchnorm.lab.result import Damaged, Outcome
+from batchnorm.lab.translated import translated
+from batchnorm.language import marked, spoken, tr
 from batchnorm.report.curves import drawings
 from batchnorm.report.page import Section, document, figures, table
 from batchnorm.report.rows import comparison, extent
 
 SIGNS = {
-    "holds": ("holds", "✓ holds"),
-    "holds only when": ("part", "◐ holds only when"),
-    "does not hold": ("fails", "✗ does not hold"),
+    "holds": ("holds", marked("✓ holds")),
+    "holds only when": ("part", marked("◐ holds only when")),
+    "does not hold": ("fails", marked("✗ does not hold")),
 }
 Known = tuple[Experiment, Outcome | Damaged | None]
 
 
 def render(known: Sequence[Known]) -> str:
     """The HTML page of all experiments, measured or not; at least one must have results."""
+    known = [(translated(experiment), outcome) for experiment, outcome in known]
     begun = [(experiment, outcome) for experiment, outcome in known if isinstance(outcome, Outcome)]
-    answers = [verdict.answer for experiment, outcome in begun for verdict in outcome.verdicts(experiment).values()]
-    counted = ", ".join(f"{answers.count(answer)} × {answer}" for answer in SIGNS if answer in answers)
-    claims, are = sum(len(experiment.claims) for experiment, _ in known), "is" if len(answers) == 1 else "are"
-    lead = f"Of {claims} claims {len(answers)} {are} measured to the end" + (f": {counted}." if counted else ".")
-    sections = [Section("summary", "Every claim", [_summary(known)])]
+    answers: list[Answer] = [
+        verdict.answer for experiment, outcome in begun for verdict in outcome.verdicts(experiment).values()
+    ]
+    sections = [Section("summary", tr("Every claim"), [_summary(known)])]
     sections += [
         Section(_anchor(experiment), experiment.question, _experiment(experiment, outcome), experiment.name)
         for experiment, outcome in begun
     ]
     environments = dict.fromkeys(_environment(outcome) for _, outcome in begun)
     return document(
-        "batchnorm lab", "Claims about batch normalization, measured", lead, sections, " — ".join(environments)
+        "batchnorm lab",
+        tr("Claims about batch normalization, measured"),
+        _lead(sum(len(experiment.claims) for experiment, _ in known), answers),
+        sections,
+        " — ".join(environments),
+    )
+
+
+def _lead(claims: int, answers: Sequence[Answer]) -> str:
+    """How many claims were measured, and how many of each answer there are."""
+    separator = ", " if spoken() == "en" else "，"
+    counted = separator.join(f"{answers.count(answer)} × {tr(WORDS[answer])}" for answer in SIGNS if answer in answers)
+    if not counted:
+        return tr("Of {claims} claims none is measured to the end.", claims=claims)
+    if len(answers) == 1:
+        return tr("Of {claims} claims 1 is measured to the end: {counted}.", claims=claims, counted=counted)
+    return tr(
+        "Of {claims} claims {measured} are measured to the end: {counted}.",
+        claims=claims,
+        measured=len(answers),
+        counted=counted,
     )
 
 
 def render_one(experiment: Experiment, outcome: Outcome) -> str:
     """The HTML page of one complete experiment."""
+    experiment = translated(experiment)
     verdicts = list(outcome.verdicts(experiment).values())
     claims, figures, numbers, protocol = _experiment(experiment, outcome)
     sections = [
-        Section("claims", "What was claimed, and what happened", [claims]),
-        Section("figures", "In pictures", [figures]),
-        Section("numbers", "In numbers", [numbers]),
-        Section("protocol", "How it was measured", [protocol]),
+        Section("claims", tr("What was claimed, and what happened"), [claims]),
+        Section("figures", tr("In pictures"), [figures]),
+        Section("numbers", tr("In numbers"), [numbers]),
+        Section("protocol", tr("How it was measured"), [protocol]),
     ]
     held = sum(verdict.answer == "holds" for verdict in verdicts)
-    lead = f"On this machine {held} of {len(verdicts)} claims hold ({extent(experiment, outcome)})."
+    lead = tr(
+        "On this machine {held} of {claims} claims hold ({extent}).",
+        held=held,
+        claims=len(verdicts),
+        extent=extent(experiment, outcome),
+    )
     return document(f"batchnorm {experiment.name}", experiment.question, lead, sections, _environment(outcome))
 
 
@@ -67,11 +95,11 @@ def _summary(known: Sequence[Known]) -> str:
     for kind, title in KINDS.items():
         rows = [row for experiment, outcome in known if experiment.kind == kind for row in _rows(experiment, outcome)]
         if rows:
-            head = f'<tr><th scope="rowgroup" colspan="3">{title}</th></tr>'
+            head = f'<tr><th scope="rowgroup" colspan="3">{tr(title)}</th></tr>'
             groups.append("\n".join(["<tbody>", head, *rows, "</tbody>"]))
-    head = "".join(f'<th scope="col">{label}</th>' for label in ("verdict", "claim", "experiment"))
+    head = "".join(f'<th scope="col">{label}</th>' for label in (tr("verdict"), tr("claim"), tr("experiment")))
     body = "\n".join(groups)
-    return f'<table class="summary">\n<caption>Every claim</caption>\n<thead><tr>{head}</tr></thead>\n{body}\n</table>'
+    return f'<table class="summary">\n<caption>{tr("Every claim")}</caption>\n<thead><tr>{head}</tr></thead>\n{body}\n</table>'
 
 
 def _rows(experiment: Experiment, outcome: Outcome | Damaged | None) -> Iterator[str]:
@@ -88,7 +116,8 @@ def _judged(experiment: Experiment, outcome: Outcome | Damaged | None) -> Iterat
     words, note = _open(experiment, outcome)
     for claim in experiment.claims:
         if verdict := verdicts.get(claim):
-            yield *SIGNS[verdict.answer], claim, verdict.evidence
+            css, shown = SIGNS[verdict.answer]
+            yield css, tr(shown), claim, verdict.evidence
         else:
             yield "open", words, claim, note
 
@@ -105,12 +134,15 @@ def _claims(experiment: Experiment, outcome: Outcome) -> str:
 def _open(experiment: Experiment, outcome: Outcome | Damaged | None) -> tuple[str, str]:
     """The reason why an experiment has no verdicts, as a label and as a sentence."""
     if outcome is None:
-        return "not measured", ""
+        return tr("not measured"), ""
     if isinstance(outcome, Damaged):
-        return "run it again", "Its results are damaged."
+        return tr("run it again"), tr("Its results are damaged.")
     if not outcome.fits(experiment):
-        return "run it again", "It was measured with other arms or metrics than it has now: run it again."
-    return f"{outcome.finished} of {outcome.units} done", "Incomplete: the numbers are of finished measurements only."
+        return tr("run it again"), tr("It was measured with other arms or metrics than it has now: run it again.")
+    return (
+        tr("{finished} of {units} done", finished=outcome.finished, units=outcome.units),
+        tr("Incomplete: the numbers are of finished measurements only."),
+    )
 
 
 def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:
@@ -121,20 +153,31 @@ def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:
     results = outcome.results()
     columns, rows = comparison(experiment, results)
     drawn = ((plot, title, _linked(escape(caption))) for plot, title, caption in drawings(experiment, results))
-    made = {
-        "The paper": experiment.paper or "gives no number",
-        "Source": experiment.source,
-        "Protocol": experiment.protocol,
-        **({"Changed after the first results": experiment.revised} if experiment.revised else {}),
-        "Size": f"{extent(experiment, outcome)}, {outcome.seconds:.0f} s of one core on {outcome.device}, "
-        f"{outcome.environment['date']}",
+    english = {
+        tr("The paper"): experiment.paper,
+        tr("Source"): experiment.source,
+        tr("Protocol"): experiment.protocol,
+        tr("Changed after the first results"): experiment.revised,
     }
-    listed = "".join(f"<dt>{name}</dt><dd>{_linked(escape(text))}</dd>\n" for name, text in made.items())
+    lang = "" if spoken() == "en" else ' lang="en"'
+    listed = "".join(
+        f"<dt>{name}</dt><dd{lang}>{_linked(escape(text))}</dd>\n" for name, text in english.items() if text
+    )
+    if not experiment.paper:
+        listed = f"<dt>{tr('The paper')}</dt><dd>{tr('gives no number')}</dd>\n{listed}"
+    size = tr(
+        "{extent}, {seconds:.0f} s of one core on {device}, {date}",
+        extent=extent(experiment, outcome),
+        seconds=outcome.seconds,
+        device=outcome.device,
+        date=outcome.environment["date"],
+    )
+    listed += f"<dt>{tr('Size')}</dt><dd>{escape(size)}</dd>\n"
     return [
         claims,
         figures(drawn, f"{_anchor(experiment)}-"),
         table(experiment.question, columns, rows),
-        f"<dl>\n{listed}<dt>Make it again</dt><dd><code>{escape(outcome.command)}</code></dd>\n</dl>",
+        f"<dl>\n{listed}<dt>{tr('Make it again')}</dt><dd><code>{escape(outcome.command)}</code></dd>\n</dl>",
     ]
 
 

@@ -4,6 +4,9 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
+// Words in the language of the page, some with {names}.
+const WORDS = JSON.parse(document.getElementById("words").textContent);
+const say = (word, values = {}) => WORDS[word].replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const number = (value, digits = 4) => String(Number(value.toPrecision(digits)));
 
 function make(tag, attributes = {}, ...children) {
@@ -37,7 +40,7 @@ class Plot {
     this.marks = this.svg.appendChild(make("svg:g", { class: "marks" }));
     this.readout = make("div", { class: "readout", hidden: "" });
     // A range input gives the keyboard and screen readers what they know; the pointer moves it too.
-    const label = `${this.data.title}: values by ${this.data[this.along].label}`;
+    const label = say("values", { title: this.data.title, axis: this.data[this.along].label });
     this.input = make("input", { type: "range", class: "unseen", min: 0, max: 0, step: 1, value: 0, "aria-label": label });
     const holder = make("div", { class: "plot" });
     this.svg.replaceWith(holder);
@@ -97,7 +100,7 @@ class Plot {
     this.input.max = Math.max(this.stops.length - 1, 0);
     this.leave();
     if (document.activeElement === this.input) this.show(Number(this.input.value));
-    else this.input.setAttribute("aria-valuetext", "press an arrow key");
+    else this.input.setAttribute("aria-valuetext", say("key"));
   }
 
   line(one, points, width) {
@@ -167,11 +170,11 @@ class Plot {
       return { points: chosen, told: chosen.map((point) => point[2]).filter(Boolean).join(", ") };
     }
     const points = this.means ? one.points.filter(here) : [];
-    const told = points.map(([, y, low, high]) => number(y) + (low < high ? ` (${number(low)} to ${number(high)})` : ""));
+    const told = points.map(([, y, low, high]) => number(y) + (low < high ? ` ${say("range", { low: number(low), high: number(high) })}` : ""));
     for (const seed of [...this.seeds].sort())
       for (const point of (one.seeds?.[seed] ?? []).filter(here)) {
         points.push(point);
-        told.push(`seed ${seed}: ${number(point[1])}`);
+        told.push(`${say("seed", { seed })}: ${number(point[1])}`);
       }
     return { points, told: told.join(", ") };
   }
@@ -200,13 +203,13 @@ function switches(plots) {
   if (arms.size > 1) {
     const boxes = [...arms].map(([arm, one]) =>
       checkbox(true, (on) => apply((plot) => flip(plot.hidden, arm, !on)), swatch(one), one.label));
-    groups.push(make("fieldset", {}, make("legend", {}, "Show"), ...boxes));
+    groups.push(make("fieldset", {}, make("legend", {}, say("show")), ...boxes));
   }
   if (seeds > 1) {
     const boxes = [...Array(seeds).keys()].map((seed) =>
-      checkbox(false, (on) => apply((plot) => flip(plot.seeds, seed, on)), `seed ${seed}`));
-    const mean = checkbox(true, (on) => apply((plot) => (plot.means = on)), "mean and range");
-    groups.push(make("fieldset", {}, make("legend", {}, "Lines"), mean, ...boxes));
+      checkbox(false, (on) => apply((plot) => flip(plot.seeds, seed, on)), say("seed", { seed })));
+    const mean = checkbox(true, (on) => apply((plot) => (plot.means = on)), say("mean"));
+    groups.push(make("fieldset", {}, make("legend", {}, say("lines")), mean, ...boxes));
   }
   return groups;
 }

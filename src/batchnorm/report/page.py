@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -9,11 +10,13 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
+from batchnorm.language import Language, spoken, tr
+
 if TYPE_CHECKING:  # plots need an extra, and a page need not have any
     from batchnorm.report.plots import Plot
 
 PAGE = """<!doctype html>
-<html lang="en">
+<html lang="{lang}">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -30,7 +33,7 @@ script-src 'sha256-{digest}'">
 <h1>{title}</h1>
 <p class="lead">{lead}</p>
 </header>
-<nav aria-label="Contents">
+<nav aria-label="{navigation}">
 <ul>
 {contents}
 </ul>
@@ -41,10 +44,14 @@ script-src 'sha256-{digest}'">
 <footer>
 <p class="note">{footer}</p>
 </footer>
+<script type="application/json" id="words">{words}</script>
 <script>{script}</script>
 </body>
 </html>
 """
+
+
+PAGE_LANGUAGES: dict[Language, str] = {"en": "en", "zh": "zh-Hans"}
 
 
 class Section(NamedTuple):
@@ -66,6 +73,9 @@ def document(kicker: str, title: str, lead: str, sections: Sequence[Section], fo
     """A complete page of `sections`, with contents; the other arguments are plain text."""
     script = _resource("page.js")
     return PAGE.format(
+        lang=PAGE_LANGUAGES[spoken()],
+        navigation=tr("Contents"),
+        words=json.dumps(_words(), ensure_ascii=False),
         kicker=escape(kicker),
         title=escape(title),
         css=_resource("page.css"),
@@ -80,6 +90,19 @@ def document(kicker: str, title: str, lead: str, sections: Sequence[Section], fo
     )
 
 
+def _words() -> dict[str, str]:
+    """What the script says, by the names that it uses."""
+    return {
+        "values": tr("{title}: values by {axis}"),
+        "key": tr("press an arrow key"),
+        "range": tr("({low} to {high})"),
+        "seed": tr("seed {seed}"),
+        "show": tr("Show"),
+        "lines": tr("Lines"),
+        "mean": tr("mean and range"),
+    }
+
+
 def _resource(name: str) -> str:
     return resources.files("batchnorm.report").joinpath(name).read_text(encoding="utf-8")
 
@@ -88,10 +111,14 @@ def figures(items: Iterable[tuple[Plot, str, str]], prefix: str) -> str:
     """Numbered figures next to each other, each with a plot, a title and a caption in HTML; ids begin with `prefix`."""
     drawn = (
         f'<figure id="{prefix}figure-{number}">\n{plot.svg}<script type="application/json">{plot.data}</script>\n'
-        f"<figcaption><strong>Figure {number}. {escape(title)}.</strong> {caption}</figcaption>\n</figure>"
+        f"<figcaption><strong>{escape(_caption(number, title))}</strong> {caption}</figcaption>\n</figure>"
         for number, (plot, title, caption) in enumerate(items, start=1)
     )
     return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
+
+
+def _caption(number: int, title: str) -> str:
+    return tr("Figure {number}. {title}.", number=number, title=title)
 
 
 def table(caption: str, columns: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> str:

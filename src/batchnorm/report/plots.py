@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import count, product
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -47,6 +49,9 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
+# Characters of DejaVu Sans, matplotlib's font, that are one em wide and that no label has.
+_EM_WIDE = "⊶⊷⋈⋉⋊⋋⋌⋮⋯⋰⋱⋲⋺⧏⧐⧑⧒⧓⧔⧕⨀⨁⨂"
+_STAND_INS = dict[str, str]()
 PLAIN_NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
 
@@ -138,6 +143,28 @@ def _finite(point: Sequence[Any]) -> bool:
     return all(math.isfinite(value) for value in point if isinstance(value, float))
 
 
+def drawable(text: str) -> str:
+    """The text with Chinese in the stand-ins that `plot` replaces by it again.
+
+    Few machines have a font for matplotlib with Chinese characters, but every browser has. Each character is an em wide, as are the
+    stand-ins in matplotlib's own font, so the layout is right on every machine.
+    """
+    return re.sub(r"[\u2e80-\u9fff\uff00-\uffef\u3000-\u303f]+", lambda found: _stand_in(found[0]), text)
+
+
+@cache
+def _stand_in(text: str) -> str:
+    """As many characters as the text has, which stand for no other text."""
+    candidates = (stand_in for size in count(len(text)) for stand_in in product(_EM_WIDE, repeat=size))
+    taken = next(found for stand_in in candidates if (found := "".join(stand_in)) not in _STAND_INS)
+    _STAND_INS[taken] = text
+    return taken
+
+
+def _restored(text: str) -> str:
+    return re.sub(f"[{_EM_WIDE}]+", lambda found: _STAND_INS.get(found[0], found[0]), text)
+
+
 class Plot(NamedTuple):
     """A drawn plot: its `<svg>` element, and its data as JSON that is safe within a `<script>` element."""
 
@@ -176,7 +203,7 @@ def plot(
     opening = f'<svg role="img" aria-label="{html.escape(description)}" '
     svg = re.sub(r"<svg [^>]*?(?=viewBox)", lambda _: opening, svg, count=1)  # no width and height: the page decides
     data = json.dumps(answers.to_dict(axes), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Plot(svg, data.replace("<", "\\u003c"))
+    return Plot(_restored(svg), _restored(data).replace("<", "\\u003c"))
 
 
 def _size_only(font: re.Match[str]) -> str:

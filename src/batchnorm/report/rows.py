@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-from batchnorm.lab.experiment import Experiment, Metric, Results
+from batchnorm.lab.experiment import Experiment, Metric, Results, Size
 from batchnorm.lab.result import Outcome
+from batchnorm.language import marked, tr
 
 MISSING = "–"
+SIZES: Mapping[Size, str] = {"quick": marked("quick"), "default": marked("default"), "full": marked("full")}
 MOST_COLUMNS = 3  # maximum number of arms side by side
 
 
@@ -31,10 +33,15 @@ def comparison(experiment: Experiment, results: Results) -> tuple[list[str], lis
 def extent(experiment: Experiment, outcome: Outcome) -> str:
     """Size and seeds of a run, and how they are summarized."""
     if not outcome.verdicts(experiment):
-        return f"{outcome.size}, {outcome.finished} of {outcome.units} measured; numbers are of the finished ones"
-    return f"{outcome.size}, " + (
-        "1 seed" if outcome.seeds == 1 else f"{outcome.seeds} seeds; mean ± standard deviation"
-    )
+        return tr(
+            "{size}, {finished} of {units} measured; numbers are of the finished ones",
+            size=tr(SIZES[outcome.size]),
+            finished=outcome.finished,
+            units=outcome.units,
+        )
+    if outcome.seeds == 1:
+        return tr("{size}, 1 seed", size=tr(SIZES[outcome.size]))
+    return tr("{size}, {seeds} seeds; mean ± standard deviation", size=tr(SIZES[outcome.size]), seeds=outcome.seeds)
 
 
 def spread(metric: Metric, values: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, M
 from batchnorm.lab.networks import perceptron
 from batchnorm.lab.rules import Rules, beats, verdict
 from batchnorm.lab.train import Schedule, accuracy, train
+from batchnorm.language import tr
 from batchnorm.layers import BatchNorm1d
 from batchnorm.statistics import Batch, Ghost, MovingAverage, Renorm, Statistics
 from batchnorm.surgery import freeze
@@ -137,10 +138,12 @@ def _recovers(kind: str) -> Judge:
         best, shares = recovered(results, kind)
         holds = all(share >= PROMISED[kind] for share in shares)
         told = ", ".join(f"{share:.0%}" for share in shares)
-        return verdict(
-            holds,
-            f"{ARMS[best]} is the best on validation. For each seed, share of the loss that it recovers on test: {told}.",
+        evidence = tr(
+            "{arm} is the best on validation. For each seed, share of the loss that it recovers on test: {shares}.",
+            arm=tr(ARMS[best]),
+            shares=told,
         )
+        return verdict(holds, evidence)
 
     return judge
 

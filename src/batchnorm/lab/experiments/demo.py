@@ -12,6 +12,7 @@ from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, M
 from batchnorm.lab.networks import tutorial_network
 from batchnorm.lab.rules import beats, verdict
 from batchnorm.lab.train import Schedule, accuracy, look_inside, train
+from batchnorm.language import marked, tr
 
 COMMON = 0.1
 RATES = (0.003, 0.01, 0.03, COMMON, 0.3, 1.0, 3.0)
@@ -119,7 +120,8 @@ def _for_every_seed(metric: str, told: str) -> Judge:
     def judge(results: Results) -> Verdict:
         plain, normalized = (results.values(arm, metric) for arm in ARMS)
         shown, others = (", ".join(map(METRICS[metric], values)) for values in (normalized, plain))
-        return verdict(beats(METRICS[metric], normalized, plain), f"{told}: {shown} with BN; {others} without.")
+        evidence = tr("{told}: {shown} with BN; {others} without.", told=tr(told), shown=shown, others=others)
+        return verdict(beats(METRICS[metric], normalized, plain), evidence)
 
     return judge
 
@@ -128,10 +130,15 @@ def _wider(results: Results) -> Verdict:
     """Whether there are learning rates at which every seed trains with batch normalization, and no seed without."""
     plain, normalized = (_trains_at(results, arm, seeds) for arm, seeds in (("plain", max), ("batch_norm", min)))
     shown, others = (
-        "the learning rates " + ", ".join(map("{:g}".format, rates)) if rates else "none"
+        tr("the learning rates {rates}", rates=", ".join(map("{:g}".format, rates))) if rates else tr("none")
         for rates in (normalized, plain)
     )
-    evidence = f"Every seed ends at {TARGET:.0%} or more for {shown} with BN; at least one seed for {others} without."
+    evidence = tr(
+        "Every seed ends at {target:.0%} or more for {shown} with BN; at least one seed for {others} without.",
+        target=TARGET,
+        shown=shown,
+        others=others,
+    )
     return verdict(bool(set(normalized) - set(plain)), evidence)
 
 
@@ -146,15 +153,17 @@ EXPERIMENT = Experiment(
     question="Does batch normalization let the same network train faster, and over a wider range of learning rates?",
     claims={
         f"It reaches {TARGET:.0%} validation accuracy in fewer steps at learning rate {COMMON:g}.": _for_every_seed(
-            "steps", "Steps per seed"
+            "steps", marked("Steps per seed")
         ),
         "It trains at learning rates at which the plain network does not.": _wider,
         "It is more accurate on the test images, each network at its own best learning rate.": _for_every_seed(
-            "accuracy", "Test accuracy per seed"
+            "accuracy", marked("Test accuracy per seed")
         ),
         "What a hidden unit receives moves less while the network learns.": _for_every_seed(
             "drift",
-            "Largest move of a typical unit's mean over the validation images, in standard deviations at the start",
+            marked(
+                "Largest move of a typical unit's mean over the validation images, in standard deviations at the start"
+            ),
         ),
     },
     source=(

@@ -16,6 +16,7 @@ from batchnorm.lab.image_networks import alexnet, resnet, vgg
 from batchnorm.lab.networks import Normalization
 from batchnorm.lab.rules import Rules, verdict
 from batchnorm.lab.train import Schedule, accuracy, train
+from batchnorm.language import tr
 from batchnorm.layers import BatchNorm2d
 
 NETWORKS: dict[str, Callable[[Normalization | None, int], nn.Module]] = {
@@ -80,8 +81,9 @@ def _each(metric: str, arm: str, other: str) -> Judge:
         evidence = " ".join(RULES.told(results, f"{metric}_{name}", arm, other) for name in NETWORKS)
         if not 0 < len(better) < len(NETWORKS):
             return verdict(bool(better), evidence)
-        networks = " or ".join(f"{LABELS[name]}-like" for name in better)
-        return Verdict("holds only when", f"The network is {networks}. {evidence}")
+        networks = tr(" or ").join(tr("{network}-like", network=LABELS[name]) for name in better)
+        condition = tr("The network is {networks}.", networks=networks)
+        return Verdict("holds only when", f"{condition} {evidence}")
 
     return judge
 

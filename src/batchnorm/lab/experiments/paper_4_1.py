@@ -15,6 +15,7 @@ from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, M
 from batchnorm.lab.networks import perceptron
 from batchnorm.lab.rules import Rules, beats, verdict
 from batchnorm.lab.train import Schedule, accuracy, activation_input, train
+from batchnorm.language import tr
 from batchnorm.layers import BatchNorm1d
 
 COMMON = 0.1
@@ -107,7 +108,8 @@ def _fewer(metric: str, times: float, share: int, *also: str) -> Judge:
         plain = [min(steps, taken) for steps in results.values("plain", metric)]
         holds = beats(METRICS[metric], results.values("batch_norm", metric), plain, times=times)
         evidence = " ".join(RULES.told(results, name, *ARMS) for name in (metric, *also))
-        return verdict(holds, f"{evidence} Training ends after {taken:.0f} steps.")
+        ends = tr("Training ends after {steps:.0f} steps.", steps=taken)
+        return verdict(holds, f"{evidence} {ends}")
 
     return judge
 

@@ -18,6 +18,7 @@ from batchnorm.lab.experiment import AVX2, Curve, Experiment, Judge, Measured, M
 from batchnorm.lab.rules import Rules
 from batchnorm.lab.train import batches
 from batchnorm.lab.translator import Translator
+from batchnorm.language import marked, tr
 
 ARMS = {"none": "without normalization", "batch_norm": "BN", "layer_norm": "layer norm"}
 BATCH = 64
@@ -78,7 +79,7 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 METRICS = {"right": Metric("sentences right", ".1%")}
 RULES = Rules(ARMS, METRICS)
-SCOPE = (
+SCOPE = marked(
     "The language is a toy, and training is short: 6000 sentences of a regular grammar. On real text Shen et al. found BN significantly "
     "worse than layer norm, which this does not contradict, and longer training evens out the arms."
 )
@@ -89,7 +90,7 @@ def _on_the_toy(judge: Judge) -> Judge:
 
     def judge_within_scope(results: Results) -> Verdict:
         found = judge(results)
-        return Verdict("holds only when", f"{SCOPE} {found.evidence}") if found.answer == "holds" else found
+        return Verdict("holds only when", f"{tr(SCOPE)} {found.evidence}") if found.answer == "holds" else found
 
     return judge_within_scope
 
