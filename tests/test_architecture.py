@@ -47,8 +47,8 @@ ORDER = [
     "lab",
     "bench",
     "report",
-    "diagnostics",
     "learn",
+    "diagnostics",
     "cli",
     "__init__",
     "__main__",
@@ -195,7 +195,7 @@ def test_every_source_has_a_row_in_the_layer_table():
 
 def test_report_knows_only_results():
     """Of the lab and the bench a page needs the results; anything more and a report could not be made from a file."""
-    known = {f"batchnorm.lab.{name}" for name in ("experiment", "result")}
+    known = {f"batchnorm.lab.{name}" for name in ("experiment", "result", "translated")}
     known |= {"batchnorm.bench.row", "batchnorm.bench.targets"}
     for path in (ROOT / "report").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -344,7 +344,7 @@ def test_chinese(tmp_path):
         commands, ["--lang", "zh", "learn", "check", str(file), "--hint"], env={"COLUMNS": "160"}
     )
     assert found.exit_code == 1
-    for told in ("有误: 除以了方差", "第 2 题的提示（1/3）", "下一条提示"):
+    for told in ("有误：除以了方差", "第 2 题的提示（1/3）", "下一条提示"):
         assert told in found.output
 
 

@@ -103,10 +103,9 @@ def _show(found: dict[int, Result]) -> None:
     """A row for each task, and what the learner's code printed."""
     table = Table("", tr("task"), tr("result"), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, result in sorted(found.items()):
-        state = Text(tr(STATES[result.state]), STYLES[result.state])
-        table.add_row(
-            str(number), tr(TASKS[number].title), state.append(f": {result.told}" if result.told else "", "default")
-        )
+        said = Text(result.in_words())
+        said.stylize(STYLES[result.state], 0, len(tr(STATES[result.state])))
+        table.add_row(str(number), tr(TASKS[number].title), said)
     console = Console()
     console.print(table)
     for number, result in sorted(found.items()):

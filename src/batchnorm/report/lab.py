@@ -153,18 +153,12 @@ def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:
     results = outcome.results()
     columns, rows = comparison(experiment, results)
     drawn = ((plot, title, _linked(escape(caption))) for plot, title, caption in drawings(experiment, results))
-    english = {
-        tr("The paper"): experiment.paper,
+    made = {
+        tr("The paper"): experiment.paper or tr("gives no number"),
         tr("Source"): experiment.source,
         tr("Protocol"): experiment.protocol,
         tr("Changed after the first results"): experiment.revised,
     }
-    lang = "" if spoken() == "en" else ' lang="en"'
-    listed = "".join(
-        f"<dt>{name}</dt><dd{lang}>{_linked(escape(text))}</dd>\n" for name, text in english.items() if text
-    )
-    if not experiment.paper:
-        listed = f"<dt>{tr('The paper')}</dt><dd>{tr('gives no number')}</dd>\n{listed}"
     size = tr(
         "{extent}, {seconds:.0f} s of one core on {device}, {date}",
         extent=extent(experiment, outcome),
@@ -172,7 +166,8 @@ def _experiment(experiment: Experiment, outcome: Outcome) -> list[str]:
         device=outcome.device,
         date=outcome.environment["date"],
     )
-    listed += f"<dt>{tr('Size')}</dt><dd>{escape(size)}</dd>\n"
+    made[tr("Size")] = size
+    listed = "".join(f"<dt>{name}</dt><dd>{_linked(escape(text))}</dd>\n" for name, text in made.items() if text)
     return [
         claims,
         figures(drawn, f"{_anchor(experiment)}-"),

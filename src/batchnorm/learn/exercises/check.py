@@ -36,6 +36,11 @@ class Result:
     told: str = ""
     printed: str = ""
 
+    def in_words(self) -> str:
+        """State and what is misunderstood, in a line."""
+        state = tr(STATES[self.state])
+        return tr("{state}: {told}", state=state, told=self.told) if self.told else state
+
 
 def judged(task: Task, namespace: Mapping[str, Any]) -> Result:
     """Check a task on a namespace, such as that of a file."""
@@ -59,8 +64,7 @@ def check(number: int, language: Language = "en") -> None:
     """Check a task in a notebook, on the variables of its cells, and print what was found."""
     with speaking(language):
         result = judged(TASKS[number], sys._getframe(1).f_globals)
-        told = f": {result.told}" if result.told else ""
-        sys.stdout.write(f"{tr(STATES[result.state])}{told}\n")
+        sys.stdout.write(f"{result.in_words()}\n")
 
 
 def loaded(path: Path) -> dict[str, Any]:
