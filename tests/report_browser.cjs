@@ -32,8 +32,17 @@ async function values(page, plot) {
   return { hover, left, first, ...keyboard };
 }
 
+// Texts of pictures that stand out of them, by more than rounding.
+function cut() {
+  const outside = (text) => {
+    const [inner, outer] = [text.getBoundingClientRect(), text.ownerSVGElement.getBoundingClientRect()];
+    return inner.left < outer.left - 2 || inner.right > outer.right + 2;
+  };
+  return [...document.querySelectorAll("figure svg text")].filter(outside).map((text) => text.textContent);
+}
+
 async function look(browser, path) {
-  const met = { messages: [], violations: [], sideways: [], plots: [], without: {} };
+  const met = { messages: [], violations: [], sideways: [], cut: [], plots: [], without: {} };
   for (const [colorScheme, width] of [["light", 1280], ["dark", 390]]) {
     const page = await open(browser, path, { colorScheme, viewport: { width, height: 900 } }, met);
     await page.evaluate(axe);
@@ -41,6 +50,7 @@ async function look(browser, path) {
     const grave = violations.filter(({ impact }) => ["serious", "critical"].includes(impact));
     met.violations.push(...grave.map(({ id, nodes }) => `${id} (${colorScheme}, ${width}): ${nodes[0].html}`));
     met.sideways.push(await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth));
+    met.cut.push(...(await page.evaluate(cut)));
     await page.context().close();
   }
 
@@ -50,7 +60,7 @@ async function look(browser, path) {
   const switches = page.locator(".switches").first();
   const figures = page.locator(".figures").first();
   const displayed = (selector) => figures.locator(selector).evaluateAll((nodes) => nodes.filter((node) => getComputedStyle(node).display !== "none").length);
-  const [arm, seed] = [switches.locator("fieldset").first().locator("input").first(), switches.getByLabel("seed 0")];
+  const [arm, seed] = [switches.locator("fieldset").first().locator("input").first(), switches.getByLabel(/^(seed|种子) 0$/)];
   const lines = '[data-line="plain"]';
   met.arm = { label: await switches.locator("label").first().innerText(), before: await displayed(lines) };
   await arm.uncheck();

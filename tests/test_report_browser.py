@@ -11,6 +11,7 @@ import pytest
 
 from batchnorm.lab import experiments, result
 from batchnorm.lab.experiments import demo
+from batchnorm.language import speaking
 from batchnorm.report.lab import render, render_one
 from tests.test_report import made_up_outcome
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NODE = shutil.which("node")
 MODULES = ROOT / "build" / "browser" / "node_modules"
+PAGES = ("demo", "lab", "chinese")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and NODE and (MODULES / "axe-core").exists()),
     reason="needs Chromium and node, and playwright-core and axe-core: make site-check installs them into build/browser",
@@ -26,20 +28,22 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
-    """What the browser met on a page of the demonstration and on one of the lab."""
+    """What the browser met on a page of the demonstration, on one of the lab, and on a Chinese one of the lab."""
     folder = tmp_path_factory.mktemp("pages")
-    pages = [folder / "demo.html", folder / "lab.html"]
+    pages = [folder / f"{name}.html" for name in PAGES]
     pages[0].write_text(render_one(demo.EXPERIMENT, made_up_outcome()))
     known = [(demo.EXPERIMENT, made_up_outcome())]
     dots = "regularization"
     known.append((experiments.load(dots), result.load(dots, ROOT / "benchmarks" / "results" / "lab")))
     known.append((experiments.load("cost"), None))
     pages[1].write_text(render(known))
+    with speaking("zh"):
+        pages[2].write_text(render(known))
     command = [NODE, ROOT / "tests" / "report_browser.cjs", CHROMIUM, *pages]
     environment = {**os.environ, "NODE_PATH": str(MODULES)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    return dict(zip(("demo", "lab"), json.loads(done.stdout), strict=True))
+    return dict(zip(PAGES, json.loads(done.stdout), strict=True))
 
 
 @pytest.fixture(params=["demo", "lab"])
@@ -47,20 +51,37 @@ def page(met, request):
     return met[request.param]
 
 
-def test_nothing_is_said_on_the_console_and_nothing_loaded(page):
-    assert page["messages"] == []
+@pytest.fixture(params=PAGES)
+def any_page(met, request):
+    return met[request.param]
 
 
-def test_no_serious_violation_of_accessibility(page):
-    assert page["violations"] == []
+def test_nothing_is_said_on_the_console_and_nothing_loaded(any_page):
+    assert any_page["messages"] == []
 
 
-def test_no_page_scrolls_sideways(page):
-    assert page["sideways"] == [0, 0]
+def test_no_serious_violation_of_accessibility(any_page):
+    assert any_page["violations"] == []
+
+
+def test_no_page_scrolls_sideways(any_page):
+    assert any_page["sideways"] == [0, 0]
+
+
+def test_no_label_of_a_figure_is_cut(any_page):
+    assert any_page["cut"] == []
+
+
+def test_a_chinese_page_answers_in_chinese(met):
+    sweep = met["chinese"]["plots"][1]
+    assert sweep["first"] == "学习率 0.01\n不用 BN 0.3\n用 BN 0.98"
+    assert met["chinese"]["seed"]["values"]["first"].count("种子 0: 0.5") == 2
+    for text in ("✓ 成立", "用更少的步数达到 95%", "图 1　学得有多快。", "重现命令"):
+        assert text in met["chinese"]["without"]["text"]
 
 
 def test_every_plot_answers_to_pointer_and_keyboard(met):
-    assert [len(page["plots"]) for page in met.values()] == [3, 4]
+    assert [len(page["plots"]) for page in met.values()] == [3, 4, 4]
     for each in (plot for page in met.values() for plot in page["plots"]):
         assert re.search(r"\d", each["hover"])
         assert each["left"] == ""
