@@ -46,6 +46,7 @@ ORDER = [
     "lab",
     "bench",
     "report",
+    "learn",
     "diagnostics",
     "cli",
     "__init__",

@@ -1,0 +1,89 @@
+"""Assembles the page `learn.html` from the sources of this folder: modules, strings, styles. It loads nothing and works from a disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64encode
+from hashlib import sha256
+from html import escape
+from importlib import resources
+from importlib.resources.abc import Traversable
+from posixpath import dirname, join, normpath
+from typing import Any
+
+LANGUAGES = ("en", "zh")
+_IMPORT = re.compile(r'^import \{([^}]*)\} from "([^"]+)";\n', re.MULTILINE)
+_EXPORT = re.compile(r"^export (?=(?:async )?(?:const|class|function) (\w+))", re.MULTILINE)
+
+
+def render(language: str = "en") -> str:
+    """The page, which opens in a language; it has both."""
+    tables = {each: strings(each) for each in LANGUAGES}
+    frame, code = tables[language]["frame"], script()
+    parts = {
+        "lang": frame["lang"],
+        "language": language,
+        "digest": b64encode(sha256(code.encode()).digest()).decode(),
+        "title": escape(frame["title"]),
+        "css": _source("page.css"),
+        "strings": json.dumps(tables, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "noscript": _without_script(tables[language]),
+        "script": code,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], _source("page.html"))
+
+
+def strings(language: str) -> dict[str, dict[str, str]]:
+    """The strings of a language by part of the page (`frame`, or the id of a panel) and key."""
+    return json.loads(_source(f"strings/{language}.json"))
+
+
+def panels() -> list[str]:
+    """The ids of the panels, in their order."""
+    return [path.rsplit("/", 1)[-1].removesuffix(".mjs") for _, path in _IMPORT.findall(_source("panels/index.mjs"))]
+
+
+def script() -> str:
+    """All modules as one script. Each is a function with its own names, called in the order in which they import each other."""
+    done = dict[str, str]()
+    _collect("main.mjs", done)
+    return "\n".join(['"use strict";', "const modules = {};", *done.values()])
+
+
+def _collect(path: str, done: dict[str, str]) -> None:
+    """Add a module, after those that it imports."""
+    text = _source(path)
+    for _, target in _IMPORT.findall(text):
+        there = normpath(join(dirname(path), target))
+        if there not in done:
+            _collect(there, done)
+
+    def imported(line: re.Match[str]) -> str:
+        names = line[1].replace(" as ", ": ").strip()
+        return f'const {{ {names} }} = modules["{normpath(join(dirname(path), line[2]))}"];\n'
+
+    exported = ", ".join(_EXPORT.findall(text))
+    body = _EXPORT.sub("", _IMPORT.sub(imported, text))
+    done[path] = f'modules["{path}"] = (() => {{\n{body}return {{ {exported} }};\n}})();'
+
+
+def _without_script(table: dict[str, dict[str, str]]) -> str:
+    """What readers without JavaScript get: the question and the sentence to keep of each panel."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[`*]", "", escape(text))
+
+    def section(place: int, panel: dict[str, Any]) -> str:
+        return (
+            f"<h2>{place}. {plain(panel['title'])}</h2>\n<p>{plain(panel['guess'])}</p>\n<p>{plain(panel['keep'])}</p>"
+        )
+
+    frame = table["frame"]
+    sections = [section(place, table[panel]) for place, panel in enumerate(panels(), start=1)]
+    return "\n".join([f"<h1>{escape(frame['title'])}</h1>", f"<p>{escape(frame['noscript'])}</p>", *sections])
+
+
+def _source(path: str) -> str:
+    folder: Traversable = resources.files("batchnorm.learn")
+    return folder.joinpath(*path.split("/")).read_text(encoding="utf-8")
