@@ -8,6 +8,9 @@ export const TASK = { classes: 3, points: 600, turns: 0.75, noise: 0.1, hidden: 
 
 const SIZES = [2, TASK.hidden, TASK.hidden, TASK.classes];
 
+// The learning rates of a sweep, half a power of ten apart: those of the panel's slider.
+export const RATES = [-3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1].map((exponent) => Number((10 ** exponent).toPrecision(3)));
+
 // Points on the arms of a spiral, standardized: `points` (rows x 2) and `labels`.
 export function spiral(seed, rows = TASK.points) {
   const [along, noise] = [uniform(seed), normal(seed + 1)];
@@ -30,6 +33,13 @@ function standardized(values) {
 
 // The points to learn from, those to be tested with, and the batches of a seed: both arms get the same.
 export function task(seed) {
+  if (last.seed !== seed) last = { seed, ...prepared(seed) };
+  return last;
+}
+
+let last = {};
+
+function prepared(seed) {
   const [data, test] = [spiral(4 * seed), spiral(4 * seed + 2)];
   const next = uniform(1000 + seed);
   const batches = [];

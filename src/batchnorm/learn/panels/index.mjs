@@ -1,5 +1,6 @@
 // The panels in the order in which they are read.
 
 import { numbers } from "./numbers.mjs";
+import { train } from "./train.mjs";
 
-export const PANELS = [numbers];
+export const PANELS = [numbers, train];
