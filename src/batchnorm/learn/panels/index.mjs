@@ -1,5 +1,10 @@
 // The panels in the order in which they are read.
 
+import { axes } from "./axes.mjs";
+import { modes } from "./modes.mjs";
+import { neighbors } from "./neighbors.mjs";
 import { numbers } from "./numbers.mjs";
+import { paths } from "./paths.mjs";
+import { undo } from "./undo.mjs";
 
-export const PANELS = [numbers];
+export const PANELS = [numbers, undo, axes, neighbors, paths, modes];
