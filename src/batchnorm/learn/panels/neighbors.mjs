@@ -61,9 +61,9 @@ const batchKey = ({ t }) => legend([[COLORS.plain, t("key.mine")], [COLORS.green
 function batchPicture(state, { t, number, width }) {
   const values = batch(state);
   const { output, mean: mu } = forward(values, 1, 0, EPS);
-  const x = { domain: [-5.2, 5.2], label: "" };
-  const above = new Chart({ width, height: 205, label: t("batch"), x: x, y: { domain: [0, 1] }, margin: { bottom: 150 } });
-  const below = new Chart({ width, height: 205, label: "", x: { ...x, label: t("axis.out") }, y: { domain: [0, 1] } });
+  const x = { domain: [-5.2, 5.2], label: t("axis.out") };
+  const above = new Chart({ width, height: 205, label: t("batch"), x: { ...x, label: "", ticks: [] }, y: { domain: [0, 1] }, margin: { bottom: 150 } });
+  const below = new Chart({ width, height: 205, label: "", x, y: { domain: [0, 1] } });
   above.add(...[...below.svg.childNodes].filter(({ nodeName }) => nodeName !== "clipPath"));
   above.add(make("svg:line", { x1: above.x(mu), x2: below.x(0), y1: above.bottom, y2: below.bottom, stroke: COLORS.muted, "stroke-dasharray": "3 3" }));
   const color = (i) => [COLORS.plain, COLORS.green][i] ?? COLORS.muted;

@@ -87,7 +87,7 @@ function graph(state, { t, width }) {
   arrow("xhat", "x", "direct");
   arrow("xhat", "variance", "variance", 6);
   arrow("variance", "x", "variance", 6);
-  arrow("xhat", "mean", "mean", 30);
+  arrow("xhat", "mean", "mean", -34);
   arrow("mean", "x", "mean", 16);
   for (const [name, text] of [["x", "x"], ["xhat", "x̂"], ["y", "y"], ["L", "L"], ["variance", "σ²"], ["mean", "µ"]]) {
     const [cx, cy] = place(name);
@@ -101,7 +101,7 @@ const barsKey = ({ t }) => legend([...PATHS.map((path) => [COLOR[path], `${LETTE
 function bars(state, found, { t, number, width }) {
   const all = [...PATHS.flatMap((path) => found.by[path]), ...found.numerical, ...found.chosen].map(Math.abs);
   const most = Math.max(...all, 1e-9) * 1.15;
-  const chart = new Chart({ width, height: 240, label: t("bars"), x: { domain: [0.4, 4.6], label: "i", ticks: [1, 2, 3, 4] }, y: { domain: [-most, most], label: "dL/dxᵢ" }, margin: { left: 62 } });
+  const chart = new Chart({ width, height: 240, label: t("bars"), x: { domain: [0.4, 4.6], label: t("axis.input"), ticks: [1, 2, 3, 4] }, y: { domain: [-most, most], label: "dL/dxᵢ" }, margin: { left: 62 } });
   found.x.forEach((_, i) => {
     PATHS.forEach((path, place) => {
       const height = found.by[path][i];
