@@ -36,15 +36,19 @@ CURVES = {"smoothness": {"course": ("plain", "batch_norm", "noisy")}}
 def recorded() -> str:
     """The module's text."""
     results = {name: json.loads((RESULTS / "lab" / f"{name}.json").read_text()) for name in VALUES}
+    broken = json.loads((RESULTS / "learn" / "broken_layer.json").read_text())
     data = {
         "values": {name: _values(results[name], metrics) for name, metrics in VALUES.items()},
         "curves": {name: _curves(results[name], curves) for name, curves in CURVES.items()},
         "made": {name: _made(result) for name, result in results.items()},
+        "broken": broken["trials"],
+        "broken_made": {name: broken["environment"][name] for name in ("command", "date", "torch")},
     }
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in data.items())
     return (
         "// Made by scripts/learn_data.py from benchmarks/results/: do not edit it.\n\n"
         "// `values` by experiment, metric and arm, and `curves` of points, both one entry a seed; `made` says by what, and when.\n"
+        "// `broken` are outcomes by trial and mended defects (defects.mjs).\n"
         f"export const RECORDED = {{\n{lines},\n}};\n"
     )
 

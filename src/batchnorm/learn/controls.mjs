@@ -1,6 +1,6 @@
 // What a reader can move. The first half declares controls, for panels; the second makes real inputs of them.
 
-import { make } from "./dom.mjs";
+import { make, rich } from "./dom.mjs";
 import { number } from "./format.mjs";
 
 // A slider. With `log` it moves through powers of ten, and `step` is of the exponent.
@@ -70,7 +70,7 @@ function buildRadios(control, { id, t, change }) {
 
 function buildToggle(control, { t, change }) {
   const input = make("input", { type: "checkbox", "data-control": control.name, change: () => change({ [control.name]: input.checked }) });
-  const element = make("label", { class: "toggle" }, input, make("span", {}, t(control.name)));
+  const element = make("label", { class: "toggle" }, input, make("span", {}, ...rich(t(control.name))));
   return { element, show: (state) => (input.checked = state[control.name]) };
 }
 
@@ -105,7 +105,7 @@ function buildFile(control, { id, frame, load, problem, diagnosis }) {
   const note = make("p", { class: "file-note", role: "status" });
   const element = make("div", { class: "file" }, make("label", { for: name }, frame("diagnosis")), input, note);
   const show = () => {
-    note.textContent = problem() || (diagnosis() ? frame("diagnosis.loaded", { layers: Object.keys(diagnosis().layers).length, findings: diagnosis().findings.length }) : frame("diagnosis.how"));
+    note.replaceChildren(...rich(problem() || (diagnosis() ? frame("diagnosis.loaded", { layers: Object.keys(diagnosis().layers).length, findings: diagnosis().findings.length }) : frame("diagnosis.how"))));
     note.classList.toggle("problem", Boolean(problem()));
   };
   return { element, show };

@@ -20,5 +20,11 @@ export function readDiagnosis(text) {
   return { diagnosis: { ...data, findings, layers } };
 }
 
+// The panel that explains a finding: that of the longest beginning of its code in the table.
+export function panelOf(code, findings) {
+  const beginning = Object.keys(findings).filter((each) => code.startsWith(each)).sort((a, b) => b.length - a.length)[0];
+  return findings[beginning];
+}
+
 const isTable = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 const numbers = (row) => Object.fromEntries(Object.entries(row).map(([name, value]) => [name, Object.hasOwn(NOT_FINITE, value) ? NOT_FINITE[value] : value]));

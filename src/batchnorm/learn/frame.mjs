@@ -10,15 +10,15 @@
 //   check     { options, answer } of the question after
 //
 // `state` has the controls' values by name. `tools` has t(key, values) for the panel's strings, number and list of format.mjs, width and
-// half in pixels for charts (plot.mjs), figure, diagnosis (null, or { findings, layers, ... } of diagnosis.mjs), and redraw(), for results that
-// come later. Elements of figures answer to the pointer by attributes (pointer.mjs). The panel's mathematics is in modules that touch no
+// half in pixels for charts (plot.mjs), figure, diagnosis (null, or { findings, layers, ... } of diagnosis.mjs; own.mjs shows it), panelOf(code)
+// for findings, frame(key) for strings of the frame, and redraw(), for results that come later. Elements of figures answer to the pointer by attributes (pointer.mjs). The panel's mathematics is in modules that touch no
 // document, so that tests run them under node.
 //
 // Strings of a panel: where (in the tutorial), title, intro, guess, guess.OPTION and guess.because, see (a line a paragraph), keep, check,
 // check.OPTION and check.because, a label for each control (NAME; NAME.OPTION for a choice; NAME.stop for play), and what draw and
 // describe ask for, with literal keys: t("key").
 
-import { readDiagnosis } from "./diagnosis.mjs";
+import { panelOf, readDiagnosis } from "./diagnosis.mjs";
 import { make, rich } from "./dom.mjs";
 import { translator } from "./format.mjs";
 import { PanelView } from "./panel.mjs";
@@ -28,9 +28,10 @@ import { decode, encode } from "./state.mjs";
 const PATIENCE = 250; // milliseconds without a change until the address is written
 
 export class Frame {
-  // `tables` are the strings by language.
-  constructor(panels, tables) {
+  // `data` are the strings by language, and the panels that explain findings of `diagnose`, by the code or its beginning.
+  constructor(panels, { strings: tables, findings }) {
     Object.assign(this, { panels, tables, diagnosis: null, problem: "", waiting: new Set(), timer: 0 });
+    this.panelOf = (code) => panelOf(code, findings);
     this.state = decode(location.hash, panels);
     this.build();
     this.jump();

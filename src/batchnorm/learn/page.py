@@ -27,7 +27,7 @@ def render(language: str = "en") -> str:
         "digest": b64encode(sha256(code.encode()).digest()).decode(),
         "title": escape(frame["title"]),
         "css": _source("page.css"),
-        "strings": json.dumps(tables, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "data": _json({"strings": tables, "findings": findings()}),
         "noscript": _without_script(tables[language]),
         "script": code,
     }
@@ -39,9 +39,22 @@ def strings(language: str) -> dict[str, dict[str, str]]:
     return json.loads(_source(f"strings/{language}.json"))
 
 
+def findings() -> dict[str, str]:
+    """The panel that explains a finding of `diagnose`, by the code of its rule or a beginning of codes; the longest counts."""
+    return json.loads(_source("findings.json"))
+
+
+def panel_of(code: str) -> str:
+    """The panel that explains a finding with this code."""
+    table = findings()
+    return table[max((each for each in table if code.startswith(each)), key=len)]
+
+
 def panels() -> list[str]:
     """The ids of the panels, in their order."""
-    return [path.rsplit("/", 1)[-1].removesuffix(".mjs") for _, path in _IMPORT.findall(_source("panels/index.mjs"))]
+    listed = re.search(r"PANELS = \[([^\]]*)\]", _source("panels/index.mjs"))
+    assert listed is not None
+    return re.findall(r"\w+", listed[1])
 
 
 def script() -> str:
@@ -82,6 +95,11 @@ def _without_script(table: dict[str, dict[str, str]]) -> str:
     frame = table["frame"]
     sections = [section(place, table[panel]) for place, panel in enumerate(panels(), start=1)]
     return "\n".join([f"<h1>{escape(frame['title'])}</h1>", f"<p>{escape(frame['noscript'])}</p>", *sections])
+
+
+def _json(data: Any) -> str:
+    """JSON that is safe within a `<script>` element."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _source(path: str) -> str:

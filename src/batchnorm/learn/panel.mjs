@@ -14,7 +14,7 @@ export class PanelView {
   constructor(definition, place, page) {
     Object.assign(this, { definition, page, id: definition.id });
     this.t = translator(page.strings, definition.id);
-    const frame = translator(page.strings, "frame");
+    const frame = (this.frame = translator(page.strings, "frame"));
     const context = {
       id: this.id, t: this.t, frame, controls: definition.controls, change: (values) => page.change(this, values), state: () => this.state,
       load: (file) => page.load(file), problem: () => page.problem && frame(`diagnosis.${page.problem}`), diagnosis: () => page.diagnosis,
@@ -48,7 +48,7 @@ export class PanelView {
   get tools() {
     const width = Math.floor(this.figures.clientWidth) || 640;
     const half = width < NARROW ? width : Math.floor((width - GAP) / 2);
-    return { t: this.t, number, list, width, half, figure, diagnosis: this.page.diagnosis, redraw: () => this.page.redraw(this) };
+    return { t: this.t, frame: this.frame, number, list, width, half, figure, diagnosis: this.page.diagnosis, panelOf: this.page.panelOf, redraw: () => this.page.redraw(this) };
   }
 
   // Shows the state everywhere.

@@ -5,6 +5,7 @@ import { make } from "../dom.mjs";
 import { forward, histogram, mean, variance } from "../mathematics.mjs";
 import { Chart, COLORS, legend } from "../plot.mjs";
 import { normal, several, uniform } from "../random.mjs";
+import { table } from "../table.mjs";
 
 const TUTORIAL = { values: [0.8, 1.2, 0.9, 1.1], gamma: 0.5, beta: 2, divisor: 0.1 }; // its divisor is wrong: √0.025 is 0.158
 const SHAPES = {
@@ -27,7 +28,7 @@ export const numbers = {
     const step = steps(state);
     return [
       tools.figure(tools.t("map"), [mapKey(state, tools), map(state, step, tools)]),
-      tools.figure(tools.t("steps"), [table(state, step, tools)]),
+      tools.figure(tools.t("steps"), [stepTable(state, step, tools), make("p", { class: "formula" }, `µ = ${tools.number(step.mean)},  σ² = ${tools.number(step.variance)},  √(σ² + ε) = ${tools.number(step.std)}`)]),
       ...shapes(state, tools),
     ];
   },
@@ -85,18 +86,14 @@ function map(state, step, { t, number, width }) {
   return chart.svg;
 }
 
-function table(state, step, { t, number }) {
+function stepTable(state, step, { t, number }) {
   const columns = [
     ["x", step.values], ["x − µ", step.deviations], ["(x − µ)²", step.deviations.map((value) => value * value)], ["x̂", step.normalized], ["y = 0.5 x̂ + 2", step.output],
     ...(state.overlay ? [[t("column.tutorial"), wrong(step)]] : []),
   ];
-  const row = (cells, name) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, cell)));
-  const head = make("tr", {}, make("th", { scope: "col" }, "i"), ...columns.map(([name]) => make("th", { scope: "col" }, name)));
-  const body = step.values.map((_, i) => row(columns.map(([, values]) => number(values[i], 4)), String(i + 1)));
-  const last = columns.map(([, values]) => number(mean(values), 4));
-  return make("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": t("steps") },
-    make("table", {}, make("thead", {}, head), make("tbody", {}, ...body), make("tfoot", {}, row(last, t("row.mean")))),
-    make("p", { class: "formula" }, `µ = ${number(step.mean)},  σ² = ${number(step.variance)},  √(σ² + ε) = ${number(step.std)}`));
+  const rows = step.values.map((_, i) => [String(i + 1), ...columns.map(([, values]) => number(values[i]))]);
+  const means = [t("row.mean"), ...columns.map(([, values]) => number(mean(values)))];
+  return table(t("steps"), ["i", ...columns.map(([name]) => name)], rows, [means]);
 }
 
 function shapes(state, { t, half, figure }) {
