@@ -36,7 +36,7 @@ export function listing(mended, comments = COMMENTS) {
   const dims = either("axes", "dim=0", "dim=dims");
   const shaped = (name) => (has("axes") ? `${name}.view(shape)` : name);
   add("        if self.training:");
-  if (has("single") || has("unbiased")) add("            m = x.numel() // self.num_features  # values per channel", "single", "unbiased");
+  if (has("single") || has("unbiased")) add("            m = x.numel() // self.num_features  # values per channel", ...["single", "unbiased"].filter(has));
   if (has("single")) {
     add("            if m == 1:", "single");
     add('                raise ValueError("one value per channel has no variance: train with more")', "single");
@@ -45,8 +45,9 @@ export function listing(mended, comments = COMMENTS) {
   add(`            var = torch.var(x, ${dims}, unbiased=False)`, ...(has("axes") ? ["axes"] : []));
   const detached = (name) => (has("detach") ? `${name}.detach()` : name);
   const variance = has("unbiased") ? `${detached("var")} * m / (m - 1)` : detached("var");
-  add(`            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * ${detached("mean")}`, "detach");
-  add(`            self.running_var = (1 - self.momentum) * self.running_var + self.momentum * ${variance}`, "detach", "unbiased");
+  add("            old, new = 1 - self.momentum, self.momentum");
+  add(`            self.running_mean = old * self.running_mean + new * ${detached("mean")}`, "detach");
+  add(`            self.running_var = old * self.running_var + new * ${variance}`, "detach", "unbiased");
   add("        else:");
   add("            mean, var = self.running_mean, self.running_var");
   add(`        x_hat = (x - ${shaped("mean")}) / torch.sqrt(${shaped("var")} + self.eps)`, "axes");

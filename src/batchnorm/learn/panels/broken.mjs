@@ -25,7 +25,7 @@ export const broken = {
     const { t } = tools;
     const [whole, left] = [DEFECTS.filter((defect) => state[defect]), DEFECTS.filter((defect) => !state[defect])];
     const names = (defects) => defects.map((defect) => t(defect)).join("; ");
-    const wrong = Object.keys(TRIALS).filter((trial) => !right(trial, state)).map((trial) => `${t(`trial.${trial}`)}: ${happens(trial, state, tools)}`);
+    const wrong = Object.keys(TRIALS).filter((trial) => !right(trial, state)).map((trial) => t("words.trial", { trial: t(`trial.${trial}`), happens: happens(trial, state, tools) }));
     return [
       whole.length ? t("words.mended", { names: names(whole) }) : t("words.none"),
       left.length ? t("words.left", { names: names(left) }) : t("words.all"),

@@ -10,5 +10,6 @@ import { paths } from "./paths.mjs";
 import { shift } from "./shift.mjs";
 import { train } from "./train.mjs";
 import { undo } from "./undo.mjs";
+import { where } from "./where.mjs";
 
-export const PANELS = [numbers, undo, axes, neighbors, paths, modes, train, deep, shift, broken];
+export const PANELS = [numbers, undo, axes, neighbors, paths, modes, train, deep, shift, broken, where];

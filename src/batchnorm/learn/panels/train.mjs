@@ -130,21 +130,25 @@ function norms(state, arms, { t, number }) {
 const found = new Map();
 const nameOf = (rate, seed, arm) => `${rate} ${seed} ${arm}`;
 let computing = false;
+let tell = () => {}; // draws the panel that is on the page now
 
-function compute(state, arms, redraw) {
-  const missing = RATES.flatMap((rate) => arms.map((arm) => [rate, arm])).find(([rate, arm]) => !found.has(nameOf(rate, state.seed, arm)));
-  if (!missing || computing) return;
-  const [rate, arm] = missing;
+const missing = (state, arms) => RATES.flatMap((rate) => arms.map((arm) => [rate, arm])).filter(([rate, arm]) => !found.has(nameOf(rate, state.seed, arm)));
+
+function compute(state, arms) {
+  const [next] = missing(state, arms);
+  if (!next || computing) return;
+  const [rate, arm] = next;
   computing = true;
   setTimeout(() => {
     found.set(nameOf(rate, state.seed, arm), stepsToTarget(learn({ rate, seed: state.seed, normalized: arm === "bn" })));
     computing = false;
-    redraw();
+    tell();
   });
 }
 
 function sweep(state, arms, { t, width, number, redraw }) {
-  compute(state, arms, redraw);
+  tell = redraw;
+  compute(state, arms);
   const chart = new Chart({ width, height: 220, label: t("steps"), x: { domain: [0.0007, 14], log: true, label: t("axis.rate") }, y: { domain: [0, TASK.steps * 1.12], label: t("axis.steps") } });
   chart.rule("y", TASK.steps, { text: t("never") });
   for (const arm of arms) {
@@ -152,13 +156,14 @@ function sweep(state, arms, { t, width, number, redraw }) {
     chart.line(points.map(([rate, steps]) => [rate, steps ?? NaN]), { color: COLOR[arm] });
     chart.dots(points.filter(([, steps]) => steps !== undefined).map(([rate, steps]) => [rate, steps ?? TASK.steps * (arm === "bn" ? 1.03 : 1.07), `${t("axis.rate")} ${number(rate)}, ${t(`shown.${arm}`)}: ${steps ?? t("never")}`]), { color: COLOR[arm] });
   }
+  if (missing(state, arms).length) chart.svg.setAttribute("aria-busy", "true");
   return chart.svg;
 }
 
 function swept(state, { t, number }) {
   const arms = shown(state);
-  const done = RATES.flatMap((rate) => arms.filter((arm) => found.has(nameOf(rate, state.seed, arm)))).length;
   const all = RATES.length * arms.length;
-  const told = (arm) => RATES.filter((rate) => found.has(nameOf(rate, state.seed, arm))).map((rate) => `${number(rate)}: ${found.get(nameOf(rate, state.seed, arm)) ?? t("never")}`).join("; ");
+  const done = all - missing(state, arms).length;
+  const told = (arm) => RATES.filter((rate) => found.has(nameOf(rate, state.seed, arm))).map((rate) => `${number(rate)}: ${found.get(nameOf(rate, state.seed, arm)) ?? "–"}`).join("; ");
   return [done < all ? t("words.progress", { done: String(done), all: String(all) }) : "", ...arms.map((arm) => t("words.sweep", { arm: t(`shown.${arm}`), told: told(arm) }))].join(" ");
 }
