@@ -221,7 +221,7 @@ def main() -> None:
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
         return json.loads(found.stdout)
 
-    rows = {trial: {"+".join(mended): fresh(trial, mended) for mended in outcomes(trial)} for trial in TRIALS}
+    rows = {trial: {"-".join(mended): fresh(trial, mended) for mended in outcomes(trial)} for trial in TRIALS}
     made = {"command": "python -m scripts.broken_layer", "date": datetime.now(UTC).date().isoformat(), **versions()}
     RESULT.parent.mkdir(exist_ok=True)
     write(RESULT, to_json({"environment": made, "trials": rows}))

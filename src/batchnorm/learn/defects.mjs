@@ -73,7 +73,7 @@ export function listing(mended, comments = COMMENTS) {
 
 export const source = (mended) => listing(mended).map(({ text }) => `${text}\n`).join("");
 
-// What is tried, and the defects on which its outcome depends. Recorded outcomes are by the mended ones of these, joined by "+".
+// What is tried, and the defects on which its outcome depends. Recorded outcomes are by the mended ones of these, joined by "-".
 export const TRIALS = {
   state_dict: ["buffers"],
   double: ["buffers"],
@@ -90,4 +90,4 @@ export const TRIALS = {
 };
 
 // The name of the outcome of a trial: "" if nothing that matters is mended.
-export const outcome = (trial, mended) => TRIALS[trial].filter((defect) => mended.has(defect)).join("+");
+export const outcome = (trial, mended) => TRIALS[trial].filter((defect) => mended.has(defect)).join("-");

@@ -41,12 +41,13 @@ const mended = (state) => new Set(DEFECTS.filter((defect) => state[defect]));
 const right = (trial, state) => state[TRIALS[trial][0]];
 
 function happens(trial, state, { t, number }) {
-  const name = outcome(trial, mended(state));
-  const recorded = RECORDED.broken[trial][name];
+  const whole = outcome(trial, mended(state));
+  const name = whole || "broken";
+  const recorded = RECORDED.broken[trial][whole];
   const told = (value) => (Array.isArray(value) ? value.map(told).join(", ") : typeof value === "number" ? number(value, 3) : String(value));
   const values = Object.fromEntries(Object.entries(recorded).map(([key, value]) => [key, told(value)]));
   if (trial === "memory") values.grown = number(recorded.megabytes.at(-1), 2);
-  return t(`trial.${trial}.${name || "broken"}`, values);
+  return t(`trial.${trial}.${name}`, values);
 }
 
 function code(state, { t }) {
