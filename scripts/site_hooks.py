@@ -39,7 +39,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:  # no
 
     def link(panel: re.Match[str]) -> str:
         fragment = f"#{panel[1]}" if panel[1] else ""
-        return f'<a class="open-panel" href="{TOUCH}{fragment}">{OPEN[language]}</a>'
+        return f'<a href="{TOUCH}{fragment}">{OPEN[language]}</a>'
 
     return PANEL.sub(link, html)
 
