@@ -1,11 +1,16 @@
-"""What the theme's pages would ask of other hosts, or say on the console from a disk, is taken out of them (a hook in mkdocs.yml)."""
+"""Hooks of mkdocs.yml: what the theme's pages would ask of other hosts, or say on the console from a disk, is taken out of them, and the
+page of `batchnorm learn` comes into the site.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
+
+from batchnorm.learn.page import render
 
 CHANGES = (
     # The theme asks GitHub for the number of stars.
@@ -18,6 +23,25 @@ CHANGES = (
 BREAKS = re.compile(r'(?<=[\w)])([._=(,/]+)(?=[\w"&])')  # where a name in a narrow table may go on in the next line
 CELL_CODE = re.compile(r"(<code>)([^<]*)(?=</code>)")
 SEARCH = {"en": "Search", "zh": "搜索"}
+PANEL = re.compile(r"<!-- panel: (\w*) -->")
+OPEN = {"en": "Open it here", "zh": "在这里打开"}
+TOUCH = "touch.html"
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001  # mkdocs passes names
+    """Write the interactive page beside docs/learn.md, and link its panels."""
+    if not PANEL.search(html):
+        return html
+    language = config.theme["language"]
+    target = Path(config.site_dir, page.file.dest_uri).with_name(TOUCH)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(language), encoding="utf-8")
+
+    def link(panel: re.Match[str]) -> str:
+        fragment = f"#{panel[1]}" if panel[1] else ""
+        return f'<a href="{TOUCH}{fragment}">{OPEN[language]}</a>'
+
+    return PANEL.sub(link, html)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import batchnorm as bn
 from batchnorm import learn, reference
+from batchnorm.cli import commands
 from batchnorm.diagnostics import RULES
+from batchnorm.diagnostics.finding import Finding
 from batchnorm.learn import page
+from tests.test_docs import anchors, script
 
 ROOT = Path(learn.__file__).parent
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.rglob("*.mjs"))}
@@ -370,3 +374,77 @@ def round_trip(fragment: str) -> list[str]:
     done = subprocess.run([NODE, "--input-type=module", "-e", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [done.stdout.strip()]
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, monkeypatch, tmp_path):
+        for name in ("BATCHNORM_LANG", "LC_ALL", "LANG"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.chdir(tmp_path)
+        self.opened = []
+        monkeypatch.setattr("webbrowser.open", lambda address: self.opened.append(address) or True)
+
+    def run(self, *arguments: str):
+        return CliRunner().invoke(commands, ["learn", *arguments])
+
+    def test_it_writes_the_page_and_opens_it(self, tmp_path):
+        for _ in range(2):  # again: what it writes by itself is nobody's work
+            result = self.run()
+            assert (result.exit_code, result.stdout) == (0, "Wrote runs/learn/learn.html.\n")
+        written = tmp_path / "runs" / "learn" / "learn.html"
+        assert written.read_text(encoding="utf-8") == page.render("en")
+        assert self.opened == [written.as_uri()] * 2
+
+    def test_it_opens_at_a_panel(self):
+        assert self.run("--panel", "modes").exit_code == 0
+        assert self.opened[0].endswith("/learn.html#panel=modes")
+        assert "'gone' is not one of" in self.run("--panel", "gone").stderr
+
+    def test_without_a_browser_it_says_so(self, monkeypatch):
+        monkeypatch.setattr("webbrowser.open", lambda address: False)
+        result = self.run()
+        assert result.exit_code == 0
+        assert "No browser was found" in result.stdout
+
+    def test_a_file_of_yours_is_not_overwritten(self, tmp_path):
+        (tmp_path / "mine.html").write_text("mine")
+        result = self.run("--no-open", "--out", "mine.html")
+        assert result.exit_code == 2
+        assert "--force" in result.stderr
+        assert (tmp_path / "mine.html").read_text() == "mine"
+        assert self.run("--no-open", "--out", "mine.html", "--force").exit_code == 0
+        assert (tmp_path / "mine.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+        assert self.opened == []
+
+    @pytest.mark.parametrize(
+        ("environment", "language"),
+        [
+            ({}, "en"),
+            ({"LANG": "zh_CN.UTF-8"}, "zh"),
+            ({"LANG": "de_DE.UTF-8"}, "en"),
+            ({"BATCHNORM_LANG": "zh", "LANG": "en_US.UTF-8"}, "zh"),
+            ({"BATCHNORM_LANG": "en", "LC_ALL": "zh_CN.UTF-8"}, "en"),
+        ],
+    )
+    def test_the_language_is_the_readers(self, monkeypatch, tmp_path, environment, language):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert self.run("--no-open").exit_code == 0
+        assert f'data-language="{language}"' in (tmp_path / "runs/learn/learn.html").read_text(encoding="utf-8")
+        assert self.run("--no-open", "--lang", "zh").exit_code == 0
+        assert 'data-language="zh"' in (tmp_path / "runs/learn/learn.html").read_text(encoding="utf-8")
+
+
+class TestDocumentation:
+    def test_the_pages_have_the_panels_as_they_are(self):
+        """Make them again with: python scripts/learn_page.py"""
+        module = script("scripts/learn_page.py")
+        for language, path in module.PAGES.items():
+            assert path.read_text() == module.page(path.read_text(), language)
+
+    def test_each_finding_links_to_the_section_on_its_panel(self):
+        known = anchors(Path(__file__).parent.parent / "docs" / "learn.md")
+        for rule in RULES:
+            finding = Finding(rule.code, "note", (), {}, "", "", "", rule.url)
+            assert finding.learn.partition("#")[2] in known

@@ -45,7 +45,7 @@ def broken(site: Path) -> list[str]:
             if parts.scheme in ("http", "https"):
                 fits = PLACE.match(link) is not None
             elif parts.scheme:
-                fits = parts.scheme in ("mailto", "javascript")
+                fits = parts.scheme in ("data", "mailto", "javascript")
             else:
                 target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
                 anchors = pages[target].anchors if target in pages else {""}

@@ -5,7 +5,7 @@
 //   id        names its file, its strings (strings/*.json), its values in the address and its anchor
 //   controls  what can be moved, from controls.mjs: range, choice, toggle, button, play, diagnosisFile. Controls with a value are the state
 //   draw      (state, tools) => figures, each from tools.figure(caption, [elements], { half })
-//   describe  (state, tools) => the same in words and numbers; it must follow every control
+//   describe  (state, tools) => the same in words and numbers, a list of sentences; it must follow every control
 //   guess     { options, answer } of the question before; "unsure" may be an option
 //   check     { options, answer } of the question after
 //

@@ -27,11 +27,12 @@ export function ownModel(tools, panel) {
   ];
 }
 
+// Sentences about it; none without a diagnosis.
 export function ownWords(tools, panel) {
   const { diagnosis, number, frame: t } = tools;
-  if (!diagnosis) return "";
+  if (!diagnosis) return [];
   const [[name, { drift }] = ["", {}]] = worstFirst(diagnosis.layers);
   const codes = explained(tools, panel).map(({ code }) => code).join(", ") || t("own.no-code");
   const layers = t("own.words", { layers: String(Object.keys(diagnosis.layers).length), codes });
-  return drift === undefined ? layers : `${layers} ${t("own.worst", { layer: named(name, t), drift: number(drift, 3) })}`;
+  return [layers, ...(drift === undefined ? [] : [t("own.worst", { layer: named(name, t), drift: number(drift, 3) })])];
 }

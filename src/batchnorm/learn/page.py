@@ -13,6 +13,7 @@ from posixpath import dirname, join, normpath
 from typing import Any
 
 LANGUAGES = ("en", "zh")
+_DOCS = "https://github.com/batchnorm/batchnorm/blob/main/docs/learn.md"
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "([^"]+)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:const|class|function) (\w+))", re.MULTILINE)
 
@@ -48,6 +49,16 @@ def panel_of(code: str) -> str:
     """The panel that explains a finding with this code."""
     table = findings()
     return table[max((each for each in table if code.startswith(each)), key=len)]
+
+
+def panel_url(code: str) -> str:
+    """The section of the documentation on the panel that explains a finding with this code."""
+    return f"{_DOCS}#{anchor(strings('en')[panel_of(code)]['title'])}"
+
+
+def anchor(heading: str) -> str:
+    """What a heading of the documentation is called in a link."""
+    return re.sub(r"\W+", "-", heading.lower()).strip("-")
 
 
 def panels() -> list[str]:
@@ -87,13 +98,15 @@ def _without_script(table: dict[str, dict[str, str]]) -> str:
     def plain(text: str) -> str:
         return re.sub(r"[`*]", "", escape(text))
 
-    def section(place: int, panel: dict[str, Any]) -> str:
-        return (
+    def section(place: int, name: str) -> str:
+        panel = table[name]
+        text = (
             f"<h2>{place}. {plain(panel['title'])}</h2>\n<p>{plain(panel['guess'])}</p>\n<p>{plain(panel['keep'])}</p>"
         )
+        return f'<section id="{name}">\n{text}\n</section>'
 
     frame = table["frame"]
-    sections = [section(place, table[panel]) for place, panel in enumerate(panels(), start=1)]
+    sections = [section(place, name) for place, name in enumerate(panels(), start=1)]
     return "\n".join([f"<h1>{escape(frame['title'])}</h1>", f"<p>{escape(frame['noscript'])}</p>", *sections])
 
 

@@ -66,7 +66,7 @@ export class PanelView {
   draw() {
     const { tools, state } = this;
     this.figures.replaceChildren(...this.definition.draw(state, tools));
-    const words = this.definition.describe(state, tools);
+    const words = [this.definition.describe(state, tools)].flat().filter(Boolean).join(this.frame("between"));
     if (this.words.dataset.words !== words) this.words.replaceChildren(...rich((this.words.dataset.words = words)));
   }
 }

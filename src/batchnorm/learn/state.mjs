@@ -1,5 +1,5 @@
 // The values of all controls as the fragment of the page's address, so that a link shows the same. Only what differs from its default is
-// written: #panel=modes&lang=zh&modes.momentum=0.3
+// written: #panel=modes&lang=zh&modes.momentum=0.3. The name of a panel alone leads to it too: #modes
 
 const LANGUAGES = ["en", "zh"];
 const THEMES = ["light", "dark"];
@@ -41,7 +41,7 @@ export function encode(page, panels) {
 export function decode(fragment, panels) {
   const page = initial(panels);
   const given = new URLSearchParams(fragment.replace(/^#/, ""));
-  if (panels.some((panel) => panel.id === given.get("panel"))) page.panel = given.get("panel");
+  page.panel = panels.find(({ id }) => id === given.get("panel") || given.has(id))?.id ?? "";
   if (LANGUAGES.includes(given.get("lang"))) page.language = given.get("lang");
   if (THEMES.includes(given.get("theme"))) page.theme = given.get("theme");
   for (const panel of panels) {

@@ -36,7 +36,7 @@ export const axes = {
       set.length === 1 ? t("words.single") : t("words.statistics", { mean: mean(set), variance: variance(set) }),
       t("words.counts", { sets: String(sets(state)), gamma: gammaSize(state) }),
       t("words.groups", { groups: String(groupCount(state)), each: String(state.C / groupCount(state)) }),
-    ].join(" ");
+    ];
   },
 };
 

@@ -43,8 +43,8 @@ export const modes = {
       t("words.weight", { convention: t(`convention.${state.convention}`), momentum: state.momentum, weight: share, batches: String(Math.ceil(Math.log(0.1) / Math.log(1 - share) - 1e-9)) }),
       t("words.test", { shift: state.shift, evaluated: mean(evaluated), deviation: Math.sqrt(variance(evaluated)), trained: near(mean(trained)), gap }),
       state.forget ? t("words.forgotten", { mean: after.mean, variance: after.variance }) : t("words.remembered"),
-      ownWords(tools, "modes"),
-    ].join(" ");
+      ...ownWords(tools, "modes"),
+    ];
   },
 };
 

@@ -41,7 +41,7 @@ export const neighbors = {
       state.m > 1 ? t("words.batch", { m: String(state.m), seed: String(state.seed), other: state.other, mean: mu, variance: sigma2 }) : t("words.one"),
       t("words.mine", { mine: state.mine, output: output[0] }),
       t("words.noise", { redraws: String(REDRAWS), mean: mean(drawn), deviation: Math.sqrt(variance(drawn)), population: state.mine / Math.sqrt(1 + EPS) }),
-    ].join(" ");
+    ];
   },
 };
 

@@ -40,7 +40,7 @@ export const numbers = {
       t("words", { x: list(step.values), mean: step.mean, variance: step.variance, eps: state.eps, std: step.std, normalized: list(step.normalized), deviation: step.deviation, output: list(step.output) }),
       state.overlay ? t("words.overlay", { wrong: list(wrong(step)), deviation: Math.sqrt(variance(wrong(step))) }) : "",
       t("words.shape", { shape: t(`shape.${state.shape}`), before: skewness(many.values), after: skewness(many.normalized), mean: mean(many.normalized), deviation: number(Math.sqrt(variance(many.normalized)), 5) }),
-    ].join(" ");
+    ];
   },
 };
 

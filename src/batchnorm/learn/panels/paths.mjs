@@ -47,7 +47,7 @@ export const paths = {
       t("words.chosen", { paths: on.length ? on.join(t("and")) : t("nothing"), gradient: list(found.chosen) }),
       found.error < 1e-6 ? t("words.right") : t("words.wrong", { error: found.error }),
       t("words.sums", { sum: near(sum(found.input)), along: near(sum(found.input.map((value, i) => value * found.normalized[i]))), numerical: number(found.numericalError, 2) }),
-    ].join(" ");
+    ];
   },
 };
 

@@ -38,7 +38,7 @@ export const undo = {
       state.steps ? t("words.learned", { steps: String(state.steps), gamma, beta }) : t("words.set", { gamma, beta }),
       t("words.output", { mean: mean(output), deviation: Math.sqrt(variance(output)) }),
       error < 1e-6 ? t("words.identity") : t("words.error", { error }),
-    ].join(" ");
+    ];
   },
 };
 
