@@ -31,7 +31,7 @@ export const where = {
     const { t } = tools;
     const { place, leaf } = decide(state);
     const path = QUESTIONS.slice(0, place + 1).map(({ id }, i) => t("words.step", { question: t(`question.${id}`), answer: t(i < place ? "no" : "yes") }));
-    const rows = measured(state).map(({ label, middle, low, high }) => t("words.row", { label: t(label), ...told({ middle, low, high }, state, tools) }));
+    const rows = measured(state).map(({ metric, arm, middle, low, high }) => t("words.row", { label: t(`row.${metric}.${arm}`), ...told({ middle, low, high }, state, tools) }));
     return [
       t("words", { task: t(`task.${state.task}`), batch: state.batch, devices: state.devices, order: t(`order.${state.order}`), tune: t(state.tune ? "yes" : "no"), deployment: t(`deployment.${state.deployment}`) }),
       ...path, t("words.leaf", { leaf: t(`leaf.${leaf}`) }), ...advice(state, tools), t("words.evidence", { title: t(`evidence.${evidence(state).name}`) }), ...rows, source(state, tools), own(tools),
@@ -75,7 +75,7 @@ function measured(state) {
   const { experiment, rows } = evidence(state);
   return rows.map(([metric, arm]) => {
     const seeds = RECORDED.values[experiment][metric][arm];
-    return { label: `row.${metric}.${arm}`, seeds, middle: seeds.reduce((sum, value) => sum + value / seeds.length, 0), low: Math.min(...seeds), high: Math.max(...seeds) };
+    return { metric, arm, seeds, middle: seeds.reduce((sum, value) => sum + value / seeds.length, 0), low: Math.min(...seeds), high: Math.max(...seeds) };
   });
 }
 
@@ -93,11 +93,12 @@ function bars(state, tools) {
   const largest = unit === "share" && !lower ? 1 : Math.max(...rows.map(({ high }) => high)) * 1.1;
   const chart = new Chart({ width, height: ROW * rows.length + 56, label: t(`evidence.${name}`), x: { domain: [0, largest], label: t(lower ? "axis.lower" : "axis.higher") }, y: { domain: [rows.length, 0] }, margin: { left: names + 8, top: 6 } });
   const best = (lower ? Math.min : Math.max)(...rows.map(({ middle }) => middle));
-  rows.forEach(({ label, seeds, middle, low, high }, row) => {
+  rows.forEach(({ metric, arm, seeds, middle, low, high }, row) => {
+    const label = t(`row.${metric}.${arm}`);
     const y = (share) => chart.y(row + share);
     const text = told({ middle, low, high }, state, tools);
-    const shown = `${t(label)}: ${text.middle} (${text.low} – ${text.high})`;
-    chart.text(names, y(0.5) + 4, t(label), { anchor: "end" });
+    const shown = `${label}: ${text.middle} (${text.low} – ${text.high})`;
+    chart.text(names, y(0.5) + 4, label, { anchor: "end" });
     chart.add(
       make("svg:rect", { x: chart.left, y: y(0.2), width: chart.x(middle) - chart.left, height: y(0.8) - y(0.2), fill: middle === best ? COLORS.batchNorm : COLORS.muted, opacity: 0.55, "data-value": shown }),
       make("svg:line", { x1: chart.x(low), x2: chart.x(high), y1: y(0.5), y2: y(0.5), stroke: COLORS.ink, "stroke-width": 2, "data-value": shown }),
