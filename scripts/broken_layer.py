@@ -124,6 +124,12 @@ def momentum(listing: Listing) -> Values:
 def neighbors(listing: Listing) -> Values:
     """How much the prediction for one sample changes with the others, and whether predicting changes the model."""
     model, predict = listing["model"], listing["predict"]
+    torch.manual_seed(0)
+    with torch.no_grad():  # the same weights with and without biases
+        for layer in model:
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.copy_(torch.randn_like(layer.weight) / layer.in_features**0.5)
+                layer.bias = None
     for _ in range(50):
         _step(model)
     before = model[1].running_mean.clone()
