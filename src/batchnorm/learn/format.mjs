@@ -2,13 +2,13 @@
 
 const RAISED = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 
-// With this many significant digits, without trailing zeros: 1.265, −0.00014, 2.1 × 10⁻⁵.
-export function number(value, digits = 4) {
+// With this many significant digits, without trailing zeros: 1.265, −0.00014, 2.1 × 10⁻⁵. What is smaller than `noise` is rounding, and 0.
+export function number(value, digits = 4, noise = 1e-12) {
   if (Number.isNaN(value)) return "NaN";
   const sign = value < 0 ? "−" : "";
   const size = Math.abs(value);
   if (size === Infinity) return `${sign}∞`;
-  if (size < 1e-12) return "0";
+  if (size === 0 || size < noise) return "0";
   if (size >= 1e-4 && size < 1e6) return sign + Number(size.toPrecision(digits));
   const [head, exponent] = size.toExponential(digits - 1).split("e");
   const power = `10${[...String(Number(exponent))].map((character) => RAISED[character]).join("")}`;

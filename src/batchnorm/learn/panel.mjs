@@ -8,6 +8,7 @@ import { defaults } from "./state.mjs";
 
 const GAP = 28; // between two figures in a row, as in page.css
 const NARROW = 560; // below this width figures are one below the other
+const LEAST = 200; // what is narrower is not laid out yet
 
 export class PanelView {
   // `page` is the frame: its state, its strings, and what panels share.
@@ -46,7 +47,8 @@ export class PanelView {
   }
 
   get tools() {
-    const width = Math.floor(this.figures.clientWidth) || 640;
+    const measured = Math.floor(this.figures.clientWidth);
+    const width = measured < LEAST ? 640 : measured;
     const half = width < NARROW ? width : Math.floor((width - GAP) / 2);
     return { t: this.t, frame: this.frame, number, list, width, half, figure, diagnosis: this.page.diagnosis, panelOf: this.page.panelOf, redraw: () => this.page.redraw(this) };
   }

@@ -46,7 +46,7 @@ export class Chart {
     for (const value of chosen ?? (log ? logTicks : ticks)(low, high, most)) {
       this.svg.append(
         make("svg:line", { x1: this.x(value), x2: this.x(value), y1: this.bottom, y2: this.bottom + 4, stroke: COLORS.grid }),
-        make("svg:text", { x: this.x(value), y: this.bottom + 17, "text-anchor": "middle", class: "tick" }, number(value)));
+        make("svg:text", { x: this.x(value), y: this.bottom + 17, "text-anchor": "middle", class: "tick" }, number(value, 4, log ? 0 : undefined)));
     }
     this.svg.append(
       make("svg:line", { x1: this.left, x2: this.right, y1: this.bottom, y2: this.bottom, stroke: COLORS.muted, "stroke-width": 0.8 }),
@@ -57,7 +57,7 @@ export class Chart {
     for (const value of chosen ?? (log ? logTicks : ticks)(low, high, Math.max(2, Math.floor((this.bottom - this.top) / 38)))) {
       this.svg.append(
         make("svg:line", { x1: this.left, x2: this.right, y1: this.y(value), y2: this.y(value), stroke: COLORS.grid, "stroke-width": 0.6 }),
-        make("svg:text", { x: this.left - 7, y: this.y(value) + 4, "text-anchor": "end", class: "tick" }, number(value)));
+        make("svg:text", { x: this.left - 7, y: this.y(value) + 4, "text-anchor": "end", class: "tick" }, number(value, 4, log ? 0 : undefined)));
     }
     const middle = (this.top + this.bottom) / 2;
     this.svg.append(make("svg:text", { x: 11, y: middle, "text-anchor": "middle", class: "axis", transform: `rotate(-90 11 ${middle})` }, label));
