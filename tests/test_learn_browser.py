@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import batchnorm as bn
+from batchnorm import files
 from batchnorm.learn import page
 from tests.test_report_browser import CHROMIUM, MODULES, NODE
 from tests.test_report_browser import pytestmark as needs_browser
@@ -27,7 +28,10 @@ def met(tmp_path_factory):
     for inputs, _ in batches:
         model(inputs)
     found = bn.diagnose(model, batches)
-    found.to_json(folder / "diagnosis.json")
+    data = found.to_data()
+    channel = {"channel": 0, "mean": 5.0, "deviation": 3.0, "running_mean": 0.25, "running_deviation": "inf"}
+    data["layers"]["1"]["quantiles"] = [channel, {**channel, "channel": 3, "running_deviation": 1.5}]
+    (folder / "diagnosis.json").write_text(files.to_json(data))
     (folder / "other.json").write_text("[1, 2]")
     (folder / "learn.html").write_text(page.render(), encoding="utf-8")
     command = [NODE, SCRIPT, CHROMIUM, *(folder / name for name in ("learn.html", "diagnosis.json", "other.json"))]
@@ -76,6 +80,7 @@ def test_a_diagnosis_is_shown_and_another_file_is_refused(met):
     for code in codes:
         assert code in met["diagnosis"]["words"]
         assert code in met["diagnosis"]["figures"]
+    assert "channel 3" in met["diagnosis"]["figures"]
     assert met["wrong"] == page.strings("en")["frame"]["diagnosis.not-diagnosis"].replace("`", "")
 
 

@@ -27,4 +27,4 @@ export function panelOf(code, findings) {
 }
 
 const isTable = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-const numbers = (row) => Object.fromEntries(Object.entries(row).map(([name, value]) => [name, Object.hasOwn(NOT_FINITE, value) ? NOT_FINITE[value] : value]));
+const numbers = (row) => Object.fromEntries(Object.entries(row).map(([name, value]) => [name, Array.isArray(value) ? value.map(numbers) : (NOT_FINITE[value] ?? value)]));

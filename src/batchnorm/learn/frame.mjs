@@ -35,6 +35,7 @@ export class Frame {
     this.state = decode(location.hash, panels);
     this.build();
     this.jump();
+    addEventListener("click", (event) => this.followLink(event));
     addEventListener("hashchange", () => this.followAddress());
     addEventListener("resize", () => this.views.forEach((view) => this.redraw(view)));
     addEventListener("beforeprint", () => this.views.forEach((view) => view.draw()));
@@ -70,7 +71,7 @@ export class Frame {
   }
 
   entry(view) {
-    const link = make("a", { href: `#panel=${view.id}`, "data-panel": view.id, click: (event) => { event.preventDefault(); this.go(view.id); } },
+    const link = make("a", { href: `#panel=${view.id}`, "data-panel": view.id },
       make("span", { class: "number" }, String(this.views.indexOf(view) + 1)), make("span", { class: "name" }, view.t("title")));
     return make("li", {}, link);
   }
@@ -129,7 +130,11 @@ export class Frame {
     this.timer = setTimeout(() => history.replaceState(null, "", `#${encode(this.state, this.panels)}`), PATIENCE);
   }
 
-  go(id) {
+  // Links to panels leave the values as they are.
+  followLink(event) {
+    const id = event.target.closest?.("a[href^='#panel=']")?.hash.slice("#panel=".length);
+    if (!id) return;
+    event.preventDefault();
     this.state.panel = id;
     this.write();
     this.jump();

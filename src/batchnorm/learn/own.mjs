@@ -1,7 +1,7 @@
 // The reader's own model, from a diagnosis: its batch norms, and the findings that a panel explains.
 
 import { make, rich } from "./dom.mjs";
-import { translator } from "./format.mjs";
+import { Chart, COLORS, legend } from "./plot.mjs";
 import { table } from "./table.mjs";
 
 const MOST = 12; // layers in the table
@@ -23,8 +23,27 @@ export function ownModel(tools, panel) {
   const links = others.flatMap(({ code }) => [" ", make("a", { href: `#panel=${tools.panelOf(code)}` }, code)]);
   return [
     figure(t("own.layers"), [table(t("own.layers"), [t("own.layer"), t("own.class"), t("own.batches"), t("own.drift"), t("own.samples")], rows), ...more]),
+    ...channels(all, tools),
     figure(t("own.findings"), [make("ul", { class: "findings" }, ...(findings.length ? findings : [make("li", {}, t("own.none"))])), ...(links.length ? [make("p", { class: "formula" }, ...rich(t("own.elsewhere")), ...links)] : [])]),
   ];
+}
+
+// Mean ± deviation of the data and of the running statistics, for channels of the worst layer, from the nearest to the farthest.
+function channels(layers, { frame: t, number, figure, width }) {
+  const [name, row] = layers.find(([, each]) => each.quantiles?.length) ?? [];
+  if (!row) return [];
+  const found = row.quantiles.map((each) => ({ ...each, data: [each.mean, each.deviation], running: [each.running_mean, each.running_deviation] }));
+  const ends = found.flatMap(({ data, running }) => [data, running].flatMap(([mean, deviation]) => [mean - deviation, mean + deviation])).filter(Number.isFinite);
+  const pad = 0.05 * (Math.max(...ends) - Math.min(...ends)) || 1;
+  const chart = new Chart({ width, height: 60 + 34 * found.length, label: t("own.channels", { layer: named(name, t) }), x: { domain: [Math.min(...ends) - pad, Math.max(...ends) + pad], label: t("own.value") }, y: { domain: [found.length, 0] }, margin: { left: 84, top: 4 } });
+  found.forEach(({ channel, data, running }, i) => {
+    chart.text(chart.left - 12, chart.y(i + 0.5) + 4, t("own.channel", { channel: String(channel) }), { anchor: "end" });
+    [[data, COLORS.muted, 0.36], [running, COLORS.batchNorm, 0.64]].forEach(([[mean, deviation], color, down]) => {
+      chart.line([[mean - deviation, i + down], [mean + deviation, i + down]], { color, width: 3 });
+      chart.dots([[mean, i + down, `${number(mean)} ± ${number(deviation)}`]], { color, radius: 5 });
+    });
+  });
+  return [figure(t("own.channels", { layer: named(name, t) }), [legend([[COLORS.muted, t("own.data")], [COLORS.batchNorm, t("own.running")]]), chart.svg])];
 }
 
 // Sentences about it; none without a diagnosis.

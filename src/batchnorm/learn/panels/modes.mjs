@@ -6,8 +6,8 @@ import { ownModel, ownWords } from "../own.mjs";
 import { Chart, COLORS, legend } from "../plot.mjs";
 import { drift, POPULATION, STEPS, testing, training, weight } from "../running.mjs";
 
-const SPAN = [-6, 6];
-const BINS = 48;
+const SPAN = [-8, 10];
+const BINS = 72;
 
 export const modes = {
   id: "modes",
@@ -61,9 +61,8 @@ function series(name, state, { t, number, half }) {
   const inside = (value) => Math.min(Math.max(value, domain[0]), domain[1]);
   chart.dots(batches.slice(0, state.step).map((batch, i) => [i + 1, inside(batch[name])]), { color: COLORS.muted, radius: 2, opacity: 0.55 });
   chart.line(path.slice(0, state.step + 1).map((statistics, i) => [i, statistics[name]]), { color: COLORS.batchNorm, width: 2.2 });
-  chart.line(path.slice(state.step).map((statistics, i) => [state.step + i, statistics[name]]), { color: COLORS.batchNorm, width: 1, dash: "1 4" });
-  chart.dots([[state.step, path[state.step][name]]], { color: COLORS.batchNorm, radius: 5 });
-  return chart.values(path.map((_, i) => i), (i) => t("at", { batch: String(i), value: number(path[i][name]) })).svg;
+  chart.dots([[state.step, inside(path[state.step][name])]], { color: COLORS.batchNorm, radius: 5 });
+  return chart.values(path.slice(0, state.step + 1).map((_, i) => i), (i) => t("at", { batch: String(i), value: number(path[i][name]) })).svg;
 }
 
 const outputsKey = ({ forget }, { t }) => legend([[COLORS.batchNorm, t("key.evaluated") + (forget ? "" : t("key.used"))], [COLORS.plain, t("key.trained") + (forget ? t("key.used") : "")]]);

@@ -15,6 +15,7 @@ const SHAPES = {
 };
 const MANY = 2000;
 const BINS = 40;
+const SPAN = 2.6; // of the axis of x̂; four numbers reach √3
 
 const x = (place) => range(`x${place + 1}`, { min: 0, max: 2, step: 0.05, value: TUTORIAL.values[place] });
 
@@ -68,7 +69,7 @@ const mapKey = (state, { t }) => legend([[COLORS.ink, t("key.x")], [COLORS.batch
 // The numbers on a line above, normalized on a line below, joined.
 function map(state, step, { t, number, width }) {
   const chart = new Chart({ width, height: 210, label: t("map"), x: { domain: [0, 2], label: "", ticks: [] }, y: { domain: [0, 1] }, margin: { bottom: 118, top: 34 } });
-  const below = new Chart({ width, height: 210, label: "", x: { domain: [-2.6, 2.6], label: t("key.normalized") }, y: { domain: [0, 1] } });
+  const below = new Chart({ width, height: 210, label: "", x: { domain: [-SPAN, SPAN], label: t("key.normalized") }, y: { domain: [0, 1] } });
   const [top, bottom] = [chart.bottom, below.bottom];
   for (let value = 0; value <= 2; value += 0.5) chart.add(make("svg:text", { x: chart.x(value), y: top - 24, "text-anchor": "middle", class: "tick" }, number(value)));
   chart.add(...[...below.svg.childNodes].filter(({ nodeName }) => nodeName !== "clipPath"));
@@ -79,7 +80,7 @@ function map(state, step, { t, number, width }) {
     const name = `x${i + 1}`;
     const told = `${"x₁x₂x₃x₄".slice(2 * i, 2 * i + 2)} = ${number(value)}\nx̂ = ${number(step.normalized[i], 5)}`;
     chart.add(make("svg:line", { x1: from, x2: to, y1: top, y2: bottom, stroke: COLORS.batchNorm, "stroke-width": 1, opacity: 0.55 }));
-    if (state.overlay) chart.add(make("svg:circle", { cx: below.x(wrong(step)[i]), cy: bottom, r: 6, fill: "none", stroke: COLORS.plain, "stroke-width": 1.6, "stroke-dasharray": "3 2", "data-value": number(wrong(step)[i]) }));
+    if (state.overlay && Math.abs(wrong(step)[i]) < SPAN) chart.add(make("svg:circle", { cx: below.x(wrong(step)[i]), cy: bottom, r: 6, fill: "none", stroke: COLORS.plain, "stroke-width": 1.6, "stroke-dasharray": "3 2", "data-value": number(wrong(step)[i]) }));
     chart.add(make("svg:circle", { cx: to, cy: bottom, r: 5.5, fill: COLORS.batchNorm, "data-value": told }));
     chart.add(make("svg:circle", { cx: from, cy: top, r: 8, fill: COLORS.ink, stroke: "var(--paper)", "stroke-width": 1.5, "data-drag": name, "data-value": told }));
   });

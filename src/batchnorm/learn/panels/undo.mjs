@@ -9,8 +9,8 @@ const STANDARD = [-1.6, -1.1, -0.5, -0.1, 0.2, 0.5, 0.9, 1.7]; // mean 0 and, af
 const UNIT = STANDARD.map((value) => value / Math.sqrt(variance(STANDARD)));
 const STEPS = 40;
 const RATE = 0.15;
-const DOMAIN = [-6, 10];
-const Y_DOMAIN = [-8, 10];
+const DOMAIN = [-8, 10];
+const Y_DOMAIN = [-10, 12];
 
 export const undo = {
   id: "undo",
