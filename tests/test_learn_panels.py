@@ -7,17 +7,17 @@ import math
 
 import pytest
 import torch
+from scripts import broken_layer, learn_data
 from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.diagnostics import RULES
-from scripts import broken_layer, learn_data
 from tests.test_learn import SOURCES, call, close, needs_node
 
 pytestmark = needs_node
 
 SEEDS = (1, 2, 3, 4, 5)
-FASTER = (0.0316, 0.1, 0.316)  # learning rates at which the network with BN must come first with every seed
+FASTER = (0.0316, 0.1, 0.316, 1)  # learning rates at which the network with BN must come first with every seed
 NEITHER = (0.001, 0.00316, 10)  # and those at which none comes to 95 %
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -52,17 +52,24 @@ class TestDeep:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_forward_and_backward_are_those_of_autograd(self, activation, initialization):
         cases = [
-            {"depth": depth, "activation": activation, "initialization": initialization, "normalized": normalized, "seed": seed}
+            {
+                "depth": depth,
+                "activation": activation,
+                "initialization": initialization,
+                "normalized": normalized,
+                "seed": seed,
+            }
             for (depth, seed), normalized in itertools.product([(1, 1), (7, 2), (20, 3)], [False, True])
         ]
-        for case, ours in zip(cases, call(*(("signal.mjs", "signal", case) for case in cases)), strict=True):
+        for ours in call(*(("signal.mjs", "signal", case) for case in cases)):
             network = twin(ours["model"], ACTIVATIONS[activation])
             labels = torch.tensor(list(ours["labels"].values()))
-            sizes = list[torch.Tensor]()
+            sizes, y = list[torch.Tensor](), floats(ours["x"]).view(len(labels), -1)
             for layer in network:
+                y = layer(y)
                 if isinstance(layer, ACTIVATIONS[activation]):
-                    layer.register_forward_hook(lambda _, __, y: sizes.append(y.square().mean().sqrt()))
-            loss = F.cross_entropy(network(floats(ours["x"]).view(len(labels), -1)), labels)
+                    sizes.append(y.square().mean().sqrt())
+            loss = F.cross_entropy(y, labels)
             loss.backward()
             norms = [layer.weight.grad.norm() for layer in network if isinstance(layer, nn.Linear)]
             # 1 - tanh² cancels where tanh is nearly 1: a last bit of tanh, which libraries round differently, weighs more.
@@ -73,7 +80,12 @@ class TestDeep:
 
     def test_sigmoids_vanish_without_and_relus_explode_with_batch_normalization(self):
         def ends(activation: str, initialization: str, depth: int, normalized: bool) -> tuple[float, float]:
-            case = {"depth": depth, "activation": activation, "initialization": initialization, "normalized": normalized}
+            case = {
+                "depth": depth,
+                "activation": activation,
+                "initialization": initialization,
+                "normalized": normalized,
+            }
             found = call(*(("signal.mjs", "norms", {**case, "seed": seed}) for seed in (1, 2, 3)))
             ratios = [each["gradients"][0] / each["gradients"][-2] for each in found]
             return min(ratios), max(ratios)
@@ -88,7 +100,10 @@ class TestTrain:
     def test_one_step_is_that_of_torch(self):
         """Gradients of all parameters, the running statistics and the descent, for both arms."""
         for normalized in (False, True):
-            seen, task = call(("training.mjs", "train", {"rate": 0.1, "seed": 1, "normalized": normalized, "steps": 5}), ("training.mjs", "task", 1))
+            seen, task = call(
+                ("training.mjs", "train", {"rate": 0.1, "seed": 1, "normalized": normalized, "steps": 5}),
+                ("training.mjs", "task", 1),
+            )
             start, later = seen[0]["model"], seen[1]["model"]
             network = twin(start, nn.ReLU).train()
             optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -110,8 +125,15 @@ class TestTrain:
                 assert close(floats(mine["weight"]), layer.weight.detach().flatten())
                 assert close(floats(mine["bias"]), layer.bias.detach())
             norms_there = [layer for layer in theirs if isinstance(layer, nn.BatchNorm1d)]
-            for mine, layer in zip([each["norm"] for each in later["layers"] if each["norm"]], norms_there, strict=True):
-                for name, tensor in (("gamma", layer.weight), ("beta", layer.bias), ("runningMean", layer.running_mean), ("runningVar", layer.running_var)):
+            for mine, layer in zip(
+                [each["norm"] for each in later["layers"] if each["norm"]], norms_there, strict=True
+            ):
+                for name, tensor in (
+                    ("gamma", layer.weight),
+                    ("beta", layer.bias),
+                    ("runningMean", layer.running_mean),
+                    ("runningVar", layer.running_var),
+                ):
                     assert close(floats(mine[name]), tensor.detach()), name
             test = task["test"]
             labels = torch.tensor(list(test["labels"].values()))
@@ -119,11 +141,14 @@ class TestTrain:
             assert seen[1]["accuracy"] == pytest.approx((given == labels).double().mean().item())
 
     def test_both_arms_begin_alike(self):
-        plain, normalized = (call(("training.mjs", "train", {"rate": 0.1, "seed": 2, "normalized": arm, "steps": 0}))[0][0] for arm in (False, True))
+        plain, normalized = (
+            call(("training.mjs", "train", {"rate": 0.1, "seed": 2, "normalized": arm, "steps": 0}))[0][0]
+            for arm in (False, True)
+        )
         for mine, theirs in zip(plain["model"]["layers"], normalized["model"]["layers"], strict=True):
             assert mine["weight"] == theirs["weight"]
 
-    def test_it_comes_to_95_percent_in_fewer_steps_with_batch_normalization_at_three_rates(self, steps):
+    def test_it_comes_to_95_percent_in_fewer_steps_with_batch_normalization_at_four_rates(self, steps):
         for rate, seed in itertools.product(FASTER, SEEDS):
             plain, normalized = (steps[rate, seed, arm] for arm in (False, True))
             assert normalized < plain, f"rate {rate}, seed {seed}: {plain} without, {normalized} with"
@@ -135,16 +160,18 @@ class TestTrain:
 
     def test_the_numbers_of_the_check(self, steps):
         assert [steps[rate, 1, arm] for rate in (0.0316, 1) for arm in (False, True)] == [575, 155, 65, 35]
-        assert min(steps[rate, 1, False] for rate in (*FASTER, 1)) == 65
-        assert min(steps[rate, 1, True] for rate in (*FASTER, 1)) == 35
+        assert min(steps[rate, 1, False] for rate in FASTER) == 65
+        assert min(steps[rate, 1, True] for rate in FASTER) == 35
 
 
 @pytest.fixture(scope="module")
 def steps() -> dict[tuple[float, int, bool], float]:
     """Steps to 95 % by learning rate, seed and whether there is batch normalization."""
-    wanted = [*itertools.product(FASTER, SEEDS), *itertools.product(NEITHER, SEEDS[:2]), (1, 1)]
+    wanted = [*itertools.product(FASTER, SEEDS), *itertools.product(NEITHER, SEEDS[:2])]
     keys = [(rate, seed, arm) for rate, seed in wanted for arm in (False, True)]
-    found = call(*(("training.mjs", "reaches", {"rate": rate, "seed": seed, "normalized": arm}) for rate, seed, arm in keys))
+    found = call(
+        *(("training.mjs", "reaches", {"rate": rate, "seed": seed, "normalized": arm}) for rate, seed, arm in keys)
+    )
     return {key: math.inf if reached is None else reached for key, reached in zip(keys, found, strict=True)}
 
 
@@ -194,7 +221,16 @@ class TestBrokenLayer:
         assert list(trials) == list(broken_layer.TRIALS)
         assert set(itertools.chain(*trials.values())) == set(DEFECTS)
 
-    @pytest.mark.parametrize("mended", [(), *((each,) for each in DEFECTS), *(tuple(other for other in DEFECTS if other != each) for each in DEFECTS), DEFECTS], ids="-".join)
+    @pytest.mark.parametrize(
+        "mended",
+        [
+            (),
+            *((each,) for each in DEFECTS),
+            *(tuple(other for other in DEFECTS if other != each) for each in DEFECTS),
+            DEFECTS,
+        ],
+        ids="-".join,
+    )
     def test_what_the_page_says_happens(self, mended, rows):
         """With none, one, all but one and all defects mended, each trial comes out as recorded."""
         text = broken_layer.source(mended)
@@ -212,7 +248,10 @@ class TestBrokenLayer:
                 model(torch.randn(8, 784)).sum().backward()
                 node, count = model[1].running_mean.grad_fn, 0
                 while node is not None:
-                    node, count = next((later for later, _ in node.next_functions if later is not None), None), count + 1
+                    node, count = (
+                        next((later for later, _ in node.next_functions if later is not None), None),
+                        count + 1,
+                    )
                 counts.append(count)
             return counts
 
@@ -225,7 +264,9 @@ class TestBrokenLayer:
         assert leaking[-1] > 20
         assert max(map(abs, mended)) < 2
 
-    @pytest.mark.parametrize(("theirs", "shape"), [(nn.BatchNorm1d, (8, 3)), (nn.BatchNorm1d, (8, 3, 5)), (nn.BatchNorm2d, (4, 3, 5, 6))])
+    @pytest.mark.parametrize(
+        ("theirs", "shape"), [(nn.BatchNorm1d, (8, 3)), (nn.BatchNorm1d, (8, 3, 5)), (nn.BatchNorm2d, (4, 3, 5, 6))]
+    )
     def test_the_finished_class_is_torchs(self, whole, theirs, shape):
         ours, torchs = whole["BatchNorm"](3).double(), theirs(3).double()
         for _ in range(3):
@@ -259,7 +300,15 @@ class TestBrokenLayer:
 
 class TestWhere:
     def leaf(self, **changed: object) -> str:
-        state = {"task": "image", "batch": 32, "devices": 1, "order": "shuffled", "tune": False, "deployment": "same", **changed}
+        state = {
+            "task": "image",
+            "batch": 32,
+            "devices": 1,
+            "order": "shuffled",
+            "tune": False,
+            "deployment": "same",
+            **changed,
+        }
         (decision,) = call(("decision.mjs", "decide", state))
         return decision["leaf"]
 
@@ -276,10 +325,16 @@ class TestWhere:
         assert self.leaf(task="small") == "none"
 
     def test_each_decision_has_evidence_and_words(self):
-        tasks, orders, places = ("image", "detection", "speech", "gan", "text", "rl", "small"), ("shuffled", "sorted"), ("same", "fold")
+        tasks, orders, places = (
+            ("image", "detection", "speech", "gan", "text", "rl", "small"),
+            ("shuffled", "sorted"),
+            ("same", "fold"),
+        )
         states = [
             {"task": task, "batch": batch, "devices": devices, "order": order, "tune": tune, "deployment": place}
-            for task, batch, devices, order, tune, place in itertools.product(tasks, (1, 64), (1, 64), orders, (False, True), places)
+            for task, batch, devices, order, tune, place in itertools.product(
+                tasks, (1, 64), (1, 64), orders, (False, True), places
+            )
         ]
         found = call(*(("decision.mjs", "evidence", state) for state in states))
         assert {each["name"] for each in found} == {*tasks, "tuned", "mixed", "sync", "fold", "last"}

@@ -15,7 +15,7 @@ const LAB = { sigmoid: "gradient", relu: "gradient_relu" }; // activations for w
 export const deep = {
   id: "deep",
   controls: [
-    range("depth", { min: 1, max: DEEP.deepest, value: 30 }), choice("activation", ["sigmoid", "tanh", "relu"]), choice("initialization", ["small", "xavier", "he", "large"], "xavier"),
+    range("depth", { min: 1, max: DEEP.deepest, value: 30 }), choice("activation", ["sigmoid", "tanh", "relu"]), choice("initialization", ["xavier", "he", "small", "large"]),
     choice("shown", ["both", ...ARMS]), range("seed", { min: 1, max: 20, value: 1 }),
   ],
   guess: { options: ["vanish", "stay", "explode", "unsure"], answer: "explode" },
