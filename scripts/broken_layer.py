@@ -129,7 +129,8 @@ def neighbors(listing: Listing) -> Values:
         for layer in model:
             if isinstance(layer, torch.nn.Linear):
                 layer.weight.copy_(torch.randn_like(layer.weight) / layer.in_features**0.5)
-                layer.bias = None
+                if layer.bias is not None:
+                    layer.bias.zero_()
     for _ in range(50):
         _step(model)
     before = model[1].running_mean.clone()

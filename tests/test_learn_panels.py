@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def whole() -> dict:
     return broken_layer.run(broken_layer.source(DEFECTS))
 
 
-def _same(found: object, recorded: object) -> bool:
+def _same(found: Any, recorded: Any) -> bool:
     """Rounding alone may differ between machines: numbers agree to 5 %, or are both tiny."""
     if isinstance(recorded, dict):
         return found.keys() == recorded.keys() and all(_same(found[key], recorded[key]) for key in recorded)
