@@ -48,7 +48,7 @@ def run(text: str) -> Listing:
     """What the listing defines, always with the same weights."""
     torch.manual_seed(0)
     defined = Listing()
-    exec(text, defined)  # noqa: S102 the page's own listing
+    exec(text, defined)
     return defined
 
 
@@ -124,6 +124,12 @@ def momentum(listing: Listing) -> Values:
 def neighbors(listing: Listing) -> Values:
     """How much the prediction for one sample changes with the others, and whether predicting changes the model."""
     model, predict = listing["model"], listing["predict"]
+    torch.manual_seed(0)
+    with torch.no_grad():  # the same weights with and without biases
+        for layer in model:
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.copy_(torch.randn_like(layer.weight) / layer.in_features**0.5)
+                layer.bias = None
     for _ in range(50):
         _step(model)
     before = model[1].running_mean.clone()
@@ -194,7 +200,10 @@ def _tried(function: Callable[[], object]) -> Values:
         result = function()
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
-        return {"error": type(error).__name__, "text": text if len(text) <= SHOWN else f"{text[:SHOWN].rsplit(' ', 1)[0]} …"}
+        return {
+            "error": type(error).__name__,
+            "text": text if len(text) <= SHOWN else f"{text[:SHOWN].rsplit(' ', 1)[0]} …",
+        }
     return {"error": None, **({"output": result} if isinstance(result, list | float) else {})}
 
 
@@ -217,7 +226,9 @@ def _resident() -> float:
 def main() -> None:
     def fresh(trial: str, mended: list[str]) -> Values:
         """In a process of its own, whose memory is no other's."""
-        program = f"import json; from scripts.broken_layer import tried; print(json.dumps(tried({trial!r}, {mended!r})))"
+        program = (
+            f"import json; from scripts.broken_layer import tried; print(json.dumps(tried({trial!r}, {mended!r})))"
+        )
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
         return json.loads(found.stdout)
 

@@ -1,6 +1,6 @@
-"""Writes src/batchnorm/learn/recorded.mjs, the recorded numbers of the page of `batchnorm learn`, from the result rows of benchmarks/results/.
+"""Writes src/batchnorm/learn/recorded.mjs, what the page of `batchnorm learn` shows of the rows in benchmarks/results/.
 
-    python -m scripts.learn_data
+python -m scripts.learn_data
 """
 
 import json
@@ -21,12 +21,16 @@ VALUES = {
         "noise_2": ("plain", "frozen", "renorm", "moving_average", "group_norm"),
         "sorted_4": ("plain", "renorm", "moving_average", "group_norm"),
     },
-    "depth": {"gradient": ("plain", "batch_norm"), "gradient_relu": ("plain", "batch_norm"), "accuracy_30": ("plain", "batch_norm")},
+    "depth": {
+        "gradient": ("plain", "batch_norm"),
+        "gradient_relu": ("plain", "batch_norm"),
+        "accuracy_30": ("plain", "batch_norm"),
+    },
     "detection": {"precision": ("none", "both")},
     "dqn": {"mean_return": ("joint", "target", "layer_norm")},
     "gan": {"distance": ("tuned", "both", "joint", "domains")},
     "image-classification": {"accuracy_alexnet": ("he", "batch_norm"), "accuracy_vgg": ("plain", "he", "batch_norm")},
-    "smoothness": {metric: ("plain", "batch_norm", "noisy") for metric in ("accuracy", "moved", "turn", "usual_turn")},
+    "smoothness": dict.fromkeys(("accuracy", "moved", "turn", "usual_turn"), ("plain", "batch_norm", "noisy")),
     "speech": {"letters": ("none", "both", "per_step")},
     "translation": {"right": ("none", "batch_norm", "layer_norm")},
 }
@@ -44,7 +48,9 @@ def recorded() -> str:
         "broken": broken["trials"],
         "broken_made": {name: broken["environment"][name] for name in ("command", "date", "torch")},
     }
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in data.items())
+    lines = ",\n".join(
+        f"  {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in data.items()
+    )
     return (
         "// Made by scripts/learn_data.py from benchmarks/results/: do not edit it.\n\n"
         "// `values` by experiment, metric and arm, and `curves` of points, both one entry a seed; `made` says by what, and when.\n"

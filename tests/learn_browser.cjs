@@ -18,6 +18,9 @@ async function open(browser, path, options, met) {
 
 // Two pictures on the screen later, what was changed is drawn.
 const drawn = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => requestAnimationFrame(done)))));
+
+// Trainings that run in the page have ended.
+const settled = (page) => page.waitForFunction(() => !document.querySelector('[aria-busy="true"]'), undefined, { timeout: 4 * PATIENCE });
 const words = (panel) => panel.locator(".words").innerText();
 
 async function changed(page, panel, before) {
@@ -109,10 +112,12 @@ async function again(browser, path, met) {
   await page.locator("#theme").selectOption("dark");
   await page.locator("#language").selectOption("zh");
   await page.waitForTimeout(600);
+  await settled(page);
   const texts = (from) => from.locator("main").innerText();
   const address = page.url();
   const other = await open(browser, address.slice("file://".length), { viewport: { width: 1280, height: 900 } }, met);
   await drawn(other);
+  await settled(other);
   met.address = { same: (await texts(page)) === (await texts(other)), dark: await other.locator("html").getAttribute("data-theme"), language: await other.locator("html").getAttribute("lang"), length: address.length };
   await other.context().close();
   await page.context().close();

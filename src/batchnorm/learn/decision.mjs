@@ -25,14 +25,14 @@ export function decide(state) {
 export const DEPLOYED = { bn: "folds", sync: "folds", frozen: "folds", renorm: "folds", group: "stays", layer: "stays", none: "nothing" };
 
 // The question to which a finding of `batchnorm diagnose` points; the other findings have nothing to do with this choice.
-const POINTS = {
+export const POINTS = {
   BN302: "tuned", BN304: "tuned", BN401: "enough", BN402: "enough", BN403: "enough", BN407: "enough", BN404: "mixed", BN405: "mixed", BN406: "mixed", BN611: "sync", BN603: "fold",
 };
 
 export const pointsTo = (code) => POINTS[code];
 
 // The lab's evidence for a decision: an experiment, rows [metric, arm], the kind of number, and whether lower is better.
-const EVIDENCE = {
+export const EVIDENCE = {
   image: { experiment: "image-classification", rows: [["accuracy_vgg", "plain"], ["accuracy_vgg", "he"], ["accuracy_vgg", "batch_norm"]], unit: "share" },
   detection: { experiment: "detection", rows: [["precision", "none"], ["precision", "both"]], unit: "number" },
   speech: { experiment: "speech", rows: [["letters", "none"], ["letters", "both"], ["letters", "per_step"]], unit: "share", lower: true },

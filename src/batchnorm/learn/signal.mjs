@@ -18,3 +18,9 @@ export function signal({ depth, activation, initialization, normalized, seed }) 
   const gradients = gradientNorms(backward(model, trace, gradient, rows));
   return { model, x, labels, loss, activations: activationSizes(trace).slice(0, depth), gradients };
 }
+
+// What the panel shows of it.
+export function norms(settings) {
+  const { activations, gradients } = signal(settings);
+  return { activations, gradients };
+}

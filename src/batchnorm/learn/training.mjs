@@ -63,8 +63,8 @@ function shuffled(count, next) {
 }
 
 // What is seen of a training every few steps: the loss of the batch, the accuracy on the test points in inference, the norm of the gradient
-// of each layer's weights, and the model as it was. It ends early if the loss is not a number.
-export function train({ rate, seed, normalized }) {
+// of each layer's weights, and the model as it was. It ends early if the loss is not a number or `enough` says so of what was seen.
+export function train({ rate, seed, normalized, steps = TASK.steps, enough = () => false }) {
   const { test, batches } = task(seed);
   const model = network(SIZES, { normalized, activation: "relu", initialization: "he" }, normal(2000 + seed));
   const seen = [];
@@ -77,11 +77,16 @@ export function train({ rate, seed, normalized }) {
       const tested = forward(model, test.points, test.labels.length).logits;
       seen.push({ step, loss, accuracy: accuracy(tested, test.labels), norms: gradientNorms(gradients), model: structuredClone(model) });
     }
-    if (broken) break;
+    if (broken || step === steps || (seen.at(-1).step === step && enough(seen.at(-1)))) break;
     descend(model, gradients, rate);
   }
   return seen;
 }
 
+const reached = ({ accuracy: share }) => share >= TASK.target;
+
 // The first of the seen steps at which the accuracy reaches the target, or null.
-export const stepsToTarget = (seen) => seen.find((each) => each.accuracy >= TASK.target)?.step ?? null;
+export const stepsToTarget = (seen) => seen.find(reached)?.step ?? null;
+
+// The same of a training that goes no further.
+export const reaches = (settings) => stepsToTarget(train({ ...settings, enough: reached }));

@@ -4,7 +4,7 @@
 import { choice, range } from "../controls.mjs";
 import { Chart, COLORS, legend } from "../plot.mjs";
 import { RECORDED } from "../recorded.mjs";
-import { DEEP, signal } from "../signal.mjs";
+import { DEEP, norms } from "../signal.mjs";
 
 const ARMS = ["plain", "bn"];
 const COLOR = { plain: COLORS.plain, bn: COLORS.batchNorm };
@@ -15,7 +15,7 @@ const LAB = { sigmoid: "gradient", relu: "gradient_relu" }; // activations for w
 export const deep = {
   id: "deep",
   controls: [
-    range("depth", { min: 1, max: DEEP.deepest, value: 30 }), choice("activation", ["sigmoid", "tanh", "relu"]), choice("initialization", ["small", "xavier", "he", "large"], "xavier"),
+    range("depth", { min: 1, max: DEEP.deepest, value: 30 }), choice("activation", ["sigmoid", "tanh", "relu"]), choice("initialization", ["xavier", "he", "small", "large"]),
     choice("shown", ["both", ...ARMS]), range("seed", { min: 1, max: 20, value: 1 }),
   ],
   guess: { options: ["vanish", "stay", "explode", "unsure"], answer: "explode" },
@@ -39,16 +39,13 @@ const shown = (state) => (state.shown === "both" ? ARMS : [state.shown]);
 const key = (arms, { t }) => legend(arms.map((arm) => [COLOR[arm], t(`shown.${arm}`)]));
 
 // Norms by layer; the oldest are forgotten.
-const norms = new Map();
+const found = new Map();
 
 function measured({ depth, activation, initialization, seed }, arm) {
   const name = [depth, activation, initialization, seed, arm].join(" ");
-  if (!norms.has(name)) {
-    const { activations, gradients } = signal({ depth, activation, initialization, seed, normalized: arm === "bn" });
-    norms.set(name, { activations, gradients });
-  }
-  if (norms.size > KEPT) norms.delete(norms.keys().next().value);
-  return norms.get(name);
+  if (!found.has(name)) found.set(name, norms({ depth, activation, initialization, seed, normalized: arm === "bn" }));
+  if (found.size > KEPT) found.delete(found.keys().next().value);
+  return found.get(name);
 }
 
 function chart(state, arms, quantity, { t, number, width }) {

@@ -5,7 +5,7 @@ import { make } from "../dom.mjs";
 import { histogram } from "../mathematics.mjs";
 import { classes, forward } from "../network.mjs";
 import { Chart, COLORS, legend } from "../plot.mjs";
-import { RATES, stepsToTarget, TASK, task, train as learn } from "../training.mjs";
+import { RATES, reaches, stepsToTarget, TASK, task, train as learn } from "../training.mjs";
 
 const ARMS = ["plain", "bn"];
 const COLOR = { plain: COLORS.plain, bn: COLORS.batchNorm };
@@ -140,7 +140,7 @@ function compute(state, arms) {
   const [rate, arm] = next;
   computing = true;
   setTimeout(() => {
-    found.set(nameOf(rate, state.seed, arm), stepsToTarget(learn({ rate, seed: state.seed, normalized: arm === "bn" })));
+    found.set(nameOf(rate, state.seed, arm), reaches({ rate, seed: state.seed, normalized: arm === "bn" }));
     computing = false;
     tell();
   });
