@@ -159,6 +159,12 @@ class TestTrain:
         for rate, seed, arm in itertools.product(NEITHER, SEEDS[:2], (False, True)):
             assert steps[rate, seed, arm] == math.inf
 
+    @pytest.mark.slow
+    def test_at_a_rate_of_10_no_seed_of_the_slider_learns(self):
+        for seed, normalized in itertools.product(range(1, 21), (False, True)):
+            (seen,) = call(("training.mjs", "train", {"rate": 10, "seed": seed, "normalized": normalized}))
+            assert seen[-1]["accuracy"] < 0.5
+
     def test_the_numbers_of_the_check(self, steps):
         assert [steps[rate, 1, arm] for rate in (0.0316, 1) for arm in (False, True)] == [575, 155, 65, 35]
         assert min(steps[rate, 1, False] for rate in FASTER) == 65
