@@ -151,7 +151,10 @@ class Channels {
     // Call this before a map without sums, whose statistics are given.
     void set_all() {
         for_lanes(0, task.C, [&](int64_t c, auto lanes) {
-            if (task.verb == Verb::normalize) return set_normalize(c, Doubles{}, lanes);
+            if (task.verb == Verb::normalize) {
+                if (task.running_var) set_constants(c, lanes);
+                return set_normalize(c, Doubles{}, lanes);
+            }
             set_pre_activation(c, lanes);
             const auto given = [&](const double* values) { return values ? Float64::load(values + c, lanes) : Doubles{}; };
             set_input_grad(c, given(task.mean_grad), given(task.mean_grad_xhat), lanes);
@@ -214,6 +217,13 @@ class Channels {
     Doubles rounding_error_of_mean(int64_t c, Lanes lanes) const {
         const Doubles mean = Float64::load(task.mean + c, lanes);
         return mean - Stored::rounded(mean);
+    }
+
+    // Takes mean and rstd from the running statistics.
+    template <class Lanes>
+    void set_constants(int64_t c, Lanes lanes) {
+        Float64::store(task.mean + c, Float64::load(task.running_mean + c, lanes), lanes);
+        Float64::store(task.rstd + c, 1.0 / Simd::square_root(Float64::load(task.running_var + c, lanes) + task.eps), lanes);
     }
 
     // Stores K in place of the mean; 0 if K is not finite.
