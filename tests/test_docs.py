@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markdown.extensions.toc import slugify
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CHINESE, ENGLISH = ROOT / "docs" / "zh", ROOT / "docs" / "tutorial"  # the chapters of the tutorial
+WITH_CODE = ("00", "01", "02", "03", "04", "05")  # chapters that show what runs
 REPOSITORY = re.compile(
     r"https://(github\.com/batchnorm/batchnorm/blob|raw\.githubusercontent\.com/batchnorm/batchnorm)/main/"
 )
@@ -80,7 +82,7 @@ def links(page: Path) -> list[str]:
 def anchors(page: Path) -> set[str]:
     """What the headings of a page are called in links."""
     return {
-        slugify(re.sub(r"[`*]", "", heading), "-")
+        slugify(case="lower")(re.sub(r"[`*]", "", heading), "-")
         for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     }
 
@@ -121,6 +123,40 @@ def test_every_page_is_in_the_index():
             assert f"({name})" in index, page.name
             assert f"({name})" in chinese, page.name
             assert name in navigation, page.name
+
+
+def headings(page: Path) -> list[str]:
+    """The levels and numbers of a page's headings, such as `## 2.1`; a heading without a number has its level alone."""
+    text = BLOCK.sub("", page.read_text())
+    return [f"{level} {number}" for level, number in re.findall(r"^(#+) (\d[\d.]*)?", text, re.MULTILINE)]
+
+
+def test_the_tutorial_has_the_same_chapters_and_sections_in_both_languages():
+    chapters = [path.name for path in sorted(CHINESE.iterdir())]
+    assert chapters == [path.name for path in sorted(ENGLISH.iterdir())]
+    assert "glossary.md" in chapters
+    for name in chapters:
+        assert headings(CHINESE / name) == headings(ENGLISH / name), name
+
+
+def test_code_and_figures_are_the_same_in_both_languages():
+    """Comments and what is printed may differ in language."""
+    figure = re.compile(r"\]\((\S+\.svg)\)")
+    for chinese in CHINESE.iterdir():
+        english = ENGLISH / chinese.name
+        assert [language for language, _ in blocks(chinese)] == [language for language, _ in blocks(english)], (
+            chinese.name
+        )
+        assert figure.findall(chinese.read_text()) == figure.findall(english.read_text()), chinese.name
+        if chinese.name.startswith(WITH_CODE):
+            assert "```python" in chinese.read_text(), chinese.name
+
+
+def test_chinese_has_chinese_punctuation():
+    """Outside of code, no comma, colon, semicolon, question mark or bracket of ASCII touches a Chinese character."""
+    for page in (*CHINESE.iterdir(), *(ROOT / "docs").glob("*.zh.md")):
+        text = re.sub(r"`[^`]*`|\]\([^)]*\)|^    .*?$", "`", BLOCK.sub("", page.read_text()), flags=re.MULTILINE)
+        assert re.findall(r".{,12}(?:[\u4e00-\u9fff][,:;?!()]|[,:;?!()][\u4e00-\u9fff]).{,12}", text) == [], page.name
 
 
 def script(path: str) -> Any:
