@@ -174,6 +174,14 @@ def test_the_picture_is_what_the_demonstration_measured():
     assert picture.PICTURE.read_text() == picture.draw(json.loads(picture.RESULT.read_text()))
 
 
+def test_the_figures_of_the_tutorial_are_as_drawn():
+    """Make them again with: python scripts/figures.py"""
+    figures = script("scripts/figures.py")
+    assert {name: (figures.ASSETS / name).read_text() for name in figures.DRAWINGS} == {
+        name: draw() for name, draw in figures.DRAWINGS.items()
+    }
+
+
 def test_the_page_of_models_is_what_the_rows_say():
     """Make it again with: make models"""
     models = script("benchmarks/models.py")

@@ -1,0 +1,91 @@
+"""Draws the figures of the tutorial that need no measurement, with symbols instead of words: `python scripts/figures.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent.parent / "docs" / "assets"
+STYLE = """
+svg { --paper: #fdfdfb; --ink: #1d1f21; --muted: #5c6166; --grid: #dcdcd6; --blue: #0a5c9c; --orange: #a84a08; --green: #1b7f4d; }
+@media (prefers-color-scheme: dark) {
+  svg { --paper: #1b1e22; --ink: #e8e6e1; --muted: #a8acb0; --grid: #363a3f; --blue: #6cb8f2; --orange: #f0a35c; --green: #67c995; }
+}
+text { font: 17px system-ui, sans-serif; fill: var(--ink); text-anchor: middle; }
+.small { font-size: 14px; fill: var(--muted); }
+.bold { font-weight: 600; }
+.cell { fill: var(--paper); stroke: var(--muted); }
+.shared { fill: var(--blue); }
+.node { fill: var(--paper); stroke: var(--ink); stroke-width: 1.5; }
+.path { fill: none; stroke-width: 3; }
+.blue { stroke: var(--blue); fill: none; }
+.orange { stroke: var(--orange); fill: none; }
+.green { stroke: var(--green); fill: none; }
+.thin { stroke: var(--muted); stroke-dasharray: 5 4; stroke-width: 1.5; }
+"""
+
+SAMPLES, CHANNELS, CELL = 4, 6, 18  # GN: groups of two channels
+SHARED = {
+    "BN": [(n, 0) for n in range(SAMPLES)],
+    "LN": [(0, c) for c in range(CHANNELS)],
+    "IN": [(0, 0)],
+    "GN": [(0, 0), (0, 1)],
+}
+
+
+def svg(width: int, height: int, label: str, parts: list[str]) -> str:
+    """A drawing on paper."""
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">',
+            f"<style>{STYLE}</style>",
+            f'<rect width="{width}" height="{height}" fill="var(--paper)"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+def axes() -> str:
+    """Which values share their statistics in four normalizations."""
+    parts, panel, top = [], CELL * CHANNELS + 32, 40
+    for number, (name, shared) in enumerate(SHARED.items()):
+        left = 30 + number * panel
+        parts.append(f'<text class="bold" x="{left + CELL * CHANNELS / 2:g}" y="26">{name}</text>')
+        for n in range(SAMPLES):
+            for c in range(CHANNELS):
+                kind = "cell shared" if (n, c) in shared else "cell"
+                place = f'x="{left + c * CELL}" y="{top + n * CELL}" width="{CELL}" height="{CELL}"'
+                parts.append(f'<rect class="{kind}" {place}/>')
+        bottom = top + SAMPLES * CELL
+        parts.append(f'<text class="small" x="{left + CELL * CHANNELS / 2:g}" y="{bottom + 18}">C</text>')
+        parts.append(f'<text class="small" x="{left - 12}" y="{top + SAMPLES * CELL / 2 + 5:g}">N</text>')
+    label = "N by C cells: BN shares a column, LN a row, IN a cell, GN some cells of a row."
+    return svg(20 + len(SHARED) * panel, top + SAMPLES * CELL + 30, label, parts)
+
+
+def paths() -> str:
+    """The three ways from x to the normalized value, which the gradient takes back."""
+    nodes = {"x": (60, 120), "σ²": (260, 40), "µ": (260, 200), "x̂": (460, 120)}
+    lines = (
+        ("blue path", "M86 120H434"),
+        ("orange path", "M80 103L236 49M284 49L440 103"),
+        ("green path", "M80 137L236 191M284 191L440 137"),
+        ("thin", "M260 174V66"),
+    )
+    parts = [f'<path class="{kind}" d="{line}"/>' for kind, line in lines]
+    for name, (x, y) in nodes.items():
+        parts += [f'<circle class="node" cx="{x}" cy="{y}" r="25"/>', f'<text x="{x}" y="{y + 6}">{name}</text>']
+    parts += [
+        f'<text class="bold" x="{x}" y="{y}">{name}</text>'
+        for name, x, y in (("a", 170, 113), ("b", 152, 62), ("c", 152, 190))
+    ]
+    label = "x reaches the normalized value directly (a), through the variance (b) and through the mean (c); the variance depends on the mean."
+    return svg(520, 240, label, parts)
+
+
+DRAWINGS = {"axes.svg": axes, "paths.svg": paths}
+
+if __name__ == "__main__":
+    for name, draw in DRAWINGS.items():
+        (ASSETS / name).write_text(draw())
+        print("Wrote", ASSETS / name)
