@@ -79,7 +79,7 @@ def paths() -> str:
         f'<text class="bold" x="{x}" y="{y}">{name}</text>'
         for name, x, y in (("a", 170, 113), ("b", 152, 62), ("c", 152, 190))
     ]
-    label = "x reaches the normalized value directly (a), through the variance (b) and through the mean (c); the variance depends on the mean."
+    label = "From x to the normalized value: directly (a), through the variance (b), through the mean (c)."
     return svg(520, 240, label, parts)
 
 

@@ -29,7 +29,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text())
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, tmp_path):
     """A `text` block that directly follows a `python` block is what the latter prints."""
     monkeypatch.chdir(tmp_path)
@@ -62,7 +64,7 @@ def commands(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("command", "shown"),
-    [pytest.param(*found, id=f"{page.name}-{found[0]}") for page in PAGES for found in commands(page)],
+    [pytest.param(*found, id=f"{page.relative_to(ROOT)}-{found[0]}") for page in PAGES for found in commands(page)],
 )
 def test_commands_print_what_is_shown(command, shown):
     words = shlex.split(command)
@@ -137,6 +139,14 @@ def test_the_tutorial_has_the_same_chapters_and_sections_in_both_languages():
     assert "glossary.md" in chapters
     for name in chapters:
         assert headings(CHINESE / name) == headings(ENGLISH / name), name
+
+
+def test_every_chapter_can_be_reached():
+    """By a link on a front page or on the first page of the tutorial; the navigation lists the folder."""
+    for folder, front in ((CHINESE, "index.zh.md"), (ENGLISH, "index.md")):
+        pages = [ROOT / "docs" / front, folder / "00-start.md"]
+        linked = {(page.parent / link.partition("#")[0]).resolve() for page in pages for link in links(page)}
+        assert {*folder.iterdir()} <= linked
 
 
 def test_code_and_figures_are_the_same_in_both_languages():
