@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import exp, pi, sqrt
 from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "docs" / "assets"
@@ -20,7 +22,9 @@ text { font: 17px system-ui, sans-serif; fill: var(--ink); text-anchor: middle; 
 .blue { stroke: var(--blue); fill: none; }
 .orange { stroke: var(--orange); fill: none; }
 .green { stroke: var(--green); fill: none; }
-.thin { stroke: var(--muted); stroke-dasharray: 5 4; stroke-width: 1.5; }
+.fill { fill: var(--blue); opacity: 0.25; }
+.old { fill: var(--grid); }
+.thin { fill: none; stroke: var(--muted); stroke-dasharray: 5 4; stroke-width: 1.5; }
 """
 
 SAMPLES, CHANNELS, CELL = 4, 6, 18  # GN: groups of two channels
@@ -83,7 +87,74 @@ def paths() -> str:
     return svg(520, 240, label, parts)
 
 
-DRAWINGS = {"axes.svg": axes, "paths.svg": paths}
+PEAKS = ((0.7, -4.0), (0.3, 4.0))  # weight and center of two Gaussians of variance 1
+MEAN = sum(weight * center for weight, center in PEAKS)
+DEVIATION = sqrt(1 + sum(weight * (center - MEAN) ** 2 for weight, center in PEAKS))
+
+
+def gaussian(x: float) -> float:
+    """The standard normal density."""
+    return exp(-x * x / 2) / sqrt(2 * pi)
+
+
+def two_peaks(x: float) -> float:
+    """The density of a mixture of Gaussians."""
+    return sum(weight * gaussian(x - center) for weight, center in PEAKS)
+
+
+def normalized_peaks(x: float) -> float:
+    """The density of the normalized mixture."""
+    return DEVIATION * two_peaks(MEAN + DEVIATION * x)
+
+
+def curve(density: Callable[[float], float], left: int, reach: float, height: float) -> str:
+    """The outline of a density from -reach to reach, over 240 units of width; `height` is that of a density of 1."""
+    points = [(left + 2 * step, density(reach * (step / 60 - 1))) for step in range(121)]
+    return "M" + "L".join(f"{x} {170 - height * y:.1f}" for x, y in points)
+
+
+def shape() -> str:
+    """A distribution before and after normalization, which keeps its shape, beside a standard normal one."""
+    parts = []
+    for left, name, reach, height, density in (
+        (30, "x", 10.0, 420, two_peaks),
+        (310, "x̂", 10.0 / DEVIATION, 420 / DEVIATION, normalized_peaks),
+    ):
+        line = curve(density, left, reach, height)
+        parts += [
+            f'<path class="fill" d="{line}L{left + 240} 170L{left} 170Z"/>',
+            f'<path class="path blue" d="{line}"/>',
+            f'<path class="thin" style="stroke-dasharray: none" d="M{left} 170H{left + 240}"/>',
+            f'<text class="bold" x="{left + 120}" y="26">{name}</text>',
+        ]
+        for tick in (-8, -4, 0, 4, 8) if name == "x" else (-2, -1, 0, 1, 2):
+            place = left + 120 * (1 + tick / reach)
+            parts.append(f'<text class="small" x="{place:.1f}" y="190">{str(tick).replace("-", "−")}</text>')
+    parts.append(f'<path class="thin" d="{curve(gaussian, 310, 10.0 / DEVIATION, 420 / DEVIATION)}"/>')
+    parts.append('<text class="small" x="490" y="60">N(0, 1)</text>')
+    label = "Two peaks, before and after normalization: the same shape on another scale, not that of N(0, 1)."
+    return svg(580, 200, label, parts)
+
+
+def momentum() -> str:
+    """The weights of the last 44 batches in a running average of momentum 0.1."""
+    parts, bottom = [], 170
+    for age in range(44):
+        weight = 0.1 * 0.9**age
+        kind = "shared" if age < 10 else "old"
+        size = f'width="9" height="{1300 * weight:.1f}"'
+        parts.append(f'<rect class="{kind}" x="{520 - 11 * age}" y="{bottom - 1300 * weight:.1f}" {size}/>')
+    for age in (0, 9, 21, 43):
+        parts.append(f'<text class="small" x="{524.5 - 11 * age}" y="{bottom + 18}">{age + 1}</text>')
+    parts += [
+        f'<text class="bold" x="380" y="80">1 − 0.9¹⁰ = {1 - 0.9**10:.0%}</text>',
+        f'<text class="small" x="190" y="130">0.9¹⁰ = {0.9**10:.0%}</text>',
+    ]
+    label = "Weights 0.1, 0.09, 0.081 and so on; the last ten batches have 65% of the weight."
+    return svg(560, 200, label, parts)
+
+
+DRAWINGS = {"axes.svg": axes, "paths.svg": paths, "shape.svg": shape, "momentum.svg": momentum}
 
 if __name__ == "__main__":
     for name, draw in DRAWINGS.items():
