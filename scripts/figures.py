@@ -1,4 +1,4 @@
-"""Draws the figures of the tutorial that need no measurement, with symbols instead of words: `python scripts/figures.py`."""
+"""Draws the figures of the book that need no measurement, with symbols instead of words: `python scripts/figures.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: the chapters of the tutorial, and pages that ask no other host and say nothing on the console from a disk.
+"""Hooks of mkdocs.yml: the chapters of the book, and pages that ask no other host and say nothing on the console from a disk.
 
 docs/tutorial/NAME.md and docs/zh/NAME.md are one chapter in two languages. The Chinese site shows the latter in place of the former, so
 that both have the same address below their language, and links and the switch of languages lead from one to the other.
@@ -32,8 +32,8 @@ def on_config(config: Any) -> Any:
     for section in config.nav:
         for pages in section.values():
             for page in pages if isinstance(pages, list) else ():
-                if isinstance(page, dict) and page.get("Tutorial") == CHAPTERS:
-                    page["Tutorial"] = sorted(
+                if isinstance(page, dict) and page.get("Book") == CHAPTERS:
+                    page["Book"] = sorted(
                         CHAPTERS + path.name for path in Path(config.docs_dir, CHAPTERS).glob("*.md")
                     )
     return config

@@ -17,7 +17,7 @@ from pymdownx.slugs import slugify
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CHINESE, ENGLISH = ROOT / "docs" / "zh", ROOT / "docs" / "tutorial"  # the chapters of the tutorial
+CHINESE, ENGLISH = ROOT / "docs" / "zh", ROOT / "docs" / "tutorial"  # the chapters of the book
 WITH_CODE = ("00", "01", "02", "03", "04", "05")  # chapters that show what runs
 REPOSITORY = re.compile(
     r"https://(github\.com/batchnorm/batchnorm/blob|raw\.githubusercontent\.com/batchnorm/batchnorm)/main/"
@@ -133,7 +133,7 @@ def headings(page: Path) -> list[str]:
     return [f"{level} {number}" for level, number in re.findall(r"^(#+) (\d[\d.]*)?", text, re.MULTILINE)]
 
 
-def test_the_tutorial_has_the_same_chapters_and_sections_in_both_languages():
+def test_the_book_has_the_same_chapters_and_sections_in_both_languages():
     chapters = [path.name for path in sorted(CHINESE.iterdir())]
     assert chapters == [path.name for path in sorted(ENGLISH.iterdir())]
     assert "glossary.md" in chapters
@@ -142,7 +142,7 @@ def test_the_tutorial_has_the_same_chapters_and_sections_in_both_languages():
 
 
 def test_every_chapter_can_be_reached():
-    """By a link on a front page or on the first page of the tutorial; the navigation lists the folder."""
+    """By a link on a front page or on the first page of the book; the navigation lists the folder."""
     for folder, front in ((CHINESE, "index.zh.md"), (ENGLISH, "index.md")):
         pages = [ROOT / "docs" / front, folder / "00-start.md"]
         linked = {(page.parent / link.partition("#")[0]).resolve() for page in pages for link in links(page)}
@@ -184,7 +184,7 @@ def test_the_picture_is_what_the_demonstration_measured():
     assert picture.PICTURE.read_text() == picture.draw(json.loads(picture.RESULT.read_text()))
 
 
-def test_the_figures_of_the_tutorial_are_as_drawn():
+def test_the_figures_of_the_book_are_as_drawn():
     """Make them again with: python scripts/figures.py"""
     figures = script("scripts/figures.py")
     assert {name: (figures.ASSETS / name).read_text() for name in figures.DRAWINGS} == {
