@@ -33,9 +33,7 @@ def on_config(config: Any) -> Any:
         for pages in section.values():
             for page in pages if isinstance(pages, list) else ():
                 if isinstance(page, dict) and page.get("Book") == CHAPTERS:
-                    page["Book"] = sorted(
-                        CHAPTERS + path.name for path in Path(config.docs_dir, CHAPTERS).glob("*.md")
-                    )
+                    page["Book"] = sorted(CHAPTERS + path.name for path in Path(config.docs_dir, CHAPTERS).glob("*.md"))
     return config
 
 
