@@ -19,6 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHINESE, ENGLISH = ROOT / "docs" / "zh", ROOT / "docs" / "tutorial"  # the chapters of the book
 WITH_CODE = ("00", "01", "02", "03", "04", "05")  # chapters that show what runs
+CHARACTERS = 15_000  # of Chinese, in all chapters
 REPOSITORY = re.compile(
     r"https://(github\.com/batchnorm/batchnorm/blob|raw\.githubusercontent\.com/batchnorm/batchnorm)/main/"
 )
@@ -160,6 +161,11 @@ def test_code_and_figures_are_the_same_in_both_languages():
         assert figure.findall(chinese.read_text()) == figure.findall(english.read_text()), chinese.name
         if chinese.name.startswith(WITH_CODE):
             assert "```python" in chinese.read_text(), chinese.name
+
+
+def test_the_chinese_edition_is_a_book():
+    text = "".join(path.read_text() for path in CHINESE.iterdir())
+    assert len(re.findall(r"[\u4e00-\u9fff]", text)) >= CHARACTERS
 
 
 def test_chinese_has_chinese_punctuation():
