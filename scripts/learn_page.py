@@ -24,7 +24,7 @@ def strings_of(language: str) -> list[dict[str, str]]:
 
 
 def section(panel: dict[str, str]) -> str:
-    """What a panel asks, and the sentence to keep; scripts/site_hooks.py adds the link to the panel."""
+    """What a panel asks, and the sentence to keep; scripts/learn_hooks.py adds the link to the panel."""
     return (
         f"\n### {panel['title']}\n\n{panel['guess']}\n\n*{panel['keep']}*\n\n"
         f"`batchnorm learn --panel {panel['id']}` <!-- panel: {panel['id']} -->\n"

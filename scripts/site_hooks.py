@@ -1,5 +1,7 @@
-"""Hooks of mkdocs.yml: what the theme's pages would ask of other hosts, or say on the console from a disk, is taken out of them, and the
-page of `batchnorm learn` comes into the site.
+"""Hooks of mkdocs.yml: the chapters of the book, and pages that ask no other host and say nothing on the console from a disk.
+
+docs/tutorial/NAME.md and docs/zh/NAME.md are one chapter in two languages. The Chinese site shows the latter in place of the former, so
+that both have the same address below their language, and links and the switch of languages lead from one to the other.
 """
 
 from __future__ import annotations
@@ -9,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
-
-from batchnorm.learn.page import render
+from mkdocs.plugins import event_priority
 
 CHANGES = (
     # The theme asks GitHub for the number of stars.
@@ -22,26 +23,33 @@ CHANGES = (
 )
 BREAKS = re.compile(r'(?<=[\w)])([._=(,/]+)(?=[\w"&])')  # where a name in a narrow table may go on in the next line
 CELL_CODE = re.compile(r"(<code>)([^<]*)(?=</code>)")
+CHAPTERS = "tutorial/"
 SEARCH = {"en": "Search", "zh": "搜索"}
-PANEL = re.compile(r"<!-- panel: (\w*) -->")
-OPEN = {"en": "Open it here", "zh": "在这里打开"}
-TOUCH = "touch.html"
 
 
-def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001  # mkdocs passes names
-    """Write the interactive page beside docs/learn.md, and link its panels."""
-    if not PANEL.search(html):
-        return html
-    language = config.theme["language"]
-    target = Path(config.site_dir, page.file.dest_uri).with_name(TOUCH)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(language), encoding="utf-8")
+def on_config(config: Any) -> Any:
+    """The navigation with the chapters instead of their folder."""
+    for section in config.nav:
+        for pages in section.values():
+            for page in pages if isinstance(pages, list) else ():
+                if isinstance(page, dict) and page.get("Book") == CHAPTERS:
+                    page["Book"] = sorted(CHAPTERS + path.name for path in Path(config.docs_dir, CHAPTERS).glob("*.md"))
+    return config
 
-    def link(panel: re.Match[str]) -> str:
-        fragment = f"#{panel[1]}" if panel[1] else ""
-        return f'<a href="{TOUCH}{fragment}">{OPEN[language]}</a>'
 
-    return PANEL.sub(link, html)
+@event_priority(-200)  # after i18n, which knows suffixes alone
+def on_files(files: Any, config: Any) -> Any:
+    """The files, those of the Chinese chapters in place of the English ones."""
+    if config.theme["language"] == "zh":
+        for file in files.documentation_pages():
+            if file.src_uri.startswith(CHAPTERS):
+                file.abs_src_path = str(Path(config.docs_dir, "zh", file.name + ".md"))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The text, with the chapters where the site has them: on GitHub a Chinese page links docs/zh."""
+    return markdown.replace("](zh/", f"]({CHAPTERS}") if page.file.src_uri.endswith(".zh.md") else markdown
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
