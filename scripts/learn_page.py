@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchnorm.learn.page import LANGUAGES, panels, strings
+from batchnorm.learn.page import LANGUAGES, anchor, panels, strings
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {"en": DOCS / "learn.md", "zh": DOCS / "learn.zh.md"}
@@ -19,14 +19,16 @@ def page(text: str, language: str) -> str:
 
 
 def strings_of(language: str) -> list[dict[str, str]]:
-    """The strings of each panel, with its id."""
-    return [{"id": panel, **strings(language)[panel]} for panel in panels()]
+    """The strings of each panel, with its id, and with the anchor of the English page where that is not the heading's."""
+    titles = {panel: strings("en")[panel]["title"] for panel in panels()}
+    names = {panel: "" if language == "en" else f'<a id="{anchor(title)}"></a>\n\n' for panel, title in titles.items()}
+    return [{"id": panel, "anchor": names[panel], **strings(language)[panel]} for panel in panels()]
 
 
 def section(panel: dict[str, str]) -> str:
     """What a panel asks, and the sentence to keep; scripts/learn_hooks.py adds the link to the panel."""
     return (
-        f"\n### {panel['title']}\n\n{panel['guess']}\n\n*{panel['keep']}*\n\n"
+        f"\n{panel['anchor']}### {panel['title']}\n\n{panel['guess']}\n\n*{panel['keep']}*\n\n"
         f"`batchnorm learn --panel {panel['id']}` <!-- panel: {panel['id']} -->\n"
     )
 
