@@ -43,7 +43,7 @@ struct Task {
 
     const double* weight;          // (C,), or null for 1
     const double* bias;            // (C,), or null for 0
-    double* mean;                  // (C,), written by moments and forward, read by the others
+    double* mean;                  // (C,), written by moments and forward, read by the others; see `running_mean`
     double* m2;                    // (C,), written by moments and forward
     double* rstd;                  // (C,), written by forward, read by the others
     double* sum_grad;              // (C,), written by reduce_grad and backward
@@ -56,9 +56,11 @@ struct Task {
     int64_t groups, group_size;
     double* counts;  // (groups,), written: the values per channel that each group counts, instead of `count`
 
-    // Batch renormalization, in forward if r is not null: x̂ · r + d replaces x̂, see kernels/channels.h.
+    // In normalize, if they are not null, mean and rstd are computed from these, and written.
     const double* running_mean;  // (C,), likewise the next
     const double* running_var;
+
+    // Batch renormalization, in forward if r is not null: x̂ · r + d replaces x̂, see kernels/channels.h. It reads the running statistics.
     double r_max, d_max;
     double* r;  // (C,), written, likewise the next
     double* d;

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from batchnorm.diagnostics import FAMILIES, RULES, Rule
+from batchnorm.learn.page import anchor, panel_of, strings
 
 PAGE = Path(__file__).parent.parent / "docs" / "diagnose.md"
 BEGIN, END = "<!-- rules: written by scripts/diagnose_page.py -->\n", "<!-- end of rules -->\n"
@@ -40,7 +41,9 @@ def section(rule: Rule) -> list[str]:
     mended = " `fix` mends it." if rule.fixable else ""
     what = re.sub(r"(?<![`\w])([*_<])", r"\\\1", rule.why)
     title = f"**{rule.title[0].upper()}{rule.title[1:]}** ({rule.severity})."
-    lines = ["", f"### {rule.code}", "", f"{title} {what}{mended}", "", f"    {rule.remedy}"]
+    panel = strings("en")[panel_of(rule.code)]["title"]
+    seen = f"To see it: [{panel}](learn.md#{anchor(panel)})."
+    lines = ["", f"### {rule.code}", "", f"{title} {what}{mended} {seen}", "", f"    {rule.remedy}"]
     if rule.with_torch != rule.remedy:
         lines += ["", "With torch alone:", "", f"    {rule.with_torch}"]
     return lines

@@ -14,6 +14,7 @@ import { pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 
 const WIDTHS = [390, 1280];
+const SEARCHES = [["reference/index.html", "momentum"], ["zh/index.html", "滑动统计量"]]; // what must be found from which page
 const TYPES = { ".css": "text/css", ".html": "text/html; charset=utf-8", ".js": "text/javascript", ".json": "application/json", ".svg": "image/svg+xml", ".png": "image/png" };
 const BROWSERS = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome", "/opt/google/chrome/chrome"];
 // Chromium's own requests are not the page's.
@@ -23,7 +24,7 @@ const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     only: { type: "string", default: "" },
-    axe: { type: "string", default: "index.html,zh/index.html,tutorial-corrections.html,findings.html,reference/layers.html" },
+    axe: { type: "string", default: "index.html,zh/index.html,zh/tutorial/02-concepts.html,tutorial-corrections.html,findings.html,reference/layers.html" },
     screenshots: { type: "string" },
   },
 });
@@ -99,10 +100,10 @@ async function checkPage(base, name) {
   await closed(page, `${base.split(":")[0]} ${name}`);
 }
 
-async function checkSearch(base) {
-  const page = await opened(`${base}/reference/index.html`);
-  await page.fill("input.md-search__input", "momentum");
-  await page.waitForSelector(".md-search-result__item", { state: "attached", timeout: 20000 }).catch(() => page.faults.push("the search finds nothing"));
+async function checkSearch(base, name, words) {
+  const page = await opened(`${base}/${name}`);
+  await page.fill("input.md-search__input", words);
+  await page.waitForSelector(".md-search-result__item", { state: "attached", timeout: 20000 }).catch(() => page.faults.push(`the search for ${words} finds nothing`));
   await closed(page, `${base.split(":")[0]} search`);
 }
 
@@ -119,7 +120,7 @@ async function checkAxe(name) {
 
 const pages = pagesIn(site).filter((name) => name.includes(values.only) && name !== "404.html");
 const work = bases.flatMap((base) => pages.map((name) => () => checkPage(base, name)));
-if (!values.only) work.push(...bases.map((base) => () => checkSearch(base)));
+if (!values.only) work.push(...bases.flatMap((base) => SEARCHES.map(([name, words]) => () => checkSearch(base, name, words))));
 const audited = values.axe.split(",").filter((name) => pages.includes(name));
 work.push(...audited.map((name) => () => checkAxe(name)));
 await Promise.all([0, 1].map(async () => { while (work.length) await work.shift()(); }));

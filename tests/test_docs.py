@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markdown.extensions.toc import slugify
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CHINESE, ENGLISH = ROOT / "docs" / "zh", ROOT / "docs" / "tutorial"  # the chapters of the book
+WITH_CODE = ("00", "01", "02", "03", "04", "05")  # chapters that show what runs
+CHARACTERS = 15_000  # of Chinese, in all chapters
 REPOSITORY = re.compile(
     r"https://(github\.com/batchnorm/batchnorm/blob|raw\.githubusercontent\.com/batchnorm/batchnorm)/main/"
 )
@@ -27,7 +30,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text())
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch, tmp_path):
     """A `text` block that directly follows a `python` block is what the latter prints."""
     monkeypatch.chdir(tmp_path)
@@ -60,7 +65,7 @@ def commands(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("command", "shown"),
-    [pytest.param(*found, id=f"{page.name}-{found[0]}") for page in PAGES for found in commands(page)],
+    [pytest.param(*found, id=f"{page.relative_to(ROOT)}-{found[0]}") for page in PAGES for found in commands(page)],
 )
 def test_commands_print_what_is_shown(command, shown):
     words = shlex.split(command)
@@ -80,7 +85,7 @@ def links(page: Path) -> list[str]:
 def anchors(page: Path) -> set[str]:
     """What the headings of a page are called in links."""
     return {
-        slugify(re.sub(r"[`*]", "", heading), "-")
+        slugify(case="lower")(re.sub(r"[`*]", "", heading), "-")
         for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     }
 
@@ -123,6 +128,53 @@ def test_every_page_is_in_the_index():
             assert name in navigation, page.name
 
 
+def headings(page: Path) -> list[str]:
+    """The levels and numbers of a page's headings, such as `## 2.1`; a heading without a number has its level alone."""
+    text = BLOCK.sub("", page.read_text())
+    return [f"{level} {number}" for level, number in re.findall(r"^(#+) (\d[\d.]*)?", text, re.MULTILINE)]
+
+
+def test_the_book_has_the_same_chapters_and_sections_in_both_languages():
+    chapters = [path.name for path in sorted(CHINESE.iterdir())]
+    assert chapters == [path.name for path in sorted(ENGLISH.iterdir())]
+    assert "glossary.md" in chapters
+    for name in chapters:
+        assert headings(CHINESE / name) == headings(ENGLISH / name), name
+
+
+def test_every_chapter_can_be_reached():
+    """By a link on a front page or on the first page of the book; the navigation lists the folder."""
+    for folder, front in ((CHINESE, "index.zh.md"), (ENGLISH, "index.md")):
+        pages = [ROOT / "docs" / front, folder / "00-start.md"]
+        linked = {(page.parent / link.partition("#")[0]).resolve() for page in pages for link in links(page)}
+        assert {*folder.iterdir()} <= linked
+
+
+def test_code_and_figures_are_the_same_in_both_languages():
+    """Comments and what is printed may differ in language."""
+    figure = re.compile(r"\]\((\S+\.svg)\)")
+    for chinese in CHINESE.iterdir():
+        english = ENGLISH / chinese.name
+        assert [language for language, _ in blocks(chinese)] == [language for language, _ in blocks(english)], (
+            chinese.name
+        )
+        assert figure.findall(chinese.read_text()) == figure.findall(english.read_text()), chinese.name
+        if chinese.name.startswith(WITH_CODE):
+            assert "```python" in chinese.read_text(), chinese.name
+
+
+def test_the_chinese_edition_is_a_book():
+    text = "".join(path.read_text() for path in CHINESE.iterdir())
+    assert len(re.findall(r"[\u4e00-\u9fff]", text)) >= CHARACTERS
+
+
+def test_chinese_has_chinese_punctuation():
+    """Outside of code, no comma, colon, semicolon, question mark or bracket of ASCII touches a Chinese character."""
+    for page in (*CHINESE.iterdir(), *(ROOT / "docs").glob("*.zh.md")):
+        text = re.sub(r"`[^`]*`|\]\([^)]*\)|^    .*?$", "`", BLOCK.sub("", page.read_text()), flags=re.MULTILINE)
+        assert re.findall(r".{,12}(?:[\u4e00-\u9fff][,:;?!()]|[,:;?!()][\u4e00-\u9fff]).{,12}", text) == [], page.name
+
+
 def script(path: str) -> Any:
     """A script of the repository as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
@@ -136,6 +188,14 @@ def test_the_picture_is_what_the_demonstration_measured():
     """Make it again with: python scripts/picture.py"""
     picture = script("scripts/picture.py")
     assert picture.PICTURE.read_text() == picture.draw(json.loads(picture.RESULT.read_text()))
+
+
+def test_the_figures_of_the_book_are_as_drawn():
+    """Make them again with: python scripts/figures.py"""
+    figures = script("scripts/figures.py")
+    assert {name: (figures.ASSETS / name).read_text() for name in figures.DRAWINGS} == {
+        name: draw() for name, draw in figures.DRAWINGS.items()
+    }
 
 
 def test_the_page_of_models_is_what_the_rows_say():

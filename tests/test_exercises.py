@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from batchnorm.cli import commands
+from batchnorm.cli import commands, learn_exercises
 from batchnorm.language import LANGUAGES, catalog, speaking
 from batchnorm.learn.exercises import misconceptions as why
 from batchnorm.learn.exercises.check import Result, check, judged
@@ -368,6 +368,11 @@ def test_bad_usage(tmp_path, name, arguments, told):
     assert done.exit_code == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_option_counts_the_tasks():
+    """It does without the tasks themselves, which need torch."""
+    assert list(TASKS) == list(range(1, learn_exercises.TASKS + 1))
 
 
 def test_in_a_notebook(capsys):

@@ -3,6 +3,7 @@
 import html
 import html.parser
 import inspect
+import json
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ def broken(site: Path) -> list[str]:
             if parts.scheme in ("http", "https"):
                 fits = PLACE.match(link) is not None
             elif parts.scheme:
-                fits = parts.scheme in ("mailto", "javascript")
+                fits = parts.scheme in ("data", "mailto", "javascript")
             else:
                 target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
                 anchors = pages[target].anchors if target in pages else {""}
@@ -83,6 +84,18 @@ def test_links_lead_somewhere_and_the_reference_has_every_public_name(tmp_path):
             assert name in text
     assert "convert(\n    model: Module,\n" in text
     assert "(N, C, L)" in text  # shapes
+
+
+def test_the_chinese_site_has_the_chinese_chapters_and_an_index_of_their_words(tmp_path):
+    site = built(tmp_path, "zh")
+    assert broken(site) == []
+    for chapter in (ROOT / "docs" / "zh").iterdir():
+        title = chapter.read_text().partition("\n")[0].removeprefix("# ")
+        page = (site / "tutorial" / chapter.name).with_suffix(".html").read_text()
+        assert re.search(rf"<h1[^>]*>{re.escape(html.escape(title, quote=False))}<", page), chapter.name
+        assert 'href="00-start.html"' in page  # in the navigation
+    entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    assert any("滑动\u200b统计" in entry["text"] for entry in entries)
 
 
 def test_a_broken_link_and_a_broken_anchor_are_found(tmp_path):

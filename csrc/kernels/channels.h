@@ -71,6 +71,7 @@ class Table {
   public:
     typedef typename T::Real Real;
     typedef typename T::Vector Vector;
+    typedef Storage<Unchanged<typename T::Numbers>> Stored;
     enum Number { mean, scale, scale_rest, offset, grad_scale, rstd, slope, level, all_numbers };
 
     // One vector past the end may be loaded; its values are not used.
@@ -131,6 +132,15 @@ class Channels {
         if (Sums<T>::about_zero) return;
         for (int64_t c = c0; c < c1; ++c) set_shift(c, Doubles{} + typical(c), Partial{1});
     }
+    // The same for all channels where neighbors in memory are channels: typicals(c, lanes) are those of a vector of channels.
+    template <class Typicals>
+    void begin_columns(const Typicals& typicals) {
+        if (!takes_moments() || Sums<T>::about_zero) return begin(0, task.C, [](int64_t) { return 0.0; });
+        int64_t c = 0;
+        for (; c + T::width <= task.C; c += T::width) set_shifts(c, typicals(c, Whole{}), Whole{});
+        const Partial rest{(int)(task.C - c)};
+        if (c < task.C) set_shifts(c, typicals(c, rest), rest);
+    }
 
     // Computes the numbers of channels c0 ... c1 - 1 from their sums. Returns whether some channels are unfinished: their sums must be
     // computed again, about a better K. Sums that were computed `again` leave no channel unfinished.
@@ -151,7 +161,10 @@ class Channels {
     // Call this before a map without sums, whose statistics are given.
     void set_all() {
         for_lanes(0, task.C, [&](int64_t c, auto lanes) {
-            if (task.verb == Verb::normalize) return set_normalize(c, Doubles{}, lanes);
+            if (task.verb == Verb::normalize) {
+                if (task.running_var) set_constants(c, lanes);
+                return set_normalize(c, Doubles{}, lanes);
+            }
             set_pre_activation(c, lanes);
             const auto given = [&](const double* values) { return values ? Float64::load(values + c, lanes) : Doubles{}; };
             set_input_grad(c, given(task.mean_grad), given(task.mean_grad_xhat), lanes);
@@ -159,9 +172,13 @@ class Channels {
     }
 
     // The median of four values: typical even if most of a channel is 0; exact if all four are equal.
-    static double middle(double a, double b, double c, double d) {
-        const double low = fmax(fmin(a, b), fmin(c, d)), high = fmin(fmax(a, b), fmax(c, d));
-        return 0.5 * low + 0.5 * high;
+    template <class Value>
+    static INLINE Value middle(Value a, Value b, Value c, Value d) {
+        const auto lower = [](Value one, Value other) { return one < other ? one : other; };
+        const auto higher = [](Value one, Value other) { return one < other ? other : one; };
+        const Value low = higher(lower(a, b), lower(c, d)), high = lower(higher(a, b), higher(c, d));
+        const Value half_of_low = low * (Value{} + 0.5), half_of_high = high * (Value{} + 0.5);
+        return half_of_low + half_of_high;
     }
 
     const Task& task;
@@ -216,10 +233,23 @@ class Channels {
         return mean - Stored::rounded(mean);
     }
 
+    // Takes mean and rstd from the running statistics.
+    template <class Lanes>
+    void set_constants(int64_t c, Lanes lanes) {
+        Float64::store(task.mean + c, Float64::load(task.running_mean + c, lanes), lanes);
+        Float64::store(task.rstd + c, 1.0 / Simd::square_root(Float64::load(task.running_var + c, lanes) + task.eps), lanes);
+    }
+
     // Stores K in place of the mean; 0 if K is not finite.
     template <class Lanes>
     void set_shift(int64_t c, Doubles shift, Lanes lanes) {
         set(Numbers::mean, c, shift - shift == 0.0 ? shift : Doubles{}, lanes);
+    }
+
+    template <class Lanes>
+    void set_shifts(int64_t c, typename T::Vector shifts, Lanes lanes) {
+        const typename T::Vector finite = shifts - shifts == (Real)0 ? shifts : typename T::Vector{};
+        for (int64_t copy = 0; copy < copies; ++copy) Numbers::Stored::store(&table.at(Numbers::mean, copy * task.C + c), finite, lanes);
     }
 
     // `rest` is the rounding error of the mean in float64, which matters only for float64 tensors.

@@ -45,7 +45,7 @@ class Interleaved {
     void reduce() {
         const int64_t chunks = task.mask ? runs.chunks : this->chunks;
         double* sums = (double*)malloc(2 * C * chunks * sizeof(double));
-        channels.begin(0, C, [&](int64_t c) { return typical(c); });
+        channels.begin_columns([&](int64_t c, auto lanes) { return typicals(c, lanes); });
         sum_chunks(loops.sum, chunks, sums);
         if (channels.finish(0, C, sums, sums + C, false)) {
             sum_chunks(loops.sum_again, chunks, sums);
@@ -86,10 +86,12 @@ class Interleaved {
         });
     }
 
-    // A typical value of the channel, taken from four rows.
-    double typical(int64_t c) const {
-        if (task.mask) return task.counted ? value(runs.begin(0)->first, c) : 0.0;
-        return Channels<T>::middle(value(0, c), value(M / 4, c), value(M / 2, c), value(M / 4 * 3, c));
+    // A typical value of each channel of a vector, taken from four rows.
+    template <class Lanes>
+    typename T::Vector typicals(int64_t c, Lanes lanes) const {
+        const auto row = [&](int64_t m) { return T::load((const Element*)task.x + m * C + c, lanes); };
+        if (task.mask) return task.counted ? row(runs.begin(0)->first) : typename T::Vector{};
+        return Channels<T>::middle(row(0), row(M / 4), row(M / 2), row(M / 4 * 3));
     }
 
     static int64_t joined_rows(const Task& task) {
@@ -98,8 +100,6 @@ class Interleaved {
         if (joint * task.C <= longest_joint_row) return joint;
         return divide_up(shortest_row, task.C);
     }
-
-    double value(int64_t m, int64_t c) const { return T::load_one((const Element*)task.x + m * C + c); }
 
     // body(rows) for rows m0 ... m1 - 1 as joined rows, then for the rest as one shorter row.
     template <class Body>

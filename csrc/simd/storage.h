@@ -42,7 +42,8 @@ template <class Conversion>
 struct Storage : Conversion::Computed {
     typedef typename Conversion::Element Element;
     typedef typename Conversion::InMemory InMemory;
-    typedef typename Conversion::Computed::Vector Vector;
+    typedef typename Conversion::Computed Numbers;
+    typedef typename Numbers::Vector Vector;
 
     static INLINE Vector load(const Element* from, Whole) { return Conversion::widen(load_vector<InMemory>(from)); }
     static INLINE Vector load(const Element* from, Partial lanes) { return Conversion::widen(Simd::load_partial<InMemory>(from, lanes)); }

@@ -171,10 +171,14 @@ inline Tensor group_vectors(const Tensor& x, int64_t groups) {
     return vectors;
 }
 
-// Statistics that are constants: mean and rstd from running ones.
-inline void set_constant(Task& task, const Tensor& running_mean, const Tensor& running_var, double eps, int64_t C) {
-    const ChannelValues means(running_mean, C), variances(running_var, C);
-    for (int64_t c = 0; c < C; ++c) task.mean[c] = means[c], task.rstd[c] = 1.0 / __builtin_sqrt(variances[c] + eps);
-}
+// Makes running statistics the constants of a task, whose mean and rstd the kernels then write. They must outlive its run.
+struct Constants {
+    const ChannelValues means, variances;
+
+    Constants(Task& task, const Tensor& running_mean, const Tensor& running_var, double eps, int64_t C)
+        : means(running_mean, C), variances(running_var, C) {
+        task.running_mean = means, task.running_var = variances, task.eps = eps;
+    }
+};
 
 }  // namespace

@@ -122,7 +122,7 @@ OPERATOR(inference_step,
     const double eps = arguments.number();
     if (!takes_fast_path(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
     LayerCall layer(Verb::normalize, x, weight, bias, eps, arguments);
-    set_constant(layer.call.task, running_mean, running_var, eps, layer.C);
+    const Constants constants(layer.call.task, running_mean, running_var, eps, layer.C);
     layer.call.run();
     layer.return_on(stack);
 }

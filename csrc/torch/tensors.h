@@ -218,7 +218,11 @@ class ChannelValues {
         values = own.get();
         if (tensor.dtype == dtypes[(int)Dtype::float32]) {
             const float* narrow = tensor.data<float>();
-            for (int64_t c = 0; c < C; ++c) values[c] = narrow[c * stride];
+            if (stride == 1) {  // a loop that the compiler turns into vectors
+                for (int64_t c = 0; c < C; ++c) values[c] = narrow[c];
+            } else {
+                for (int64_t c = 0; c < C; ++c) values[c] = narrow[c * stride];
+            }
         } else {
             for (int64_t c = 0; c < C; ++c) values[c] = read(tensor, c * stride);
         }

@@ -97,9 +97,9 @@ OPERATOR(infer, "Tensor x, Tensor running_mean, Tensor running_var, float eps, "
     const int64_t C = x.sizes[1];
     Call call(Verb::normalize, x);
     Tensor y = call.output();
-    Tensor mean = Tensor::vector(C, dtypes[(int)Dtype::float64]), rstd = Tensor::vector(C, dtypes[(int)Dtype::float64]);
+    Tensor mean = channel_vector(x), rstd = channel_vector(x);
     call.task.mean = mean.data<double>(), call.task.rstd = rstd.data<double>();
-    set_constant(call.task, running_mean, running_var, eps, C);
+    const Constants constants(call.task, running_mean, running_var, eps, C);
     const Epilogue epilogue(arguments, C, call);
     call.task.output = y.data<void>();
     call.run();

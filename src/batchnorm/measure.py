@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 # call's own data.
 SAMPLE = 4e-3
 
+# Seconds: a longer call fills the caches with its own data and code in a small part of its time.
+FILLS_CACHES = 0.1
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -54,11 +57,12 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function by `clock`, one entry per round; each round calls all of them in a random order.
 
-    A function that is repeated within a sample first runs a sample without the clock, so that the cache contains its own tensors and not
+    A short function first runs a sample without the clock, so that the caches contain its own tensors and code, as in a loop, and not
     those of the previous function. `watch` is the clock for the effort's seconds.
     """
     order, shuffle = list(functions), random.Random(0).shuffle
-    repeats = {name: _repeats(function, clock) for name, function in functions.items()}
+    seconds = {name: _seconds(function, clock) for name, function in functions.items()}
+    repeats = {name: max(1, math.ceil(SAMPLE / max(once, 1e-9))) for name, once in seconds.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     collecting = gc.isenabled()
     gc.disable()
@@ -67,7 +71,7 @@ def interleaved(
         while rounds < effort.least or (rounds < effort.most and watch() - start < effort.seconds):
             shuffle(order)
             for name in order:
-                if repeats[name] > 1:
+                if seconds[name] < FILLS_CACHES:
                     _sample(functions[name], repeats[name], clock)
                 samples[name].append(_sample(functions[name], repeats[name], clock))
             rounds += 1
@@ -84,12 +88,10 @@ def _sample(function: Callable[[], object], repeats: int, clock: Clock) -> float
     return (clock() - start) / repeats
 
 
-def _repeats(function: Callable[[], object], clock: Clock) -> int:
-    """Number of calls per sample. The first call warms up; if it is short, it is timed again."""
+def _seconds(function: Callable[[], object], clock: Clock) -> float:
+    """Seconds per call. The first call warms up; if it is short, it is timed again."""
     once = _sample(function, 1, clock)
-    if once < 10 * SAMPLE:
-        once = min(_sample(function, 1, clock) for _ in range(3))
-    return max(1, math.ceil(SAMPLE / max(once, 1e-9)))
+    return min(_sample(function, 1, clock) for _ in range(3)) if once < 10 * SAMPLE else once
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

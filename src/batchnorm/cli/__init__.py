@@ -26,7 +26,7 @@ SUMMARIES = {
     "explain": "Show every step of batch normalization for the mini-batch VALUES, forward and backward.",
     "fold": "Fold a model's batch norms into its convolutions and linear layers, check the result, and write it.",
     "lab": "Measure claims about batch normalization on this machine.",
-    "learn": "Ten exercises that check themselves and name what is misunderstood.",
+    "learn": "Write an interactive page on which batch normalization can be touched, and open it.",
     "recalibrate": "Give a model's batch norms the population statistics of a data set, and write its weights.",
 }
 

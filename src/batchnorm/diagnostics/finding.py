@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchnorm.diagnostics.rule import Severity
+from batchnorm.learn.page import panel_url
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,8 @@ class Finding:
     with_torch: str
     url: str
     fixable: bool = False
+
+    @property
+    def learn(self) -> str:
+        """The page about the panel of `batchnorm learn` that explains it."""
+        return panel_url(self.code)

@@ -136,7 +136,7 @@ def to_html(
             f"<p>{escape(each.message[0].upper() + each.message[1:])}.</p>\n<p>{escape(evidence)}</p>\n"
             f"<p>With this library: <code>{escape(each.remedy)}</code><br>With torch alone: "
             f"<code>{escape(each.with_torch)}</code><br>"
-            f'<a href="{escape(each.url)}">{escape(each.code)} explained</a></p>'
+            f'<a href="{escape(each.url)}">{escape(each.code)} explained</a>, <a href="{escape(each.learn)}">and to touch</a></p>'
         )
     if not cards:
         cards.append("<p>Nothing found.</p>")
