@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.optim.optimizer import Optimizer
 from batchnorm.diagnostics.case import Arguments, Case
 from batchnorm.diagnostics.diagnosis import Diagnosis
 from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.prices import priced
+from batchnorm.diagnostics.progress import shown
 from batchnorm.diagnostics.rule import SEVERITIES, Found, Rule
 from batchnorm.diagnostics.rules import RULES, matching
 from batchnorm.diagnostics.rules.batches import effective_samples
@@ -93,7 +96,8 @@ def diagnose(
     codes = {rule.code for rule in RULES} if select is None else matching(select)
     codes -= matching(ignore)
     arguments = Arguments(loader, optimizer=optimizer, twin=twin, replicas=others, **given)  # pyright: ignore[reportArgumentType]
-    return _diagnosed(model, arguments, tuple(rule for rule in RULES if rule.code in codes))
+    with shown():
+        return _diagnosed(model, arguments, tuple(rule for rule in RULES if rule.code in codes))
 
 
 def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) -> Diagnosis:
@@ -113,7 +117,10 @@ def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) 
             ).append(rule.code)
         else:
             findings += [_finding(rule, found) for found in rule.find(case)]
+    findings = [priced(case, each) for each in findings]
     findings.sort(key=lambda each: (SEVERITIES.index(each.severity), each.code))
+    if isinstance(arguments.loader, Iterator):  # cannot be read again
+        arguments = replace(arguments, loader=case.kept)
     measured = case.norms and may_run and arguments.loader is not None
     return Diagnosis(
         tuple(findings),

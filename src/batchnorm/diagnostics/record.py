@@ -81,11 +81,13 @@ class Record:
         layers: by name, in the order of their first calls.
         batches: number of batches read.
         refused: the numbers of those that a layer refused, since it had one value per channel.
+        nonfinite: the numbers of those that brought NaN or Inf to a layer.
     """
 
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     batches: int = 0
     refused: set[int] = field(default_factory=set)
+    nonfinite: set[int] = field(default_factory=set)
 
 
 def divergence(mean: Tensor, var: Tensor, from_mean: Tensor, from_var: Tensor, eps: float) -> Tensor:
@@ -239,6 +241,7 @@ class _Recorder:
             return
         if not bool((mean.isfinite() & m2.isfinite()).all()):
             found.nonfinite += 1
+            self.record.nonfinite.add(self.record.batches)
             return
         var = m2 / count
         moments_here = Moments(int(count), mean, m2)

@@ -5,10 +5,9 @@ The ranges are those of 56 networks with one fault each and 25 healthy ones, sma
 
 DRIFT_ERROR = 0.1  # nats, mean over channels; settled networks have 2e-5 to .008, sick ones .02 to 3.3
 DRIFT_SUSPECT = 0.012  # between those; a warning only if the loss confirms it
-LOG_RATIO_SUSPECT = (
-    0.05  # mean log ratio of standard deviations: a shift that all channels share hardly changes the divergence
-)
+LOG_RATIO_SUSPECT = 0.05  # mean log ratio of deviations: a shift that all channels share hardly changes the divergence
 LOSS_RATIO = 1.5  # loss by running over loss by recalibrated statistics; 1.0 to 1.25 healthy, 2 to 8 sick
+EXPLAINED = 0.8  # of what recalibrating all layers brings back: the other layers inherit the fault
 INITIAL_SHARE = 0.05  # weight of the initial values in the running statistics; 0 after training, .66 to .81 sick
 MOSTLY_INITIAL = 0.5  # seven batches with momentum .1
 MOMENTUM = 0.5  # a new batch outweighs all before it
@@ -20,7 +19,7 @@ FEW_SAMPLES_ERROR = 4.0  # effective samples per channel; 1.8 to 12 sick, 35 to 
 FEW_SAMPLES = 16.0
 TAIL = 0.15  # effective samples of the last batch over those of the others; .018 sick, .42 healthy
 PADDING = 0.1  # share of constant ragged tails in the values; .76 sick, up to .02 healthy
-ORDERED = 6.0  # F of the batch means; 12 to 8100 in sorted data, .65 to 1.35 in shuffled
+ORDERED = 5.0  # deviations sqrt(2 / (B - 1)) by which F exceeds 1, so F > 6 for 3 batches; F of 2.5 to 8100 sick, up to 1.35 healthy
 LEAK = 1.1  # loss of batches dealt anew over that of the loader's; 1.21 sick, 1.01 healthy
 LEAK_DIFFERENCE = 0.025  # of losses: a network that learned a few batches by heart prefers them by .023
 SHARED = 0.1  # nats between two calls of a layer in one forward; 9 sick, 0 healthy

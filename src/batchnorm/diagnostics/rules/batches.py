@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
@@ -128,7 +129,7 @@ def _ordered_layers(case: Case) -> Mapping[str, float]:
         if layer.pool is None or len(batches) < _FEWEST_BATCHES or not bool(_varying(layer).any()):
             continue
         ratio = _ratio(batches, _varying(layer))
-        if ratio > at.ORDERED:
+        if ratio > 1 + at.ORDERED * math.sqrt(2 / (len(batches) - 1)):
             found[name] = ratio
     return found
 
@@ -235,7 +236,8 @@ RULES = (
         ("loader",),
         "A batch of one class is normalized by the statistics of that class, which removes what distinguishes it; in "
         "inference they are others. Measured "
-        "by the F ratio of the samples' means, between batches over within; it is about 1 for shuffled samples.",
+        "by the F ratio of the samples' means, between batches over within, median over channels; it is 1 for shuffled samples, give or take "
+        "sqrt(2 / (batches - 1)). Reported if it exceeds 1 by five times that.",
         'DataLoader(..., shuffle=True)  # or bn.convert(model, statistics=bn.statistics.Domains(("a", "b")))  # then with bn.domain("a"):',
         "DataLoader(..., shuffle=True)",
         _ordered,

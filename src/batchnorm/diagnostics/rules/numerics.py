@@ -53,9 +53,16 @@ def _half(case: Case) -> Iterator[Found]:
 
 
 def _rounding(layer: LayerRecord) -> float:
-    """The error of rounding the input, in standard deviations of the channel where it is largest."""
+    """The error of rounding the input, in standard deviations of the channel where it is largest.
+
+    Constant channels count where they are many: rounding may have made them constant.
+    """
     means, variances = stacked(layer)
-    relative = torch.where(variances > (layer.norm.eps or 1e-5), means.abs() / variances.sqrt(), 0.0)
+    eps = layer.norm.eps or 1e-5
+    varying = variances > eps
+    if bool((~varying).all(0).double().mean() > at.DEAD_SHARE):
+        varying = variances > -1
+    relative = torch.where(varying, means.abs() / (variances.clamp(min=0) + eps).sqrt(), 0.0)
     return relative.max().item() * layer.precision
 
 
