@@ -27,7 +27,7 @@ from batchnorm.diagnostics.probes import among_others, dependence, detachment, r
 from batchnorm.diagnostics.progress import counted
 from batchnorm.diagnostics.record import Record, in_inference, in_training, input_of, record
 from batchnorm.diagnostics.state import untouched
-from batchnorm.diagnostics.step import Step, copies, differ, watched
+from batchnorm.diagnostics.step import Step, copies, counting_steps, differ, watched
 from batchnorm.errors import ArgumentError
 from batchnorm.functional.compiled import eager
 from batchnorm.population.items import call
@@ -90,9 +90,15 @@ class _OnCPU(nn.SyncBatchNorm):
 
 
 class Case:
-    """A model with everything that can be measured about it."""
+    """A model with everything that can be measured about it.
 
-    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+    Args:
+        model: as its user has it, wrapped or not.
+        arguments: those of `diagnose`.
+        seen: what a training was seen to do, in place of measurements.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments, seen: tuple[Record, Step] | None = None) -> None:
         self.model, self.arguments = model, arguments
         self.inside = unwrapped(model)
         self.norms = norms_of(model)
@@ -100,6 +106,8 @@ class Case:
         self.drops = False  # whether dropout was active in training mode
         self._items = list[tuple[int, Any]]()
         self._with_pools = dict[frozenset[str], Measured]()
+        if seen is not None:
+            self.__dict__["record"], self.__dict__["stepped"] = seen  # where `cached_property` keeps its values
 
     @cached_property
     def runs(self) -> bool:
@@ -426,10 +434,11 @@ class Case:
         assert step is not None
         modes = {norm.name: norm.module.training for norm in self.norms}
         with self.untouched(), torch.enable_grad(), watched(self.inside, self.norms, modes) as found:
-            for item in self.each("trying step"):
-                step(self.inside, item)
-                if found.steps >= 2:
-                    break
+            with counting_steps(self.inside, found):
+                for item in self.each("trying step"):
+                    step(self.inside, item)
+                    if found.steps >= 2:
+                        break
         return found
 
     # ---- hand-written layers -----------------------------------------------------------------------------------------------------

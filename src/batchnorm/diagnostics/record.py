@@ -17,6 +17,7 @@ from batchnorm.diagnostics.norms import Norm
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
 from batchnorm.surgery.freeze import HeldInInference
+from batchnorm.torch_state import graph_task
 
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
 
@@ -147,7 +148,7 @@ def record(norms: Iterable[Norm], model: nn.Module, items: Iterable[Any], call: 
 
     A batch that a layer refuses since it has one value per channel is skipped and noted.
     """
-    recorder = _Recorder(model, list(norms))
+    recorder = Recorder(model, norms)
     with in_training(model), recorder.hooked(), torch.no_grad():
         for item in items:
             recorder.begin()
@@ -158,17 +159,24 @@ def record(norms: Iterable[Norm], model: nn.Module, items: Iterable[Any], call: 
                     raise
                 recorder.record.refused.add(recorder.record.batches)
             recorder.end()
-    for layer in recorder.record.layers.values():
-        if layer.calls:
-            layer.pool = functools.reduce(Moments.merge, layer.calls.values())
-    return recorder.record
+    return recorder.finished()
 
 
-class _Recorder:
-    def __init__(self, model: nn.Module, norms: list[Norm]) -> None:
-        self._norms, self.record = norms, Record()
+class Recorder:
+    """Records what happens between `begin` and `end`, of each batch, in forwards of a model in training mode.
+
+    Args:
+        model: that runs.
+        norms: its layers.
+        sources: whether to find out who feeds the layers.
+    """
+
+    def __init__(self, model: nn.Module, norms: Iterable[Norm], *, sources: bool = True) -> None:
+        self._model, self._norms, self.record = model, list(norms), Record()
         self._linear = [
-            (name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, _ConvNd))
+            (name, module)
+            for name, module in model.named_modules()
+            if sources and isinstance(module, (nn.Linear, _ConvNd))
         ]
         self._outputs = dict[int, tuple[weakref.ref[Tensor], str]]()
         self._numbers = dict[str, int]()
@@ -177,6 +185,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
+        """Hooks at the layers."""
         with contextlib.ExitStack() as stack:
             for norm in self._norms:
                 stack.callback(
@@ -187,10 +196,16 @@ class _Recorder:
             yield
 
     def begin(self) -> None:
+        """A batch begins."""
         self._numbers.clear()
         self._outputs.clear()
         self._calls.clear()
         self._last = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer was called since `begin`."""
+        return self._last is None
 
     def refused(self) -> bool:
         """Whether the layer that was called last had one value per channel."""
@@ -202,6 +217,13 @@ class _Recorder:
         for name, calls in self._calls.items():
             self.record.layers[name].batches.append(_merged(calls))
 
+    def finished(self) -> Record:
+        """The record, with the pools of all calls."""
+        for layer in self.record.layers.values():
+            if layer.calls:
+                layer.pool = functools.reduce(Moments.merge, layer.calls.values())
+        return self.record
+
     def _after(self, name: str) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
@@ -211,6 +233,8 @@ class _Recorder:
 
     def _before(self, norm: Norm) -> Callable[..., None]:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if graph_task() != -1 or not self._model.training:  # a checkpoint computes again, or somebody validates
+                return
             x = input_of(norm, args, kwargs)
             if x is None or x.numel() == 0:
                 return

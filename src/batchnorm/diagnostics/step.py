@@ -38,10 +38,9 @@ class Step:
 
 @contextlib.contextmanager
 def watched(model: nn.Module, norms: Sequence[Norm], handed_over: dict[str, bool]) -> Iterator[Step]:
-    """Watch the steps in this context; `handed_over` has the mode in which each layer came, True in training mode."""
+    """Watch the layers in this context; `handed_over` has the mode in which each layer came, True in training mode."""
     found, values = Step(), dict[str, Any]()
     stopped = {norm.name for norm in norms if norm.updates and is_stopped(norm)}
-    parameters = {id(value) for value in model.parameters()}
 
     def before(norm: Norm) -> Callable[..., None]:
         def hook(layer: nn.Module, _args: Any) -> None:
@@ -65,16 +64,27 @@ def watched(model: nn.Module, norms: Sequence[Norm], handed_over: dict[str, bool
     def called(_model: nn.Module, _args: Any, _output: Any) -> None:
         found.forwards += 1
 
-    def stepping(optimizer: Optimizer, *_: Any) -> None:
-        found.steps += holds(optimizer, parameters)
-
     with contextlib.ExitStack() as stack:
-        stack.callback(register_optimizer_step_post_hook(stepping).remove)
         stack.callback(model.register_forward_hook(called).remove)
         for norm in norms:
             stack.callback(norm.module.register_forward_pre_hook(before(norm)).remove)
             stack.callback(norm.module.register_forward_hook(after(norm), always_call=True).remove)
         yield found
+
+
+@contextlib.contextmanager
+def counting_steps(model: nn.Module, found: Step) -> Iterator[None]:
+    """Count the steps of optimizers that hold a parameter of the model."""
+    parameters = {id(value) for value in model.parameters()}
+
+    def stepping(optimizer: Optimizer, *_: Any) -> None:
+        found.steps += holds(optimizer, parameters)
+
+    handle = register_optimizer_step_post_hook(stepping)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def holds(optimizer: Optimizer, parameters: set[int]) -> bool:

@@ -236,8 +236,8 @@ RULES = (
         ("loader",),
         "A batch of one class is normalized by the statistics of that class, which removes what distinguishes it; in "
         "inference they are others. Measured "
-        "by the F ratio of the samples' means, between batches over within, median over channels; it is 1 for shuffled samples, give or take "
-        "sqrt(2 / (batches - 1)). Reported if it exceeds 1 by five times that.",
+        "by the F ratio of the samples' means, between batches over within, median over channels; it is 1 for shuffled "
+        "samples, give or take sqrt(2 / (batches - 1)). Reported if it exceeds 1 by five times that.",
         'DataLoader(..., shuffle=True)  # or bn.convert(model, statistics=bn.statistics.Domains(("a", "b")))  # then with bn.domain("a"):',
         "DataLoader(..., shuffle=True)",
         _ordered,

@@ -221,7 +221,8 @@ RULES = (
         ("loader",),
         "Dropout adds variance in training and none in inference, so the running variance is that of other values than "
         "inference sees (Li et al. 2019, "
-        "arXiv:1801.05134). Measured by two passes in training mode, with and without dropout, of modules and of torch.nn.functional: median over channels of "
+        "arXiv:1801.05134). Measured by two passes in training mode, with and without dropout "
+        "(modules, and calls of torch.nn.functional): median over channels of "
         "the log ratio of the "
         "standard deviations, above .05.",
         'bn.recalibrate(model, loader, method="layerwise")  # or move the dropout behind the last batch norm',
