@@ -92,7 +92,7 @@ def measure(name: str, batch: int, rounds: int, *, compiled: bool) -> Row:
         counting = seconds(lambda: [monitor._stepped(optimizer) for _ in range(10_000)]) / 10_000
     once, look = median(plain), median(looks)
     share = (look - once + EVERY * counting) / (EVERY * once)
-    machine = env.processor()
+    machine = env.machine().cpu
     today = datetime.now(UTC).date().isoformat()
     times = (1e3 * once, 1e3 * look, 1e6 * counting, share)
     return Row(name, batch, compiled, norms, *times, machine, torch.__version__, today)
@@ -106,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [
-        measure(name, NETWORKS[name].batch[1], arguments.rounds, compiled=compiled)
+        measure(name, NETWORKS[name].batch[0], arguments.rounds, compiled=compiled)
         for name in arguments.networks
         for compiled in (False, True)
     ]
