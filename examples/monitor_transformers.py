@@ -25,7 +25,7 @@ class BatchNormMonitor(TrainerCallback):  # pyright: ignore[reportGeneralTypeIss
     def __init__(self, every: int = 100, writer: Any = None) -> None:
         self.every, self.writer, self.monitor = every, writer, None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
         self.monitor = bn.diagnostics.Monitor(model, self.every, writer=self.writer).start()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

@@ -108,9 +108,12 @@ class TestFindings:
     def test_statistics_that_lag_are_reported_once_after_three_looks(self):
         model = network(momentum=1e-4)
         items = [(x + 4, y) for x, y in images(40)]
-        with pytest.warns(UserWarning, match=r"BN201 at step 34: 1, 4: running statistics are .* nats") as told:
-            with Monitor(model, every=2, select="BN201") as monitor:
-                train(model, items)
+        monitor, message = (
+            Monitor(model, every=2, select="BN201"),
+            r"BN201 at step 34: 1, 4: running statistics are .* nats",
+        )
+        with pytest.warns(UserWarning, match=message) as told, monitor:
+            train(model, items)
         assert len(told) == 1
         (finding,) = monitor.findings
         assert finding.evidence["step"] == 40
@@ -127,44 +130,43 @@ class TestFindings:
     def test_nan_in_the_input_is_reported_at_once(self):
         model, items = network(), images(4)
         items[1][0][3, 1, 2, 2] = float("nan")
-        with pytest.warns(UserWarning, match="BN504 at step 2: 1:"):
-            with Monitor(model, every=2, select="BN504"):
-                train(model, items)
+        with pytest.warns(UserWarning, match="BN504 at step 2: 1:"), Monitor(model, every=2, select="BN504"):
+            train(model, items)
 
     def test_rules_without_data_are_asked(self):
         model = network(momentum=0.9)
-        with pytest.warns(UserWarning, match=r"BN101 at step 1: 1, 4: momentum is 0\.9"):
-            with Monitor(model, every=1):
-                train(model, images(2))
+        with pytest.warns(UserWarning, match=r"BN101 at step 1: 1, 4: momentum is 0\.9"), Monitor(model, every=1):
+            train(model, images(2))
 
     def test_accumulated_gradients_are_no_different_places(self):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        with pytest.warns(UserWarning, match="BN407 at step 2: .*: 8 updates"):
-            with Monitor(model, every=2) as monitor:
-                for _ in range(8):
-                    for x, y in images(8, 16):
-                        F.cross_entropy(model(x), y).backward()
-                    optimizer.step()
+
+        def accumulate():
+            for _ in range(8):
+                for x, y in images(8, 16):
+                    F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+        with pytest.warns(UserWarning, match="BN407 at step 2: .*: 8 updates"), Monitor(model, every=2) as monitor:
+            accumulate()
         assert codes(monitor) == ["BN407"]
 
     def test_checkpointing_is_found_and_not_recorded_twice(self):
         model = network()
-        with pytest.warns(UserWarning, match="BN705 at step 2: 1, 4"):
-            with Monitor(model, every=2) as monitor:
-                train(
-                    model,
-                    images(8),
-                    forward=lambda x: model[6:](checkpoint(model[:6], x, use_reentrant=False)),
-                )
+        with pytest.warns(UserWarning, match="BN705 at step 2: 1, 4"), Monitor(model, every=2) as monitor:
+            train(
+                model,
+                images(8),
+                forward=lambda x: model[6:](checkpoint(model[:6], x, use_reentrant=False)),
+            )
         assert codes(monitor) == ["BN705"]
 
     def test_layers_that_train_wakes(self):
         model = network()
         model[1].eval()
-        with pytest.warns(UserWarning, match="BN304 at step 1: 1: handed over"):
-            with Monitor(model, every=1):
-                train(model, images(2))
+        with pytest.warns(UserWarning, match="BN304 at step 1: 1: handed over"), Monitor(model, every=1):
+            train(model, images(2))
 
     def test_a_validation_within_a_look_is_not_recorded(self):
         model = network()
@@ -259,9 +261,9 @@ class TestWrappers:
         train(model, items[:1], forward=forward)
         graphs = len(compiled)
         assert graphs == 1
-        with pytest.warns(UserWarning, match="BN201 at step 34"):
-            with Monitor(model if forward is None else forward, every=2, select="BN201") as monitor:
-                train(model, items[1:], forward=forward)
+        monitor = Monitor(model if forward is None else forward, every=2, select="BN201")
+        with pytest.warns(UserWarning, match="BN201 at step 34"), monitor:
+            train(model, items[1:], forward=forward)
         assert monitor.looks == 17
         assert len(compiled) == graphs
 
@@ -269,9 +271,8 @@ class TestWrappers:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             model = DistributedDataParallel(network(momentum=0.9))
-            with pytest.warns(UserWarning, match=r"BN101 at step 2: module\.1"):
-                with Monitor(model, every=2) as monitor:
-                    train(model, images(4))
+            with pytest.warns(UserWarning, match=r"BN101 at step 2: module\.1"), Monitor(model, every=2) as monitor:
+                train(model, images(4))
             assert monitor.looks == 2
         finally:
             dist.destroy_process_group()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -300,6 +300,14 @@ class Case:
                 self._with_pools[wanted] = self.measure()
         return self._with_pools[wanted]
 
+    def measured_with(self, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Measured:
+        """Loss and accuracy with these means and variances, (C,) each, in place of running statistics."""
+        with self.untouched():
+            for norm in self.norms:
+                if norm.name in statistics:
+                    norm.set_statistics(*statistics[norm.name])
+            return self.measure()
+
     @property
     def learning(self) -> list[str]:
         """The layers that `recalibrate` would change."""
@@ -433,12 +441,15 @@ class Case:
         step = self.arguments.step
         assert step is not None
         modes = {norm.name: norm.module.training for norm in self.norms}
-        with self.untouched(), torch.enable_grad(), watched(self.inside, self.norms, modes) as found:
-            with counting_steps(self.inside, found):
-                for item in self.each("trying step"):
-                    step(self.inside, item)
-                    if found.steps >= 2:
-                        break
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.untouched())
+            stack.enter_context(torch.enable_grad())
+            found = stack.enter_context(watched(self.inside, self.norms, modes))
+            stack.enter_context(counting_steps(self.inside, found))
+            for item in self.each("trying step"):
+                step(self.inside, item)
+                if found.steps >= 2:
+                    break
         return found
 
     # ---- hand-written layers -----------------------------------------------------------------------------------------------------

@@ -97,3 +97,27 @@ def difference(larger: Tensor, smaller: Tensor) -> Difference | None:
 def ratio(larger: Measured, smaller: Measured) -> float | None:
     """Loss over loss; None unless both are there and positive."""
     return larger.loss / smaller.loss if larger.loss is not None and smaller.loss else None
+
+
+def compared(before: Measured, after: Measured, whole: Measured | None = None) -> tuple[dict[str, float], list[str]]:
+    """The numbers of both, and a phrase for each that could be measured; `whole` is what mending everything would give."""
+    evidence, texts = dict[str, float](), list[str]()
+    accuracy = difference(after.hits, before.hits)
+    if accuracy is not None and before.accuracy is not None and after.accuracy is not None:
+        evidence |= {"accuracy_before": before.accuracy, "accuracy_after": after.accuracy}
+        evidence |= {"accuracy_noise": accuracy.noise}
+        points, noise = 100 * accuracy.value, 100 * accuracy.noise
+        of = f" of {100 * (whole.accuracy - before.accuracy):.1f}" if whole and whole.accuracy is not None else ""
+        if accuracy.is_noise:
+            texts.append(f"changes the accuracy by no more than its noise ({points:+.1f} ± {noise:.1f} points)")
+        else:
+            verb = "brings back" if points > 0 else "costs"
+            texts.append(f"{verb} {abs(points):.1f}{of} points of accuracy (± {noise:.1f})")
+    loss = difference(before.losses, after.losses)
+    if loss is not None and before.loss is not None and after.loss is not None:
+        evidence |= {"loss_before": before.loss, "loss_after": after.loss, "loss_noise": loss.noise}
+        texts.append(f"changes the loss from {before.loss:.3g} to {after.loss:.3g}")
+        if whole and whole.loss is not None:
+            evidence["loss_after_all"] = whole.loss
+            texts[-1] += f" (all layers: {whole.loss:.3g})"
+    return evidence, texts

@@ -56,8 +56,9 @@ class Monitor:
                 optimizer.step()
 
     It counts the steps of optimizers that hold parameters of the model, so that it works in any loop. Every 100th step it looks at one
-    batch: rules that need no data, except BN202 and BN203, and BN201, BN304, BN404, BN407, BN503, BN504, BN702, BN704 and BN705 of `diagnose`. Those that a
-    single batch could raise by chance must hold in three looks in a row, BN201 after 30 batches. Each rule warns once, in the first process.
+    batch, and asks rules of `diagnose`: those that need no data, except BN202 and BN203; BN304, BN407, BN504 and BN705; and, since a
+    single batch could raise them by chance, BN201, BN404, BN503, BN702 and BN704 only if they hold in three looks in a row. Each rule
+    warns once, in the first process. BN201 waits until a layer has had 30 batches.
 
     The model may be compiled, wrapped by DDP or FSDP, and trained with mixed precision. A look uses its input and changes nothing; after
     the context, also after an exception, no hook is left.

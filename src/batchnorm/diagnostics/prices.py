@@ -10,7 +10,7 @@ from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.fix import MENDS
 from batchnorm.diagnostics.formats import named
-from batchnorm.diagnostics.measured import Measured, difference
+from batchnorm.diagnostics.measured import Measured, compared
 from batchnorm.diagnostics.remedies import recalibrate_all
 from batchnorm.errors import BatchNormError
 
@@ -31,36 +31,12 @@ def priced(case: Case, finding: Finding) -> Finding:
     if after.loss is not None and not math.isfinite(after.loss):  # another fault hides this one
         return finding
     whole = _whole(case, finding, after) if finding.code in _RECALIBRATED else None
-    evidence, texts = _compared(before, after, whole)
+    evidence, texts = compared(before, after, whole)
     if not texts:
         return finding
     remedy = _TEXTS.get(finding.code, f"recalibrating {named(finding.layers)}{' alone' if whole else ''}")
     message = f"{finding.message}; {remedy} {' and '.join(texts)}"
     return replace(finding, evidence={**finding.evidence, **evidence}, message=message)
-
-
-def _compared(before: Measured, after: Measured, whole: Measured | None) -> tuple[dict[str, float], list[str]]:
-    """The numbers of both, and a phrase for each that could be measured; `whole` is what mending everything would give."""
-    evidence, texts = dict[str, float](), list[str]()
-    accuracy = difference(after.hits, before.hits)
-    if accuracy is not None and before.accuracy is not None and after.accuracy is not None:
-        evidence |= {"accuracy_before": before.accuracy, "accuracy_after": after.accuracy}
-        evidence |= {"accuracy_noise": accuracy.noise}
-        points, noise = 100 * accuracy.value, 100 * accuracy.noise
-        of = f" of {100 * (whole.accuracy - before.accuracy):.1f}" if whole and whole.accuracy is not None else ""
-        if accuracy.is_noise:
-            texts.append(f"changes the accuracy by no more than its noise ({points:+.1f} ± {noise:.1f} points)")
-        else:
-            verb = "brings back" if points > 0 else "costs"
-            texts.append(f"{verb} {abs(points):.1f}{of} points of accuracy (± {noise:.1f})")
-    loss = difference(before.losses, after.losses)
-    if loss is not None and before.loss is not None and after.loss is not None:
-        evidence |= {"loss_before": before.loss, "loss_after": after.loss, "loss_noise": loss.noise}
-        texts.append(f"changes the loss from {before.loss:.3g} to {after.loss:.3g}")
-        if whole and whole.loss is not None:
-            evidence["loss_after_all"] = whole.loss
-            texts[-1] += f" (all layers: {whole.loss:.3g})"
-    return evidence, texts
 
 
 def _whole(case: Case, finding: Finding, after: Measured) -> Measured | None:
