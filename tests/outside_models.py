@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
+from batchnorm.lab import adversaries, image_networks
 from batchnorm.lab.data import digits
+from batchnorm.lab.detector import Detector
+from batchnorm.lab.recognizer import Recognizer
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
@@ -1094,6 +1097,151 @@ def forty_plain_layers() -> Subject:
     return Subject(model, data, everything(torch.optim.SGD(model.parameters(), lr=0.01)), ("BN803",), norms)
 
 
+# Sick: second round
+
+
+@sick
+def average_of_parameters_by_hand() -> Subject:
+    torch.manual_seed(100)
+    student, data = DenseNet(), digit_batches()
+    teacher = copy.deepcopy(student).eval()
+
+    def follow() -> None:
+        with torch.no_grad():
+            for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+                slow.mul_(0.95).add_(fast, alpha=0.05)
+
+    train(student, data, after=follow)
+    norms = tuple(name for name, m in student.named_modules() if isinstance(m, nn.BatchNorm2d))
+    return Subject(student, data, everything(twin=teacher), ("BN601",), norms)
+
+
+@sick
+def spatial_dropout_before_the_norm() -> Subject:
+    torch.manual_seed(101)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.4), nn.Conv2d(16, 16, 3, bias=False),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    data = digit_batches()
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN204",), ("4",))
+
+
+@sick
+def columns_that_are_always_zero() -> Subject:
+    torch.manual_seed(102)
+    x, y = rows()
+    x[:, 3:11] = 0
+    model, data = Tabular(), batches(x, y)
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN702",), ("input_bn",))
+
+
+@sick
+def four_samples_at_1x1() -> Subject:
+    torch.manual_seed(103)
+    model = nn.Sequential(
+        unit(1, 8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    data = digit_batches(batch=4)[:60]
+    optimizer = train(model, data, 2)
+    return Subject(model, data, everything(optimizer), ("BN402",), ("3",))
+
+
+@sick
+def adam_with_a_rate_of_one_half() -> Subject:
+    torch.manual_seed(104)
+    model, data = Tabular(), batches(*rows())
+    optimizer = train(model, data, 2, settle=False)
+    optimizer.param_groups[0]["lr"] = 0.5
+    return Subject(model, data, everything(optimizer), ("BN801",), ("hidden.1",))
+
+
+class WithoutStatistics(nn.Module):
+    """Hand-written, and nobody thought of inference."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() + self.beta
+
+
+class BatchNormWithoutStatistics(WithoutStatistics):
+    """Its name says what it is."""
+
+
+@sick
+def hand_written_norm_without_statistics() -> Subject:
+    torch.manual_seed(105)
+    model, data = Tabular(norm=BatchNormWithoutStatistics), batches(*rows())
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN712",), ("input_bn", "hidden.1"))
+
+
+class Inline(nn.Module):
+    """F.batch_norm in the forward of a block, without a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(20, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(self.linear(x), None, None, training=True)
+        return self.head(F.relu(x))
+
+
+@sick
+def a_function_normalizes_by_the_batch_in_inference() -> Subject:
+    torch.manual_seed(106)
+    model, data = nn.Sequential(nn.BatchNorm1d(20), Inline()), batches(*rows())
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN301", "BN712"), ("1",))
+
+
+@sick
+def a_stage_left_in_inference_mode() -> Subject:
+    """Statistics of another scale, and eval() from an earlier stage of the training that nobody undid."""
+    torch.manual_seed(107)
+    model, data = ResNet(), digit_batches()
+    train(model, data)
+    model.layer2[0].bn1.running_var *= 400
+    model.layer2[0].bn1.eval()
+    return Subject(model, data, everything(), ("BN201",), ("layer2.0.bn1",))
+
+
+@sick
+def depth_maps_in_millimeters_channels_last() -> Subject:
+    """The mean is 3000 times the deviation: torch's kernel for this layout subtracts squares."""
+    torch.manual_seed(108)
+    data = [((x * 0.3 + 3000).to(memory_format=torch.channels_last), y) for x, y in digit_batches()]
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = model.append(nn.Linear(4, 10)).to(memory_format=torch.channels_last)
+    return Subject(model, data, everything(), ("BN503",), ("1",))
+
+
+@sick
+def two_critics_share_the_statistics_of_three_sources() -> Subject:
+    torch.manual_seed(109)
+    x, y = rows()
+    data = [(a * (1, 3, 0.3)[i % 3] + (0, 2, -2)[i % 3], b) for i, (a, b) in enumerate(batches(x, y, 32))]
+    model = Tabular()
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN405",), ("input_bn",))
+
+
+@sick
+def counters_of_a_new_momentum_policy() -> Subject:
+    torch.manual_seed(110)
+    model, data = efficient(momentum=0.001), digit_batches()
+    optimizer = train(model, data, 4)
+    norms = tuple(name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+    return Subject(model, data, everything(optimizer), ("BN202", "BN201"), norms)
+
+
 # Healthy
 
 
@@ -1483,6 +1631,178 @@ def channels_last_pixels() -> Subject:
 def momentum_of_a_long_training() -> Subject:
     torch.manual_seed(92)
     return well(efficient(momentum=0.03, eps=1e-3), digit_batches(), epochs=15)
+
+
+@healthy
+def mobile_network_untrained() -> Subject:
+    torch.manual_seed(120)
+    model = efficient(eps=1e-3, momentum=0.01)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.groups > 1:
+                nn.init.normal_(module.weight, std=0.03)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    return Subject(model, digit_batches(), everything(optimizer))
+
+
+class NextBlock(nn.Module):
+    """ConvNeXt's: depthwise convolution, layer norm over channels, two linear layers, residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(self.depthwise(x).movedim(1, -1))).movedim(-1, 1)
+
+
+@healthy
+def convnext_with_a_norm_in_the_stem() -> Subject:
+    torch.manual_seed(121)
+    stem = [nn.Conv2d(1, 12, 2, 2, bias=False), nn.BatchNorm2d(12)]
+    return well(
+        nn.Sequential(*stem, NextBlock(12), NextBlock(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)),
+        digit_batches(),
+    )
+
+
+@healthy
+def recurrent_network_of_sounds() -> Subject:
+    torch.manual_seed(122)
+
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.BatchNorm1d(8)
+            self.lstm = nn.LSTM(8, 16, batch_first=True, bidirectional=True)
+            self.after, self.out = nn.BatchNorm1d(32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            states = self.lstm(self.features(x).mT)[0]
+            return self.out(self.after(states.mT).mean(2))
+
+    return well(Speech(), batches(*sounds(), 32))
+
+
+@healthy
+def generator_of_the_lab() -> Subject:
+    torch.manual_seed(123)
+    generator, critic = adversaries.networks(True, True, None)
+    noise = [torch.randn(64, 64) for _ in range(18)]
+    optimizer = train(generator, noise, 8, 1e-3, loss=lambda model, item: F.softplus(-critic(model(item))).mean())
+    return Subject(
+        generator, noise, {"objective": lambda m, z: F.softplus(-critic(m(z))).mean(), "optimizer": optimizer}
+    )
+
+
+@healthy
+def adversaries_untrained() -> Subject:
+    torch.manual_seed(124)
+    _, critic = adversaries.networks(True, True, None)
+    data = digit_batches(16)
+    return Subject(critic, data, {"objective": lambda m, item: F.softplus(-m(item[0])).mean()})
+
+
+def of_the_lab(build: Callable[..., nn.Module], **options: Any) -> Subject:
+    torch.manual_seed(125)
+    return well(build(nn.BatchNorm2d), digit_batches(16), epochs=3, rate=1e-3, **options)
+
+
+@healthy
+def alexnet_of_the_lab() -> Subject:
+    return of_the_lab(image_networks.alexnet)
+
+
+@healthy
+def vgg_of_the_lab() -> Subject:
+    return of_the_lab(image_networks.vgg)
+
+
+@healthy
+def resnet_of_the_lab() -> Subject:
+    return of_the_lab(image_networks.resnet)
+
+
+@healthy
+def detector_of_the_lab_untrained() -> Subject:
+    torch.manual_seed(126)
+    model = Detector(True, True, False)
+    return Subject(
+        model, [torch.randn(8, 1, 64, 64) for _ in range(3)], {"objective": lambda m, x: m(x)[1].square().mean()}
+    )
+
+
+@healthy
+def recognizer_of_the_lab_untrained() -> Subject:
+    torch.manual_seed(127)
+    model = Recognizer(True, True, False)
+    items = [(torch.randn(8, 40, 40), torch.randint(20, 41, (8,))) for _ in range(4)]
+    return Subject(
+        model, items, {"forward": lambda m, item: m(*item), "objective": lambda m, item: m(*item)[0].square().mean()}
+    )
+
+
+@healthy
+def deep_plain_network_with_residuals() -> Subject:
+    torch.manual_seed(128)
+    blocks = [BasicBlock(8, 8) for _ in range(8)]
+    model = nn.Sequential(unit(1, 8), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return well(model, digit_batches(), epochs=2, rate=1e-3)
+
+
+@healthy
+def settled_with_momentum_and_weight_decay() -> Subject:
+    torch.manual_seed(129)
+    model, data = ResNet(), digit_batches()
+    train(model, data)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
+    return Subject(model, data, everything(optimizer))
+
+
+@healthy
+def gradients_of_two_halves() -> Subject:
+    torch.manual_seed(130)
+    model, data = ResNet(), digit_batches()
+    optimizer = train(model, data)
+
+    def step(model: nn.Module, item: Any) -> None:
+        optimizer.zero_grad()
+        for x, y in zip(item[0].chunk(2), item[1].chunk(2), strict=True):
+            (CROSS_ENTROPY(model(x), y) / 2).backward()
+        optimizer.step()
+
+    return Subject(model, data, everything(optimizer, step=step))
+
+
+@healthy
+def mixed_precision() -> Subject:
+    torch.manual_seed(131)
+    model, data = ResNet(), digit_batches()
+
+    def forward(model: nn.Module, item: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(item[0]).float()
+
+    optimizer = train(model, data, loss=lambda model, item: CROSS_ENTROPY(forward(model, item), item[1]))
+    return Subject(model, data, {"criterion": CROSS_ENTROPY, "forward": forward, "optimizer": optimizer})
+
+
+@healthy
+def last_batch_of_five_digits() -> Subject:
+    torch.manual_seed(132)
+    x, y = images(8, 517)
+    layers = [
+        nn.Flatten(),
+        nn.Linear(64, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+    ]
+    return well(nn.Sequential(*layers, nn.Linear(64, 10)), batches(x, y, 64, last=True))
 
 
 def codes_and_layers(findings: Iterable[Any]) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
 from batchnorm.diagnostics.dropout import Dropout
+from batchnorm.diagnostics.inline import FunctionalNorms
 from batchnorm.diagnostics.measured import Measured, measured, ratio
 from batchnorm.diagnostics.norms import Norm, has_values, norms_of
 from batchnorm.diagnostics.probes import among_others, dependence, detachment, relative_difference
@@ -423,7 +424,12 @@ class Case:
         finally:
             for handle in handles:
                 handle.remove()
-        return relative_difference(*outputs), batch_norms
+        change = relative_difference(*outputs)
+        if change > thresholds.MATES and not batch_norms:
+            with self.untouched(), torch.no_grad(), FunctionalNorms(self.inside) as found:
+                predict(self.inside, x)
+            batch_norms = found.names
+        return change, batch_norms
 
     @cached_property
     def validated(self) -> list[str]:

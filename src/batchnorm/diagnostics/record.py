@@ -15,10 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.functional import moments
+from batchnorm.functional.checks import mask_of
 from batchnorm.moments import Moments
 from batchnorm.surgery.freeze import HeldInInference
 from batchnorm.torch_state import graph_task
 
+_LARGE_MEAN = 300  # deviations
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
 
 
@@ -57,6 +59,7 @@ class LayerRecord:
         nonfinite: number of batches with NaN or Inf.
         precision: that of the input's dtype, the distance from 1 to the next number.
         padding: share of values in constant tails of unequal length; 0 where a mask is given.
+        kernel_error: error of the output, in deviations, measured where the layout is channels_last and the mean large.
         source: name of the convolution or linear layer whose output is its input, in every call; None if there is none.
         single: the smallest N of a batch that had one value per channel; 0 if there was none.
     """
@@ -70,6 +73,7 @@ class LayerRecord:
     nonfinite: int = 0
     precision: float = 0.0
     padding: float = 0.0
+    kernel_error: float = 0.0
     source: str | None = ""
     single: int = 0
 
@@ -191,6 +195,7 @@ class Recorder:
                 stack.callback(
                     norm.module.register_forward_pre_hook(self._before(norm), prepend=True, with_kwargs=True).remove
                 )
+                stack.callback(norm.module.register_forward_hook(self._checked(norm), with_kwargs=True).remove)
             for name, module in self._linear:
                 stack.callback(module.register_forward_hook(self._after(name)).remove)
             yield
@@ -248,9 +253,32 @@ class Recorder:
             reference, source = self._outputs.get(id(given), (None, None))
             source = source if reference is not None and reference() is given else None
             found.source = source if found.source in ("", source) else None
-            self._count(found, x, _mask(args, kwargs))
+            self._count(found, x, _mask(norm, x, args, kwargs))
 
         return before
+
+    def _checked(self, norm: Norm) -> Callable[..., None]:
+        """A hook that compares the output of torch's kernel for channels_last with exact numbers, where the mean is large."""
+
+        def after(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found, x = self._last, input_of(norm, args, kwargs)
+            if found is None or found.norm is not norm or not found.trained or found.kernel_error or x is None:
+                return
+            if norm.kind != "torch" or x.dim() < 4 or x.is_contiguous() or not isinstance(output, Tensor):
+                return
+            batch = found.calls[self._numbers[norm.name]] if self._numbers.get(norm.name) in found.calls else None
+            if batch is None or bool((batch.mean.square() < _LARGE_MEAN**2 * batch.variance()).all()):
+                return
+            pair = moments(x)
+            shape = (1, -1) + (1,) * (x.dim() - 2)
+            mean, var = pair.mean.double().view(shape), pair.variance().double().view(shape)
+            exact = (x.double() - mean) * (var + (norm.eps or 0)).rsqrt()
+            affine = {role: value.detach().double().view(shape) for role, value in norm.affine().items()}
+            weight, bias = affine.get("weight", 1.0), affine.get("bias", 0.0)
+            error = (output.detach().double() - (exact * weight + bias)).abs().max()
+            found.kernel_error = float(error / (weight.abs().max() if isinstance(weight, Tensor) else 1.0))
+
+        return after
 
     def _count(self, found: LayerRecord, x: Tensor, mask: Tensor | None) -> None:
         """Add one call's input (N, C, *S)."""
@@ -280,10 +308,13 @@ class Recorder:
             found.padding = max(found.padding, _padding(x))
 
 
-def _mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask of a call of our layers."""
+def _mask(norm: Norm, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask of a call of our layers, by mask or lengths."""
+    if norm.kind != "ours":
+        return None
     mask = args[2] if len(args) > 2 else kwargs.get("mask")
-    return mask if isinstance(mask, Tensor) else None
+    lengths = args[3] if len(args) > 3 else kwargs.get("lengths")
+    return mask_of(lengths, mask, x)
 
 
 def _merged(calls: list[Batch]) -> Batch:

@@ -102,7 +102,7 @@ def _tail(case: Case) -> Iterator[Found]:
 
 
 def _harm(case: Case, names: Sequence[str]) -> tuple[bool, dict[str, float], str]:
-    """Whether running statistics whose last batch was the small one cost loss, or are far from those without it if there is no loss."""
+    """Whether running statistics whose last batch was the small one are far from those without it, and cost loss if there is one."""
     without, after = dict[str, tuple[Tensor, Tensor]](), dict[str, tuple[Tensor, Tensor]]()
     harmful = False
     for name in names:
@@ -123,8 +123,8 @@ def _harm(case: Case, names: Sequence[str]) -> tuple[bool, dict[str, float], str
     before, mended = case.measured_with(after), case.measured_with(without)
     loss = difference(before.losses, mended.losses)
     numbers, texts = compared(before, mended)
-    grows = loss is not None and not loss.is_noise and (ratio(before, mended) or 1) > at.TAIL_LOSS
-    return grows, numbers, f"; dropping it {' and '.join(texts)}" if texts else ""
+    costs = loss is not None and not loss.is_noise and (ratio(before, mended) or 1) > at.TAIL_LOSS
+    return harmful and costs, numbers, f"; dropping it {' and '.join(texts)}" if texts else ""
 
 
 def _padding(case: Case) -> Iterator[Found]:
@@ -241,7 +241,7 @@ RULES = (
         ("loader",),
         "The last batch of an epoch has the same weight in the running statistics as any other, and the most recent one "
         "before a validation. Measured by its effective samples, below 15 % of the others'. A warning if running statistics "
-        "that end with it cost 5 % of the loss, or without a loss, are .012 nats or 5 % of the deviations off; otherwise a note.",
+        "that end with it are .012 nats or 5 % of the deviations off, and cost 5 % of the loss if there is one; otherwise a note.",
         "DataLoader(..., drop_last=True)",
         "DataLoader(..., drop_last=True)",
         _tail,

@@ -75,6 +75,16 @@ def _cancellation(case: Case) -> Iterator[Found]:
             {"rounding_error_in_deviations": errors[names[0]]},
             f"the mean is so large that rounding the input costs {errors[names[0]]:.2g} standard deviations",
         )
+        return
+    errors = {name: layer.kernel_error for name, layer in case.record.layers.items()}
+    names = worst_first(errors, at.KERNEL)
+    if names:
+        yield Found(
+            tuple(names),
+            {"kernel_error_in_deviations": errors[names[0]]},
+            f"the mean is so large that torch's kernel for channels_last is {errors[names[0]]:.2g} standard deviations off; "
+            "our layers (bn.convert) are not",
+        )
 
 
 def _overflow(case: Case) -> Iterator[Found]:
@@ -120,7 +130,8 @@ RULES = (
         ("loader",),
         "If the mean is much larger than the deviation, the differences from the mean are what rounding left of them. "
         "Measured as "
-        "|mean| / deviation of the worst channel, times the precision of the input's dtype.",
+        "|mean| / deviation of the worst channel, times the precision of the input's dtype, above .1; and for torch's layers on "
+        "channels_last input with a mean of more than 300 deviations, by the error of their output, above .002 deviations.",
         "x = x - offset  # subtract a constant, or normalize in float32",
         "x = x - offset  # subtract a constant, or normalize in float32",
         _cancellation,

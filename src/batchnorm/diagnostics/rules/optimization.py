@@ -41,7 +41,10 @@ def _angle(case: Case) -> Iterator[Found]:
         size = float(weight.detach().norm())
         if length is not None and size > 0:
             angles[name] = length / size
-    names = worst_first(angles, at.ANGLE)
+    new = {norm.name for norm in case.norms if not norm.started}  # whose first gradients say little about a training
+    names = worst_first(
+        {name: size for name, size in angles.items() if name not in new or size > at.ANGLE_OF_NEW}, at.ANGLE
+    )
     if names:
         yield Found(
             tuple(names),
@@ -93,7 +96,8 @@ RULES = (
         ("loader", "criterion", "optimizer"),
         "The scale of a weight before batch norm has no effect, so what counts is the angle by which a step turns it: "
         "lr·‖g‖ / (‖w‖ (1 - momentum)). "
-        "It grows as weight decay shrinks the weight. For SGD, and for Adam after its first step.",
+        "It grows as weight decay shrinks the weight. For SGD, and for Adam after its first step. Above .1 radians; above 1 in new layers, "
+        "whose first gradients are large.",
         "group['lr'] /= 10  # or less weight decay",
         "group['lr'] /= 10  # or less weight decay",
         _angle,
