@@ -18,7 +18,7 @@ from batchnorm.functional import moments
 from batchnorm.functional.checks import mask_of
 from batchnorm.moments import Moments
 from batchnorm.surgery.freeze import HeldInInference
-from batchnorm.torch_state import graph_task
+from batchnorm.torch_state import disabled_torch_function, graph_task
 
 _LARGE_MEAN = 300  # deviations
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
@@ -253,7 +253,8 @@ class Recorder:
             reference, source = self._outputs.get(id(given), (None, None))
             source = source if reference is not None and reference() is given else None
             found.source = source if found.source in ("", source) else None
-            self._count(found, x, _mask(norm, x, args, kwargs))
+            with disabled_torch_function():
+                self._count(found, x, _mask(norm, x, args, kwargs))
 
         return before
 

@@ -141,7 +141,15 @@ def _never(case: Case) -> Iterator[Found]:
             {"layers": len(names)},
             "weight and bias are trained, but the running statistics are still 0 and 1: buffers were not loaded, copied "
             "or estimated",
+            "error" if _would_help(case, names) else "note",
         )
+
+
+def _would_help(case: Case, names: list[str]) -> bool:
+    """Whether statistics would lower the loss; without a loss, whether the layers are used: a new network may draw its affine."""
+    if case.has_loss:
+        return (ratio(case.measured, case.measured_with_pools(names)) or 0) > at.LOSS_RATIO
+    return not any(norm.module.training for norm in case.norms if norm.name in names)
 
 
 def _dropout(case: Case) -> Iterator[Found]:
@@ -208,7 +216,8 @@ RULES = (
         (),
         "The affine is trained and the running statistics are exactly the initial ones: a checkpoint without buffers, "
         "an average of parameters "
-        "alone, or a copy by parameters().",
+        "alone, or a copy by parameters(). A note if recalibrating does not lower the loss by a third, and without a loss in "
+        "training mode: some networks draw the affine at random.",
         "bn.recalibrate(model, loader)  # or bn.copy_statistics(source, model)",
         "model.load_state_dict(source.state_dict())  # buffers too",
         _never,
