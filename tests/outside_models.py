@@ -4,7 +4,7 @@ strangers. `SICK` names for each the codes that count as found and the layers at
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
+import batchnorm as bn
 from batchnorm.lab import adversaries, image_networks
 from batchnorm.lab.data import digits
 from batchnorm.lab.detector import Detector
@@ -1242,6 +1243,65 @@ def counters_of_a_new_momentum_policy() -> Subject:
     return Subject(model, data, everything(optimizer), ("BN202", "BN201"), norms)
 
 
+@sick
+def one_feature_of_twenty_tells_the_batch() -> Subject:
+    torch.manual_seed(111)
+    y = (torch.arange(1024) // 32) % 2
+    x = torch.randn(1024, 20)
+    x[:, 0] += 2.0 * y - 1
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+    data = [(x[i : i + 32], y[i : i + 32]) for i in (32 * torch.randperm(32)).tolist()]
+    optimizer = train(model, data, 10)
+    return Subject(model, data, everything(optimizer), ("BN405", "BN406"), ("2",))
+
+
+@sick
+def support_and_query_share_the_statistics() -> Subject:
+    torch.manual_seed(112)
+
+    class Meta(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU())
+            self.head = nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.encoder(x[:32]), self.encoder(4 * x[32:] + 3)]))
+
+    model, data = Meta(), batches(*rows())
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN704",), ("encoder.1",))
+
+
+class KeepsDeviations(nn.Module):
+    """Hand-written, with a moving standard deviation instead of a variance."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_std", torch.ones(width))
+        self.rate = 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.running_mean, self.running_std
+        if self.training:
+            mean, deviation = x.mean(0), (x.var(0, unbiased=False) + 1e-5).sqrt()
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.rate)
+                self.running_std.lerp_(deviation, self.rate)
+        return self.gamma * (x - mean) / deviation + self.beta
+
+
+@sick
+def moving_deviation_that_lags() -> Subject:
+    torch.manual_seed(113)
+    model, data = Tabular(norm=KeepsDeviations), batches(*rows())
+    model.input_bn.rate = 0.002
+    optimizer = train(model, data)
+    return Subject(model, data, everything(optimizer), ("BN201",), ("input_bn",))
+
+
 # Healthy
 
 
@@ -1805,5 +1865,35 @@ def last_batch_of_five_digits() -> Subject:
     return well(nn.Sequential(*layers, nn.Linear(64, 10)), batches(x, y, 64, last=True))
 
 
-def codes_and_layers(findings: Iterable[Any]) -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(finding.code, finding.severity, tuple(finding.layers)) for finding in findings]
+@healthy
+def rare_words() -> Subject:
+    torch.manual_seed(133)
+    x = (torch.rand(1024, 60) < 0.03).float()
+    return well(Tabular(60, 2), batches(x, (x[:, :10].sum(1) > 0).long()))
+
+
+@healthy
+def moving_deviation_done_right() -> Subject:
+    torch.manual_seed(134)
+    return well(Tabular(norm=KeepsDeviations), batches(*rows()))
+
+
+@healthy
+def labels_at_random() -> Subject:
+    torch.manual_seed(135)
+    return well(ResNet(), [(x, torch.randint(10, y.shape)) for x, y in digit_batches()])
+
+
+@healthy
+def new_head_for_other_classes() -> Subject:
+    torch.manual_seed(136)
+    subject = well(ResNet(), digit_batches())
+    subject.model.fc = nn.Linear(16, 10)
+    subject.arguments["optimizer"] = torch.optim.Adam(subject.model.parameters(), 1e-4)
+    return subject
+
+
+@healthy
+def ghost_batches_of_ours() -> Subject:
+    torch.manual_seed(137)
+    return well(bn.convert(ResNet(), statistics=bn.statistics.Ghost(16)), digit_batches())

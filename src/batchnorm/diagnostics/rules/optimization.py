@@ -32,11 +32,12 @@ def _angle(case: Case) -> Iterator[Found]:
     optimizer = case.arguments.optimizer
     assert optimizer is not None
     groups = {id(value): group for group in optimizer.param_groups for value in group["params"]}
-    grads, angles = case.gradients.parameters, dict[str, float]()
+    named, angles = case.gradients.parameters, dict[str, float]()
+    grads = {id(value): named[name] for name, value in case.model.named_parameters() if name in named}
     for name, layer in case.record.layers.items():
         weight = None if layer.source is None else getattr(case.inside.get_submodule(layer.source), "weight", None)
         group = groups.get(id(weight))
-        grad = next((grads.get(key) for key, value in case.model.named_parameters() if value is weight), None)
+        grad = grads.get(id(weight))
         if weight is None or group is None or grad is None or not layer.trained:
             continue
         length = _update(group, optimizer.state.get(weight, {}), grad)
