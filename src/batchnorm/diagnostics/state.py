@@ -85,6 +85,7 @@ def _reshard(models: Iterable[nn.Module]) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
+    module: Any
     for module in itertools.chain.from_iterable(model.modules() for model in models):
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()

@@ -171,7 +171,9 @@ def _ordered_layers(case: Case) -> Mapping[str, float]:
             found[name] = _ratios(batches, _varying(layer)), len(batches)
     for quantile in (0.5, 0.75):
         ratios = {name: (float(each.quantile(quantile)), B) for name, (each, B) in found.items()}
-        ordered = {name: F for name, (F, B) in ratios.items() if F - 1 > at.ORDERED * math.sqrt(2 / (B - 1))}
+        ordered = {
+            name: value for name, (value, B) in ratios.items() if value - 1 > at.ORDERED * math.sqrt(2 / (B - 1))
+        }
         if ordered:
             return ordered
     return {}
