@@ -49,6 +49,7 @@ ORDER = [
     "report",
     "learn",
     "diagnostics",
+    "testing",
     "cli",
     "__init__",
     "__main__",

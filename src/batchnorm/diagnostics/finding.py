@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from batchnorm.diagnostics.rule import Severity
+from batchnorm.diagnostics.rule import Found, Rule, Severity
 from batchnorm.learn.page import panel_url
 
 
@@ -39,3 +39,10 @@ class Finding:
     def learn(self) -> str:
         """The page about the panel of `batchnorm learn` that explains it."""
         return panel_url(self.code)
+
+
+def finding_of(rule: Rule, found: Found) -> Finding:
+    """What a rule found, with what its row says."""
+    severity, evidence = found.severity or rule.severity, dict(found.evidence)
+    texts = (found.message, rule.remedy, rule.with_torch, rule.url)
+    return Finding(rule.code, severity, found.layers, evidence, *texts, rule.fixable)
