@@ -74,11 +74,14 @@ def head(rule: Rule) -> str:
         lines += ["", "With torch alone:", "", f"    {rule.with_torch}"]
     lines += ["", "## How it is measured", "", *(f"{sentences}\n" for sentences in measured)]
     known = comments()
-    rows = [f"| `{name}` | {getattr(thresholds, name):g} | {known[name]} |" for name in thresholds_of(rule.find)]
+    rows = [
+        f"| `{name}` | {getattr(thresholds, name):g} | {known[name] or 'as above'} |"
+        for name in thresholds_of(rule.find)
+    ]
     if rows:
         lines += ["| threshold | value | where it lies |", "|---|---|---|", *rows]
     else:
-        lines += ["It is exact, so there is no threshold."]
+        lines += ["There is no threshold."]
     return "\n".join([*lines, "", ""])
 
 
