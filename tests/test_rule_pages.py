@@ -44,7 +44,7 @@ def test_an_example_is_sick_and_mended(rule):
 
 
 def test_thresholds_are_those_that_the_rules_read():
-    assert PAGES.thresholds_of(rule_of("BN403").find) == ["FEW_SAMPLES", "TAIL"]
+    assert PAGES.thresholds_of(rule_of("BN101").find) == ["MOMENTUM"]
     assert "COPY_DISTANCE" in PAGES.thresholds_of(rule_of("BN601").find)  # in a function that the rule calls
     assert PAGES.thresholds_of(rule_of("BN303").find) == []
     assert all(
