@@ -18,7 +18,8 @@ from typing import Any
 from batchnorm.diagnostics import FAMILIES, RULES, Rule, thresholds
 
 FOLDER = Path(__file__).parent.parent / "docs" / "diagnose"
-INDEX, GALLERY = FOLDER / "index.md", FOLDER.parent / "diagnose-gallery.md"
+INDEX = FOLDER / "index.md"
+OTHERS = [FOLDER.parent / name for name in ("diagnose.md", "diagnose-gallery.md")]  # whose examples it runs too
 BEGIN, END = "<!-- rule: written by scripts/diagnose_page.py -->\n", "<!-- end of rule -->\n"
 MEASURED = re.compile(r"(?<=\.) (?=(?:Measured|Found|Reported|Above|Below|From|With a loader|The share)\b)")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -147,8 +148,8 @@ def main() -> None:
             path = page_of(rule)
             text = page(path.read_text(), rule)
             path.write_text(run(text, path.name) if given.run else text)
-    if given.run and not given.codes and GALLERY.exists():
-        GALLERY.write_text(run(GALLERY.read_text(), GALLERY.name))
+    for path in OTHERS if given.run and not given.codes else ():
+        path.write_text(run(path.read_text(), path.name))
 
 
 if __name__ == "__main__":
