@@ -100,15 +100,13 @@ def _quantiles(layer: LayerRecord) -> list[dict[str, float]]:
     pair = layer.norm.statistics()
     if found is None or pair is None or layer.pool is None:
         return []
+    names = ("mean", "deviation", "running_mean", "running_deviation")
+    values = torch.stack(
+        [layer.pool.mean, layer.pool.variance().sqrt(), pair[0], (pair[1] + (layer.norm.eps or 1e-5)).sqrt()]
+    )  # (4, C)
     order = found.argsort()
-    places = torch.linspace(0, len(order) - 1, min(_QUANTILES, len(order))).round().long()
-    columns = {
-        "mean": layer.pool.mean,
-        "deviation": layer.pool.variance().sqrt(),
-        "running_mean": pair[0],
-        "running_deviation": (pair[1] + (layer.norm.eps or 1e-5)).sqrt(),
-    }
+    channels = order[torch.linspace(0, len(order) - 1, min(_QUANTILES, len(order))).round().long()]
     return [
-        {"channel": channel} | {name: float(f"{float(values[channel]):.6g}") for name, values in columns.items()}
-        for channel in order[places].tolist()
+        {"channel": channel} | {name: float(f"{value:.6g}") for name, value in zip(names, numbers, strict=True)}
+        for channel, numbers in zip(channels.tolist(), values[:, channels].T.tolist(), strict=True)
     ]
