@@ -47,6 +47,7 @@ ORDER = [
     "bench",
     "report",
     "diagnostics",
+    "testing",
     "cli",
     "__init__",
     "__main__",

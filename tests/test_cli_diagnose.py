@@ -81,7 +81,7 @@ def test_an_error_exits_with_1_and_names_the_layer():
     done = call("sicknet:lagging", "--data", "sicknet:loader", "--criterion", "torch.nn:CrossEntropyLoss")
     assert done.exit_code == 1
     assert "BN201" in done.output
-    assert "loss_recalibrated" in done.output
+    assert "loss_after" in done.output
 
 
 def test_a_warning_or_note_exits_with_0():
@@ -114,7 +114,7 @@ def test_every_option_reaches_its_rule():
         "--json",
         "-",
     )
-    assert "loss_running" in json.loads(done.stdout)["findings"][0]["evidence"]
+    assert "loss_before" in json.loads(done.stdout)["findings"][0]["evidence"]
 
 
 def test_files(folder):

@@ -15,6 +15,9 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWN = {
     "accelerate_recipe.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
+    "monitor.py": r"BN101 at step 20: 1: momentum is 0\.99(.|\n)*5 looks in 100 steps: \['BN101'\]",
+    "monitor_lightning.py": r"5 looks, findings: \[\]",
+    "monitor_transformers.py": r"5 looks, findings: \[\]",
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",
     "several_sizes.py": r"as one batch:   accuracy 0\.[89]",
     "switch.py": r"batchnorm\.layers: accuracy 1\.0",
@@ -23,6 +26,8 @@ SHOWN = {
 LAUNCHED = {  # in processes of their own: by a launcher, or because a framework changes the process it runs in
     "accelerate_recipe.py": ("accelerate", ()),
     "lightning_callback.py": ("lightning", ()),
+    "monitor_lightning.py": ("lightning", ()),
+    "monitor_transformers.py": ("transformers", ()),
     "train_ddp.py": ("numpy", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")),
 }
 
@@ -42,6 +47,12 @@ def test_examples(path, capsys):
         runpy.run_path(str(path), run_name="__main__")
         printed = capsys.readouterr().out
     assert re.search(SHOWN[path.name], printed.replace("-0.00", "+0.00")), printed
+
+
+@pytest.mark.parametrize("name", ["monitor_lightning.py", "monitor_transformers.py"])
+def test_callbacks_can_be_imported_without_their_frameworks(name):
+    names = runpy.run_path(str(EXAMPLES[0].parent / name))
+    assert names["BatchNormMonitor"](every=7).every == 7
 
 
 def launch(*arguments):

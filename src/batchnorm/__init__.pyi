@@ -1,8 +1,10 @@
 # The public names and where each is defined, a line for each. Type checkers read this file, and __init__.py reads it at run time.
+from batchnorm import diagnostics as diagnostics
 from batchnorm import errors as errors
 from batchnorm import functional as functional
 from batchnorm import interop as interop
 from batchnorm import statistics as statistics
+from batchnorm import testing as testing
 from batchnorm.agreement import Agreement as Agreement
 from batchnorm.agreement import average_buffers as average_buffers
 from batchnorm.agreement import replicas_agree as replicas_agree

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from batchnorm.cli.models import (
 from batchnorm.cli.text import print_json
 from batchnorm.diagnostics import FAMILIES, RULES, Diagnosis, Rule, diagnose, matching, rule_of
 from batchnorm.diagnostics.formats import named, number
+from batchnorm.diagnostics.progress import listening
 from batchnorm.errors import BatchNormError, InputError
 
 _STDOUT = Path("-")
@@ -123,9 +124,7 @@ def diagnose_command(
             check_data(arguments["loader"], data)
         fixed = None
         try:
-            with progress_bar(TextColumn("batches read: {task.completed}")) as progress:
-                if data is not None:
-                    arguments["loader"] = _Shown(arguments["loader"], progress)
+            with progress_bar(TextColumn("{task.description}")) as progress, _shown_on(progress):
                 found = diagnose(model, select=select, ignore=ignore, **arguments)
                 if fix:
                     fixed = found.fix(model, [each.code for each in found.findings if each.code in _IN_WEIGHTS])
@@ -149,24 +148,19 @@ def diagnose_command(
         print_json(found.to_data())
     else:
         for line in (
-            () if fixed is None else (*(f"did {each}" for each in fixed.done), *(f"left {each}" for each in fixed.left))
+            ()
+            if fixed is None
+            else (*(f"did {each}" for each in fixed.changes), *(f"left {each}" for each in fixed.left))
         ):
             Console().print(line)
         _show(found)
     ctx.exit(1 if found.has_errors else 0)
 
 
-class _Shown:
-    """A loader that counts its batches in a progress bar, each time that it is read."""
-
-    def __init__(self, loader: Iterable[Any], progress: Progress) -> None:
-        self._loader, self._progress = loader, progress
-        self._task = progress.add_task("diagnosing", total=None)
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._loader:
-            self._progress.advance(self._task)
-            yield item
+def _shown_on(progress: Progress) -> AbstractContextManager[None]:
+    """Show on a progress bar how far a diagnosis is."""
+    task = progress.add_task("diagnosing", total=None)
+    return listening(lambda text: progress.update(task, description=f"diagnosing: {text}"))
 
 
 def _arguments(model: nn.Module, specs: dict[str, str | None]) -> dict[str, Any]:

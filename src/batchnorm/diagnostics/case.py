@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,16 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
+from batchnorm.diagnostics.dropout import Dropout
+from batchnorm.diagnostics.inline import FunctionalNorms
+from batchnorm.diagnostics.measured import Measured, measured, ratio
 from batchnorm.diagnostics.norms import Norm, has_values, norms_of
 from batchnorm.diagnostics.probes import among_others, dependence, detachment, relative_difference
+from batchnorm.diagnostics.progress import counted
 from batchnorm.diagnostics.record import Record, in_inference, in_training, input_of, record
 from batchnorm.diagnostics.state import untouched
+from batchnorm.diagnostics.step import Step, copies, counting_steps, differ, watched
 from batchnorm.errors import ArgumentError
-from batchnorm.population import recalibrate
+from batchnorm.functional.compiled import eager
 from batchnorm.population.items import call
 from batchnorm.torch_state import graph_task
 
@@ -51,27 +56,6 @@ class Arguments:
         if "objective" in given:
             given.add("criterion")
         return [need for need in needs if not given & {*need.split("|")}]
-
-
-@dataclass
-class Step:
-    """What happened to the layers in calls of `step`.
-
-    Attributes:
-        forwards: calls of the model itself.
-        steps: steps of optimizers that hold a parameter of the model.
-        updates: by layer, calls in a forward that changed running statistics.
-        in_backward: by layer, calls within a backward that changed running statistics.
-        woken: layers that were handed over in inference mode and ran in training mode.
-        moved: layers handed over with a frozen affine whose statistics changed.
-    """
-
-    forwards: int = 0
-    steps: int = 0
-    updates: dict[str, int] = field(default_factory=dict)
-    in_backward: dict[str, int] = field(default_factory=dict)
-    woken: list[str] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -107,14 +91,24 @@ class _OnCPU(nn.SyncBatchNorm):
 
 
 class Case:
-    """A model with everything that can be measured about it."""
+    """A model with everything that can be measured about it.
 
-    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+    Args:
+        model: as its user has it, wrapped or not.
+        arguments: those of `diagnose`.
+        seen: what a training was seen to do, in place of measurements.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments, seen: tuple[Record, Step] | None = None) -> None:
         self.model, self.arguments = model, arguments
         self.inside = unwrapped(model)
         self.norms = norms_of(model)
         self.names = {id(module): name for name, module in model.named_modules()}
+        self.drops = False  # whether dropout was active in training mode
         self._items = list[tuple[int, Any]]()
+        self._with_pools = dict[frozenset[str], Measured]()
+        if seen is not None:
+            self.__dict__["record"], self.__dict__["stepped"] = seen  # where `cached_property` keeps its values
 
     @cached_property
     def runs(self) -> bool:
@@ -131,21 +125,24 @@ class Case:
         """The loss of an item: a scalar."""
         if self.arguments.objective is not None:
             return self.arguments.objective(self.inside, item)
+        return self._loss_and_output(item, self.inside)[0]
+
+    def _loss_and_output(self, item: Any, model: nn.Module) -> tuple[Tensor, Any]:
         if not isinstance(item, (tuple, list)) or len(item) < 2:
             raise ArgumentError(
                 "criterion= needs items (input, target) of the loader, but got a "
                 f"{type(item).__name__}; pass objective=, a function (model, item) that returns the loss"
             )
-        output = self.call(item)
+        output = self.call(item, model)
         device = next((value.device for value in tree_leaves(output) if isinstance(value, Tensor)), None)
         target = tree_map_only(Tensor, lambda value: value.to(device), item[1])
         assert self.arguments.criterion is not None
-        return self.arguments.criterion(output, target)
+        return self.arguments.criterion(output, target), output
 
     @contextlib.contextmanager
     def untouched(self, *others: nn.Module) -> Iterator[None]:
         """Restore the model, and others, at the end. Layers of torch that refuse the CPU normalize by their own batch meanwhile."""
-        with untouched(self.model, *others, optimizer=self.arguments.optimizer):
+        with untouched(self.model, *others, optimizer=self.arguments.optimizer), eager():
             for module in itertools.chain.from_iterable(model.modules() for model in (self.model, *others)):
                 if type(module) is nn.SyncBatchNorm and any(value.device.type == "cpu" for value in module.buffers()):
                     module.__class__ = _OnCPU
@@ -154,17 +151,28 @@ class Case:
     # ---- passes ------------------------------------------------------------------------------------------------------------------
 
     @property
+    def kept(self) -> list[Any]:
+        """The first items of the loader, as many as fit into memory."""
+        return [item for _, item in self._items]
+
+    @property
     def items(self) -> list[Any]:
-        """The first items of the loader, as many as fit into memory, without those that training refuses."""
-        refused = self.record.refused
-        return [item for number, item in self._items if number not in refused]
+        """The kept items without those that training refuses, and those with NaN or Inf."""
+        left_out = self.record.refused | self.record.nonfinite
+        return [item for number, item in self._items if number not in left_out]
+
+    def each(self, what: str) -> Iterator[Any]:
+        """The kept items, announced."""
+        return counted(self.items, what)
 
     @cached_property
     def record(self) -> Record:
         """One pass in training mode over the first batches of the loader."""
         assert self.arguments.loader is not None
-        with self.untouched():
-            return record(self.norms, self.inside, self._read(self.arguments.loader), self.call)
+        with self.untouched(), Dropout() as dropout:
+            found = record(self.norms, self.inside, counted(self._read(self.arguments.loader), "reading"), self.call)
+        self.drops = dropout.active
+        return found
 
     def _read(self, loader: Iterable[Any]) -> Iterator[Any]:
         kept = 0
@@ -178,15 +186,15 @@ class Case:
     @cached_property
     def without_dropout(self) -> tuple[Record, Record] | None:
         """Two passes over the kept items, dropout on and off; None if no dropout is active."""
-        dropouts = [module for module in self.inside.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-        if not any(module.p > 0 for module in dropouts):
+        whole = self.record
+        if not self.drops:
             return None
-        with self.untouched():
-            on = record(self.norms, self.inside, self.items, self.call)
-        with self.untouched():
-            for module in dropouts:
-                module.p = 0.0
-            return on, record(self.norms, self.inside, self.items, self.call)
+        on = whole
+        if len(self.items) < whole.batches:
+            with self.untouched():
+                on = record(self.norms, self.inside, self.each("with dropout"), self.call)
+        with self.untouched(), Dropout(off=True):
+            return on, record(self.norms, self.inside, self.each("without dropout"), self.call)
 
     @cached_property
     def twin_record(self) -> Record:
@@ -195,7 +203,7 @@ class Case:
         assert twin is not None
         inside = unwrapped(twin)
         with self.untouched(twin):
-            return record(norms_of(twin), inside, self.items, lambda item: self.call(item, inside))
+            return record(norms_of(twin), inside, self.each("running the twin"), lambda item: self.call(item, inside))
 
     @cached_property
     def twin_outputs(self) -> float | None:
@@ -211,51 +219,107 @@ class Case:
             return None
         return relative_difference(mine, others)
 
-    # ---- losses ------------------------------------------------------------------------------------------------------------------
+    # ---- losses and accuracies ---------------------------------------------------------------------------------------------------
 
-    def _inference_loss(self) -> float:
-        with in_inference(self.inside), torch.no_grad():
-            losses = [float(self.loss(item)) for item in self.items]
-        return sum(losses) / len(losses)
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is a loss, and something to measure it on."""
+        return not self.arguments.missing(("loader", "criterion")) and bool(self.items)
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether there is a loss or an accuracy, and something to measure it on."""
+        given = not self.arguments.missing(("loader",)) and not self.arguments.missing(("criterion|predict",))
+        return given and self.runs and bool(self.items)
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """The models that should agree with this one."""
+        twin = self.arguments.twin
+        return [*([] if twin is None else [twin]), *(self.arguments.replicas or ())]
+
+    def measure(self, model: nn.Module | None = None) -> Measured:
+        """Loss and accuracy in inference mode over the kept items: of a model as it is, of the diagnosed one by default."""
+        inside = self.inside if model is None else unwrapped(model)
+        predict = self.arguments.predict
+
+        def look(item: Any) -> tuple[Tensor | None, Any]:
+            loss, output = None, None
+            if self.arguments.objective is not None:
+                loss = self.arguments.objective(inside, item)
+            elif self.arguments.criterion is not None:
+                loss, output = self._loss_and_output(item, inside)
+            if output is None and predict is not None and _is_pair(item):
+                output = predict(inside, item[0])
+            return loss, output
+
+        with in_inference(inside), torch.no_grad():
+            return measured(self.each("measuring"), look)
+
+    def measure_prediction(self) -> Measured:
+        """The accuracy of `predict`, in the modes that it finds and sets."""
+        predict = self.arguments.predict
+        assert predict is not None
+        items = (item for item in self.each("predicting") if _is_pair(item))
+        with torch.no_grad():
+            return measured(items, lambda item: (None, predict(self.inside, item[0])))
 
     @cached_property
-    def losses(self) -> tuple[float, float]:
-        """The loss in inference by running statistics, and by recalibrated ones, over the kept items."""
-        before = self._running_loss
+    def measured(self) -> Measured:
+        """Loss and accuracy of the model in inference."""
         with self.untouched():
-            recalibrate(self.inside, self.items, forward=lambda _, item: self.call(item))
-            return before, self._inference_loss()
+            return self.measure()
 
     @cached_property
-    def _running_loss(self) -> float:
+    def pools(self) -> Record:
+        """One pass over the kept items, in which batch norms train and all else is in inference, as for `recalibrate`."""
+        if not self.drops and len(self.items) == self.record.batches:
+            return self.record
+        with self.untouched(), in_training(self.inside):
+            layers = {id(norm.module) for norm in self.norms}
+            for module in self.inside.modules():
+                module.training &= id(module) in layers
+            self.inside.training = True  # each module keeps this mode
+            with Dropout(off=True):
+                return record(self.norms, self.inside, self.each("pooling"), self.call)
+
+    def give_pools(self, names: Iterable[str]) -> None:
+        """Give layers the statistics of the kept items, of any kind that has running statistics."""
+        wanted = set(names)
+        for name, layer in self.pools.layers.items():
+            if name in wanted and layer.pool is not None and layer.pool.count > 1:
+                layer.norm.set_statistics(layer.pool.mean, layer.pool.variance(unbiased=True))
+
+    def measured_with_pools(self, names: Iterable[str]) -> Measured:
+        """Loss and accuracy if these layers, and no others, have the statistics of the kept items."""
+        wanted = frozenset(names)
+        if wanted not in self._with_pools:
+            pools = self.pools  # outside of `untouched`, which is not to be entered twice
+            assert pools is not None
+            with self.untouched():
+                self.give_pools(wanted)
+                self._with_pools[wanted] = self.measure()
+        return self._with_pools[wanted]
+
+    def measured_with(self, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Measured:
+        """Loss and accuracy with these means and variances, (C,) each, in place of running statistics."""
         with self.untouched():
-            return self._inference_loss()
+            for norm in self.norms:
+                if norm.name in statistics:
+                    norm.set_statistics(*statistics[norm.name])
+            return self.measure()
+
+    @property
+    def learning(self) -> list[str]:
+        """The layers that `recalibrate` would change."""
+        return [name for name, layer in self.record.layers.items() if layer.trained and layer.norm.updates]
 
     @property
     def loss_ratio(self) -> float | None:
         """Loss by running over loss by recalibrated statistics; None without a loss."""
-        if self.arguments.missing(("loader", "criterion")) or not self.items:
+        if not self.has_loss:
             return None
-        running, recalibrated = self.losses
-        return running / recalibrated if recalibrated > 0 else None
-
-    def loss_recalibrated(self, names: Iterable[str]) -> float:
-        """The loss in inference if only these layers are recalibrated."""
-        wanted = set(names)
-        with self.untouched():
-            before = {norm.name: norm.statistics() for norm in self.norms}
-            before = {
-                name: (mean.clone(), var.clone()) for name, pair in before.items() if pair for mean, var in [pair]
-            }
-            recalibrate(self.inside, self.items, forward=lambda _, item: self.call(item))
-            with torch.no_grad():
-                for norm in self.norms:
-                    if norm.name not in wanted and norm.name in before and norm.kind in ("torch", "ours"):
-                        for role, value in zip(("mean", "var"), before[norm.name], strict=True):
-                            tensor = norm.tensor(role)
-                            assert tensor is not None
-                            tensor.copy_(value.view_as(tensor))
-            return self._inference_loss()
+        return ratio(self.measured, self.measured_with_pools(self.learning))
 
     @cached_property
     def dealt_losses(self) -> tuple[float, float] | None:
@@ -288,14 +352,14 @@ class Case:
         def before(norm: Norm) -> Callable[..., None]:
             def hook(_layer: nn.Module, _args: Any) -> None:
                 if graph_task() != -1:
-                    values[norm.name] = _copies(norm)
+                    values[norm.name] = copies(norm)
 
             return hook
 
         def after(norm: Norm) -> Callable[..., None]:
             def hook(_layer: nn.Module, _args: Any, output: Any) -> None:  # also if a checkpoint stops the call early
                 if graph_task() != -1:
-                    if _differ(values.get(norm.name), norm.statistics()):
+                    if differ(values.get(norm.name), norm.statistics()):
                         found.in_backward[norm.name] = found.in_backward.get(norm.name, 0) + 1
                 elif isinstance(output, Tensor) and output.requires_grad:
                     found.outputs.setdefault(norm.name, 0.0)
@@ -360,7 +424,12 @@ class Case:
         finally:
             for handle in handles:
                 handle.remove()
-        return relative_difference(*outputs), batch_norms
+        change = relative_difference(*outputs)
+        if change > thresholds.MATES and not batch_norms:
+            with self.untouched(), torch.no_grad(), FunctionalNorms(self.inside) as found:
+                predict(self.inside, x)
+            batch_norms = found.names
+        return change, batch_norms
 
     @cached_property
     def validated(self) -> list[str]:
@@ -368,49 +437,22 @@ class Case:
         validate = self.arguments.validate
         assert validate is not None
         with self.untouched():
-            before = {norm.name: _copies(norm) for norm in self.norms}
+            before = {norm.name: copies(norm) for norm in self.norms}
             validate(self.inside)
-            return [norm.name for norm in self.norms if _differ(before[norm.name], norm.statistics())]
+            return [norm.name for norm in self.norms if differ(before[norm.name], norm.statistics())]
 
     @cached_property
     def stepped(self) -> Step:
         """What `step` does with the kept items, at most as many as two optimizer steps take."""
-        step, found, values = self.arguments.step, Step(), dict[str, Any]()
+        step = self.arguments.step
         assert step is not None
-        handed_over = {norm.name: norm.module.training for norm in self.norms}
-        stopped = [norm for norm in self.norms if norm.updates and is_stopped(norm)]
-        parameters = {id(value) for value in self.model.parameters()}
-
-        def before(norm: Norm) -> Callable[..., None]:
-            def hook(layer: nn.Module, _args: Any) -> None:
-                values[norm.name] = _copies(norm)
-                woken = layer.training and not norm.frozen and not handed_over[norm.name]
-                if woken and norm.name not in found.woken:
-                    found.woken.append(norm.name)
-
-            return hook
-
-        def after(norm: Norm) -> Callable[..., None]:
-            def hook(_layer: nn.Module, _args: Any, _output: Any) -> None:
-                if _differ(values.get(norm.name), norm.statistics()):
-                    counts = found.updates if graph_task() == -1 else found.in_backward
-                    counts[norm.name] = counts.get(norm.name, 0) + 1
-                    if norm in stopped and norm.name not in found.moved:
-                        found.moved.append(norm.name)
-
-            return hook
-
-        def stepping(optimizer: Optimizer, *_: Any) -> None:
-            if any(id(value) in parameters for group in optimizer.param_groups for value in group["params"]):
-                found.steps += 1
-
-        with self.untouched(), torch.enable_grad(), contextlib.ExitStack() as stack:
-            stack.callback(register_optimizer_step_post_hook(stepping).remove)
-            stack.callback(self.inside.register_forward_hook(lambda *_: _add_forward(found)).remove)
-            for norm in self.norms:
-                stack.callback(norm.module.register_forward_pre_hook(before(norm)).remove)
-                stack.callback(norm.module.register_forward_hook(after(norm), always_call=True).remove)
-            for item in self.items:
+        modes = {norm.name: norm.module.training for norm in self.norms}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.untouched())
+            stack.enter_context(torch.enable_grad())
+            found = stack.enter_context(watched(self.inside, self.norms, modes))
+            stack.enter_context(counting_steps(self.inside, found))
+            for item in self.each("trying step"):
                 step(self.inside, item)
                 if found.steps >= 2:
                     break
@@ -441,28 +483,6 @@ class Case:
                 with self.untouched():
                     found[norm.name] = dependence(norm, x), detachment(norm, x)
         return found
-
-
-def is_stopped(norm: Norm) -> bool:
-    """Whether a layer has an affine that does not learn."""
-    own = list(norm.module.parameters(recurse=False))
-    return bool(own) and not any(value.requires_grad for value in own)
-
-
-def _copies(norm: Norm) -> tuple[Tensor, Tensor] | None:
-    pair = norm.statistics()
-    return None if pair is None else (pair[0].clone(), pair[1].clone())
-
-
-def _differ(before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] | None) -> bool:
-    """Whether values changed, except NaN that stayed NaN; torch's kernels do not raise the version of a buffer."""
-    if before is None or after is None:
-        return False
-    return any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
-
-
-def _add_forward(found: Step) -> None:
-    found.forwards += 1
 
 
 def _is_pair(item: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from torch.optim.optimizer import Optimizer
 
 from batchnorm.diagnostics.case import Arguments, Case
 from batchnorm.diagnostics.diagnosis import Diagnosis
-from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.finding import Finding, finding_of
 from batchnorm.diagnostics.layers import layer_rows
-from batchnorm.diagnostics.rule import SEVERITIES, Found, Rule
-from batchnorm.diagnostics.rules import RULES, matching
+from batchnorm.diagnostics.prices import priced
+from batchnorm.diagnostics.progress import shown
+from batchnorm.diagnostics.rule import SEVERITIES, Rule
+from batchnorm.diagnostics.rules import chosen
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.population.items import check_loader
 
@@ -89,10 +92,10 @@ def diagnose(
     for name, value in (("twin", twin), *(("replicas", each) for each in others or ())):
         if value is not None and not isinstance(value, nn.Module):
             raise ArgumentError(f"{name} must be torch.nn.Modules, but got {type(value).__name__}")
-    codes = {rule.code for rule in RULES} if select is None else matching(select)
-    codes -= matching(ignore)
+    rules = chosen(select, ignore)
     arguments = Arguments(loader, optimizer=optimizer, twin=twin, replicas=others, **given)  # pyright: ignore[reportArgumentType]
-    return _diagnosed(model, arguments, tuple(rule for rule in RULES if rule.code in codes))
+    with shown():
+        return _diagnosed(model, arguments, rules)
 
 
 def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) -> Diagnosis:
@@ -111,8 +114,11 @@ def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) 
                 "give lazy layers their size by a first input, and layers on the meta device their values, to ask", []
             ).append(rule.code)
         else:
-            findings += [_finding(rule, found) for found in rule.find(case)]
+            findings += [finding_of(rule, found) for found in rule.find(case)]
+    findings = [priced(case, each) for each in findings]
     findings.sort(key=lambda each: (SEVERITIES.index(each.severity), each.code))
+    if isinstance(arguments.loader, Iterator):  # cannot be read again
+        arguments = replace(arguments, loader=case.kept)
     measured = case.norms and may_run and arguments.loader is not None
     return Diagnosis(
         tuple(findings),
@@ -121,18 +127,4 @@ def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) 
         case.record.batches if measured else 0,
         arguments,
         lambda again: _diagnosed(again, arguments, rules),
-    )
-
-
-def _finding(rule: Rule, found: Found) -> Finding:
-    return Finding(
-        rule.code,
-        found.severity or rule.severity,
-        found.layers,
-        dict(found.evidence),
-        found.message,
-        rule.remedy,
-        rule.with_torch,
-        rule.url,
-        rule.fixable,
     )

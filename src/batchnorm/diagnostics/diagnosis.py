@@ -14,7 +14,8 @@ from batchnorm import files
 from batchnorm.diagnostics import formats, page
 from batchnorm.diagnostics.case import Arguments, Case
 from batchnorm.diagnostics.finding import Finding
-from batchnorm.diagnostics.fix import mend, plan
+from batchnorm.diagnostics.fix import Mended, mend, plan
+from batchnorm.diagnostics.progress import shown
 from batchnorm.diagnostics.rules import RULES, matching
 from batchnorm.diagnostics.state import Saved
 
@@ -91,13 +92,15 @@ class Diagnosis:
         Raises:
             ArgumentError, InputError: as `fix`.
         """
-        return tuple(plan(Case(model, self._arguments), self._selected(select)))
+        with shown():
+            return tuple(plan(Case(model, self._arguments), self._selected(select)))
 
     def fix(self, model: nn.Module, select: str | Iterable[str] | None = None) -> Fixed:
         """Mend what can be mended without a decision of yours, in place, and measure again.
 
         Buffers of layers, eps and momentum change, layers may become ours (`convert`) or be frozen; trained parameters do not change,
-        except a bias that has no effect. BN601 mends the twin. It is a transaction: an exception leaves everything as it was.
+        except a bias that has no effect. BN601 mends the twin, BN611 the replicas too.
+        It is a transaction: an exception leaves everything as it was.
 
         Args:
             model: the model that was diagnosed, or one with the same names.
@@ -107,14 +110,16 @@ class Diagnosis:
             ArgumentError: if model is not a module.
             InputError: if no rule has such a code.
         """
-        case = Case(model, self._arguments)
-        outcome = mend(case, self._selected(select))
-        try:
-            after = self._again(model)
-        except BaseException:
-            outcome.saved.restore()
-            raise
-        return Fixed(outcome.done, outcome.left, after, outcome.saved)
+        with shown():
+            outcome = mend(Case(model, self._arguments), self._selected(select))
+            try:
+                after = self._again(model)
+            except BaseException:
+                outcome.saved.restore()
+                raise
+        still = {each.code for each in after.findings}
+        changes = tuple(_change(each, each.finding.code in still) for each in outcome.mended)
+        return Fixed(changes, outcome.left, after, outcome.saved)
 
     def _selected(self, select: str | Iterable[str] | None) -> list[Finding]:
         codes = None if select is None else matching(select)
@@ -122,24 +127,66 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What `Diagnosis.fix` did about a finding.
+
+    Attributes:
+        code: of the finding.
+        layers: its layers.
+        done: what was done.
+        gone: whether the rule is silent, asked again.
+        evidence: loss_before, loss_after, accuracy_before and accuracy_after in inference, as far as they can be measured: of the model,
+            for BN601 of the twin.
+    """
+
+    code: str
+    layers: tuple[str, ...]
+    done: str
+    gone: bool
+    evidence: Mapping[str, float]
+
+    def __str__(self) -> str:
+        texts = [f"{self.code}: {self.done}"]
+        for name, show in (("accuracy", "{:.1%}"), ("loss", "{:.3g}")):
+            before, after = (self.evidence.get(f"{name}_{when}") for when in ("before", "after"))
+            if before is not None and after is not None:
+                texts.append(f"{name} {show.format(before)} -> {show.format(after)}")
+        return ", ".join([*texts, "gone" if self.gone else "still found"])
+
+
+def _change(mended: Mended, found_again: bool) -> Change:
+    evidence = dict[str, float]()
+    for when, value in (("before", mended.before), ("after", mended.after)):
+        for name, number in (("loss", value and value.loss), ("accuracy", value and value.accuracy)):
+            if number is not None:
+                evidence[f"{name}_{when}"] = number
+    return Change(mended.finding.code, mended.finding.layers, mended.line, not found_again, evidence)
+
+
+@dataclass(frozen=True)
 class Fixed:
     """What `Diagnosis.fix` did.
 
     Attributes:
-        done: a line for each finding that was mended.
+        changes: an entry for each finding that was mended, with loss and accuracy before and after.
         left: a line for each that was not: the reason and the remedy.
         diagnosis: measured again.
     """
 
-    done: tuple[str, ...]
+    changes: tuple[Change, ...]
     left: tuple[str, ...]
     diagnosis: Diagnosis
     _saved: Saved = field(repr=False)
 
+    @property
+    def done(self) -> tuple[str, ...]:
+        """A line for each finding that was mended, as `Diagnosis.plan` has them."""
+        return tuple(f"{each.code}: {each.done}" for each in self.changes)
+
     def undo(self) -> None:
-        """Restore the model, and the twin, as they were before, bit for bit. What was trained in between is lost."""
+        """Restore the model, the twin and replicas as they were before, bit for bit. What was trained in between is lost."""
         self._saved.restore()
 
     def __str__(self) -> str:
-        lines = [*(f"did: {line}" for line in self.done), *(f"left: {line}" for line in self.left)]
+        lines = [*(f"did: {each}" for each in self.changes), *(f"left: {line}" for line in self.left)]
         return "\n".join([*lines, str(self.diagnosis)])

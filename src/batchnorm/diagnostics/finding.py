@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from batchnorm.diagnostics.rule import Severity
+from batchnorm.diagnostics.rule import Found, Rule, Severity
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,10 @@ class Finding:
     with_torch: str
     url: str
     fixable: bool = False
+
+
+def finding_of(rule: Rule, found: Found) -> Finding:
+    """What a rule found, with what its row says."""
+    severity, evidence = found.severity or rule.severity, dict(found.evidence)
+    texts = (found.message, rule.remedy, rule.with_torch, rule.url)
+    return Finding(rule.code, severity, found.layers, evidence, *texts, rule.fixable)

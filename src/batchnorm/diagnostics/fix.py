@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.finding import Finding
+from batchnorm.diagnostics.measured import Measured
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.diagnostics.probes import relative_difference
 from batchnorm.diagnostics.record import in_inference
+from batchnorm.diagnostics.remedies import pool_replicas, recalibrate_all
 from batchnorm.diagnostics.state import Saved
 from batchnorm.population import recalibrate
 from batchnorm.surgery import convert, copy_statistics, freeze
@@ -34,16 +36,32 @@ class Mend(NamedTuple):
     needs_loader: bool = False
 
 
+class Mended(NamedTuple):
+    """A finding that was mended.
+
+    Attributes:
+        finding: what was found.
+        line: what was done.
+        before: loss and accuracy in inference before; None if they cannot be measured.
+        after: the same afterwards.
+    """
+
+    finding: Finding
+    line: str
+    before: Measured | None
+    after: Measured | None
+
+
 class Outcome(NamedTuple):
     """What was done.
 
     Attributes:
-        done: a line for each finding that was mended.
+        mended: an entry for each finding that was mended, in the order in which it was.
         left: a line for each that was not, with the reason.
         saved: the state before.
     """
 
-    done: tuple[str, ...]
+    mended: tuple[Mended, ...]
     left: tuple[str, ...]
     saved: Saved
 
@@ -54,27 +72,38 @@ def mend(case: Case, findings: Iterable[Finding]) -> Outcome:
     Raises:
         Whatever the model or the loader raises.
     """
-    twin = case.arguments.twin
-    saved, done, left = Saved([case.model, *([] if twin is None else [twin])]), list[str](), list[str]()
-    recalibrated = False
+    saved, mended, left = Saved([case.model, *case.others]), list[Mended](), list[str]()
+    done: Mended | None = None  # of all layers at once
     try:
         for finding in sorted(findings, key=lambda each: _order(each.code)):
             reason = _why_not(case, finding)
+            fixed = MENDS.get(finding.code)
+            if reason or fixed is None:
+                left.append(f"{finding.code}: {reason}; {finding.remedy}")
+                continue
+            if fixed.apply is _recalibrate and done is not None:
+                mended.append(done._replace(finding=finding, line=fixed.line))
+                continue
+            before = _measured(case, finding)
+            reason = fixed.apply(case, finding)
             if reason:
                 left.append(f"{finding.code}: {reason}; {finding.remedy}")
                 continue
-            fixed = MENDS[finding.code]
-            if fixed.apply is not _recalibrate or not recalibrated:  # all layers at once
-                reason = fixed.apply(case, finding)
-            if reason:
-                left.append(f"{finding.code}: {reason}; {finding.remedy}")
-                continue
-            recalibrated |= fixed.apply is _recalibrate
-            done.append(f"{finding.code}: {fixed.line}")
+            mended.append(Mended(finding, fixed.line, before, _measured(case, finding)))
+            if fixed.apply is _recalibrate:
+                done = mended[-1]
     except BaseException:
         saved.restore()
         raise
-    return Outcome(tuple(done), tuple(left), saved)
+    return Outcome(tuple(mended), tuple(left), saved)
+
+
+def _measured(case: Case, finding: Finding) -> Measured | None:
+    """Loss and accuracy of the model that a remedy mends."""
+    if not case.can_measure:
+        return None
+    with case.untouched(*case.others):
+        return case.measure(case.arguments.twin if finding.code == "BN601" else None)
 
 
 def plan(case: Case, findings: Iterable[Finding]) -> Iterator[str]:
@@ -93,7 +122,10 @@ def _why_not(case: Case, finding: Finding) -> str | None:
         return "it needs a decision of yours"
     if MENDS[finding.code].needs_loader and case.arguments.loader is None:
         return "it needs loader="
-    if any(norm.kind == "hand-written" for norm in _norms(case, finding)):
+    if MENDS[finding.code].needs_loader and not case.items:
+        return "no batch of the loader can be used"
+    by_hand = any(norm.kind == "hand-written" for norm in _norms(case, finding))
+    if by_hand and MENDS[finding.code].apply is not _recalibrate:
         return "the layer is hand-written"
     return None
 
@@ -133,9 +165,8 @@ def _convert(case: Case, finding: Finding) -> None:
         convert(norm.module)
 
 
-def _recalibrate(case: Case, _finding: Finding) -> None:
-    method = "layerwise" if any(getattr(module, "p", 0) for module in case.inside.modules()) else "joint"
-    recalibrate(case.inside, case.items, forward=lambda _, item: case.call(item), method=method)
+def _recalibrate(case: Case, finding: Finding) -> None:
+    recalibrate_all(case, finding.layers)
 
 
 def _twin(case: Case, _finding: Finding) -> None:
@@ -145,6 +176,16 @@ def _twin(case: Case, _finding: Finding) -> None:
         copy_statistics(case.model, twin)
     else:
         recalibrate(twin, case.items, forward=lambda model, item: case.call(item, model))
+
+
+def _replicas(case: Case, _finding: Finding) -> None:
+    replicas = case.arguments.replicas or []
+    if case.arguments.loader is None:
+        pool_replicas([case.model, *replicas])
+        return
+    recalibrate_all(case)
+    for replica in replicas:
+        copy_statistics(case.model, replica)
 
 
 def _bias(case: Case, finding: Finding) -> str | None:
@@ -182,6 +223,9 @@ MENDS = {  # in the order in which they are applied: statistics last, since the 
     "BN203": Mend("running statistics are computed again from the data", _recalibrate, needs_loader=True),
     "BN202": Mend("running statistics are computed again from the data", _recalibrate, needs_loader=True),
     "BN201": Mend("running statistics are computed again from the data", _recalibrate, needs_loader=True),
+    "BN611": Mend(
+        "the replicas get one set of running statistics: of the data, or without a loader their pool", _replicas
+    ),
     "BN703": Mend("the bias moves into the running mean", _bias, needs_loader=True),
     "BN601": Mend("the twin's running statistics are computed again, or copied without a loader", _twin),
 }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -26,6 +27,7 @@ _NAMES = {  # what hand-written layers call their tensors
     "weight": re.compile(r"^(gamma|scale|weight)$", re.IGNORECASE),
     "bias": re.compile(r"^(beta|shift|bias|offset)$", re.IGNORECASE),
 }
+_DEVIATION = re.compile(r"(std|sigma)$", re.IGNORECASE)  # not sigma2, sigma_sq
 
 
 class Norm(NamedTuple):
@@ -103,7 +105,22 @@ class Norm(NamedTuple):
         if any(value is None or value.is_complex() for value in pair):
             return None
         mean, var = (value.detach().double().flatten() for value in pair if value is not None)
+        if self._keeps_deviations:
+            var = var.square()
         return (mean, var) if mean.shape == var.shape and mean.numel() else None
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Write running mean and variance, (C,) each, if it has them."""
+        for role, value in (("mean", mean), ("var", var.sqrt() if self._keeps_deviations else var)):
+            tensor = self.tensor(role)
+            if tensor is not None and tensor.numel() == value.numel():
+                tensor.detach().copy_(value.view_as(tensor))
+
+    @property
+    def _keeps_deviations(self) -> bool:
+        """Whether a hand-written layer keeps standard deviations instead of variances, by the attribute's name."""
+        return self.kind == "hand-written" and _DEVIATION.search(self.name_of("var")) is not None
 
     def affine(self) -> dict[str, Tensor]:
         """The tensors of scale and offset that it has, by the names of torch."""

@@ -15,9 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.functional import moments
+from batchnorm.functional.checks import mask_of
 from batchnorm.moments import Moments
 from batchnorm.surgery.freeze import HeldInInference
+from batchnorm.torch_state import disabled_torch_function, graph_task
 
+_LARGE_MEAN = 300  # deviations
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
 
 
@@ -56,6 +59,7 @@ class LayerRecord:
         nonfinite: number of batches with NaN or Inf.
         precision: that of the input's dtype, the distance from 1 to the next number.
         padding: share of values in constant tails of unequal length; 0 where a mask is given.
+        kernel_error: error of the output, in deviations, measured where the layout is channels_last and the mean large.
         source: name of the convolution or linear layer whose output is its input, in every call; None if there is none.
         single: the smallest N of a batch that had one value per channel; 0 if there was none.
     """
@@ -69,6 +73,7 @@ class LayerRecord:
     nonfinite: int = 0
     precision: float = 0.0
     padding: float = 0.0
+    kernel_error: float = 0.0
     source: str | None = ""
     single: int = 0
 
@@ -81,11 +86,13 @@ class Record:
         layers: by name, in the order of their first calls.
         batches: number of batches read.
         refused: the numbers of those that a layer refused, since it had one value per channel.
+        nonfinite: the numbers of those that brought NaN or Inf to a layer.
     """
 
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     batches: int = 0
     refused: set[int] = field(default_factory=set)
+    nonfinite: set[int] = field(default_factory=set)
 
 
 def divergence(mean: Tensor, var: Tensor, from_mean: Tensor, from_var: Tensor, eps: float) -> Tensor:
@@ -145,7 +152,7 @@ def record(norms: Iterable[Norm], model: nn.Module, items: Iterable[Any], call: 
 
     A batch that a layer refuses since it has one value per channel is skipped and noted.
     """
-    recorder = _Recorder(model, list(norms))
+    recorder = Recorder(model, norms)
     with in_training(model), recorder.hooked(), torch.no_grad():
         for item in items:
             recorder.begin()
@@ -156,17 +163,24 @@ def record(norms: Iterable[Norm], model: nn.Module, items: Iterable[Any], call: 
                     raise
                 recorder.record.refused.add(recorder.record.batches)
             recorder.end()
-    for layer in recorder.record.layers.values():
-        if layer.calls:
-            layer.pool = functools.reduce(Moments.merge, layer.calls.values())
-    return recorder.record
+    return recorder.finished()
 
 
-class _Recorder:
-    def __init__(self, model: nn.Module, norms: list[Norm]) -> None:
-        self._norms, self.record = norms, Record()
+class Recorder:
+    """Records what happens between `begin` and `end`, of each batch, in forwards of a model in training mode.
+
+    Args:
+        model: that runs.
+        norms: its layers.
+        sources: whether to find out who feeds the layers.
+    """
+
+    def __init__(self, model: nn.Module, norms: Iterable[Norm], *, sources: bool = True) -> None:
+        self._model, self._norms, self.record = model, list(norms), Record()
         self._linear = [
-            (name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, _ConvNd))
+            (name, module)
+            for name, module in model.named_modules()
+            if sources and isinstance(module, (nn.Linear, _ConvNd))
         ]
         self._outputs = dict[int, tuple[weakref.ref[Tensor], str]]()
         self._numbers = dict[str, int]()
@@ -175,20 +189,28 @@ class _Recorder:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
+        """Hooks at the layers."""
         with contextlib.ExitStack() as stack:
             for norm in self._norms:
                 stack.callback(
                     norm.module.register_forward_pre_hook(self._before(norm), prepend=True, with_kwargs=True).remove
                 )
+                stack.callback(norm.module.register_forward_hook(self._checked(norm), with_kwargs=True).remove)
             for name, module in self._linear:
                 stack.callback(module.register_forward_hook(self._after(name)).remove)
             yield
 
     def begin(self) -> None:
+        """A batch begins."""
         self._numbers.clear()
         self._outputs.clear()
         self._calls.clear()
         self._last = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer was called since `begin`."""
+        return self._last is None
 
     def refused(self) -> bool:
         """Whether the layer that was called last had one value per channel."""
@@ -200,6 +222,13 @@ class _Recorder:
         for name, calls in self._calls.items():
             self.record.layers[name].batches.append(_merged(calls))
 
+    def finished(self) -> Record:
+        """The record, with the pools of all calls."""
+        for layer in self.record.layers.values():
+            if layer.calls:
+                layer.pool = functools.reduce(Moments.merge, layer.calls.values())
+        return self.record
+
     def _after(self, name: str) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
@@ -209,6 +238,8 @@ class _Recorder:
 
     def _before(self, norm: Norm) -> Callable[..., None]:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if graph_task() != -1 or not self._model.training:  # a checkpoint computes again, or somebody validates
+                return
             x = input_of(norm, args, kwargs)
             if x is None or x.numel() == 0:
                 return
@@ -222,9 +253,33 @@ class _Recorder:
             reference, source = self._outputs.get(id(given), (None, None))
             source = source if reference is not None and reference() is given else None
             found.source = source if found.source in ("", source) else None
-            self._count(found, x, _mask(args, kwargs))
+            with disabled_torch_function():
+                self._count(found, x, _mask(norm, x, args, kwargs))
 
         return before
+
+    def _checked(self, norm: Norm) -> Callable[..., None]:
+        """A hook that compares the output of torch's kernel for channels_last with exact numbers, where the mean is large."""
+
+        def after(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found, x = self._last, input_of(norm, args, kwargs)
+            if found is None or found.norm is not norm or not found.trained or found.kernel_error or x is None:
+                return
+            if norm.kind != "torch" or x.dim() < 4 or x.is_contiguous() or not isinstance(output, Tensor):
+                return
+            batch = found.calls[self._numbers[norm.name]] if self._numbers.get(norm.name) in found.calls else None
+            if batch is None or bool((batch.mean.square() < _LARGE_MEAN**2 * batch.variance()).all()):
+                return
+            pair = moments(x)
+            shape = (1, -1) + (1,) * (x.dim() - 2)
+            mean, var = pair.mean.double().view(shape), pair.variance().double().view(shape)
+            exact = (x.double() - mean) * (var + (norm.eps or 0)).rsqrt()
+            affine = {role: value.detach().double().view(shape) for role, value in norm.affine().items()}
+            weight, bias = affine.get("weight", 1.0), affine.get("bias", 0.0)
+            error = (output.detach().double() - (exact * weight + bias)).abs().max()
+            found.kernel_error = float(error / (weight.abs().max() if isinstance(weight, Tensor) else 1.0))
+
+        return after
 
     def _count(self, found: LayerRecord, x: Tensor, mask: Tensor | None) -> None:
         """Add one call's input (N, C, *S)."""
@@ -239,6 +294,7 @@ class _Recorder:
             return
         if not bool((mean.isfinite() & m2.isfinite()).all()):
             found.nonfinite += 1
+            self.record.nonfinite.add(self.record.batches)
             return
         var = m2 / count
         moments_here = Moments(int(count), mean, m2)
@@ -253,10 +309,13 @@ class _Recorder:
             found.padding = max(found.padding, _padding(x))
 
 
-def _mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask of a call of our layers."""
+def _mask(norm: Norm, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask of a call of our layers, by mask or lengths."""
+    if norm.kind != "ours":
+        return None
     mask = args[2] if len(args) > 2 else kwargs.get("mask")
-    return mask if isinstance(mask, Tensor) else None
+    lengths = args[3] if len(args) > 3 else kwargs.get("lengths")
+    return mask_of(lengths, mask, x)
 
 
 def _merged(calls: list[Batch]) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,8 @@ class Saved:
     """The complete state of models, to be restored: each tensor is written only if its value changed."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
-        models = list(models)
+        self._models = models = list(models)
+        _reshard(models)
         self._snapshots = [Snapshot(model) for model in models]
         tensors = dict[int, Tensor]()
         for model in models:
@@ -36,13 +38,18 @@ class Saved:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the models, bit for bit."""
+        _reshard(self._models)
         for snapshot in self._snapshots:
             snapshot.restore()
         for value, grad in self._grads:
             if value.grad is not grad:
                 value.grad = grad
         for value, before in (*self._values, *self._grad_values):
-            if not torch.equal(value.detach(), before):
+            if (
+                value.layout is not torch.strided
+            ):  # sparse gradients cannot be compared, and a detached one is not the same
+                value.copy_(before)
+            elif not torch.equal(value.detach(), before):
                 value.detach().copy_(before)  # `detach` shares the memory, also where a leaf refuses to be written
 
 
@@ -71,6 +78,16 @@ def untouched(*models: nn.Module, optimizer: Optimizer | None = None) -> Iterato
                 group.clear()
                 group.update(values)
         _restore_random(random_states)
+
+
+def _reshard(models: Iterable[nn.Module]) -> None:
+    """Let fully sharded modules release the parameters that they gathered for a forward: they do not notice that others replace them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in itertools.chain.from_iterable(model.modules() for model in models):
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def _state(optimizer: Optimizer) -> Any:

@@ -58,6 +58,17 @@ def matching(codes: str | Iterable[str] | None) -> set[str]:
     return found
 
 
+def chosen(select: str | Iterable[str] | None, ignore: str | Iterable[str] | None) -> tuple[Rule, ...]:
+    """The rules of `select`, all if it is None, without those of `ignore`.
+
+    Raises:
+        InputError: as `matching`.
+    """
+    codes = {rule.code for rule in RULES} if select is None else matching(select)
+    codes -= matching(ignore)
+    return tuple(rule for rule in RULES if rule.code in codes)
+
+
 def rule_of(code: str) -> Rule:
     """The rule of a code.
 

@@ -192,5 +192,6 @@ RULES = (
         "bn.average_buffers(model)  # or bn.synchronize(model)",
         "for buffer in model.buffers(): dist.all_reduce(buffer, dist.ReduceOp.AVG)  # misses the variance between ranks",
         _replicas,
+        fixable=True,
     ),
 )

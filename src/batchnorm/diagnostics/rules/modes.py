@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.diagnostics import thresholds as at
-from batchnorm.diagnostics.case import Case, is_stopped
+from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.rule import Found, Rule
+from batchnorm.diagnostics.step import is_stopped
 
 
 def _mates(case: Case) -> Iterator[Found]:

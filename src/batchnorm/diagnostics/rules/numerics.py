@@ -53,9 +53,16 @@ def _half(case: Case) -> Iterator[Found]:
 
 
 def _rounding(layer: LayerRecord) -> float:
-    """The error of rounding the input, in standard deviations of the channel where it is largest."""
+    """The error of rounding the input, in standard deviations of the channel where it is largest.
+
+    Constant channels count where they are many: rounding may have made them constant.
+    """
     means, variances = stacked(layer)
-    relative = torch.where(variances > (layer.norm.eps or 1e-5), means.abs() / variances.sqrt(), 0.0)
+    eps = layer.norm.eps or 1e-5
+    varying = variances > eps
+    if bool((~varying).all(0).double().mean() > at.DEAD_SHARE):
+        varying = variances > -1
+    relative = torch.where(varying, means.abs() / (variances.clamp(min=0) + eps).sqrt(), 0.0)
     return relative.max().item() * layer.precision
 
 
@@ -67,6 +74,16 @@ def _cancellation(case: Case) -> Iterator[Found]:
             tuple(names),
             {"rounding_error_in_deviations": errors[names[0]]},
             f"the mean is so large that rounding the input costs {errors[names[0]]:.2g} standard deviations",
+        )
+        return
+    errors = {name: layer.kernel_error for name, layer in case.record.layers.items()}
+    names = worst_first(errors, at.KERNEL)
+    if names:
+        yield Found(
+            tuple(names),
+            {"kernel_error_in_deviations": errors[names[0]]},
+            f"the mean is so large that torch's kernel for channels_last is {errors[names[0]]:.2g} standard deviations off; "
+            "our layers (bn.convert) are not",
         )
 
 
@@ -113,7 +130,8 @@ RULES = (
         ("loader",),
         "If the mean is much larger than the deviation, the differences from the mean are what rounding left of them. "
         "Measured as "
-        "|mean| / deviation of the worst channel, times the precision of the input's dtype.",
+        "|mean| / deviation of the worst channel, times the precision of the input's dtype, above .1; and for torch's layers on "
+        "channels_last input with a mean of more than 300 deviations, by the error of their output, above .002 deviations.",
         "x = x - offset  # subtract a constant, or normalize in float32",
         "x = x - offset  # subtract a constant, or normalize in float32",
         _cancellation,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from statistics import linear_regression
 from typing import Any
 
 from torch import Tensor
@@ -30,18 +32,22 @@ def _angle(case: Case) -> Iterator[Found]:
     optimizer = case.arguments.optimizer
     assert optimizer is not None
     groups = {id(value): group for group in optimizer.param_groups for value in group["params"]}
-    grads, angles = case.gradients.parameters, dict[str, float]()
+    named, angles = case.gradients.parameters, dict[str, float]()
+    grads = {id(value): named[name] for name, value in case.model.named_parameters() if name in named}
     for name, layer in case.record.layers.items():
         weight = None if layer.source is None else getattr(case.inside.get_submodule(layer.source), "weight", None)
         group = groups.get(id(weight))
-        grad = next((grads.get(key) for key, value in case.model.named_parameters() if value is weight), None)
+        grad = grads.get(id(weight))
         if weight is None or group is None or grad is None or not layer.trained:
             continue
         length = _update(group, optimizer.state.get(weight, {}), grad)
         size = float(weight.detach().norm())
         if length is not None and size > 0:
             angles[name] = length / size
-    names = worst_first(angles, at.ANGLE)
+    new = {norm.name for norm in case.norms if not norm.started}  # whose first gradients say little about a training
+    names = worst_first(
+        {name: size for name, size in angles.items() if name not in new or size > at.ANGLE_OF_NEW}, at.ANGLE
+    )
     if names:
         yield Found(
             tuple(names),
@@ -77,12 +83,19 @@ def _explosion(case: Case) -> Iterator[Found]:
         return
     first, last = next(iter(outputs)), next(reversed(outputs))
     ratio = outputs[first] / outputs[last]
-    if ratio > at.EXPLOSION:
+    if ratio > at.EXPLOSION and _trend(list(outputs.values())) > at.EXPLOSION ** (2 / 3):
         yield Found(
             (first,),
             {"gradient_first_over_last": ratio},
             f"the gradient at {first or 'the model'} is {ratio:.3g} times that at {last}, {len(outputs)} batch norms later",
         )
+
+
+def _trend(values: list[float]) -> float:
+    """First over last value of the exponential that fits best: a scaled branch at either end is no trend."""
+    places = range(len(values))
+    slope, _ = linear_regression(places, [math.log(value) for value in values])
+    return math.exp(-slope * (len(values) - 1))
 
 
 RULES = (
@@ -93,7 +106,8 @@ RULES = (
         ("loader", "criterion", "optimizer"),
         "The scale of a weight before batch norm has no effect, so what counts is the angle by which a step turns it: "
         "lr·‖g‖ / (‖w‖ (1 - momentum)). "
-        "It grows as weight decay shrinks the weight. For SGD, and for Adam after its first step.",
+        "It grows as weight decay shrinks the weight. For SGD, and for Adam after its first step. Above .1 radians; above 1 in new layers, "
+        "whose first gradients are large.",
         "group['lr'] /= 10  # or less weight decay",
         "group['lr'] /= 10  # or less weight decay",
         _angle,
@@ -115,7 +129,8 @@ RULES = (
         ("loader", "criterion"),
         "In deep networks without residual connections batch norm amplifies gradients layer by layer (Yang et al. 2019, "
         "arXiv:1902.08129). Measured as the "
-        "gradient at the first over that at the last of at least ten batch norms.",
+        "gradient at the first over that at the last of at least ten batch norms, above 1000, if it grows all the way: by 100 "
+        "along the exponential that fits best.",
         "add residual connections, or warm the learning rate up",
         "add residual connections, or warm the learning rate up",
         _explosion,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
+from batchnorm.diagnostics.measured import ratio
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.diagnostics.record import LayerRecord, Record, divergence
 from batchnorm.diagnostics.rule import Found, Rule, Severity, worst_first
@@ -36,6 +37,12 @@ def drifts(record: Record, *, initial: bool = False) -> dict[str, Drift]:
     return found
 
 
+def _held_drifts(record: Record) -> dict[str, Drift]:
+    """The drift of each layer that normalizes by its running statistics in training too: frozen, or in inference mode there."""
+    held = {name: _drift(layer) for name, layer in record.layers.items() if not layer.trained and layer.norm.started}
+    return {name: drift for name, drift in held.items() if drift is not None}
+
+
 def _drift(layer: LayerRecord) -> Drift | None:
     pair = layer.norm.statistics()
     if pair is None or layer.pool is None or layer.pool.mean.shape != pair[0].shape:
@@ -49,31 +56,49 @@ def _drift(layer: LayerRecord) -> Drift | None:
 
 def _lag(case: Case) -> Iterator[Found]:
     found = drifts(case.record)
-    worst = sorted(found, key=lambda name: -found[name].nats)
+    worst = worst_first({name: drift.nats for name, drift in found.items()})
     errors = [name for name in worst if found[name].nats >= at.DRIFT_ERROR]
     suspects = [
         name
         for name in worst
         if found[name].nats >= at.DRIFT_SUSPECT or abs(found[name].log_ratio) >= at.LOG_RATIO_SUSPECT
     ]
-    if not suspects:
-        return
-    ratio = case.loss_ratio
-    if not errors and (ratio is None or ratio <= at.LOSS_RATIO):
-        return
-    names = errors or suspects
-    drift = found[names[0]]
-    evidence: dict[str, float | int | str] = {"drift": drift.nats, "log_ratio_of_deviations": drift.log_ratio}
-    message = f"running statistics are {drift.nats:.3g} nats from the data"
-    severity: Severity = "error" if errors else "warning"
-    if ratio is not None:
-        running, recalibrated = case.losses
-        evidence |= {"loss_running": running, "loss_recalibrated": recalibrated}
-        message += f"; recalibrating all layers changes the loss from {running:.3g} to {recalibrated:.3g}"
-        alone = case.loss_recalibrated(names[:1])
-        evidence["loss_first_layer_recalibrated"] = alone
-        message += f", and the first of these alone to {alone:.3g}"
-    yield Found(tuple(names), evidence, message, severity)
+    held = _foreign(case)
+    if held:
+        yield _drifted(held, _held_drifts(case.record)[held[0]], "error")
+        if _explains(case, held):
+            return
+    if errors:
+        yield _drifted(errors, found[errors[0]], "error")
+    elif suspects and (case.loss_ratio or 0) > at.LOSS_RATIO:
+        yield _drifted(suspects, found[suspects[0]], "warning")
+
+
+def _foreign(case: Case) -> list[str]:
+    """Held layers whose statistics are so far from the data that the loss suffers; networks may well have learned with a smaller drift."""
+    found = {name: drift.nats for name, drift in _held_drifts(case.record).items()}
+    names = worst_first(found, at.DRIFT_ERROR)
+    if not names or not case.has_loss:
+        return []
+    return names if (ratio(case.measured, case.measured_with_pools(names)) or 0) > at.LOSS_RATIO else []
+
+
+def _explains(case: Case, names: list[str]) -> bool:
+    """Whether recalibrating these layers brings back most of what recalibrating all does: the others inherit their fault."""
+    before, alone = case.measured.loss, case.measured_with_pools(names).loss
+    together = case.measured_with_pools([*names, *case.learning]).loss
+    if before is None or alone is None or together is None:
+        return False
+    return before - alone >= at.EXPLAINED * (before - together)
+
+
+def _drifted(names: list[str], drift: Drift, severity: Severity) -> Found:
+    return Found(
+        tuple(names),
+        {"drift": drift.nats, "log_ratio_of_deviations": drift.log_ratio},
+        f"running statistics are {drift.nats:.3g} nats from the data",
+        severity,
+    )
 
 
 def _initial_share(norm: Norm) -> float:
@@ -116,7 +141,15 @@ def _never(case: Case) -> Iterator[Found]:
             {"layers": len(names)},
             "weight and bias are trained, but the running statistics are still 0 and 1: buffers were not loaded, copied "
             "or estimated",
+            "error" if _would_help(case, names) else "note",
         )
+
+
+def _would_help(case: Case, names: list[str]) -> bool:
+    """Whether statistics would lower the loss; without a loss, whether the layers are used: a new network may draw its affine."""
+    if case.has_loss:
+        return (ratio(case.measured, case.measured_with_pools(names)) or 0) > at.LOSS_RATIO
+    return not any(norm.module.training for norm in case.norms if norm.name in names)
 
 
 def _dropout(case: Case) -> Iterator[Found]:
@@ -156,7 +189,7 @@ RULES = (
         "before it: the Kullback-Leibler divergence of the data's mean and variance from the running ones, mean over "
         "channels. From .1 nats it is "
         "an error; from .012 nats, or a common change of the deviations by 5 %, a warning if recalibrating lowers the "
-        "loss by a third (pass criterion=).",
+        "loss by a third (pass criterion=). Frozen layers count if recalibrating them lowers the loss by as much.",
         "bn.recalibrate(model, loader)",
         "torch.optim.swa_utils.update_bn(loader, model)  # misses the variance between batches",
         _lag,
@@ -183,7 +216,8 @@ RULES = (
         (),
         "The affine is trained and the running statistics are exactly the initial ones: a checkpoint without buffers, "
         "an average of parameters "
-        "alone, or a copy by parameters().",
+        "alone, or a copy by parameters(). A note if recalibrating does not lower the loss by a third, and without a loss in "
+        "training mode: some networks draw the affine at random.",
         "bn.recalibrate(model, loader)  # or bn.copy_statistics(source, model)",
         "model.load_state_dict(source.state_dict())  # buffers too",
         _never,
@@ -196,7 +230,8 @@ RULES = (
         ("loader",),
         "Dropout adds variance in training and none in inference, so the running variance is that of other values than "
         "inference sees (Li et al. 2019, "
-        "arXiv:1801.05134). Measured by two passes in training mode, with and without dropout: median over channels of "
+        "arXiv:1801.05134). Measured by two passes in training mode, with and without dropout "
+        "(modules, and calls of torch.nn.functional): median over channels of "
         "the log ratio of the "
         "standard deviations, above .05.",
         'bn.recalibrate(model, loader, method="layerwise")  # or move the dropout behind the last batch norm',

@@ -33,7 +33,8 @@ def _dead(case: Case) -> Iterator[Found]:
     for name, layer in case.record.layers.items():
         eps = layer.norm.eps or 1e-5
         if layer.batches and eps <= at.EPS and layer.trained:
-            shares[name] = float((stacked(layer)[1] < eps).all(0).double().mean())
+            limit = min(eps, at.DEAD_VARIANCE) if layer.norm.started else eps * at.CONSTANT
+            shares[name] = float((stacked(layer)[1] < limit).all(0).double().mean())
     names = worst_first(shares, at.DEAD_SHARE)
     if names:
         yield Found(
@@ -153,8 +154,8 @@ RULES = (
         "dead channels",
         "warning",
         ("loader",),
-        "A channel that is constant carries nothing. The share of channels whose variance is below eps in every batch; "
-        "healthy networks reach .19.",
+        "A channel that is constant carries nothing. The share of channels whose variance is below eps, and below 1e-5, in "
+        "every batch; healthy networks reach .19. In new layers only constant channels count.",
         "prune them, or train again with a lower learning rate",
         "prune them, or train again with a lower learning rate",
         _dead,
