@@ -28,7 +28,6 @@ from tests.sick_models import (
     with_data,
     with_loss,
 )
-from tests.test_docs import ROOT, script
 
 
 @pytest.fixture(autouse=True)
@@ -523,9 +522,3 @@ class TestFiles:
 def test_a_large_model_is_diagnosed_in_time():
     model = nn.Sequential(*(nn.BatchNorm1d(20) for _ in range(1000)), nn.Embedding(10**6, 1))
     assert codes(bn.diagnose(model)) == []
-
-
-def test_the_page_has_every_rule_as_it_is():
-    """Make it again with: python scripts/diagnose_page.py"""
-    page = (ROOT / "docs" / "diagnose.md").read_text()
-    assert script("scripts/diagnose_page.py").page(page) == page

@@ -12,12 +12,11 @@ from torch.optim.optimizer import Optimizer
 from batchnorm.diagnostics.case import Arguments, Case
 from batchnorm.diagnostics.diagnosis import Diagnosis
 from batchnorm.diagnostics.finding import Finding, finding_of
+from batchnorm.diagnostics.layers import layer_rows
 from batchnorm.diagnostics.prices import priced
 from batchnorm.diagnostics.progress import shown
 from batchnorm.diagnostics.rule import SEVERITIES, Rule
 from batchnorm.diagnostics.rules import chosen
-from batchnorm.diagnostics.rules.batches import effective_samples
-from batchnorm.diagnostics.rules.running import drifts
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.population.items import check_loader
 
@@ -123,22 +122,9 @@ def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) 
     measured = case.norms and may_run and arguments.loader is not None
     return Diagnosis(
         tuple(findings),
-        _layers(case, measured=bool(measured)),
+        layer_rows(case, measured=bool(measured)),
         tuple(f"{what} {', '.join(codes)}" for what, codes in missing.items()),
         case.record.batches if measured else 0,
         arguments,
         lambda again: _diagnosed(again, arguments, rules),
     )
-
-
-def _layers(case: Case, *, measured: bool) -> dict[str, dict[str, Any]]:
-    drift = drifts(case.record) if measured else {}
-    rows = dict[str, dict[str, Any]]()
-    for norm in case.norms:
-        row: dict[str, Any] = {"kind": norm.kind, "class": type(norm.module).__name__, "batches": norm.batches}
-        if measured:
-            layer = case.record.layers.get(norm.name)
-            row["drift"] = drift[norm.name].nats if norm.name in drift else None
-            row["effective_samples"] = None if layer is None else effective_samples(layer)
-        rows[norm.name] = row
-    return rows

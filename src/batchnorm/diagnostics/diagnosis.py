@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm import files
-from batchnorm.diagnostics import formats
+from batchnorm.diagnostics import formats, page
 from batchnorm.diagnostics.case import Arguments, Case
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.fix import Mended, mend, plan
@@ -84,7 +84,7 @@ class Diagnosis:
         Raises:
             InputError: the file cannot be written.
         """
-        files.write(Path(path), formats.to_html(self.findings, self.layers, self.not_asked, self.summary))
+        files.write(Path(path), page.to_html(self.findings, self.layers, self.not_asked, self.summary))
 
     def plan(self, model: nn.Module, select: str | Iterable[str] | None = None) -> tuple[str, ...]:
         """What `fix` would do, a line for each finding.

@@ -1,28 +1,26 @@
-"""A diagnosis as text, JSON, SARIF and HTML."""
+"""A diagnosis as text, JSON and SARIF."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.rule import Rule
 from batchnorm.files import spelled
-from batchnorm.report.page import Section, document, table
 from batchnorm.version import __version__
 
 SCHEMA = 1  # of the JSON; it rises if a field changes its meaning or goes
 _LEVELS = {"error": "error", "warning": "warning", "note": "note"}
 _MOST_LAYERS = 4  # names in a line
 _SARIF = "https://raw.githubusercontent.com/oasis-tcs/sarif-spec/main/sarif-2.1/schema/sarif-schema-2.1.0.json"
-_ROOT = "the model"
+ROOT = "the model"  # what readers see in place of its name, ""
 
 
 def named(layers: Sequence[str], most: int = _MOST_LAYERS) -> str:
     """Names of layers in a line."""
-    shown = [layer or _ROOT for layer in layers[:most]]
+    shown = [layer or ROOT for layer in layers[:most]]
     more = len(layers) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -72,6 +70,10 @@ def to_data(
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
     return spelled(value) if isinstance(value, float) else value
 
 
@@ -110,7 +112,7 @@ def to_sarif(findings: Sequence[Finding], rules: Sequence[Rule]) -> dict[str, An
                         "locations": [
                             {
                                 "logicalLocations": [
-                                    {"name": layer or _ROOT, "fullyQualifiedName": layer or _ROOT, "kind": "module"}
+                                    {"name": layer or ROOT, "fullyQualifiedName": layer or ROOT, "kind": "module"}
                                 ]
                             }
                             for layer in each.layers
@@ -122,34 +124,3 @@ def to_sarif(findings: Sequence[Finding], rules: Sequence[Rule]) -> dict[str, An
             }
         ],
     }
-
-
-def to_html(
-    findings: Sequence[Finding], layers: Mapping[str, Mapping[str, Any]], not_asked: Sequence[str], summary: str
-) -> str:
-    """A self-contained page: findings first, then a table of all layers."""
-    cards = list[str]()
-    for each in findings:
-        evidence = ", ".join(f"{name} {number(value)}" for name, value in each.evidence.items())
-        cards.append(
-            f"<h3>{escape(each.code)}, {each.severity}: {escape(named(each.layers, 20) or 'the training loop')}</h3>\n"
-            f"<p>{escape(each.message[0].upper() + each.message[1:])}.</p>\n<p>{escape(evidence)}</p>\n"
-            f"<p>With this library: <code>{escape(each.remedy)}</code><br>With torch alone: "
-            f"<code>{escape(each.with_torch)}</code><br>"
-            f'<a href="{escape(each.url)}">{escape(each.code)} explained</a>, <a href="{escape(each.learn)}">and to touch</a></p>'
-        )
-    if not cards:
-        cards.append("<p>Nothing found.</p>")
-    columns = list(dict.fromkeys(key for row in layers.values() for key in row))
-    rows = [
-        (name or _ROOT, ["–" if row.get(key) is None else number(row[key]) for key in columns])
-        for name, row in layers.items()
-    ]
-    sections = [
-        Section("findings", "Findings", cards),
-        Section("layers", "Layers", [table("All batch norms", columns, rows)]),
-    ]
-    if not_asked:
-        lines = "".join(f"<li>{escape(line)}</li>" for line in not_asked)
-        sections.append(Section("not-asked", "Not asked", [f"<ul>{lines}</ul>"]))
-    return document("batchnorm diagnose", "Diagnosis", summary, sections, f"batchnorm {__version__}")

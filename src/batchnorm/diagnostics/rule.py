@@ -63,4 +63,4 @@ class Rule:
     @property
     def url(self) -> str:
         """The page that explains it."""
-        return f"https://github.com/batchnorm/batchnorm/blob/main/docs/diagnose.md#{self.code.lower()}"
+        return f"https://github.com/batchnorm/batchnorm/blob/main/docs/diagnose/{self.code}.md"

@@ -139,7 +139,7 @@ class Plot {
         dot.style.fill = one.color;
         if (!Number.isNaN(this.place.x(px) + this.place.y(py))) this.marks.append(dot);
       }
-    const head = this.along === "x" ? `${x.label} ${number(stop, 6)}` : y.names[stop];
+    const head = this.data[this.along].names?.[stop] ?? `${x.label} ${number(stop, 6)}`;
     const rows = found.map(({ one, told }) => make("div", {}, swatch(one), head === one.label ? told : `${one.label} ${told}`));
     this.readout.replaceChildren(make("strong", {}, head), ...rows);
     this.readout.hidden = false;

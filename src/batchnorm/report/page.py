@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from batchnorm.language import Language, spoken, tr
 
 if TYPE_CHECKING:  # plots need an extra, and a page need not have any
+    from batchnorm.report.chart import Chart
     from batchnorm.report.plots import Plot
 
 PAGE = """<!doctype html>
@@ -69,9 +70,16 @@ class Section(NamedTuple):
         return "\n".join([f'<section id="{self.id}">', heading, *self.content, "</section>"])
 
 
-def document(kicker: str, title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """A complete page of `sections`, with contents; the other arguments are plain text."""
-    script = _resource("page.js")
+def document(
+    kicker: str,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    footer: str,
+    scripts: Sequence[str] = ("page.js",),
+) -> str:
+    """A complete page of `sections`, with contents; the other arguments are plain text, and `scripts` files of this folder."""
+    script = "".join(map(_resource, scripts))
     return PAGE.format(
         lang=PAGE_LANGUAGES[spoken()],
         navigation=tr("Contents"),
@@ -107,7 +115,7 @@ def _resource(name: str) -> str:
     return resources.files("batchnorm.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def figures(items: Iterable[tuple[Plot, str, str]], prefix: str) -> str:
+def figures(items: Iterable[tuple[Plot | Chart, str, str]], prefix: str) -> str:
     """Numbered figures next to each other, each with a plot, a title and a caption in HTML; ids begin with `prefix`."""
     drawn = (
         f'<figure id="{prefix}figure-{number}">\n{plot.svg}<script type="application/json">{plot.data}</script>\n'
