@@ -143,7 +143,7 @@ class TestFix:
         assert [(each.code, each.gone) for each in fixed.changes] == [("BN201", True)]
         numbers = fixed.changes[0].evidence
         assert numbers["accuracy_after"] > numbers["accuracy_before"] + 0.05
-        assert "gone" in str(fixed)
+        assert f"accuracy {numbers['accuracy_before']:.1%} -> {numbers['accuracy_after']:.1%}" in str(fixed)
         fixed.undo()
         assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
 

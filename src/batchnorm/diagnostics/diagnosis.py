@@ -151,7 +151,7 @@ class Change:
             before, after = (self.evidence.get(f"{name}_{when}") for when in ("before", "after"))
             if before is not None and after is not None:
                 texts.append(f"{name} {show.format(before)} -> {show.format(after)}")
-        return ", ".join([*texts, "gone" if self.gone else "still found"])
+        return ", ".join([*texts, *([] if self.gone else ["still found"])])
 
 
 def _change(mended: Mended, found_again: bool) -> Change:
