@@ -33,9 +33,9 @@ def _settled():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=kernels.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.fixture(params=[each for each in kernels.KERNELS if each is not kernels.gpu], ids=lambda kernel: kernel.name)
 def one_kernel(request, monkeypatch):
-    """Each kernel in turn; what it refuses falls to the last one."""
+    """Each kernel in turn; what it refuses falls to the last one. Those for GPUs have tests of their own, in tests/gpu."""
     if request.param is kernels.cpu and kernels.cpu.unavailable() is not None:
         pytest.skip(kernels.cpu.unavailable())
     monkeypatch.setattr(kernels, "KERNELS", (request.param, *kernels.KERNELS[-1:]))

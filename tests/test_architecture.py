@@ -54,7 +54,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-EXTRAS = ("click", "rich", "numpy", "matplotlib", "sklearn", "gymnasium", "onnx", "scipy", "pandas")
+EXTRAS = ("click", "rich", "numpy", "matplotlib", "sklearn", "gymnasium", "onnx", "scipy", "pandas", "triton")
 
 
 def room(path: Path) -> str:
@@ -143,7 +143,9 @@ def test_a_cycle_inside_a_room_is_found():
 
 
 def many_arguments(source: str) -> set[str]:
-    """Functions with more arguments than is readable; a command's arguments are its options."""
+    """Functions with more arguments than is readable; a command's arguments are its options, an operator's are those of its schema, and
+    a GPU program's are pointers and sizes, one by one.
+    """
     found = set[str]()
 
     def visit(node: ast.AST, inside: str) -> None:
@@ -151,9 +153,10 @@ def many_arguments(source: str) -> set[str]:
             name = f"{inside}{child.name}" if isinstance(child, ast.FunctionDef | ast.ClassDef) else inside
             if isinstance(child, ast.FunctionDef):
                 given = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
-                is_command = any("command(" in ast.unparse(decorator) for decorator in child.decorator_list)
+                flat = ("command(", "triton_op(", "triton.jit")
+                is_flat = any(word in ast.unparse(decorator) for decorator in child.decorator_list for word in flat)
                 count = len(given) - (bool(given) and given[0].arg in ("self", "cls", "ctx"))
-                if count > MOST_ARGUMENTS and not is_command and name not in TORCHS_SIGNATURE | EACH_ALLOWS_MORE:
+                if count > MOST_ARGUMENTS and not is_flat and name not in TORCHS_SIGNATURE | EACH_ALLOWS_MORE:
                     found.add(name)
             visit(child, f"{name}." if isinstance(child, ast.ClassDef) else inside)
 
@@ -181,6 +184,7 @@ def test_functions_of_nine_arguments_are_found():
     python, cpp = ", ".join("abcdefghi"), ", ".join(f"int {name}" for name in "abcdefghi")
     assert many_arguments(f"class A:\n    def f(self, {python}): ...") == {"A.f"}
     assert many_arguments(f"class A:\n    def f(self, {python[:-3]}): ...") == set()
+    assert many_arguments(f"@triton.jit\ndef f({python}): ...") == set()
     assert many_arguments_in_cpp(f"template <class T>\nstatic void f({cpp}) const {{ }}") == {"f"}
     assert many_arguments_in_cpp(f"void f({cpp[:-7]}) {{ }}") == set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import aten, cpu, eager
+from batchnorm.kernels import aten, cpu, eager, gpu
 from batchnorm.kernels.activation import Activation, from_module, parse
 from batchnorm.kernels.contract import (
     Backward,
@@ -22,7 +22,7 @@ from batchnorm.kernels.contract import (
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
 
-KERNELS: tuple[Kernel, ...] = (cpu, aten, eager)
+KERNELS: tuple[Kernel, ...] = (cpu, gpu, aten, eager)
 
 
 def select(x: Tensor, epilogue: Epilogue, plain: bool = True) -> Kernel:

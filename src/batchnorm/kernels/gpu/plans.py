@@ -1,0 +1,199 @@
+"""Which plan computes a call, and how it cuts x: the table `plans.toml`, read once."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_INT32 = 2**31
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row of the table; `plans.toml` says what the fields mean."""
+
+    name: str
+    way: str
+    why: str
+    layout: str | None = None
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    values: int = 0
+    values_below: int | None = None
+    per_channel: int | None = None
+    channels: int = 0
+    unit_below: int | None = None
+    tile: int = 4096
+    widest: int = 64
+    chain: int = 32
+    programs: int = 1
+    warps: int = 8
+    stages: int = 1
+    backward_stages: int = 2
+
+    def fits(self, shape: Shape) -> bool:
+        per_channel = shape.rows * shape.positions
+        values = per_channel * shape.channels
+        held = shape.padded if self.way == "in_registers" else per_channel
+        return (
+            self.layout in (None, "planar" if shape.planar else "interleaved")
+            and shape.dtype in self.dtypes
+            and values >= self.values
+            and (self.values_below is None or values < self.values_below)
+            and (self.per_channel is None or held <= self.per_channel)
+            and shape.channels >= self.channels
+            and (self.unit_below is None or shape.unit < self.unit_below)
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x as the programs see it: planar (rows, channels, positions), or interleaved (rows, channels) with one position."""
+
+    dtype: str
+    planar: bool
+    rows: int
+    channels: int
+    positions: int
+
+    @property
+    def unit(self) -> int:
+        """The largest power of two up to 16 that divides the innermost size."""
+        innermost = self.positions if self.planar else self.channels
+        return min(innermost & -innermost, 16)
+
+    @property
+    def padded(self) -> int:
+        """Values of a channel in a tile that holds them all: its sides are powers of two."""
+        return _power_of_two(self.rows) * _power_of_two(self.positions)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a plan cuts a shape; `programs/tiles.py` says what the fields mean."""
+
+    plan: Plan
+    shape: Shape
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """Plan and dtype, as `trust` and its messages know them."""
+        return f"{self.plan.name}, {self.shape.dtype}"
+
+    @property
+    def unit(self) -> int:
+        return self.shape.unit
+
+    @property
+    def even(self) -> bool:
+        """Whether no tile has missing columns."""
+        shape = self.shape
+        return (shape.positions if shape.planar else shape.channels) % self.width == 0
+
+    @property
+    def blocks(self) -> int:
+        """Programs beside each other: channels, or blocks of `width` channels."""
+        return self.shape.channels if self.shape.planar else _ceil(self.shape.channels, self.width)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a channel or of a block."""
+        return _ceil(self.shape.rows, self.height) * _ceil(self.shape.positions, self.width if self.shape.planar else 1)
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a channel or of a block. They depend on the shape alone, not on the device: so do the bits of the result."""
+        plan = self.plan
+        if plan.way != "split":
+            return 1
+        return max(1, min(self.tiles, max(plan.programs // self.blocks, _ceil(self.tiles, plan.chain))))
+
+    @property
+    def backward(self) -> Cut:
+        """The cut of the backward, which holds three tensors where the forward holds one: tiles of a channel instead of all of it."""
+        plan = self.plan
+        if plan.way == "in_registers":
+            plan = replace(plan, way="whole", tile=plan.tile // 4, widest=min(plan.widest, 1024), chain=4 * plan.tile)
+            return cut_by(replace(plan, stages=plan.backward_stages), self.shape)
+        return replace(self, plan=replace(plan, stages=plan.backward_stages))
+
+    @property
+    def beyond(self) -> str | None:
+        """What of it the programs cannot address, or None: offsets in a tile are of 32 bits, those of tiles of 64."""
+        shape = self.shape
+        if self.height * shape.channels * shape.positions >= _INT32:
+            return "a tile spans 2^31 values or more"
+        if self.tiles >= _INT32 or self.blocks * self.pieces >= _INT32:
+            return "it has 2^31 tiles or more"
+        if self.plan.way != "split" and self.tiles > self.plan.chain:
+            return f"a channel has more than {self.plan.chain} tiles"
+        return None
+
+
+@cache
+def table() -> tuple[Plan, ...]:
+    """The rows of `plans.toml`."""
+    rows = tomllib.loads(Path(__file__).with_name("plans.toml").read_text(encoding="utf-8"))["plan"]
+    return tuple(Plan(**{**row, "dtypes": tuple(row.get("dtypes", DTYPES))}) for row in rows)
+
+
+def shape_of(x: Tensor) -> Shape | None:
+    """x (N, C, *S) as the programs see it; None where it is neither planar nor interleaved in memory, or of another dtype."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in DTYPES or x.dim() < 2 or x.numel() == 0:
+        return None
+    N, C = x.shape[:2]
+    positions = x.numel() // (N * C)
+    if x.is_contiguous() and positions > 1:
+        return Shape(dtype, True, N, C, positions)
+    if x.movedim(1, -1).is_contiguous():
+        return Shape(dtype, False, N * positions, C, 1)
+    return None
+
+
+def cut(shape: Shape) -> Cut | str:
+    """The cut of the first plan that fits, or why torch's operators compute this shape."""
+    for plan in table():
+        if plan.fits(shape):
+            if plan.way == "none":
+                return plan.why
+            found = cut_by(plan, shape)
+            return found if found.beyond is None else found.beyond
+    return "no plan fits"
+
+
+def cut_by(plan: Plan, shape: Shape) -> Cut:
+    """The tile of a plan: as wide as wastes little, and then as high as the plan's number of values."""
+    if plan.way == "in_registers":
+        height, width = _power_of_two(shape.rows), _power_of_two(shape.positions)
+        if not shape.planar:
+            width = max(min(plan.tile // height, _power_of_two(shape.channels)), 1)
+    elif shape.planar:
+        widths = [1 << bits for bits in range(5, 14) if 1 << bits <= max(min(plan.widest, plan.tile), 32)]
+        exact = [width for width in widths if width >= 64 and shape.positions % width == 0]
+        width = max(exact or widths, key=lambda width: (_used(shape.positions, width), width))
+        height = min(max(plan.tile // width, 1), _power_of_two(shape.rows))
+    else:
+        width = min(_power_of_two(shape.channels), plan.widest)
+        height = min(max(plan.tile // width, 1), _power_of_two(shape.rows))
+    return Cut(plan, shape, height, width)
+
+
+def _used(size: int, width: int) -> int:
+    """Eighths of the columns of all tiles that hold values."""
+    return round(8 * size / (_ceil(size, width) * width))
+
+
+def _ceil(size: int, by: int) -> int:
+    return -(-size // by)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
