@@ -60,14 +60,14 @@ def takes_update(running: Running, moments: Moments, update: Update) -> bool:
     """Not while compiling: a compiler fuses plain operators. And not before a plan ran on the device."""
     count, mean, m2 = moments
     return (
-        mean.device.type in dispatch.DEVICES
+        not is_traced(mean)
+        and mean.device.type in dispatch.DEVICES
         and unavailable() is None
         and isinstance(update.momentum, float)
         and update.unless is None
         and (isinstance(count, Tensor) or count > 1)
         and all(type(each) is Tensor and each.dtype is torch.float64 and each.is_contiguous() for each in (mean, m2))
         and are_buffers(running, mean, mean.shape[0])
-        and not is_traced(mean)
         and not is_tracing()
         and not differentiated_by_torch()
         and trust.any_known_good(mean.device)

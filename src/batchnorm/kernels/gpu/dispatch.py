@@ -48,24 +48,29 @@ def status() -> str:
 def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
     if x.device.type not in DEVICES:
         return f"x is on {x.device.type}"
-    problem = unavailable()
-    if problem is not None:
-        return problem
     for beside in (epilogue.residual, epilogue.output):
         if beside is not None and beside.dtype is not x.dtype:
             return f"the residual is {beside.dtype} and x is {x.dtype}"
-    if torch.compiler.is_compiling():
-        if not plain:
-            return "the code is compiled, and the statistics are not those of the batch alone"
-        if not _runs_in_compiled_code(tuple(x.shape), tuple(x.stride()), x.dtype, x.device):
-            return "the code is compiled, and no plan for this shape ran before on the device"
-    elif type(x) is not Tensor and not is_fake(x):
+    reason = _reason_in_compiled_code(x, plain) if torch.compiler.is_compiling() else _reason(x)
+    return epilogue.wider_than(x) if reason is None else reason
+
+
+def _reason(x: Tensor) -> str | None:
+    problem = unavailable()
+    if problem is not None:
+        return problem
+    if type(x) is not Tensor and not is_fake(x):
         return f"x is a {type(x).__name__}"
-    else:
-        found = cut_of(x)
-        if isinstance(found, str):
-            return found
-    return epilogue.wider_than(x)
+    found = cut_of(x)
+    return found if isinstance(found, str) else None
+
+
+def _reason_in_compiled_code(x: Tensor, plain: bool) -> str | None:
+    if not plain:
+        return "the code is compiled, and the statistics are not those of the batch alone"
+    if not _runs_in_compiled_code(tuple(x.shape), tuple(x.stride()), x.dtype, x.device):
+        return "the code is compiled, and no plan for this shape ran before on the device"
+    return None
 
 
 def cut_of(x: Tensor) -> Cut | str:
@@ -119,5 +124,5 @@ def _runs_in_compiled_code(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether a plan for such a tensor ran on the device: a compiler cannot run the self-check."""
-    found = _cuts.get((torch.Size(shape), stride, dtype))
+    found = None if unavailable() is not None else _cuts.get((torch.Size(shape), stride, dtype))
     return isinstance(found, Cut) and trust.known_good(found.name, str(device)) and operators() is not None
