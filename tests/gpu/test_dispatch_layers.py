@@ -196,7 +196,9 @@ def test_func_transforms_take_plain_torch():
 def test_compiled_code_takes_them_where_torch_has_no_operator(monkeypatch):
     """A mask: torch's operator takes none. The programs must have run on the device before."""
     torch._dynamo.reset()
-    if DEVICE == "cpu":  # the interpreter cannot record a launch, so the operators stay whole (test_ahead_of_time.py opens them)
+    if (
+        DEVICE == "cpu"
+    ):  # the interpreter cannot record a launch, so the operators stay whole (test_ahead_of_time.py opens them)
         monkeypatch.setattr(torch.export._trace, "custom_triton_ops_decomposition_disabled", lambda: True)
     layer = bn.BatchNorm1d(3, activation="silu").to(DEVICE)
     other = copy.deepcopy(layer)
@@ -241,7 +243,9 @@ def test_what_operators_return_without_values():
         real = operator(*arguments)
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-        for one, other in zip(*((each,) if isinstance(each, torch.Tensor) else each for each in (real, fake)), strict=True):
+        for one, other in zip(
+            *((each,) if isinstance(each, torch.Tensor) else each for each in (real, fake)), strict=True
+        ):
             assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
