@@ -4,13 +4,17 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 WORKERS := -n 2 --dist worksteal
+define newline
+
+
+endef
 CSRC := $(wildcard csrc/*.* csrc/*/*)
 BUILT_FROM := $(CONSTRAINTS) pyproject.toml setup.py scripts/kernels.py $(CSRC)
 
 # Byte code is written whatever the shell says: torch's modules would be compiled anew by every process of the tests.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo lab bench test test-all coverage durations models lint docs site-check sanitize clean
+.PHONY: demo lab bench test interpret gpu test-all coverage durations models lint docs site-check sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +24,8 @@ help:
 	@echo "make test      run the tests"
 	@echo "make test-all  run those marked slow too: the trainings that show each effect's direction"
 	@echo "make coverage  run the tests and measure which lines they run"
+	@echo "make interpret run the GPU kernels in Triton's interpreter, and compile them for four GPUs; needs none (make test does so too)"
+	@echo "make gpu       on a machine with a GPU: its tests, its benchmarks, a verdict for each target (runs/gpu/)"
 	@echo "make models    every operation on 45 architectures of other libraries (docs/models.md; some 5 GB of packages)"
 	@echo "make lint      ruff, clang-format and pyright"
 	@echo "make docs      build docs/ into site/"
@@ -53,8 +59,24 @@ bench: $(VENV)/lab
 	$(BIN)/batchnorm bench --json runs/bench/rows.json --report runs/bench/report.html --force
 
 # Another torch: make test CONSTRAINTS=constraints-2.14.txt VENV=.venv-2.14
-test: $(VENV)/dev
+test: $(VENV)/dev interpret
 	$(BIN)/python -m pytest $(WORKERS)
+
+# Triton lies in folders of its own: torch.compile would generate other code if it found it. The interpreter is that of the newer release;
+# programs are compiled by both. On another system than Linux there is no Triton, and torch's operators run on its GPUs.
+build/triton-%: Makefile
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $@ triton==$*
+	@touch $@
+
+TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0 build/triton-3.7.1)
+
+interpret: $(VENV)/dev $(TRITON)
+	$(foreach triton,$(lastword $(TRITON)),TRITON_INTERPRET=1 PYTHONPATH=$(triton) $(BIN)/python -m pytest $(WORKERS) tests/gpu$(newline))
+	$(foreach triton,$(TRITON),PYTHONPATH=$(triton) $(BIN)/python -m pytest $(WORKERS) tests/gpu/test_ahead_of_time.py$(newline))
+
+# In the environment whose torch is built for this GPU, not in one of ours: make gpu PYTHON=python
+gpu:
+	$(PYTHON) scripts/gpu.py
 
 # Tracing lines costs half of the time again, so it is a command of its own.
 coverage: $(VENV)/dev

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from batchnorm.bench import suite
+from batchnorm.bench import device, suite
 from batchnorm.bench.case import Case, cases, laid_out, quick, tensors
 from batchnorm.bench.providers import find
 from batchnorm.bench.suite import Layer, Suite
 from batchnorm.cli import commands
+from batchnorm.errors import InputError
 from batchnorm.lab.networks import Bottleneck, resnet50
+from batchnorm.measure import Effort
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,3 +174,35 @@ class TestCases:
         assert torch.equal(last, x)
         assert last.movedim(1, -1).is_contiguous()
         assert laid_out(last, "planar").is_contiguous()
+
+
+def test_a_call_is_timed_where_it_runs():
+    """On a GPU by another clock, in the same rounds; the first calls warm up."""
+    calls = list[str]()
+    functions = {name: partial(calls.append, name) for name in ("one", "other")}
+
+    def seconds_of(function):
+        function()
+        return 2.0 if calls[-1] == "one" else 3.0
+
+    times = iter(range(100))
+    found = device.by_events(functions, Effort(4.0, least=2), seconds_of, lambda: next(times))
+    assert found == {"one": [2.0] * 5, "other": [3.0] * 5}
+    assert calls[: 2 * device.WARM_UP] == ["one"] * device.WARM_UP + ["other"] * device.WARM_UP
+    assert len(calls) == 2 * device.WARM_UP + 10
+
+
+def test_on_a_gpu_the_cache_takes_the_place_of_the_memory_of_outputs():
+    layers = [suite.load("tiny")]
+    found = cases(layers, ["planar"], ["bfloat16"], ["forward"], ["flushed", "warm"], [1], "cuda")
+    assert {each.outputs for each in found} == {"flushed", "warm"}
+    assert {each.device for each in found} == {"cuda"}
+    with pytest.raises(InputError, match="outputs must be one of flushed, warm"):
+        cases(layers, ["planar"], None, None, ["fresh"], [1], "cuda")
+
+
+def test_without_a_gpu_the_option_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = call("--device", "cuda")
+    assert done.exit_code == 2
+    assert "torch finds no GPU here" in done.output

@@ -29,10 +29,10 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _on_this_device(monkeypatch):
-    """The programs take this device, no matter how small a tensor is, with tiles so small that a test has several."""
+    """The programs take tensors of this device, and remember nothing of other tests."""
     from batchnorm.kernels.gpu import dispatch, trust
 
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" and REASON is None:
         from tests.gpu import interpreter
 
         interpreter.repair()

@@ -312,7 +312,10 @@ def test_running_statistics(buffers, finite, unbiased):
         assert kernel.takes_update(running, given, update)
         results.append([kernel.update_running(running, given, update), *running])
     for one, other in zip(*results, strict=True):
-        assert_same_bits("running statistics", one, other)
+        if DEVICE == "cuda":  # where a product and a sum are one operation
+            torch.testing.assert_close(one, other)
+        else:
+            assert_same_bits("running statistics", one, other)
     assert [int(results[0][3]), int(results[0][4])] == [finite, not finite]
 
 

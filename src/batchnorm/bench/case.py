@@ -17,6 +17,8 @@ LAYOUTS = ("planar", "channels_last")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DIRECTIONS = ("forward", "recorded", "backward", "step", "inference")
 OUTPUTS = ("reused", "fresh")
+CACHES = ("flushed", "warm")  # in their place on a GPU: the L2 cache before each call
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Case:
         dtype: dtype of the input; parameters and buffers have at least float32.
         direction: "forward" in training without autograd; "recorded", the same with autograd; "backward" alone;
             "step", forward and backward; "inference" with running statistics.
-        outputs: "reused", memory that was written before; "fresh", as glibc allocates by default.
+        outputs: "reused", memory that was written before; "fresh", as glibc allocates by default; on a GPU "flushed" or "warm", which is
+            its L2 cache.
         threads: number of torch's threads.
+        device: "cpu" or "cuda".
     """
 
     suite: str
@@ -43,6 +47,7 @@ class Case:
     direction: str
     outputs: str
     threads: int
+    device: str = "cpu"
 
     @property
     def tensor_bytes(self) -> int:
@@ -96,13 +101,18 @@ def cases(
     directions: Sequence[str] | None,
     outputs: Sequence[str],
     threads: Sequence[int],
+    device: str = "cpu",
 ) -> list[Case]:
     """Every combination, with cases of the same tensors next to each other. `dtypes` and `directions` None are each suite's default.
 
     Raises:
         InputError: on an unknown value or a number below 1.
     """
-    choices = {"layout": (layouts, LAYOUTS), "dtype": (dtypes or (), DTYPES), "outputs": (outputs, OUTPUTS)}
+    choices = {
+        "layout": (layouts, LAYOUTS),
+        "dtype": (dtypes or (), DTYPES),
+        "outputs": (outputs, OUTPUTS if device == "cpu" else CACHES),
+    }
     choices["direction"] = (directions or (), DIRECTIONS)
     for what, (given, known) in choices.items():
         for word in given:
@@ -111,7 +121,7 @@ def cases(
     if any(number < 1 for number in threads):
         raise InputError(f"threads must be at least 1, but got {min(threads)}")
     return [
-        Case(suite.name, layer, suite.through, layout, dtype, direction, output, number)
+        Case(suite.name, layer, suite.through, layout, dtype, direction, output, number, device)
         for suite in suites
         for layer in suite.layers
         for layout in (layouts if len(layer.shape) > 2 else ["channels_last"])
@@ -157,10 +167,10 @@ def tensors(case: Case, seed: int = 0) -> Tensors:
 
     def activations(mean: float, deviation: float) -> Tensor:
         values = torch.empty(case.layer.shape).normal_(mean, deviation, generator=generator).to(dtype)
-        return laid_out(values, case.layout)
+        return laid_out(values, case.layout).to(case.device)
 
     def channels(low: float, high: float) -> Tensor:
-        return torch.empty(C, dtype=narrow).uniform_(low, high, generator=generator)
+        return torch.empty(C, dtype=narrow).uniform_(low, high, generator=generator).to(case.device)
 
     return Tensors(
         x=activations(0.5, 2.0),

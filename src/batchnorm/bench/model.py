@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.bench import memory
+from batchnorm.bench import device
 from batchnorm.bench.networks import NETWORKS, Network
 from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.run import settled
 from batchnorm.errors import InputError
-from batchnorm.measure import Effort, clock_for, digits, interleaved, peak_bytes, percentile, saved_bytes
+from batchnorm.measure import Effort, digits, percentile, saved_bytes
 from batchnorm.surgery import convert, fuse
 
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -29,16 +30,26 @@ VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 }
 
 
+class Setting(NamedTuple):
+    """How a network is run: as in `case.Case`. On a GPU under autocast to bfloat16."""
+
+    layout: str
+    outputs: str
+    threads: int
+    device: str
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.device == "cpu" else torch.autocast(self.device, torch.bfloat16)
+
+
 def run(
-    name: str,
-    variants: Sequence[str],
-    layouts: Sequence[str],
-    outputs: Sequence[str],
-    threads: Sequence[int],
-    batch: int,
-    rounds: int,
+    name: str, variants: Sequence[str], settings: Sequence[Setting], batch: int, rounds: int
 ) -> Iterator[list[Row]]:
-    """Time steps of forward, backward and SGD; rows for each layout, outputs and number of threads.
+    """Time steps of forward, backward and SGD; rows for each setting.
 
     Raises:
         InputError: on an unknown model or variant.
@@ -47,9 +58,9 @@ def run(
     for variant in variants:
         if variant not in VARIANTS:
             raise InputError(f"for a model, provider must be one of {', '.join(VARIANTS)}, but got {variant!r}")
-    for layout, kind, number in product(layouts, outputs, threads):
-        with settled(number), memory.outputs(kind):
-            yield _measure(name, network, ("eager", *variants), layout, kind, number, batch, rounds)
+    for setting in settings:
+        with settled(setting.threads), device.controlled(setting.outputs, setting.device):
+            yield _measure(name, network, ("eager", *variants), setting, batch, rounds)
 
 
 def find(name: str) -> Network:
@@ -73,20 +84,19 @@ def _measure(
     name: str,
     network: Network,
     variants: Sequence[str],
-    layout: str,
-    outputs: str,
-    threads: int,
+    setting: Setting,
     batch: int,
     rounds: int,
 ) -> list[Row]:
+    layout, outputs, threads, where = setting
     torch.manual_seed(0)
     if any(variant.startswith("compile") for variant in variants):
         torch.compiler.reset()  # after 8 models a function would no longer be compiled
-    original = network.build()
-    x = torch.randn(batch, *network.sample)
+    original = network.build().to(where)
+    x = torch.randn(batch, *network.sample).to(where)
     with torch.no_grad():
         classes, *positions = copy.deepcopy(original)(x).shape[1:]
-    labels = torch.randint(classes, (batch, *positions))
+    labels = torch.randint(classes, (batch, *positions)).to(where)
     if x.dim() == 4 and layout == "channels_last":
         original = original.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stubs)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -94,11 +104,16 @@ def _measure(
     for variant in dict.fromkeys(variants):
         model = copy.deepcopy(original)
         forward = VARIANTS[variant](model)
-        saved[variant] = saved_bytes(lambda forward=forward: F.cross_entropy(forward(x), labels))
-        steps[variant] = _step(model, forward, x, labels)
+
+        def loss(forward: Callable[[Tensor], Tensor] = forward) -> Tensor:
+            with setting.autocast():
+                return F.cross_entropy(forward(x), labels)
+
+        saved[variant] = saved_bytes(loss) if where == "cpu" else None
+        steps[variant] = _step(model, loss)
         steps[variant]()  # create the optimizer's buffers and compiled code before the peak is measured
-        peaks[variant] = peak_bytes(steps[variant])
-    samples = interleaved(steps, Effort(0.0, least=rounds), clock_for(threads)[0])
+        peaks[variant] = device.peak_bytes(steps[variant], where)
+    samples = device.samples(steps, Effort(0.0, least=rounds), where, outputs, threads)
     median = {variant: percentile(values, 50) for variant, values in samples.items()}
 
     def row(variant: str, values: list[float]) -> Row:
@@ -110,12 +125,12 @@ def _measure(
             count=1,
             epilogue="-",
             layout=layout,
-            dtype="float32",
+            dtype=setting.dtype,
             direction="step",
             outputs=outputs,
             threads=threads,
             provider=variant,
-            metric=f"{clock_for(threads)[1]} per training step",
+            metric=f"{device.metric_of(where, threads)} per training step",
             unit="ms",
             p20=p20,
             p50=p50,
@@ -128,17 +143,18 @@ def _measure(
             max_error=None,
             peak_bytes=peaks[variant],
             saved_bytes=saved[variant],
+            device=device.name_of(where),
             **circumstances(),
         )
 
     return [row(variant, values) for variant, values in samples.items()]
 
 
-def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Callable[[], None]:
+def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
-        F.cross_entropy(forward(x), labels).backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()  # last, so that a step starts and ends with the same memory, which peak_bytes needs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ class Copy:
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
         values = given.x.numel() * case.tensors // 2
-        source = torch.ones(values, dtype=given.x.dtype)
+        source = torch.ones(values, dtype=given.x.dtype, device=given.x.device)
         target = source.clone()
         return lambda: (target.copy_(source),)
 
@@ -76,6 +77,8 @@ class Compile:
     def refuses(self, case: Case) -> str | None:
         if case.through == "replicas":
             return "compiled layers are not measured over replicas"
+        if case.device != "cpu":
+            return None if importlib.util.find_spec("triton") else "torch.compile needs Triton on a GPU"
         return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "torch.compile needs a C++ compiler"
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
@@ -97,6 +100,8 @@ class OneDNN:
             return "torch is built without oneDNN"
         if case.through == "layer":
             return "layers are compared with torch's only"
+        if case.device != "cpu":
+            return "oneDNN is for the CPU"
         if case.dtype != "float32" or case.layout != "planar" or len(case.layer.shape) < 4:
             return "to_mkldnn normalizes float32 of 4 or 5 axes, contiguous"
         return None if case.layer.activation in (None, "relu") else f"to_mkldnn has no {case.layer.activation}"
@@ -141,7 +146,7 @@ class WithSource:
         layer = _filled(
             BatchNorm(case.layer.shape[1], activation=activation, statistics=self.statistics(case)), case, given
         )
-        mask = _padding(case) if self.masked else None
+        mask = _padding(case).to(given.x.device) if self.masked else None
         return _directed(case, given, lambda *inputs: layer(*inputs, mask=mask), tuple(layer.parameters()))
 
 
@@ -257,6 +262,7 @@ def _filled(layer: _Layer, case: Case, given: Tensors) -> _Layer:
     """A layer with the case's parameters and statistics."""
     state = {"weight": given.weight, "bias": given.bias, "running_mean": given.mean, "running_var": given.variance}
     layer.load_state_dict(state, strict=False)
+    layer.to(given.x.device)
     return layer.train(case.direction != "inference")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm import env
+from batchnorm.bench.case import CACHES
 from batchnorm.errors import InputError
 from batchnorm.files import read_json
 
@@ -45,6 +46,7 @@ class Row:
         batchnorm, torch, python, date: versions, and date of the measurement.
         load: the system's load average over the last minute, this process included; None if the system does not say.
         ranks: number of processes that synchronize.
+        device: where it ran: "cpu", or the GPU.
     """
 
     suite: str
@@ -81,6 +83,7 @@ class Row:
     date: str
     load: float | None = None
     ranks: int = 1
+    device: str = "cpu"
 
 
 def circumstances() -> dict[str, Any]:
@@ -114,6 +117,11 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
+
+
+def memory(outputs: str) -> str:
+    """The kind of outputs in words; on a GPU it is the L2 cache."""
+    return f"{outputs} L2 cache" if outputs in CACHES else f"{outputs} outputs"
 
 
 def threads(number: int) -> str:

@@ -11,12 +11,12 @@ from itertools import groupby
 
 import torch
 
-from batchnorm.bench import memory
+from batchnorm.bench import device
 from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import Case, Tensors, tensors
 from batchnorm.bench.providers import SOURCES, Compile, Provider, Timed
 from batchnorm.bench.row import UNITS, Row, circumstances
-from batchnorm.measure import Effort, clock_for, digits, interleaved, peak_bytes, percentile
+from batchnorm.measure import Effort, digits, percentile
 
 MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
 
@@ -32,20 +32,20 @@ def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float, le
         for _, same_result in groupby(alike, key=lambda numbered: numbered[1].direction):
             exact, peaks = None, dict[tuple[str, str], int]()
             for index, case in same_result:
-                if (missing := memory.missing_for(case)) is not None:
+                if (missing := device.missing_for(case)) is not None:
                     warnings.warn(f"{case.shape} is left out: {missing}", stacklevel=2)
                     yield []
                     continue
                 given = tensors(case) if given is None else given
                 exact = Exact(case, given) if exact is None else exact
                 share = max(deadline - time.perf_counter(), 0.0) / (len(cases) - index)
-                with settled(case.threads), memory.outputs(case.outputs):
+                with settled(case.threads), device.controlled(case.outputs, case.device):
                     found = _measure(case, given, exact, peaks, providers, Effort(share, least))
                 yield found
 
 
 def _same_tensors(case: Case) -> tuple[object, ...]:
-    return case.suite, case.layer, case.layout, case.dtype
+    return case.suite, case.layer, case.layout, case.dtype, case.device
 
 
 @contextmanager
@@ -80,9 +80,9 @@ def _measure(
             function = timed[name] = provider.prepare(case, given)
             errors[name] = None if name == "copy" or provider in SOURCES else exact.error(function()[0])
             if (case.outputs, name) not in peaks:
-                peaks[case.outputs, name] = peak_bytes(function)
+                peaks[case.outputs, name] = device.peak_bytes(function, case.device)
         left = replace(effort, seconds=effort.seconds - (time.perf_counter() - start))
-        samples = interleaved(timed, left, clock_for(case.threads)[0])
+        samples = device.samples(timed, left, case.device, case.outputs, case.threads)
     return rows(case, samples, errors, {name: peaks[case.outputs, name] for name in samples})
 
 
@@ -111,7 +111,7 @@ def rows(
             outputs=case.outputs,
             threads=case.threads,
             provider=name,
-            metric=f"{clock_for(case.threads)[1]} per call",
+            metric=f"{device.metric_of(case.device, case.threads)} per call",
             unit=unit,
             p20=digits(p20),
             p50=digits(p50),
@@ -124,6 +124,7 @@ def rows(
             max_error=None if (error := errors[name]) is None else digits(error),
             peak_bytes=peaks[name],
             saved_bytes=None,
+            device=device.name_of(case.device),
             **circumstances(),
         )
 

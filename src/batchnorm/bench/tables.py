@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from batchnorm.bench.row import Row, threads
+from batchnorm.bench.row import Row, memory, threads
 from batchnorm.bench.targets import LARGE, Summary
 
 MISSING = "–"
@@ -21,7 +21,7 @@ def case_tables(rows: Sequence[Row]) -> Iterator[Table]:
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
     for row in rows:
         processes = [f"{row.ranks} processes"] * (row.ranks > 1)
-        title = (row.suite, row.case, row.layout, row.dtype, f"{row.outputs} outputs", threads(row.threads), *processes)
+        title = (row.suite, row.case, row.layout, row.dtype, memory(row.outputs), threads(row.threads), *processes)
         groups.setdefault(title, {}).setdefault((row.shape, row.epilogue), {})[row.provider] = row
     for title, shapes in groups.items():
         names = list(dict.fromkeys(name for found in shapes.values() for name in found if name != "copy"))
@@ -48,7 +48,7 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
     groups: dict[tuple[str, bool], list[Summary]] = {}
     for summary in summaries:
         group = summary.group
-        title = f"{group.suite} · {group.dtype} · {group.outputs} outputs · {threads(group.threads)}"
+        title = f"{group.suite} · {group.dtype} · {memory(group.outputs)} · {threads(group.threads)}"
         groups.setdefault((title, group.case.startswith("layer")), []).append(summary)
     for (title, layers), members in groups.items():
         which = "all shapes" if layers else f"shapes above {LARGE // 2**20} MB"
@@ -80,7 +80,7 @@ def model_table(rows: Sequence[Row]) -> Table:
         gain = torchs[_setting(row), like] / row.p50 if (_setting(row), like) in torchs else None
         times = (f"{value:.4g} {row.unit}" for value in (row.p20, row.p50, row.p80))
         held = (MISSING if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes))
-        where = f"{row.suite} {row.shape} {row.layout}, {row.outputs} outputs, {threads(row.threads)}"
+        where = f"{row.suite} {row.shape} {row.layout}, {memory(row.outputs)}, {threads(row.threads)}"
         table.add_row(where, row.provider, *times, _faster(gain), *held)
     return table
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from batchnorm.bench import model as models
 from batchnorm.bench import providers, replicas, run, suite
-from batchnorm.bench.case import DIRECTIONS, DTYPES, OUTPUTS, cases, quick
+from batchnorm.bench.case import CACHES, DEVICES, DIRECTIONS, DTYPES, OUTPUTS, cases, quick
 from batchnorm.bench.networks import NETWORKS
 from batchnorm.bench.row import Row, to_csv, to_dict
 from batchnorm.bench.tables import case_tables, model_table, summary_tables
@@ -54,7 +55,12 @@ def several(
 @several("--layout", "planar,channels_last", "Layouts.")
 @several("--dtype", None, f"Any of {', '.join(DTYPES)}.  [default: float32, or the suite's]")
 @several("--direction", None, f"Any of {', '.join(DIRECTIONS)}.  [default: forward, backward, inference]")
-@several("--outputs", "fresh", f"Memory of outputs, any of {', '.join(OUTPUTS)}.")
+@several(
+    "--outputs",
+    "fresh",
+    f"Memory of outputs, any of {', '.join(OUTPUTS)}; on a GPU the L2 cache, any of {', '.join(CACHES)}.",
+)
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where to run.")
 @several("--threads", f"1,{cores()}" if cores() > 1 else "1", "Numbers of threads.", _numbers)
 @several("--ranks", str(replicas.RANKS), "Numbers of processes that synchronize, for --suite sync.", _numbers)
 @several("--provider", None, f"Implementations to compare.  [default: {','.join(providers.USUAL)}, or the suite's]")
@@ -92,6 +98,11 @@ def bench_command(
     """
     if report is not None:
         extras.require()
+    if options["device"] == "cuda":
+        if not torch.cuda.is_available():
+            raise click.BadParameter("torch finds no GPU here", ctx, param_hint="--device")
+        options["outputs"] = options["outputs"] if _typed(ctx, "outputs") else list(CACHES)
+        options["threads"] = [1]
     check_outputs({"--json": json_file, "--csv": csv_file, "--report": report}, force=force)
     command = command_line(ctx)
     measured, total = (_model if options["model"] else _suites)(ctx, options)
@@ -118,7 +129,8 @@ def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[
     if options["quick"]:
         suites = [quick(one) for one in suites]
         threads = threads if _typed(ctx, "threads") else [max(threads)]
-    chosen = cases(suites, options["layout"], options["dtype"], options["direction"], options["outputs"], threads)
+    layouts, device = options["layout"], options["device"]
+    chosen = cases(suites, layouts, options["dtype"], options["direction"], options["outputs"], threads, device)
     usual = QUICK_MINUTES if options["quick"] else MINUTES
     minutes = usual if options["minutes"] is None else options["minutes"]
     least = QUICK_ROUNDS if options["quick"] else LEAST_ROUNDS
@@ -144,8 +156,11 @@ def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[R
         layouts = models.layouts_of(network, options["layout"])
         batch = options["batch"] or network.batch[options["quick"]]
         variants = _variants(ctx, options)
-        measured.append(models.run(name, variants, layouts, options["outputs"], threads, batch, rounds))
-        total += len(layouts) * len(options["outputs"]) * len(threads)
+        settings = [
+            models.Setting(*each) for each in product(layouts, options["outputs"], threads, [options["device"]])
+        ]
+        measured.append(models.run(name, variants, settings, batch, rounds))
+        total += len(settings)
     return chain.from_iterable(measured), total
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from batchnorm.bench.row import UNITS, Row, threads
+from batchnorm.bench.row import UNITS, Row, memory, threads
 from batchnorm.bench.targets import LARGE, Summary, summarize
 from batchnorm.report.page import Section, document, figures, table
 from batchnorm.report.plots import BATCH_NORM, INK, MUTED, PLAIN, PLAIN_NUMBER, Answers, Plot, Series, belongs, plot
@@ -79,7 +79,7 @@ def _grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 def _title(key: Key) -> str:
     suite, case, layout, dtype, outputs, number, ranks = key
     processes = f", {ranks} processes" if ranks > 1 else ""
-    return f"{suite}, {case}, {layout}, {dtype}, {outputs} outputs, {threads(number)}{processes}"
+    return f"{suite}, {case}, {layout}, {dtype}, {memory(outputs)}, {threads(number)}{processes}"
 
 
 def _summaries(summaries: Sequence[Summary]) -> list[str]:
@@ -87,7 +87,7 @@ def _summaries(summaries: Sequence[Summary]) -> list[str]:
     groups: dict[str, list[Summary]] = {}
     for summary in summaries:
         group = summary.group
-        title = f"{group.suite}, {group.dtype}, {group.outputs} outputs, {threads(group.threads)}"
+        title = f"{group.suite}, {group.dtype}, {memory(group.outputs)}, {threads(group.threads)}"
         groups.setdefault(title, []).append(summary)
     note = (
         f"<p class='note'>Geometric means over the shapes above {LARGE // 2**20} MB (for layers: all), each weighted by how many "
