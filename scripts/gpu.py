@@ -41,9 +41,9 @@ def checks() -> list[Check]:
         command = [sys.executable, "-m", "batchnorm", "bench", "--device", "cuda", "--force", *arguments.split()]
         return [*command, "--json", str(OUT / f"{file}.json")]
 
-    shapes = "--suite resnet50 --dtype bfloat16 --direction forward,backward,step --minutes 1.2"
+    shapes = "--suite resnet50 --batch 256 --dtype bfloat16 --direction forward,backward,step --minutes 1.2"
     steps = "--model resnet50 --layout channels_last --batch 256 --rounds 12 --outputs warm --fuse"
-    compiled = "--suite resnet50 --quick --dtype bfloat16 --direction step --outputs flushed --provider compile,ours"
+    compiled = "--suite resnet50 --batch 256 --quick --dtype bfloat16 --direction step --outputs flushed --provider compile,ours"
     found = [
         Check("kernels on the device", tests("tests/gpu --ignore=tests/gpu/test_ahead_of_time.py"), 150, on_device),
         Check("every shape of ResNet-50", bench(shapes, "resnet50"), 150, {}),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from batchnorm.bench import device, suite
-from batchnorm.bench.case import Case, cases, laid_out, quick, tensors
+from batchnorm.bench.case import Case, cases, laid_out, quick, tensors, with_batch
 from batchnorm.bench.providers import find
 from batchnorm.bench.suite import Layer, Suite
 from batchnorm.cli import commands
@@ -199,6 +199,12 @@ def test_on_a_gpu_the_cache_takes_the_place_of_the_memory_of_outputs():
     assert {each.device for each in found} == {"cuda"}
     with pytest.raises(InputError, match="outputs must be one of flushed, warm"):
         cases(layers, ["planar"], None, None, ["fresh"], [1], "cuda")
+
+
+def test_a_suite_of_another_batch():
+    layers = with_batch(suite.load("resnet50"), 7).layers
+    assert {layer.shape[0] for layer in layers} == {7}
+    assert [layer.shape[1:] for layer in layers] == [layer.shape[1:] for layer in suite.load("resnet50").layers]
 
 
 def test_without_a_gpu_the_option_says_so(monkeypatch):

@@ -146,6 +146,11 @@ def quick(suite: Suite) -> Suite:
     return replace(suite, layers=tuple(ordered[index] for index in sorted(chosen)))
 
 
+def with_batch(suite: Suite, batch: int) -> Suite:
+    """A copy of the suite with so many samples in each layer's input."""
+    return replace(suite, layers=tuple(replace(one, shape=(batch, *one.shape[1:])) for one in suite.layers))
+
+
 @dataclass(frozen=True)
 class Tensors:
     """The inputs of every provider of a case; shapes (N, C, *S) and (C,)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     def dtype(self) -> str:
         return "float32" if self.device == "cpu" else "bfloat16"
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.device == "cpu" else torch.autocast(self.device, torch.bfloat16)
 
 

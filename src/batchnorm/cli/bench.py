@@ -12,7 +12,7 @@ import torch
 
 from batchnorm.bench import model as models
 from batchnorm.bench import providers, replicas, run, suite
-from batchnorm.bench.case import CACHES, DEVICES, DIRECTIONS, DTYPES, OUTPUTS, cases, quick
+from batchnorm.bench.case import CACHES, DEVICES, DIRECTIONS, DTYPES, OUTPUTS, cases, quick, with_batch
 from batchnorm.bench.networks import NETWORKS
 from batchnorm.bench.row import Row, to_csv, to_dict
 from batchnorm.bench.tables import case_tables, model_table, summary_tables
@@ -72,7 +72,7 @@ def several(
 @click.option("--compile", "compiled", is_flag=True, help="For a model: compiled too, torch's layers and ours.")
 @click.option("--fuse", "fused", is_flag=True, help="For a model: after bn.fuse too.")
 @click.option("--memory", is_flag=True, help="For a model: with save_memory too.")
-@click.option("--batch", type=click.IntRange(min=2), help="Batch size.  [default: the model's, from 4 to 256]")
+@click.option("--batch", type=click.IntRange(min=2), help="Batch size.  [default: the suite's, or the model's]")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -126,6 +126,8 @@ def bench_command(
 def _suites(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[Row]], int]:
     """The rows of every case, and how many cases there are."""
     suites, threads = [suite.load(name) for name in options["suite"]], options["threads"]
+    if options["batch"] is not None:
+        suites = [with_batch(one, options["batch"]) for one in suites]
     if options["quick"]:
         suites = [quick(one) for one in suites]
         threads = threads if _typed(ctx, "threads") else [max(threads)]
@@ -157,7 +159,8 @@ def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[R
         batch = options["batch"] or network.batch[options["quick"]]
         variants = _variants(ctx, options)
         settings = [
-            models.Setting(*each) for each in product(layouts, options["outputs"], threads, [options["device"]])
+            models.Setting(layout, outputs, number, options["device"])
+            for layout, outputs, number in product(layouts, options["outputs"], threads)
         ]
         measured.append(models.run(name, variants, settings, batch, rounds))
         total += len(settings)

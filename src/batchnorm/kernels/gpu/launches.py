@@ -123,7 +123,7 @@ class Statistics(NamedTuple):
 
     rows: Tensor
     m2: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] (of a tuple's method)
 
     @staticmethod
     def of(values: Tensor) -> Statistics:
@@ -199,7 +199,7 @@ class Means(NamedTuple):
     grad: Tensor | None = None
     grad_xhat: Tensor | None = None
     are_sums: bool = False
-    count: Tensor | None = None
+    count: Tensor | None = None  # pyright: ignore[reportIncompatibleMethodOverride] (likewise)
 
 
 class Wanted(NamedTuple):
@@ -309,7 +309,7 @@ def update_running(running: Running, mean: Tensor, m2: Tensor, count: int | Tens
     finite = memory.empty(mean, dtype=torch.uint8) if update.skip_nonfinite else None
     assert isinstance(update.momentum, float), "`takes_update` was asked"
     with on(mean):
-        channel_programs.update[(1,)](
+        directly(channel_programs.update)[(1,)](
             mean,
             m2,
             count if isinstance(count, Tensor) else None,

@@ -151,7 +151,7 @@ def backward(
     divisor = None if constant else 0 if count is None else count
     dy, wanted = memory.laid_out_as(x, dy), launches.Wanted(dx, dresidual)
     launches.backward(dy, x, sums, _given(x, epilogue), (mean, rstd), divisor, wanted)
-    return *(x.new_empty(0) if each is None else each for each in (dx, dresidual)), sums
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dresidual is None else dresidual, sums
 
 
 # What they return, without values: shapes, strides and dtypes.

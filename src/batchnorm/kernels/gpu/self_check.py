@@ -70,7 +70,7 @@ def _compare(cut: Cut, device: torch.device) -> str | None:
             pairs += [("the running variance", running.variance, 0.9 * bias + 0.1 * variance)]
         output = expected.output if epilogue.residual is not None else None
         known = epilogue._replace(residual=None, output=output)
-        by = Normalized(*rows, shape.rows * shape.positions if epilogue.mask is None else count)
+        by = Normalized(rows[0], rows[1], shape.rows * shape.positions if epilogue.mask is None else count)
         grads = fallback.backward(dy, x, by, known, True)
         dx, dresidual = memory.like(x), None if output is None else memory.like(x)
         sums = memory.empty(x, 2, C, dtype=torch.float64)

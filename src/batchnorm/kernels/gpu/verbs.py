@@ -53,7 +53,7 @@ def infer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if is_traced(x):
         y, statistics = operators().normalize(x, running_mean, running_var, *epilogue[:4], eps, *_activation(epilogue))
-        return y, *statistics.unbind()
+        return y, statistics[0], statistics[1]
 
     def call(cut: Cut) -> tuple[Tensor, Tensor]:
         y = memory.like(x)
@@ -62,7 +62,8 @@ def infer(
     found = attempt(x, call)
     if found is None:
         return fallback.infer(x, running_mean, running_var, eps, epilogue)
-    return found[0], *found[1].unbind()
+    y, statistics = found
+    return y, statistics[0], statistics[1]
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
