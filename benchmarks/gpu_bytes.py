@@ -39,7 +39,7 @@ def main() -> None:
         for layout in ("channels_last", "planar"):
             planar = layout == "planar"
             shape = Shape("bfloat16", planar, N if planar else N * positions, C, positions if planar else 1)
-            cut = plans.cut(shape)
+            cut = plans.left_to_torch(shape) or plans.cut(shape)
             what = f"| {', '.join(map(str, (C, *S)))} | {epilogue} | {layer.count} | {megabytes:.0f} | {layout} |"
             if isinstance(cut, str):
                 print(f"{what} torch's operators | - | - |")

@@ -18,14 +18,14 @@ from tests.gpu.conftest import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU, or BATCHNORM_TEST_DEVICE=cuda is not set")
 
-SHAPES = [  # of ResNet-50 at batch 32, and one with more than 2^31 values
-    ((32, 64, 112, 112), torch.bfloat16, True),
-    ((32, 256, 56, 56), torch.bfloat16, True),
-    ((32, 64, 56, 56), torch.bfloat16, False),
-    ((32, 512, 28, 28), torch.float32, False),
-    ((32, 1024, 14, 14), torch.bfloat16, False),
-    ((32, 2048, 7, 7), torch.float32, False),
-    ((32, 2048, 7, 7), torch.float16, True),
+SHAPES = [  # of ResNet-50 at batch 128, and one with more than 2^31 values
+    ((128, 64, 112, 112), torch.bfloat16, True),
+    ((128, 256, 56, 56), torch.bfloat16, True),
+    ((128, 64, 56, 56), torch.bfloat16, False),
+    ((128, 512, 28, 28), torch.float32, False),
+    ((128, 1024, 14, 14), torch.bfloat16, False),
+    ((128, 2048, 7, 7), torch.float32, False),
+    ((128, 2048, 7, 7), torch.float16, True),
     ((2**21 + 3, 1025), torch.bfloat16, True),
 ]
 
@@ -82,7 +82,7 @@ def network() -> nn.Module:
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(16, 16, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
+    return torch.randn(32, 16, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
 
 
 def test_nothing_waits_for_the_device():
@@ -178,7 +178,7 @@ def test_compiled_with_a_mask():
 
 
 def test_a_layer_is_torchs_layer():
-    x, layer = batch(), nn.BatchNorm2d(16).to("cuda")
+    x, layer = torch.randn(32, 64, 56, 56, device="cuda"), nn.BatchNorm2d(64).to("cuda")
     ours = bn.convert(copy.deepcopy(layer))
     assert gpu.steps_for(x, ours.running_mean) is not None
     torch.testing.assert_close(F.relu(ours(x)), F.relu(layer(x)), rtol=1e-5, atol=1e-5)

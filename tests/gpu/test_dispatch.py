@@ -198,15 +198,28 @@ def shape(layout: str, dtype: str, rows: int, channels: int, positions: int = 1)
         (shape("planar", "bfloat16", 256, 64, 112 * 112), "planar"),
         (shape("planar", "bfloat16", 256, 1024, 14 * 14), "planar, channel in the L2 cache"),
         (shape("planar", "float32", 256, 1024, 14 * 14), "planar"),
-        (shape("planar", "float32", 64, 512, 7 * 7), "planar, channel in registers"),
+        (shape("planar", "float32", 128, 2048, 7 * 7), "planar, channel in registers"),
         (shape("planar", "bfloat16", 256, 2048, 7 * 7), None),
         (shape("planar", "float32", 2, 3, 5), None),
         (shape("planar", "float32", 2, 2**20, 2**12), None),
     ],
 )
 def test_the_table_decides(given, plan):
-    found = plans.cut(given)
+    found = plans.left_to_torch(given) or plans.cut(given)
     assert (None if isinstance(found, str) else found.plan.name) == plan
+
+
+def test_torchs_operators_come_first_only_for_what_they_accept(monkeypatch):
+    """Small tensors, unless there is a mask: plain torch operations in float64 would compute that."""
+    use(monkeypatch, Plan("small", "none", "it is small", values_below=1000), SPLIT)
+    monkeypatch.setenv(trust.CHECK, "off")
+    x, mask = torch.randn(8, 3, 7, device=DEVICE), torch.ones(8, 1, 7, dtype=torch.bool, device=DEVICE)
+    assert gpu.refuses(x, Epilogue()) == "it is small"
+    assert gpu.steps_for(x, x) is None
+    assert gpu.refuses(x, Epilogue(mask=mask)) is None
+    assert gpu.refuses(x, Epilogue(), plain=False) is None
+    assert gpu.forward(x, 1e-5, Epilogue(mask=mask)).output.isfinite().all()
+    assert gpu.steps_for(torch.randn(64, 3, 7, device=DEVICE), x) is not None
 
 
 def test_every_plan_says_why_and_is_of_use():

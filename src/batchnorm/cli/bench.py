@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,9 @@ def _model(ctx: click.Context, options: dict[str, Any]) -> tuple[Iterable[list[R
         variants = _variants(ctx, options)
         settings = [
             models.Setting(layout, outputs, number, options["device"])
-            for layout, outputs, number in product(layouts, options["outputs"], threads)
+            for layout in layouts
+            for outputs in options["outputs"]
+            for number in threads
         ]
         measured.append(models.run(name, variants, settings, batch, rounds))
         total += len(settings)

@@ -21,7 +21,7 @@ from torch import Tensor
 from batchnorm.kernels import eager
 from batchnorm.kernels.contract import Running, Steps, Update
 from batchnorm.kernels.gpu import dispatch, trust
-from batchnorm.kernels.gpu.dispatch import cut_of, is_traced, launch, refuses, status, unavailable
+from batchnorm.kernels.gpu.dispatch import cut_of, is_traced, launch, left_to_torch, refuses, status, unavailable
 from batchnorm.kernels.gpu.steps import are_buffers, steps_of
 from batchnorm.kernels.gpu.verbs import (
     backward,
@@ -87,7 +87,7 @@ def update_running(running: Running, moments: Moments, update: Update) -> Tensor
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
     if x.device.type not in dispatch.DEVICES or running_mean.device != x.device or unavailable() is not None:
         return None
-    return None if isinstance(cut_of(x), str) else _STEPS
+    return None if left_to_torch(x) is not None or isinstance(cut_of(x), str) else _STEPS
 
 
 _kernel: Any = sys.modules[__name__]

@@ -23,7 +23,8 @@ SWITCH = "BATCHNORM_GPU"
 DEVICES = ("cuda",)  # which ROCm calls its devices too
 MOST_SHAPES = 4096  # whose cuts are remembered
 
-_cuts: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], Cut | str] = {}
+# For shape, strides and dtype: the cut, or why there is none, and why torch's operators come first, or None.
+_cuts: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], tuple[Cut | str, str | None]] = {}
 
 
 @cache
@@ -51,16 +52,19 @@ def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
     for beside in (epilogue.residual, epilogue.output):
         if beside is not None and beside.dtype is not x.dtype:
             return f"the residual is {beside.dtype} and x is {x.dtype}"
-    reason = _reason_in_compiled_code(x, plain) if torch.compiler.is_compiling() else _reason(x)
+    accepted_by_torch = plain and epilogue.mask is None
+    reason = _reason_in_compiled_code(x, plain) if torch.compiler.is_compiling() else _reason(x, accepted_by_torch)
     return epilogue.wider_than(x) if reason is None else reason
 
 
-def _reason(x: Tensor) -> str | None:
+def _reason(x: Tensor, accepted_by_torch: bool) -> str | None:
     problem = unavailable()
     if problem is not None:
         return problem
     if type(x) is not Tensor and not is_fake(x):
         return f"x is a {type(x).__name__}"
+    if accepted_by_torch and (why := left_to_torch(x)) is not None:
+        return why
     found = cut_of(x)
     return found if isinstance(found, str) else None
 
@@ -73,18 +77,30 @@ def _reason_in_compiled_code(x: Tensor, plain: bool) -> str | None:
     return None
 
 
+def left_to_torch(x: Tensor) -> str | None:
+    """Why torch's operators compute what they accept of x."""
+    return _planned(x)[1]
+
+
 def cut_of(x: Tensor) -> Cut | str:
     """How the programs cut x, or why they do not compute it."""
+    found = _planned(x)[0]
+    if isinstance(found, str) or is_fake(x):
+        return found
+    return trust.refusal(found, x.device, self_check.check) or found
+
+
+def _planned(x: Tensor) -> tuple[Cut | str, str | None]:
     key = (x.shape, x.stride(), x.dtype)
     found = _cuts.get(key)
     if found is None:
         if len(_cuts) >= MOST_SHAPES:
             _cuts.clear()
         shape = plans.shape_of(x)
-        found = _cuts[key] = plans.cut(shape) if shape is not None else "x is not dense float32, bfloat16 or float16"
-    if isinstance(found, str) or is_fake(x):
-        return found
-    return trust.refusal(found, x.device, self_check.check) or found
+        no_plan = "x is not dense float32, bfloat16 or float16"
+        found = (no_plan, None) if shape is None else (plans.cut(shape), plans.left_to_torch(shape))
+        _cuts[key] = found
+    return found
 
 
 def attempt(x: Tensor, call: Callable[[Cut], Result]) -> Result | None:
@@ -124,5 +140,10 @@ def _runs_in_compiled_code(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether a plan for such a tensor ran on the device: a compiler cannot run the self-check."""
-    found = None if unavailable() is not None else _cuts.get((torch.Size(shape), stride, dtype))
-    return isinstance(found, Cut) and trust.known_good(found.name, str(device)) and operators() is not None
+    found, _ = _cuts.get((torch.Size(shape), stride, dtype), (unavailable(), None))
+    return (
+        isinstance(found, Cut)
+        and unavailable() is None
+        and trust.known_good(found.name, str(device))
+        and operators() is not None
+    )

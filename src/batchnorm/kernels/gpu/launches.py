@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,40 +61,8 @@ class Given(NamedTuple):
         return self._replace(cut=self.cut.backward)
 
     @property
-    def sizes(self) -> dict[str, int]:
-        shape, unit = self.cut.shape, self.cut.unit
-        channels = shape.channels if shape.planar else shape.channels // unit
-        return {
-            "rows": shape.rows,
-            "channels": channels,
-            "positions": shape.positions // unit if shape.planar else 1,
-        }
-
-    @property
-    def tile(self) -> dict[str, Any]:
-        cut = self.cut
-        return {"PLANAR": cut.shape.planar, "UNIT": cut.unit, "BR": cut.height, "BK": cut.width}
-
-    @property
-    def loop(self) -> dict[str, Any]:
-        return {"EVEN": self.cut.even, "STAGES": self.cut.plan.stages}
-
-    @property
-    def pieces(self) -> dict[str, int]:
-        cut = self.cut
-        return {"pieces": cut.pieces, "tiles": cut.tiles, "blocks": cut.blocks}
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.cut.blocks * self.cut.pieces,)
-
-    @property
     def derivative(self) -> dict[str, Any]:
         return {"ACTIVATION": self.activation, "FROM_OUTPUT": self.from_output}
-
-    @property
-    def warps(self) -> dict[str, int]:
-        return {"num_warps": self.cut.plan.warps}
 
 
 def operands(x: Tensor, epilogue: Epilogue, cut: Cut, wrap: Wrap = directly) -> Given:
@@ -154,12 +123,11 @@ def train(
         _finish(statistics, given, _partial_sums(x, given), eps, coefs, updated)
         return lambda: _apply(x, y, given, coefs)
     operands = (x, given.beside, given.mask, y, statistics, given.weight, given.bias, *_halves(eps), given.slope)
-    common = {**given.sizes, **given.tile, "ACTIVATION": given.activation, **given.warps}
-    grid = (given.cut.blocks,)
+    cut, grid = given.cut, (given.cut.blocks,)
     if way == "in_registers":
-        given.wrap(forward_programs.in_registers)[grid](*operands, **common)
+        given.wrap(forward_programs.in_registers)[grid](*operands, **cut.tile, ACTIVATION=given.activation)
     else:
-        given.wrap(forward_programs.whole)[grid](*operands, tiles=given.cut.tiles, **common, **given.loop)
+        given.wrap(forward_programs.whole)[grid](*operands, **cut.channel, ACTIVATION=given.activation)
     if updated is not None:
         of_x, values = Statistics.of(statistics), given.cut.shape.rows * given.cut.shape.positions
         update_running(updated[0], of_x.rows[0], of_x.m2, values, updated[1])
@@ -216,7 +184,7 @@ def gradient_sums(dy: Tensor, x: Tensor, sums: Tensor, given: Given, by: Tensors
     given, C = given.backward, x.shape[1]
     cut = given.cut
     partial = memory.empty(x, 2 * cut.pieces * C, dtype=torch.float32)
-    given.wrap(backward_programs.partial_gradient_sums)[given.grid](
+    given.wrap(backward_programs.partial_gradient_sums)[given.cut.grid](
         dy,
         x,
         given.beside,
@@ -226,12 +194,8 @@ def gradient_sums(dy: Tensor, x: Tensor, sums: Tensor, given: Given, by: Tensors
         given.bias,
         given.slope,
         partial,
-        **given.pieces,
-        **given.sizes,
-        **given.tile,
-        **given.loop,
+        **given.cut.sum,
         **given.derivative,
-        **given.warps,
     )
     side = _merging(cut.pieces)
     given.wrap(backward_programs.finish_gradient_sums)[(_ceil(C, side["BC"]),)](
@@ -242,7 +206,7 @@ def gradient_sums(dy: Tensor, x: Tensor, sums: Tensor, given: Given, by: Tensors
 def input_grad(dy: Tensor, x: Tensor, given: Given, by: Tensors, means: Means, wanted: Wanted) -> None:
     """Fills dx and dresidual."""
     given = given.backward
-    given.wrap(backward_programs.apply_gradient)[given.grid](
+    given.wrap(backward_programs.apply_gradient)[given.cut.grid](
         dy,
         x,
         given.beside,
@@ -256,13 +220,10 @@ def input_grad(dy: Tensor, x: Tensor, given: Given, by: Tensors, means: Means, w
         given.weight,
         given.bias,
         given.slope,
-        **given.pieces,
-        **given.sizes,
-        **given.tile,
+        **given.cut.map,
         **given.derivative,
         CONSTANT=means.grad is None,
         OVER_COUNT=means.are_sums,
-        **given.warps,
     )
 
 
@@ -294,13 +255,9 @@ def backward(
         sums,
         wanted.dweight,
         wanted.dbias,
-        tiles=backward.cut.tiles,
-        **backward.sizes,
-        **backward.tile,
-        **backward.loop,
+        **backward.cut.channel,
         **backward.derivative,
         CONSTANT=count is None,
-        **backward.warps,
     )
 
 
@@ -335,9 +292,7 @@ def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _partial_sums(x: Tensor, given: Given) -> tuple[Tensor, Tensor]:
     sums = memory.empty(x, 4 * given.cut.pieces * x.shape[1], dtype=torch.float32)
     arrivals = memory.empty(x, 1, dtype=torch.int32)
-    given.wrap(forward_programs.partial_sums)[given.grid](
-        x, given.mask, sums, arrivals, **given.pieces, **given.sizes, **given.tile, **given.loop, **given.warps
-    )
+    given.wrap(forward_programs.partial_sums)[given.cut.grid](x, given.mask, sums, arrivals, **given.cut.sum)
     return sums, arrivals
 
 
@@ -371,18 +326,15 @@ def _finish(
 
 
 def _apply(x: Tensor, y: Tensor, given: Given, coefs: Tensor) -> bool:
-    given.wrap(forward_programs.apply)[given.grid](
+    given.wrap(forward_programs.apply)[given.cut.grid](
         x,
         given.beside,
         given.mask,
         y,
         coefs,
         given.slope,
-        **given.pieces,
-        **given.sizes,
-        **given.tile,
+        **given.cut.map,
         ACTIVATION=given.activation,
-        **given.warps,
     )
     return True
 
@@ -392,6 +344,7 @@ def _merging(pieces: int) -> dict[str, int]:
     return {"BP": 64, "BC": 16} if pieces <= 64 else {"BP": 256, "BC": 4}
 
 
+@lru_cache(256)
 def _halves(value: float) -> tuple[float, float]:
     """The number as the sum of two float32, which is how Triton passes a float."""
     (high,) = struct.unpack("f", struct.pack("f", value))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,32 +83,32 @@ class Cut:
     height: int
     width: int
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Plan and dtype, as `trust` and its messages know them."""
         return f"{self.plan.name}, {self.shape.dtype}"
 
-    @property
+    @cached_property
     def unit(self) -> int:
         return self.shape.unit
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether no tile has missing columns."""
         shape = self.shape
         return (shape.positions if shape.planar else shape.channels) % self.width == 0
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Programs beside each other: channels, or blocks of `width` channels."""
         return self.shape.channels if self.shape.planar else _ceil(self.shape.channels, self.width)
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Tiles of a channel or of a block."""
         return _ceil(self.shape.rows, self.height) * _ceil(self.shape.positions, self.width if self.shape.planar else 1)
 
-    @property
+    @cached_property
     def pieces(self) -> int:
         """Pieces of a channel or of a block. They depend on the shape alone, not on the device: so do the bits of the result."""
         plan = self.plan
@@ -115,7 +116,7 @@ class Cut:
             return 1
         return max(1, min(self.tiles, max(plan.programs // self.blocks, _ceil(self.tiles, plan.chain))))
 
-    @property
+    @cached_property
     def backward(self) -> Cut:
         """The cut of the backward, which holds three tensors where the forward holds one: tiles of a channel instead of all of it."""
         plan = self.plan
@@ -124,7 +125,40 @@ class Cut:
             return cut_by(replace(plan, stages=plan.backward_stages), self.shape)
         return replace(self, plan=replace(plan, stages=plan.backward_stages))
 
-    @property
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Arguments of every program; the innermost size is in units."""
+        rows, channels, positions = self.shape.rows, self.shape.channels, self.shape.positions
+        if self.shape.planar:
+            return {"rows": rows, "channels": channels, "positions": positions // self.unit}
+        return {"rows": rows, "channels": channels // self.unit, "positions": 1}
+
+    @cached_property
+    def tile(self) -> dict[str, Any]:
+        """Constants of every program, and its warps."""
+        constants = {"PLANAR": self.shape.planar, "UNIT": self.unit, "BR": self.height, "BK": self.width}
+        return {**self.sizes, **constants, "num_warps": self.plan.warps}
+
+    @cached_property
+    def map(self) -> dict[str, Any]:
+        """Arguments of a map over pieces."""
+        return {**self.tile, "pieces": self.pieces, "tiles": self.tiles, "blocks": self.blocks}
+
+    @cached_property
+    def sum(self) -> dict[str, Any]:
+        """Arguments of sums over pieces."""
+        return {**self.map, "EVEN": self.even, "STAGES": self.plan.stages}
+
+    @cached_property
+    def channel(self) -> dict[str, Any]:
+        """Arguments of a program that has a channel for itself."""
+        return {**self.tile, "tiles": self.tiles, "EVEN": self.even, "STAGES": self.plan.stages}
+
+    @cached_property
+    def grid(self) -> tuple[int]:
+        return (self.blocks * self.pieces,)
+
+    @cached_property
     def beyond(self) -> str | None:
         """What of it the programs cannot address, or None: offsets in a tile are of 32 bits, those of tiles of 64."""
         shape = self.shape
@@ -158,12 +192,16 @@ def shape_of(x: Tensor) -> Shape | None:
     return None
 
 
+def left_to_torch(shape: Shape) -> str | None:
+    """Why torch's operators compute this shape if they accept the call; None where a plan does."""
+    first = next((plan for plan in table() if plan.fits(shape)), None)
+    return first.why if first is not None and first.way == "none" else None
+
+
 def cut(shape: Shape) -> Cut | str:
-    """The cut of the first plan that fits, or why torch's operators compute this shape."""
+    """The cut of the first plan that fits, or why there is none."""
     for plan in table():
-        if plan.fits(shape):
-            if plan.way == "none":
-                return plan.why
+        if plan.way != "none" and plan.fits(shape):
             found = cut_by(plan, shape)
             return found if found.beyond is None else found.beyond
     return "no plan fits"

@@ -30,17 +30,17 @@ def refusal(cut: Cut, device: torch.device, check: Callable[[Cut, torch.device],
     if key not in _found:
         if _capturing(device):
             return "its first use is in the capture of a CUDA graph; run the model once before"
-        _found[key] = None
+        problem = None
         if os.environ.get(CHECK) != "off":
             try:
                 problem = check(cut, device)
             except torch.OutOfMemoryError:
-                del _found[key]
                 raise
             except Exception as error:  # whatever a compiler, a driver or a launch raises
                 problem = _in_words(error)
-            if problem is not None:
-                failed(cut.name, device, problem)
+        _found[key] = problem
+        if problem is not None:
+            failed(cut.name, device, problem)
     return _found[key]
 
 
