@@ -64,7 +64,7 @@ test: $(VENV)/dev interpret
 
 # Triton lies in folders of its own: torch.compile would generate other code if it found it. The interpreter is that of the newer release;
 # programs are compiled by both. On another system than Linux there is no Triton, and torch's operators run on its GPUs.
-build/triton-%: Makefile
+build/triton-%: Makefile | $(VENV)/dev
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $@ triton==$*
 	@touch $@
 

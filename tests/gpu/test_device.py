@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.kernels import Activation, Epilogue, Normalized, eager, gpu
-from batchnorm.kernels.gpu import dispatch, trust
+from batchnorm.kernels.gpu import trust
 from tests.budget import assert_same_bits, assert_ulps
 from tests.gpu.conftest import DEVICE
 
@@ -183,4 +182,3 @@ def test_a_layer_is_torchs_layer():
     assert gpu.steps_for(x, ours.running_mean) is not None
     torch.testing.assert_close(F.relu(ours(x)), F.relu(layer(x)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.running_var, layer.running_var)
-    assert os.environ.get(dispatch.SWITCH) != "off"

@@ -15,7 +15,7 @@ from batchnorm.kernels.gpu import dispatch, memory, trust
 from batchnorm.moments import Moments
 from tests.budget import assert_same_bits, assert_ulps, error_in_ulps
 from tests.gpu.conftest import DEVICE
-from tests.gpu.plans_of_tests import IN_REGISTERS, SPLIT, WAYS, WHOLE, use
+from tests.gpu.plans_of_tests import SPLIT, WAYS, WHOLE, use
 
 if DEVICE == "cpu":
     from tests.gpu import interpreter
@@ -391,4 +391,3 @@ def test_the_helpers_can_fail():
     with pytest.raises(AssertionError):
         close("bfloat16", torch.ones(1, dtype=BF16), torch.full((1,), 1.005))
     assert error_in_ulps(torch.ones(1), torch.full((1,), 1 + 5e-7).double()) > 3
-    assert IN_REGISTERS.way == "in_registers"
