@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -174,6 +173,8 @@ class Cut:
 @cache
 def table() -> tuple[Plan, ...]:
     """The rows of `plans.toml`."""
+    import tomllib  # here, since it compiles the expressions of its grammar, and few programs use a GPU
+
     rows = tomllib.loads(Path(__file__).with_name("plans.toml").read_text(encoding="utf-8"))["plan"]
     return tuple(Plan(**{**row, "dtypes": tuple(row.get("dtypes", DTYPES))}) for row in rows)
 
