@@ -21,7 +21,8 @@ SIGNATURES = {
     "lengths=None, reducer=None, group_size=None, moments=None, renormalization=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None, lengths=None)",
-    bn.convert: "(model, *, statistics=None, fuse=False, save_memory=False)",
+    bn.convert: "(model, *, to=None, channels_per_group=8, standardize_weights=False, statistics=None, fuse=False, "
+    "save_memory=False)",
     bn.diagnose: "(model, loader=None, *, criterion=None, objective=None, forward=None, optimizer=None, predict=None, "
     "validate=None, step=None, twin=None, replicas=None, select=None, ignore=None)",
     bn.fold: "(model, example_input, *, tolerance=0.0001)",

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
-from batchnorm.surgery.freeze import HeldInInference
+from batchnorm.surgery.held import HeldInInference
 
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
 
