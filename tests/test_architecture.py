@@ -37,6 +37,8 @@ ORDER = [
     "interop",
     "surgery",
     "distributed",
+    "paired",
+    "privacy",
     "merging",
     "agreement",
     "population",
