@@ -38,6 +38,8 @@ ORDER = [
     "interop",
     "surgery",
     "distributed",
+    "paired",
+    "privacy",
     "merging",
     "agreement",
     "population",

@@ -162,3 +162,44 @@ def test_an_empty_name_of_a_file_is_a_usage_error():
     result = call("mynet:model", "--out", "")
     assert result.exit_code == 2
     assert "--out must be a file, but . is a folder" in result.output
+
+
+def test_alternatives_to_batch_norm(folder):
+    result = call("mynet:model", "--to", "group", "--channels-per-group", "4", "--out", "group.pt")
+    assert result.exit_code == 0, result.output
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert lines[1:14] == [
+        "├── 1  Bottleneck",
+        "│   ├── body  Sequential",
+        "│   │   ├── 1  BatchNorm2d → torch.nn.GroupNorm, 1 group of 4",
+        "│   │   ├── 4  BatchNorm2d → torch.nn.GroupNorm, 1 group of 4",
+        "│   │   └── 7  BatchNorm2d → torch.nn.GroupNorm, 4 groups of 4",
+        "│   └── shortcut  Sequential",
+        "│       └── 1  BatchNorm2d → torch.nn.GroupNorm, 4 groups of 4",
+        "└── 2  Sequential",
+        "    ├── 1  BatchNorm2d  left: it has 3 channels, fewer than a group of 4; pass a smaller channels_per_group, or",
+        "    │   to='layer'",
+        "    ├── 3  Mine  left: it is a Mine, which computes something else",
+        "    └── 4  FrozenBatchNorm2d  left: it is frozen, so it does not depend on the batch",
+        "",
+    ]
+    assert "4 of 7 change." in result.stdout
+    assert not any(".running" in name and name[0] == "1" for name in torch.load("group.pt", weights_only=True))
+    rows = json.loads(call("mynet:layer", "--to", "none", "--json").stdout)["modules"]
+    assert rows == [{"module": "", "is": "BatchNorm1d", "becomes": "its weight and bias alone", "left": None}]
+    assert "InstanceNorm2d" in call("mynet:model", "--to", "instance", "--standardize-weights").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--to", "group", "--fuse"), "--to leaves no batch norms that --fuse could fuse"),
+        (("--standardize-weights",), "--standardize-weights needs --to"),
+        (("--to", "batch"), "'batch' is not one of 'group', 'layer', 'instance', 'none'"),
+        (("--to", "group", "--channels-per-group", "1"), "1 is not in the range x>=2"),
+    ],
+)
+def test_alternatives_with_wrong_options(options, message):
+    result = call("mynet:model", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

@@ -14,13 +14,18 @@ import batchnorm
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWN = {
     "accelerate_recipe.py": r"accuracy 0\.9\d, running variance that of all data: True",
+    "contrastive_pairs.py": r"100% right, shuffled: (4[5-9]|5[0-5])% right",
+    "leave_batch_norm.py": r"tuned image by image: accuracy 0\.[89]",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "monitor.py": r"BN101 at step 20: 1: momentum is 0\.99(.|\n)*5 looks in 100 steps: \['BN101'\]",
     "monitor_lightning.py": r"5 looks, findings: \[\]",
     "monitor_transformers.py": r"5 looks, findings: \[\]",
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",
+    "private_training.py": r"1, 5 do; call model\.eval[^\n]*\nwith group norm: accuracy 0\.[89]",
+    "sb3_policy.py": r"acts in inference: True, learns in training: True",
     "several_sizes.py": r"as one batch:   accuracy 0\.[89]",
     "switch.py": r"batchnorm\.layers: accuracy 1\.0",
+    "torchrl_policy.py": r"running statistics of 200 updates, none of them of a rollout",
     "train_ddp.py": r"2 processes: accuracy 0\.9\d\d; all replicas agree",
 }
 LAUNCHED = {  # in processes of their own: by a launcher, or because a framework changes the process it runs in
@@ -28,6 +33,8 @@ LAUNCHED = {  # in processes of their own: by a launcher, or because a framework
     "lightning_callback.py": ("lightning", ()),
     "monitor_lightning.py": ("lightning", ()),
     "monitor_transformers.py": ("transformers", ()),
+    "sb3_policy.py": ("stable_baselines3", ()),
+    "torchrl_policy.py": ("torchrl", ()),
     "train_ddp.py": ("numpy", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")),
 }
 

@@ -8,6 +8,7 @@ import torch
 from batchnorm.lab.data import digits
 from batchnorm.lab.experiment import Measured, Results, Setting
 from batchnorm.lab.experiments import (
+    alternatives,
     batch_size,
     cost,
     demo,
@@ -102,6 +103,36 @@ class TestBatchSize:
         others = {arm: seed(0.3, 0.3) for arm in batch_size.LAYERS}
         by_arm = others | {"renorm": seed(0.15, 0.12), "frozen": seed(0.11, 0.2), "group_norm": seed(0.1, 0.1)}
         assert batch_size.recovered(Results(by_arm), "noise") == ("renorm", [pytest.approx(0.75)])
+
+
+class TestAlternatives:
+    @pytest.mark.parametrize("arm", [arm for arm in alternatives.NETWORKS if arm != "batch"])
+    def test_each_sample_alone_is_normalized_as_in_a_batch_so_both_normalization_batches_are_one_training(self, arm):
+        torch.manual_seed(0)
+        network, x = alternatives.NETWORKS[arm]().double(), torch.randn(4, 1, 8, 8, dtype=torch.float64)
+        for parameter in network.parameters():  # the blocks of `none` begin as their shortcuts
+            parameter.data.uniform_(-0.5, 0.5)
+        torch.testing.assert_close(network(x)[:2], network(x[:2]), rtol=1e-9, atol=1e-9)
+
+    def test_networks_begin_with_the_same_convolutions(self):
+        def first(arm):
+            torch.manual_seed(0)
+            return torch.cat([each.weight.flatten() for each in alternatives.NETWORKS[arm]().modules()
+                              if isinstance(each, torch.nn.Conv2d)])  # fmt: skip
+
+        wanted = first("batch")
+        for arm in alternatives.NETWORKS:
+            assert torch.equal(first(arm), wanted) == (arm != "none")
+
+    @pytest.mark.slow
+    def test_group_norm_learns_and_dynamic_tanh_does_not_in_place_of_batch_norm(self):
+        data = alternatives.noisy(digits.load(size=8))
+        found = {
+            arm: alternatives.trained(alternatives.NETWORKS[arm], 0.05, data, QUICK)[1]
+            for arm in ("batch", "group", "tanh")
+        }
+        assert min(found["batch"], found["group"]) > 0.8
+        assert found["tanh"] < 0.5
 
 
 @pytest.mark.slow

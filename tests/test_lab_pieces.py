@@ -1,5 +1,6 @@
 """What the lab's applications are made of: boxes, letters, distances, generators of data, recordings."""
 
+import itertools
 import math
 import random
 import wave
@@ -17,6 +18,7 @@ from batchnorm.lab.experiment import Setting
 from batchnorm.lab.experiments import load, recommender
 from batchnorm.lab.frechet import frechet_distance
 from batchnorm.lab.letters import best_path, edit_distance, error_rate
+from batchnorm.lab.normalizations import DynamicTanh, RootMeanSquareNorm
 from batchnorm.lab.recognizer import PerStep, Recognizer
 from batchnorm.layers import BatchNorm1d
 
@@ -256,3 +258,19 @@ def test_per_step_statistics_are_those_of_one_step():
         torch.testing.assert_close(y[:rows, :, step], wanted)
     assert not y[4:, :, 5:].any()
     torch.testing.assert_close(y[:, :, 16:], BatchNorm1d(3)(x[:, :, 16:], lengths=(lengths - 16).clamp(min=0)))
+
+
+class TestNormalizations:
+    @pytest.mark.parametrize("shape", [(3, 4, 5, 2), (3, 4)])
+    def test_formulas_of_the_sources(self, shape):
+        x = torch.randn(shape, dtype=torch.float64) * 3 + 1
+        for layer in (RootMeanSquareNorm(4).double(), DynamicTanh(4).double()):
+            torch.nn.init.uniform_(layer.weight)
+            torch.nn.init.uniform_(layer.bias)
+            wanted = torch.empty_like(x)
+            for n, c in itertools.product(range(3), range(4)):
+                root = math.sqrt(sum(value**2 for value in x[n].flatten().tolist()) / x[n].numel() + 1e-5)
+                normalized = x[n, c] / root if isinstance(layer, RootMeanSquareNorm) else (x[n, c] * 0.5).tanh()
+                wanted[n, c] = normalized * layer.weight[c] + layer.bias[c]
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+        assert sum(parameter.numel() for parameter in layer.parameters()) == 9  # one α for the layer

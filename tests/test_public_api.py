@@ -21,7 +21,8 @@ SIGNATURES = {
     "lengths=None, reducer=None, group_size=None, moments=None, renormalization=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None, lengths=None)",
-    bn.convert: "(model, *, statistics=None, fuse=False, save_memory=False)",
+    bn.convert: "(model, *, to=None, channels_per_group=8, standardize_weights=False, statistics=None, fuse=False, "
+    "save_memory=False)",
     bn.diagnose: "(model, loader=None, *, criterion=None, objective=None, forward=None, optimizer=None, predict=None, "
     "validate=None, step=None, twin=None, replicas=None, select=None, ignore=None)",
     bn.fold: "(model, example_input, *, tolerance=0.0001)",
@@ -32,7 +33,11 @@ SIGNATURES = {
     bn.revert: "(model)",
     bn.average_buffers: "(model, process_group=None)",
     bn.replicas_agree: "(model, process_group=None)",
+    bn.joint_values: "(critic, now, later)",
+    bn.jointly: "(forward, *batches)",
+    bn.shuffled: "(forward, batch, *, process_group=None)",
     bn.synchronize: "(model, process_group=None)",
+    bn.training_mode: "(model, mode)",
     bn.unsynchronize: "(model)",
     bn.explain: "(values, gamma=1.0, beta=0.0, eps=1e-05, momentum=0.1, *, grad_output=None)",
     bn.Moments.merge: "(self, other)",

@@ -3,6 +3,7 @@ from batchnorm import diagnostics as diagnostics
 from batchnorm import errors as errors
 from batchnorm import functional as functional
 from batchnorm import interop as interop
+from batchnorm import privacy as privacy
 from batchnorm import statistics as statistics
 from batchnorm import testing as testing
 from batchnorm.agreement import Agreement as Agreement
@@ -28,6 +29,9 @@ from batchnorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.memory import save_memory as save_memory
 from batchnorm.moments import Moments as Moments
+from batchnorm.paired import joint_values as joint_values
+from batchnorm.paired import jointly as jointly
+from batchnorm.paired import shuffled as shuffled
 from batchnorm.population import recalibrate as recalibrate
 from batchnorm.statistics import accumulate as accumulate
 from batchnorm.statistics import as_one_batch as as_one_batch
@@ -37,5 +41,6 @@ from batchnorm.surgery import copy_statistics as copy_statistics
 from batchnorm.surgery import freeze as freeze
 from batchnorm.surgery import fuse as fuse
 from batchnorm.surgery import revert as revert
+from batchnorm.surgery import training_mode as training_mode
 from batchnorm.surgery import unfreeze as unfreeze
 from batchnorm.version import __version__ as __version__

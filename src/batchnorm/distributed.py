@@ -55,7 +55,7 @@ class Replicas:
     ) -> None:
         self.layer, self.names, self.width = layer, names or (layer,), width
         self.tag = _tag(layer)
-        self._connect(_group(group), group is None)
+        self._connect(process_group_of(group), group is None)
 
     def _connect(self, group: dist.ProcessGroup, is_default: bool) -> None:
         self._process_group = group
@@ -168,7 +168,7 @@ class Replicas:
         self.ranks, self._is_default = state["ranks"], state["is_default"]
         self._size = self.rank = 0
         if self._is_default and dist.is_available() and dist.is_initialized():
-            self._connect(_group(None), True)
+            self._connect(process_group_of(None), True)
 
     def __repr__(self) -> str:
         return f"Replicas({self.layer!r}, ranks={list(self.ranks)})"
@@ -193,7 +193,7 @@ def synchronize(model: nn.Module, process_group: dist.ProcessGroup | None = None
         StateError: if torch.distributed is not initialized, or this process is not in the group.
         ReplicaError: if the replicas' models differ in their batch norms, or one does not answer; then nothing changes.
     """
-    _agree(model, _group(process_group))
+    _agree(model, process_group_of(process_group))
     converted = convert_layers(slots_of(model), Report("synchronize", "converted"), synchronizing=True)
     layers = _layers(model)
     names = tuple(layers)
@@ -326,7 +326,7 @@ def _tag(layer: str) -> float:
     return float(zlib.crc32(layer.encode()))
 
 
-def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def process_group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if not dist.is_available() or not dist.is_initialized():
         raise StateError(
             "torch.distributed must be initialized before replicas can be synchronized; call "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.text import Text
@@ -15,10 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.cli.common import Console, check_outputs, force_option
 from batchnorm.cli.models import build_model, load_weights, redirected, require_format, save_weights
 from batchnorm.cli.text import print_json, visible
+from batchnorm.errors import InputError
 from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
 from batchnorm.surgery import convert, fuse, is_frozen_norm, walk, why_left
+from batchnorm.surgery.alternatives import Affine, Alternative, To
 from batchnorm.surgery.by_hand import why_left_by_hand
+from batchnorm.surgery.convert import why_not_replaced
 from batchnorm.surgery.rewritten import Rewritten
 from batchnorm.surgery.tracing import copied
 
@@ -36,28 +39,48 @@ from batchnorm.surgery.tracing import copied
     help="File of weights to write; .safetensors by its suffix.",
 )
 @click.option("--fuse", "fused", is_flag=True, help="Fuse additions and activations too.")
+@click.option("--to", type=click.Choice(get_args(To)), help="Replace batch norms by layers that do not use the batch.")
+@click.option(
+    "--channels-per-group", type=click.IntRange(min=2), default=8, show_default=True, help="Fewest channels in a group."
+)
+@click.option("--standardize-weights", is_flag=True, help="With --to, also standardize the weights of convolutions.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @force_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 def convert_command(
-    spec: str, weights: Path | None, out: Path | None, fused: bool, dry_run: bool, force: bool, as_json: bool
+    spec: str,
+    weights: Path | None,
+    out: Path | None,
+    fused: bool,
+    to: To | None,
+    channels_per_group: int,
+    standardize_weights: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Show what `batchnorm.convert` does to a model, layer by layer, and which layers it does not change, and why.
 
     MODEL names a factory, as package.module:factory; it is called without arguments. With --out, the weights of the converted model are
-    written completely or not at all; they have the same names as in torch's layers.
+    written completely or not at all; they have the same names as in torch's layers. With --to they have no running statistics.
     """
     start = time.perf_counter()
     if out is not None:
         require_format(out)
         check_outputs({"--out": out}, force=force or dry_run)
+    if to is not None and fused:
+        raise InputError("--to leaves no batch norms that --fuse could fuse; give one of them")
+    if standardize_weights and to is None:
+        raise InputError("--standardize-weights needs --to")
     with redirected(as_json=as_json):
         original = build_model(spec)
         model = copied(original)
         model = fuse(model) if fused else convert(model)
         if weights is not None:
             load_weights(model, weights)
-    plan = _plan(original, model)
+        if to is not None:
+            convert(model, to=to, channels_per_group=channels_per_group, standardize_weights=standardize_weights)
+    plan = _plan(original, model) if to is None else _replacements(original, model, Alternative(to, channels_per_group))
     writes = out is not None and not dry_run
     if writes:
         assert out is not None
@@ -92,6 +115,30 @@ def _plan(original: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
         elif is_hand_written(before.module):
             rows.append({**row, "becomes": None, "left": why_left_by_hand(before.module)})
     return rows
+
+
+def _replacements(original: nn.Module, model: nn.Module, alternative: Alternative) -> list[dict[str, Any]]:
+    """A row for each batch norm: its class, the layer that does not use the batch, or why there is none."""
+    reasons = why_not_replaced(original, alternative)
+    rows = list[dict[str, Any]]()
+    for before, after in zip(walk(original), walk(model), strict=True):
+        left, becomes = reasons.get(id(before.module)), None
+        if is_hand_written(before.module):
+            left = why_left_by_hand(before.module)
+        elif left is None and isinstance(before.module, _BatchNorm):
+            becomes = _name_of(after.module)
+        elif left is None:
+            continue
+        rows.append({"module": before.path, "is": type(before.module).__name__, "becomes": becomes, "left": left})
+    return rows
+
+
+def _name_of(layer: nn.Module) -> str:
+    name = type(layer).__name__
+    if isinstance(layer, nn.GroupNorm):
+        size = layer.num_channels // layer.num_groups
+        return f"torch.nn.{name}, {layer.num_groups} {'group' if layer.num_groups == 1 else 'groups'} of {size}"
+    return "its weight and bias alone" if isinstance(layer, Affine) else f"torch.nn.{name}"
 
 
 def _show(spec: str, original: nn.Module, plan: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
 from batchnorm.statistics.contract import in_domain, is_frozen
 from batchnorm.surgery import is_frozen_norm
-from batchnorm.surgery.freeze import HeldInInference
+from batchnorm.surgery.held import HeldInInference
 from batchnorm.surgery.walker import slots_of
 
 Kind = Literal["torch", "ours", "frozen", "hand-written"]

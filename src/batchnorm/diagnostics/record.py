@@ -17,7 +17,7 @@ from batchnorm.diagnostics.norms import Norm
 from batchnorm.functional import moments
 from batchnorm.functional.checks import mask_of
 from batchnorm.moments import Moments
-from batchnorm.surgery.freeze import HeldInInference
+from batchnorm.surgery.held import HeldInInference
 from batchnorm.torch_state import disabled_torch_function, graph_task
 
 _LARGE_MEAN = 300  # deviations

@@ -29,13 +29,14 @@ from batchnorm.layers import (
 )
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Running, Statistics
-from batchnorm.surgery import frozen
+from batchnorm.surgery import alternatives, frozen
 from batchnorm.surgery.absorb import release_activations
 from batchnorm.surgery.by_hand import hand_written, why_left_by_hand
 from batchnorm.surgery.classes import become
 from batchnorm.surgery.frozen import FrozenBatchNorm
 from batchnorm.surgery.report import Report
 from batchnorm.surgery.rewritten import restore_forwards
+from batchnorm.surgery.standardized import restore_weights
 from batchnorm.surgery.subclasses import class_before, derived, mapped, rest_of_layer
 from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import Slot, layers_of, norms_of, slots_of
@@ -93,7 +94,8 @@ def convert_layers(
 def revert(model: nn.Module) -> nn.Module:
     """Turn our batch norms back into torch's, in place, and return the model: the inverse of `convert` and `fuse`.
 
-    Layers that came from a subclass, or from a frozen batch norm of another library, become that again. Layers that use what torch's
+    Layers that came from a subclass, or from a frozen batch norm of another library, become that again; so do layers that
+    `convert(to=...)` replaced, with the weights learned since and the running statistics of before. Layers that use what torch's
     do not have (an activation they were built with, another channel axis, the biased running variance ...) do not change, and the
     logger `batchnorm` says so.
 
@@ -101,6 +103,8 @@ def revert(model: nn.Module) -> nn.Module:
         ArgumentError: if model is not a module.
     """
     slots = slots_of(model)
+    restore_weights(slots)
+    alternatives.restore(slots)
     for slot in slots:
         memory.detach(slot.module)
     restore_forwards(slots)

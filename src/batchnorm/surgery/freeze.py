@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,23 +13,11 @@ from batchnorm.statistics import Batch, Running
 from batchnorm.surgery.by_hand import hand_written
 from batchnorm.surgery.classes import become, like, remade
 from batchnorm.surgery.exchange import convert_layers
+from batchnorm.surgery.held import BEFORE_FREEZING, HeldInInference
 from batchnorm.surgery.report import Report
 from batchnorm.surgery.subclasses import class_before, mapped
 from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import layers_of, slots_of
-
-_HELD = "_before_freezing"
-
-
-class HeldInInference(nn.Module):
-    """A frozen layer of another class: it ignores `train()` and stays in inference mode, where statistics do not change."""
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the submodules only."""
-        super().train(mode)
-        self.__dict__[_HELD] = (mode, self.__dict__[_HELD][1])
-        self.training = False
-        return self
 
 
 @transactional()
@@ -82,7 +70,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
     """
     for layer, paths in layers_of(slots_of(model)):
         if isinstance(layer, HeldInInference):
-            layer.training, learned = layer.__dict__.pop(_HELD)
+            layer.training, learned = layer.__dict__.pop(BEFORE_FREEZING)
             become(layer, mapped(type(layer), lambda cls: class_before(cls) or cls))
         elif isinstance(layer, BatchNorm) and isinstance(layer.statistics, Running):
             learned = layer.statistics.learned
@@ -112,10 +100,10 @@ def _is_affine(name: str) -> bool:
 
 def _hold(layer: _BatchNorm, learned: tuple[str, ...]) -> None:
     if isinstance(layer, HeldInInference):
-        training, before = layer.__dict__[_HELD]
-        layer.__dict__[_HELD] = (training, before + learned)
+        training, before = layer.__dict__[BEFORE_FREEZING]
+        layer.__dict__[BEFORE_FREEZING] = (training, before + learned)
         return
-    layer.__dict__[_HELD] = (layer.training, learned)
+    layer.__dict__[BEFORE_FREEZING] = (layer.training, learned)
     become(layer, mapped(type(layer), _held))
     layer.training = False
 

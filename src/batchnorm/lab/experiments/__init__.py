@@ -26,6 +26,7 @@ NAMES = (
     "translation",
     "driving",
     "batch-size",
+    "alternatives",
     "population",
     "cost",
 )
