@@ -25,13 +25,14 @@ def main() -> None:
     model = DQN("MlpPolicy", "CartPole-v1", policy_kwargs=options, learning_starts=100, seed=0, device="cpu")
     bn.convert(model.policy)  # buffers stay the same objects, so the copies to the target network go on
     seen = set[tuple[bool, bool]]()
-    layer = next(iter(bn.surgery.batch_norms(model.q_net).values()))
+    layer = next(each for each in model.q_net.modules() if isinstance(each, bn.BatchNorm))
     layer.register_forward_hook(lambda layer, inputs, _: seen.add((len(inputs[0]) == 1, layer.training)))
     model.learn(total_timesteps=600)
     print(
         f"acts in inference: {(True, False) in seen and (True, True) not in seen}, learns in training: {(False, True) in seen}"
     )
-    print(f"the observations' deviations: {layer.running_var.sqrt().numpy().round(2)}")
+    variance = layer.state_dict()["running_var"]
+    print(f"the observations' deviations: {variance.sqrt().numpy().round(2)}")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,8 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    tracked = network.net[0].num_batches_tracked
-    print(
-        f"{len(memory)} steps; running statistics of {tracked} updates, none of them of a rollout; loss {loss.item():.2f}"
-    )
+    tracked = network.state_dict()["net.0.num_batches_tracked"]
+    print(f"{len(memory)} steps; running statistics of {tracked} updates, none of them of a rollout")
 
 
 if __name__ == "__main__":
