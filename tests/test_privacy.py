@@ -141,6 +141,13 @@ class TestOpacus:
         assert validator.fix(network(4))[1].num_groups == 2
         assert type(validator.fix(bn.freeze(network(), affine=False))[1]) is bn.BatchNorm2d
 
+    def test_it_refuses_trainable_layers_with_buffers(self, validator):
+        from opacus import GradSampleModule
+
+        for model in (bn.convert(network()), bn.freeze(network(), affine=False)):
+            with pytest.raises(NotImplementedError, match="trainable layer with buffers"):
+                GradSampleModule(model)
+
     @pytest.mark.parametrize("name", ["frozen", "group", "standardized", "layer"])
     @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
     def test_its_gradients_of_samples_are_ours(self, validator, name):
