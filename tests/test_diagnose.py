@@ -206,6 +206,87 @@ def test_statistics_that_were_loaded_are_no_fault():
     assert codes(bn.diagnose(settle(network()))) == []
 
 
+def tutorials(channels: int) -> ByHand:
+    """The class of the tutorial."""
+    return ByHand(channels, registered=False, graph=True, biased=True, positions=True)
+
+
+class TestTheTutorialsClass:
+    """Each defect of the layer by hand in section 5 of the tutorial is a finding with the line to change."""
+
+    def test_on_rows(self):
+        model = nn.Sequential(nn.Linear(16, 8), tutorials(8))
+        rows = [torch.randn(64, 16) for _ in range(8)]
+        for x in rows:
+            model(x)
+        found = {each.code: each for each in bn.diagnose(model, rows).findings}
+        assert {code: each.severity for code, each in found.items()} == {
+            "BN711": "error",
+            "BN714": "error",
+            "BN716": "note",
+        }
+        assert "register_buffer" in found["BN711"].with_torch
+        assert "no_grad" in found["BN714"].with_torch
+        assert "m / (m - 1)" in found["BN716"].with_torch
+        assert found["BN716"].evidence["too_small_by"] == 1 / 64
+        assert [each.code for each in bn.diagnose(model).findings] == ["BN711", "BN714"]
+        model[1] = bn.interop.from_tutorial(model[1])
+        assert serious(bn.diagnose(model, rows)) == []
+
+    def test_a_graph_is_found_before_the_first_batch(self):
+        model = nn.Sequential(nn.Linear(16, 8), tutorials(8))
+        assert codes(bn.diagnose(model, select="BN714")) == []
+        assert codes(bn.diagnose(model, [torch.randn(64, 16)], select="BN714")) == ["BN714"]
+        assert model[1].running_mean.grad_fn is None
+
+    @pytest.mark.parametrize("batches", [0, 3])
+    def test_on_images_new_and_with_statistics_of_positions(self, batches):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), tutorials(8))
+        items = [torch.randn(16, 3, 10, 10) for _ in range(4)]
+        for x in items[:batches]:
+            model(x)
+        found = {each.code: each for each in bn.diagnose(model, items).findings}
+        assert found.keys() == {"BN711", "BN714", "BN715", "BN716"}
+        assert found["BN715"].evidence["statistics"] == 8 * 8 * 8
+        assert "mean((0, 2, 3)" in found["BN715"].with_torch
+
+    def test_on_a_batch_of_one_it_raises_nothing_and_says_so(self):
+        model = nn.Sequential(nn.Linear(16, 8), tutorials(8))
+        items = [torch.randn(64, 16), torch.randn(1, 16)]
+        (found,) = bn.diagnose(model, items, select="BN401").findings
+        assert "silently returns its bias" in found.message
+        model[1] = nn.BatchNorm1d(8)
+        (found,) = bn.diagnose(model, items, select="BN401").findings
+        assert "stops with an error" in found.message
+
+    def test_biased_statistics_of_small_batches_are_a_warning(self):
+        model = nn.Sequential(tutorials(4))
+        (found,) = bn.diagnose(model, [torch.randn(6, 4) for _ in range(8)], select="BN716").findings
+        assert found.severity == "warning"
+
+    def test_deviations_channels_last_and_other_names(self):
+        class Norm2d(nn.Module):
+            def __init__(self, unbiased):
+                super().__init__()
+                self.scale, self.shift = nn.Parameter(torch.ones(5)), nn.Parameter(torch.zeros(5))
+                self.register_buffer("avg_mean", torch.zeros(5))
+                self.register_buffer("avg_std", torch.ones(5))
+                self.unbiased = unbiased
+
+            def forward(self, x):  # (N, T, C)
+                if not self.training:
+                    return (x - self.avg_mean) / (self.avg_std + 1e-5) * self.scale + self.shift
+                mean, var = x.mean((0, 1)), x.var((0, 1), unbiased=False)
+                with torch.no_grad():
+                    self.avg_mean.mul_(0.99).add_(mean, alpha=0.01)
+                    self.avg_std.mul_(0.99).add_(x.std((0, 1), unbiased=self.unbiased), alpha=0.01)
+                return (x - mean) / (var + 1e-5).sqrt() * self.scale + self.shift
+
+        items = [torch.randn(8, 6, 5) for _ in range(4)]
+        assert codes(bn.diagnose(nn.Sequential(Norm2d(True)), items, select="BN71")) == []
+        assert codes(bn.diagnose(nn.Sequential(Norm2d(False)), items, select="BN71")) == ["BN716"]
+
+
 def test_synchronized_layers_are_measured_on_the_cpu():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(lagging().model)
     assert [(each.code, each.layers) for each in bn.diagnose(model, images()).findings] == [("BN201", ("4",))]

@@ -20,13 +20,14 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
+from batchnorm.diagnostics.by_hand import ByHand, inputs_of, probed
 from batchnorm.diagnostics.dropout import Dropout
 from batchnorm.diagnostics.inline import FunctionalNorms
 from batchnorm.diagnostics.measured import Measured, measured, ratio
 from batchnorm.diagnostics.norms import Norm, has_values, norms_of
-from batchnorm.diagnostics.probes import among_others, dependence, detachment, relative_difference
+from batchnorm.diagnostics.probes import among_others, relative_difference
 from batchnorm.diagnostics.progress import counted
-from batchnorm.diagnostics.record import Record, in_inference, in_training, input_of, record
+from batchnorm.diagnostics.record import Record, in_inference, in_training, record
 from batchnorm.diagnostics.state import untouched
 from batchnorm.diagnostics.step import Step, copies, counting_steps, differ, watched
 from batchnorm.errors import ArgumentError
@@ -461,28 +462,18 @@ class Case:
     # ---- hand-written layers -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def by_hand(self) -> dict[str, tuple[float, float]]:
-        """By hand-written layer: how much inference depends on the batch, relative, and |sum of dx| over sum of |dx| in training."""
-        inputs, found = dict[str, Tensor](), dict[str, tuple[float, float]]()
+    def by_hand(self) -> dict[str, ByHand]:
+        """What each hand-written layer does that the first item reaches with more than two samples."""
         layers = [norm for norm in self.norms if norm.kind == "hand-written"]
         if not layers or not self.items:
-            return found
-        with self.untouched(), torch.no_grad(), contextlib.ExitStack() as stack:
-            for norm in layers:
-
-                def keep(_layer: nn.Module, args: Any, kwargs: Any, norm: Norm = norm) -> None:
-                    if input_of(norm, args, kwargs) is not None:
-                        inputs.setdefault(norm.name, args[0].detach().clone())
-
-                stack.callback(norm.module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-            with in_training(self.inside):
-                self.call(self.items[0])
-        for norm in layers:
-            x = inputs.get(norm.name)
-            if x is not None and len(x) > 2:
-                with self.untouched():
-                    found[norm.name] = dependence(norm, x), detachment(norm, x)
-        return found
+            return {}
+        with self.untouched():
+            inputs = inputs_of(layers, self.inside, lambda: self.call(self.items[0]))
+        return {
+            norm.name: probed(norm, inputs[norm.name], self.untouched)
+            for norm in layers
+            if norm.name in inputs and len(inputs[norm.name]) > 2
+        }
 
 
 def _is_pair(item: Any) -> bool:

@@ -105,20 +105,20 @@ class Norm(NamedTuple):
         if any(value is None or value.is_complex() for value in pair):
             return None
         mean, var = (value.detach().double().flatten() for value in pair if value is not None)
-        if self._keeps_deviations:
+        if self.keeps_deviations:
             var = var.square()
         return (mean, var) if mean.shape == var.shape and mean.numel() else None
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Write running mean and variance, (C,) each, if it has them."""
-        for role, value in (("mean", mean), ("var", var.sqrt() if self._keeps_deviations else var)):
+        for role, value in (("mean", mean), ("var", var.sqrt() if self.keeps_deviations else var)):
             tensor = self.tensor(role)
             if tensor is not None and tensor.numel() == value.numel():
                 tensor.detach().copy_(value.view_as(tensor))
 
     @property
-    def _keeps_deviations(self) -> bool:
+    def keeps_deviations(self) -> bool:
         """Whether a hand-written layer keeps standard deviations instead of variances, by the attribute's name."""
         return self.kind == "hand-written" and _DEVIATION.search(self.name_of("var")) is not None
 
@@ -156,14 +156,23 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def hand_written_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a hand-written batch norm by their roles, those of one size."""
+    """The tensors of a hand-written batch norm by their roles: those of one size, or statistics of each position (C, *S) of images."""
     values = [(name, value) for name, value in own_tensors(module) if not is_lazy(value) and value.is_floating_point()]
     found = dict[str, Tensor]()
     for role, pattern in _NAMES.items():
         value = next((each for name, each in values if pattern.search(name)), None)
         if value is not None:
             found[role] = value
-    return found if len({value.numel() for value in found.values()}) == 1 else {}
+    sizes = {value.numel() for value in found.values()}
+    return found if len(sizes) == 1 or _is_per_position(found) else {}
+
+
+def _is_per_position(tensors: dict[str, Tensor]) -> bool:
+    """Whether the statistics have several values for each channel of the affine."""
+    if tensors.keys() != _NAMES.keys() or len({tensors[role].numel() for role in ("weight", "bias")}) > 1:
+        return False
+    mean, channels = tensors["mean"], tensors["weight"].numel()
+    return mean.shape == tensors["var"].shape and mean.dim() > 1 and channels > 1 and channels in mean.shape
 
 
 def norms_of(model: nn.Module) -> list[Norm]:

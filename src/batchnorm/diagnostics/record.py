@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from batchnorm.moments import Moments
 from batchnorm.surgery.freeze import HeldInInference
 from batchnorm.torch_state import disabled_torch_function, graph_task
 
+SingleOutput = Literal["error", "NaN", "bias", "value"]  # for one value per channel
 _LARGE_MEAN = 300  # deviations
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
 
@@ -61,7 +62,8 @@ class LayerRecord:
         padding: share of values in constant tails of unequal length; 0 where a mask is given.
         kernel_error: error of the output, in deviations, measured where the layout is channels_last and the mean large.
         source: name of the convolution or linear layer whose output is its input, in every call; None if there is none.
-        single: the smallest N of a batch that had one value per channel; 0 if there was none.
+        single: N of a batch that had one value per channel; 0 if there was none.
+        single_output: what the layer made of it.
     """
 
     norm: Norm
@@ -76,6 +78,7 @@ class LayerRecord:
     kernel_error: float = 0.0
     source: str | None = ""
     single: int = 0
+    single_output: SingleOutput = "error"
 
 
 @dataclass
@@ -186,6 +189,7 @@ class Recorder:
         self._numbers = dict[str, int]()
         self._calls = dict[str, list[Batch]]()
         self._last: LayerRecord | None = None
+        self._alone_now = False  # whether the last call had one value per channel
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -196,6 +200,7 @@ class Recorder:
                     norm.module.register_forward_pre_hook(self._before(norm), prepend=True, with_kwargs=True).remove
                 )
                 stack.callback(norm.module.register_forward_hook(self._checked(norm), with_kwargs=True).remove)
+                stack.callback(norm.module.register_forward_hook(self._alone(norm)).remove)
             for name, module in self._linear:
                 stack.callback(module.register_forward_hook(self._after(name)).remove)
             yield
@@ -248,7 +253,7 @@ class Recorder:
             if found is None:
                 trained = layer.training and not norm.frozen
                 found = layers[norm.name] = LayerRecord(norm, len(layers), trained)
-            self._last = found
+            self._last, self._alone_now = found, False
             given = args[0] if args else kwargs.get("input")
             reference, source = self._outputs.get(id(given), (None, None))
             source = source if reference is not None and reference() is given else None
@@ -257,6 +262,15 @@ class Recorder:
                 self._count(found, x, _mask(norm, x, args, kwargs))
 
         return before
+
+    def _alone(self, norm: Norm) -> Callable[..., None]:
+        """A hook that notes what a layer returns for one value per channel, if it does not raise."""
+
+        def after(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if self._alone_now and self._last is not None and self._last.norm is norm:
+                self._last.single_output = _output_of_one(norm, output)
+
+        return after
 
     def _checked(self, norm: Norm) -> Callable[..., None]:
         """A hook that compares the output of torch's kernel for channels_last with exact numbers, where the mean is large."""
@@ -286,7 +300,7 @@ class Recorder:
         name = found.norm.name
         number = self._numbers[name] = self._numbers.get(name, -1) + 1
         if x.numel() == x.shape[1] and found.trained:
-            found.single = len(x)
+            found.single, self._alone_now = len(x), True
             return
         batch = moments(x, mask)
         count, mean, m2 = float(batch.count), batch.mean.double(), batch.m2.double()
@@ -307,6 +321,20 @@ class Recorder:
         found.precision = max(found.precision, torch.finfo(x.dtype).eps)
         if mask is None and x.dim() > 2 and self.record.batches < PADDED_BATCHES:
             found.padding = max(found.padding, _padding(x))
+
+
+def _output_of_one(norm: Norm, output: Any) -> SingleOutput:
+    """What a layer returned for one value per channel."""
+    if not isinstance(output, Tensor):
+        return "value"
+    if not bool(output.isfinite().all()):
+        return "NaN"
+    bias = norm.affine().get("bias")
+    expected = torch.zeros((), device=output.device) if bias is None else bias.detach().flatten()
+    is_bias = output.numel() % expected.numel() == 0 and torch.allclose(
+        output.detach().double().reshape(-1, expected.numel()), expected.double(), atol=1e-6
+    )
+    return "bias" if is_bias else "value"
 
 
 def _mask(norm: Norm, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -17,16 +17,21 @@ from batchnorm.diagnostics.rule import Found, Rule, Severity, worst_first
 
 _FEWEST_BATCHES = 3  # for a comparison between batches
 _RARE = 3  # times as many effective samples by the means as by mean and variance: a heavy tail
+_OF_ONE_VALUE = {
+    "error": "training stops with an error",
+    "NaN": "the layer silently returns NaN",
+    "bias": "the layer silently returns its bias (beta), whatever the input is",
+}
 
 
 def _single(case: Case) -> Iterator[Found]:
     for name, layer in case.record.layers.items():
-        if layer.single and getattr(layer.norm.module, "on_single", "error") == "error":
+        if layer.single and layer.single_output != "value":
             yield Found(
                 (name,),
                 {"samples": layer.single},
-                f"a batch of {layer.single} sample has one value per channel here, which has no variance: training "
-                "raises an error",
+                f"a batch of {layer.single} sample has one value per channel here, which has no variance: "
+                + _OF_ONE_VALUE[layer.single_output],
             )
 
 
@@ -231,7 +236,8 @@ RULES = (
         "one value per channel",
         "error",
         ("loader",),
-        "One value has no variance. It comes from a last batch of one sample, or from pooling to 1x1 with a batch of one.",
+        "One value has no variance. It comes from a last batch of one sample, or from pooling to 1x1 with a batch of one. "
+        "torch's layers raise an error; hand-written ones return beta, or NaN if their variance is unbiased.",
         'DataLoader(..., drop_last=True)  # or bn.convert(model), and layer.on_single = "running"',
         "DataLoader(..., drop_last=True)",
         _single,
