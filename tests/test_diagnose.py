@@ -287,6 +287,71 @@ class TestTheTutorialsClass:
         assert codes(bn.diagnose(nn.Sequential(Norm2d(False)), items, select="BN71")) == ["BN716"]
 
 
+class TestTheirOwnRemediesSilenceTheRules:
+    def test_domains_of_batches(self):
+        norm = bn.BatchNorm1d(8, statistics=bn.statistics.Domains(("a", "b")))
+        items = [(torch.randn(64, 8) * (1 + 3 * (n % 2)) + 3 * (n % 2), "ab"[n % 2]) for n in range(60)]
+
+        def forward(model, item):
+            with bn.domain(item[1]):
+                return model(item[0])
+
+        assert "BN405" in codes(bn.diagnose(nn.BatchNorm1d(8), items))
+        for item in items:
+            forward(norm, item)
+        assert codes(bn.diagnose(norm, items, forward=forward)) == []
+
+    def test_domains_in_one_forward(self):
+        class Both(nn.Module):
+            def __init__(self, norm):
+                super().__init__()
+                self.norm = norm
+
+            def forward(self, x):
+                with bn.domain("a"):
+                    y = self.norm(x)
+                with bn.domain("b"):
+                    return y - self.norm(4 * x + 3)
+
+        items = [torch.randn(64, 8) for _ in range(60)]
+        assert codes(bn.diagnose(Both(nn.BatchNorm1d(8)), items, ignore="BN2")) == ["BN704"]
+        model = Both(bn.BatchNorm1d(8, statistics=bn.statistics.Domains(("a", "b"))))
+        for x in items:
+            model(x)
+        assert codes(bn.diagnose(model, items)) == []
+
+    def test_a_domain_that_lags_is_found(self):
+        norm = bn.BatchNorm1d(8, statistics=bn.statistics.Domains(("a", "b")))
+        items = [(torch.randn(64, 8) + 3 * (n % 2), "ab"[n % 2]) for n in range(60)]
+
+        def forward(model, item):
+            with bn.domain(item[1]):
+                return model(item[0])
+
+        for item in items:
+            forward(norm, item)
+        assert codes(bn.diagnose(norm, items, forward=forward)) == []
+        norm.running_mean_b += 3
+        diagnosis = bn.diagnose(norm, items, forward=forward)
+        assert codes(diagnosis) == ["BN201"]
+        assert codes(diagnosis.fix(norm).diagnosis) == []
+
+    def test_moving_averages_of_small_batches(self):
+        model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8))
+        pairs = [torch.randn(2, 16) for _ in range(300)]
+        assert codes(bn.diagnose(model, pairs, select="BN402")) == ["BN402"]
+        model = bn.convert(model, statistics=bn.statistics.MovingAverage())
+        for x in pairs:
+            model(x)
+        assert codes(bn.diagnose(model, pairs, select="BN402")) == []
+
+    def test_a_layerwise_recalibration_behind_dropout(self):
+        patient = GALLERY["BN204"].sick()
+        assert codes(bn.diagnose(patient.model, **patient.arguments, select="BN2")) == ["BN204"]
+        bn.recalibrate(patient.model, patient.arguments["loader"], method="layerwise")
+        assert codes(bn.diagnose(patient.model, **patient.arguments, select="BN2")) == []
+
+
 def test_synchronized_layers_are_measured_on_the_cpu():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(lagging().model)
     assert [(each.code, each.layers) for each in bn.diagnose(model, images()).findings] == [("BN201", ("4",))]

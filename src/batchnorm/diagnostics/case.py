@@ -33,6 +33,7 @@ from batchnorm.diagnostics.step import Step, copies, counting_steps, differ, wat
 from batchnorm.errors import ArgumentError
 from batchnorm.functional.compiled import eager
 from batchnorm.population.items import call
+from batchnorm.statistics import domain
 from batchnorm.torch_state import graph_task
 
 
@@ -287,9 +288,11 @@ class Case:
     def give_pools(self, names: Iterable[str]) -> None:
         """Give layers the statistics of the kept items, of any kind that has running statistics."""
         wanted = set(names)
-        for name, layer in self.pools.layers.items():
-            if name in wanted and layer.pool is not None and layer.pool.count > 1:
-                layer.norm.set_statistics(layer.pool.mean, layer.pool.variance(unbiased=True))
+        for name, layer in self.pools.layers.items() if wanted else ():
+            for place, part in layer.by_domain().items() if name in wanted else ():
+                with contextlib.nullcontext() if place is None else domain(place):
+                    if part.pool is not None and part.pool.count > 1:
+                        part.norm.set_statistics(part.pool.mean, part.pool.variance(unbiased=True))
 
     def measured_with_pools(self, names: Iterable[str]) -> Measured:
         """Loss and accuracy if these layers, and no others, have the statistics of the kept items."""

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
+from batchnorm.statistics import MovingAverage
 from batchnorm.statistics.contract import in_domain, is_frozen
 from batchnorm.surgery import is_frozen_norm
 from batchnorm.surgery.freeze import HeldInInference
@@ -76,6 +77,31 @@ class Norm(NamedTuple):
         """The number of batches in the running statistics; None if they are not counted."""
         count = getattr(in_domain(self.module), "num_batches_tracked", None)
         return int(count) if isinstance(count, Tensor) and has_values(count) else None
+
+    @property
+    def domain(self) -> str | None:
+        """The domain whose running statistics it uses now; None if it is the first one, or there are none."""
+        stand_in = in_domain(self.module)
+        return None if stand_in is self.module else stand_in.domain
+
+    @property
+    def averages(self) -> bool:
+        """Whether it normalizes by the statistics of several batches."""
+        source = getattr(self.module, "statistics", None)
+        return self.kind == "ours" and isinstance(getattr(source, "within", source), MovingAverage)
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes whose batches it normalizes together."""
+        if self.kind == "ours":
+            return 1 if self.module.reducer is None else self.module.reducer.size
+        if (
+            not isinstance(self.module, nn.SyncBatchNorm)
+            or not distributed.is_available()
+            or not distributed.is_initialized()
+        ):
+            return 1
+        return distributed.get_world_size(self.module.process_group)
 
     @property
     def updates(self) -> bool:

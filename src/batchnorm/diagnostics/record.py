@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ class Batch:
         var: of all values of a channel.
         sample_mean: mean of the samples' means.
         sample_var: sum of squared deviations of the samples' means from it.
+        domain: of the running statistics that it updated, for layers with `Domains`; None is the first one.
     """
 
     samples: int
@@ -44,6 +45,7 @@ class Batch:
     var: Tensor
     sample_mean: Tensor
     sample_var: Tensor
+    domain: str | None = None
 
 
 @dataclass
@@ -55,8 +57,8 @@ class LayerRecord:
         order: its place among the layers in the order of their first calls.
         trained: whether it ran in training mode.
         pool: moments of all its values.
-        calls: moments by the number of the call within a forward.
-        batches: one entry for each batch with finite values.
+        calls: moments by the domain of the call, and its number within a forward.
+        batches: one entry for each batch with finite values, and each domain in it.
         nonfinite: number of batches with NaN or Inf.
         precision: that of the input's dtype, the distance from 1 to the next number.
         padding: share of values in constant tails of unequal length; 0 where a mask is given.
@@ -70,7 +72,7 @@ class LayerRecord:
     order: int
     trained: bool
     pool: Moments | None = None
-    calls: dict[int, Moments] = field(default_factory=dict)
+    calls: dict[tuple[str | None, int], Moments] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
     nonfinite: int = 0
     precision: float = 0.0
@@ -79,6 +81,18 @@ class LayerRecord:
     source: str | None = ""
     single: int = 0
     single_output: SingleOutput = "error"
+
+    def by_domain(self) -> dict[str | None, LayerRecord]:
+        """The record of each domain whose running statistics were updated; of most layers, itself."""
+        domains = dict.fromkeys(domain for domain, _ in self.calls)
+        if len(domains) < 2 and None in domains:
+            return {None: self}
+        return {domain: self._in(domain) for domain in domains}
+
+    def _in(self, domain: str | None) -> LayerRecord:
+        calls = {key: pool for key, pool in self.calls.items() if key[0] == domain}
+        batches = [batch for batch in self.batches if batch.domain == domain]
+        return replace(self, calls=calls, batches=batches, pool=functools.reduce(Moments.merge, calls.values()))
 
 
 @dataclass
@@ -225,7 +239,10 @@ class Recorder:
         """Merge the calls of the batch."""
         self.record.batches += 1
         for name, calls in self._calls.items():
-            self.record.layers[name].batches.append(_merged(calls))
+            domains = dict.fromkeys(call.domain for call in calls)
+            self.record.layers[name].batches.extend(
+                _merged([call for call in calls if call.domain == domain]) for domain in domains
+            )
 
     def finished(self) -> Record:
         """The record, with the pools of all calls."""
@@ -281,7 +298,7 @@ class Recorder:
                 return
             if norm.kind != "torch" or x.dim() < 4 or x.is_contiguous() or not isinstance(output, Tensor):
                 return
-            batch = found.calls[self._numbers[norm.name]] if self._numbers.get(norm.name) in found.calls else None
+            batch = found.calls.get((norm.domain, self._numbers.get(norm.name, -1)))
             if batch is None or bool((batch.mean.square() < _LARGE_MEAN**2 * batch.variance()).all()):
                 return
             pair = moments(x)
@@ -312,12 +329,13 @@ class Recorder:
             return
         var = m2 / count
         moments_here = Moments(int(count), mean, m2)
-        before = found.calls.get(number)
-        found.calls[number] = moments_here if before is None else before.merge(moments_here)
+        domain = found.norm.domain
+        before = found.calls.get((domain, number))
+        found.calls[domain, number] = moments_here if before is None else before.merge(moments_here)
         means = x.flatten(2).mean(2, dtype=torch.float64) if x.dim() > 2 else x.double()  # (N, C)
         center = means.mean(0)
         spread = (means - center).square().sum(0)
-        self._calls.setdefault(name, []).append(Batch(len(x), count, mean, var, center, spread))
+        self._calls.setdefault(name, []).append(Batch(len(x), count, mean, var, center, spread, domain))
         found.precision = max(found.precision, torch.finfo(x.dtype).eps)
         if mask is None and x.dim() > 2 and self.record.batches < PADDED_BATCHES:
             found.padding = max(found.padding, _padding(x))
@@ -353,7 +371,7 @@ def _merged(calls: list[Batch]) -> Batch:
     pool = functools.reduce(
         Moments.merge, (Moments(int(each.count), each.mean, each.var * each.count) for each in calls)
     )
-    return Batch(first.samples, float(pool.count), pool.mean, pool.variance(), first.sample_mean, first.sample_var)
+    return replace(first, count=float(pool.count), mean=pool.mean, var=pool.variance())
 
 
 def _padding(x: Tensor) -> float:

@@ -58,6 +58,11 @@ def effective_samples(layer: LayerRecord) -> float | None:
     The divergence of the moments of n independent values from their distribution is 1/n on average, half of it by the mean. Where
     values are rare events, such as words, the variance of a batch says little, and the means alone count.
     """
+    found = [value for part in layer.by_domain().values() if (value := _effective_samples(part)) is not None]
+    return min(found) * layer.norm.ranks if found else None
+
+
+def _effective_samples(layer: LayerRecord) -> float | None:
     found = _divergences(layer)
     if found is None:
         return None
@@ -74,7 +79,11 @@ def effective_samples(layer: LayerRecord) -> float | None:
 
 def _few(case: Case) -> Iterator[Found]:
     ordered = _ordered_layers(case, 0.25)
-    found = {name: effective_samples(layer) for name, layer in case.record.layers.items() if name not in ordered}
+    found = {
+        name: effective_samples(layer)
+        for name, layer in case.record.layers.items()
+        if name not in ordered and not layer.norm.averages
+    }
     few = {name: value for name, value in found.items() if value is not None and value < at.FEW_SAMPLES}
     if few:
         names = sorted(few, key=lambda name: few[name])
@@ -93,7 +102,7 @@ def _tail(case: Case) -> Iterator[Found]:
     samples = 0
     for name, layer in case.record.layers.items():
         found = _divergences(layer)
-        if found is None or len(layer.batches) < _FEWEST_BATCHES:
+        if found is None or len(layer.batches) < _FEWEST_BATCHES or len(layer.by_domain()) > 1:
             continue
         usual = median(batch.samples for batch in layer.batches)
         if layer.batches[-1].samples > usual / 2:
@@ -168,12 +177,13 @@ def _ordered_layers(case: Case, share: float = 0.5) -> Mapping[str, float]:
     """The layers in which a share of the channels differs between batches more than in shuffled ones, with F, in the order of calls."""
     found = dict[str, float]()
     for name, layer in case.record.layers.items():
-        batches = [batch for batch in layer.batches if batch.samples > 1]
-        if layer.pool is None or len(batches) < _FEWEST_BATCHES or not bool(_varying(layer).any()):
-            continue
-        ratio = float(_ratios(batches, _varying(layer)).quantile(1 - share))
-        if ratio - 1 > at.ORDERED * math.sqrt(2 / (len(batches) - 1)):
-            found[name] = ratio
+        for part in layer.by_domain().values():
+            batches = [batch for batch in part.batches if batch.samples > 1]
+            if part.pool is None or len(batches) < _FEWEST_BATCHES or not bool(_varying(part).any()):
+                continue
+            ratio = float(_ratios(batches, _varying(part)).quantile(1 - share))
+            if ratio - 1 > at.ORDERED * math.sqrt(2 / (len(batches) - 1)):
+                found[name] = max(ratio, found.get(name, ratio))
     return found
 
 

@@ -65,11 +65,13 @@ def _shared(case: Case) -> Iterator[Found]:
     found = dict[str, float]()
     for name, layer in case.record.layers.items():
         eps = layer.norm.eps or 1e-5
-        pools = [(pool.mean, pool.variance()) for pool in layer.calls.values()]
-        if not layer.trained or len(pools) < 2:
-            continue
-        pairs = itertools.islice(itertools.permutations(pools, 2), 64)
-        found[name] = max(divergence(*a, *b, eps).mean().item() for a, b in pairs)
+        for part in layer.by_domain().values():
+            pools = [(pool.mean, pool.variance()) for pool in part.calls.values()]
+            if not layer.trained or len(pools) < 2:
+                continue
+            pairs = itertools.islice(itertools.permutations(pools, 2), 64)
+            apart = max(divergence(*a, *b, eps).mean().item() for a, b in pairs)
+            found[name] = max(apart, found.get(name, apart))
     names = worst_first(found, at.SHARED)
     if names:
         calls = len(case.record.layers[names[0]].calls)
