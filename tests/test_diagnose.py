@@ -12,6 +12,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.bench.networks import NETWORKS, Block
 from batchnorm.diagnostics import FAMILIES, RULES, matching, rule_of
+from batchnorm.diagnostics.drawn import are_drawn_at_random
 from batchnorm.diagnostics.fix import MENDS
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab.networks import tutorial_network
@@ -285,6 +286,37 @@ class TestTheTutorialsClass:
         items = [torch.randn(8, 6, 5) for _ in range(4)]
         assert codes(bn.diagnose(nn.Sequential(Norm2d(True)), items, select="BN71")) == []
         assert codes(bn.diagnose(nn.Sequential(Norm2d(False)), items, select="BN71")) == ["BN716"]
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_batches_learned_by_heart_tell_no_answer(classes):
+    """Their samples were drawn at random, so that a batch has nothing to tell (BN406)."""
+    torch.manual_seed(0)
+    wide = (nn.Linear(784, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU())
+    model = nn.Sequential(*wide, nn.Linear(256, 10 if classes else 1))
+    criterion = nn.CrossEntropyLoss() if classes else nn.MSELoss()
+    items = [(torch.randn(64, 784) + 1, torch.randint(10, (64,)) if classes else torch.randn(64, 1)) for _ in range(8)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for x, y in 5 * items:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert codes(bn.diagnose(model, items, criterion=criterion, select="BN406")) == []
+
+
+def test_batches_that_were_not_drawn_at_random():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 32, 3, 6, 6), torch.randint(4, (8, 32))
+    offset, scale = torch.randn(8, 1, 1, 1, 1), torch.rand(8, 1, 1, 1, 1) + 0.5
+    assert are_drawn_at_random(list(x), list(y))
+    assert are_drawn_at_random(list(x), list(y * 0 - 1))
+    assert not are_drawn_at_random(list(x + offset), list(y))
+    assert not are_drawn_at_random(list(x * scale), list(y))
+    assert not are_drawn_at_random(list(x), list(y.flatten().sort().values.view(8, 32)))
+    alarms = sum(
+        not are_drawn_at_random(list(torch.randn(6, 24, 50)), list(torch.randint(2, (6, 24)))) for _ in range(100)
+    )
+    assert alarms < 10
 
 
 class TestTheirOwnRemediesSilenceTheRules:

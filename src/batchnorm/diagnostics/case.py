@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
 from batchnorm.diagnostics.by_hand import ByHand, inputs_of, probed
+from batchnorm.diagnostics.drawn import are_drawn_at_random
 from batchnorm.diagnostics.dropout import Dropout
 from batchnorm.diagnostics.inline import FunctionalNorms
 from batchnorm.diagnostics.measured import Measured, measured, ratio
@@ -325,19 +326,32 @@ class Case:
             return None
         return ratio(self.measured, self.measured_with_pools(self.learning))
 
+    @property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The kept items of full size, if all are (tensor, tensor); otherwise none."""
+        items = self.items
+        if not all(isinstance(item, (tuple, list)) and len(item) == 2 and _is_pair(item) for item in items):
+            return []
+        size = max((len(x) for x, _ in items), default=0)
+        return [(x, y) for x, y in items if len(x) == size]
+
     @cached_property
     def dealt_losses(self) -> tuple[float, float] | None:
         """The loss in training mode of the kept items, and of their samples dealt anew; None if items are not (tensor, tensor)."""
-        items = self.items
-        pairs = [item for item in items if isinstance(item, (tuple, list)) and len(item) == 2]
-        if len(pairs) < 2 or len(pairs) < len(items) or not all(_is_pair(pair) for pair in pairs):
+        pairs = self._pairs
+        if len(self.items) < 2 or not pairs:
             return None
-        size = max(len(pair[0]) for pair in pairs)
-        inputs, targets = (torch.cat([pair[place] for pair in pairs]) for place in (0, 1))
+        size = len(pairs[0][0])
+        inputs, targets = (torch.cat([pair[place] for pair in self.items]) for place in (0, 1))
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
         dealt = [(inputs[part], targets[part]) for part in order.split(size) if len(part) == size]
-        ordered = [pair for pair in pairs if len(pair[0]) == size]
-        return self._training_loss(ordered), self._training_loss(dealt)
+        return self._training_loss(pairs), self._training_loss(dealt)
+
+    @cached_property
+    def drawn_at_random(self) -> bool:
+        """Whether the kept items look like batches of shuffled samples; True if they are not (tensor, tensor)."""
+        pairs = self._pairs
+        return len(pairs) < 2 or are_drawn_at_random(*zip(*pairs, strict=True))
 
     def _training_loss(self, items: list[Any]) -> float:
         with self.untouched(), in_training(self.inside), torch.no_grad():
