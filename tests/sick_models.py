@@ -354,30 +354,63 @@ class Checkpointed(nn.Module):
 class ByHand(nn.Module):
     """A batch norm as in tutorials, with the faults that they have."""
 
-    def __init__(self, channels: int, *, registered: bool = True, branches: bool = True, detached: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        registered: bool = True,
+        branches: bool = True,
+        detached: bool = False,
+        graph: bool = False,
+        biased: bool = False,
+        positions: bool = False,
+    ):
         super().__init__()
-        self.branches, self.detached, self.eps, self.momentum = branches, detached, 1e-5, 0.1
+        self.branches, self.detached, self.graph, self.biased, self.positions = (
+            branches,
+            detached,
+            graph,
+            biased,
+            positions,
+        )
+        self.eps, self.momentum = 1e-5, 0.1
         self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         for name, value in (("running_mean", torch.zeros(channels)), ("running_var", torch.ones(channels))):
             self.register_buffer(name, value) if registered else setattr(self, name, value)
 
     def forward(self, x):
+        over = (0,) if self.positions else (0, *range(2, x.dim()))
         if self.training or not self.branches:
             values = x.detach() if self.detached else x
-            mean, var = values.mean(0), values.var(0, unbiased=False)
-            with torch.no_grad():
-                self.running_mean = torch.lerp(self.running_mean, mean.detach(), self.momentum)
-                self.running_var = torch.lerp(self.running_var, var.detach(), self.momentum)
+            mean, var = values.mean(over), values.var(over, unbiased=False)
+            self.update(mean, var, x.numel() // mean.numel())
         else:
             mean, var = self.running_mean, self.running_var
-        return self.gamma * (x - mean) / (var + self.eps).sqrt() + self.beta
+        gamma, beta = self.gamma, self.beta
+        if not self.positions:
+            mean, var, gamma, beta = (value.view(-1, *[1] * (x.dim() - 2)) for value in (mean, var, gamma, beta))
+        return gamma * (x - mean) / (var + self.eps).sqrt() + beta
+
+    def update(self, mean, var, m):
+        if not self.graph:
+            mean, var = mean.detach(), var.detach()
+        var = var if self.biased else var * m / (m - 1)
+        self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+        self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var
 
 
-def by_hand(**faults) -> Patient:
+def by_hand(samples: int = N, **faults) -> Patient:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False), ByHand(16, **faults), nn.ReLU(), nn.Linear(16, CLASSES))
-    items = [(torch.randn(N, 16), torch.randint(CLASSES, (N,))) for _ in range(8)]
+    items = [(torch.randn(samples, 16), torch.randint(CLASSES, (samples,))) for _ in range(8)]
     return Patient(train(model, items), {"loader": items})
+
+
+def by_hand_on_images(**faults) -> Patient:
+    torch.manual_seed(0)
+    head = [nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, CLASSES)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), ByHand(8, **faults), *head)
+    return with_loss(train(model, images()))
 
 
 def optimized(lr: float) -> Patient:
@@ -448,6 +481,9 @@ GALLERY = {
     "BN711": Pair(lambda: by_hand(registered=False), ("1",), by_hand),
     "BN712": Pair(lambda: by_hand(branches=False), ("1",), by_hand),
     "BN713": Pair(lambda: by_hand(detached=True), ("1",), by_hand),
+    "BN714": Pair(lambda: by_hand(graph=True), ("1",), by_hand),
+    "BN715": Pair(lambda: by_hand_on_images(positions=True), ("1",), by_hand_on_images),
+    "BN716": Pair(lambda: by_hand(biased=True), ("1",), by_hand),
     "BN801": Pair(lambda: optimized(2.0), BOTH, lambda: optimized(0.01)),
     "BN802": Pair(lambda: decayed(1e-4), BOTH, lambda: decayed(0.0)),
     "BN803": Pair(lambda: deep(residual=False), ("0.1",), lambda: deep(residual=True)),

@@ -12,6 +12,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.bench.networks import NETWORKS, Block
 from batchnorm.diagnostics import FAMILIES, RULES, matching, rule_of
+from batchnorm.diagnostics.drawn import are_drawn_at_random
 from batchnorm.diagnostics.fix import MENDS
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab.networks import tutorial_network
@@ -204,6 +205,183 @@ def test_no_rule_complains_about_the_network_of_the_demonstration(batch_norm):
 
 def test_statistics_that_were_loaded_are_no_fault():
     assert codes(bn.diagnose(settle(network()))) == []
+
+
+def tutorials(channels: int) -> ByHand:
+    """The class of the tutorial."""
+    return ByHand(channels, registered=False, graph=True, biased=True, positions=True)
+
+
+class TestTheTutorialsClass:
+    """Each defect of the layer by hand in section 5 of the tutorial is a finding with the line to change."""
+
+    def test_on_rows(self):
+        model = nn.Sequential(nn.Linear(16, 8), tutorials(8))
+        rows = [torch.randn(64, 16) for _ in range(8)]
+        for x in rows:
+            model(x)
+        found = {each.code: each for each in bn.diagnose(model, rows).findings}
+        assert {code: each.severity for code, each in found.items()} == {
+            "BN711": "error",
+            "BN714": "error",
+            "BN716": "note",
+        }
+        assert "register_buffer" in found["BN711"].with_torch
+        assert "no_grad" in found["BN714"].with_torch
+        assert "m / (m - 1)" in found["BN716"].with_torch
+        assert found["BN716"].evidence["too_small_by"] == 1 / 64
+        assert [each.code for each in bn.diagnose(model).findings] == ["BN711", "BN714"]
+        model[1] = bn.interop.from_tutorial(model[1])
+        assert serious(bn.diagnose(model, rows)) == []
+
+    def test_a_graph_is_found_before_the_first_batch(self):
+        model = nn.Sequential(nn.Linear(16, 8), tutorials(8))
+        assert codes(bn.diagnose(model, select="BN714")) == []
+        assert codes(bn.diagnose(model, [torch.randn(64, 16)], select="BN714")) == ["BN714"]
+        assert model[1].running_mean.grad_fn is None
+
+    @pytest.mark.parametrize("batches", [0, 3])
+    def test_on_images_new_and_with_statistics_of_positions(self, batches):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), tutorials(8))
+        items = [torch.randn(16, 3, 10, 10) for _ in range(4)]
+        for x in items[:batches]:
+            model(x)
+        found = {each.code: each for each in bn.diagnose(model, items).findings}
+        assert found.keys() == {"BN711", "BN714", "BN715", "BN716"}
+        assert found["BN715"].evidence["statistics"] == 8 * 8 * 8
+        assert "mean((0, 2, 3)" in found["BN715"].with_torch
+
+    def test_on_a_batch_of_one_it_raises_nothing_and_says_so(self):
+        model = nn.Sequential(nn.Linear(16, 8), tutorials(8))
+        items = [torch.randn(64, 16), torch.randn(1, 16)]
+        (found,) = bn.diagnose(model, items, select="BN401").findings
+        assert "silently returns its bias" in found.message
+        model[1] = nn.BatchNorm1d(8)
+        (found,) = bn.diagnose(model, items, select="BN401").findings
+        assert "stops with an error" in found.message
+
+    def test_biased_statistics_of_small_batches_are_a_warning(self):
+        model = nn.Sequential(tutorials(4))
+        (found,) = bn.diagnose(model, [torch.randn(6, 4) for _ in range(8)], select="BN716").findings
+        assert found.severity == "warning"
+
+    def test_deviations_channels_last_and_other_names(self):
+        class Norm2d(nn.Module):
+            def __init__(self, unbiased):
+                super().__init__()
+                self.scale, self.shift = nn.Parameter(torch.ones(5)), nn.Parameter(torch.zeros(5))
+                self.register_buffer("avg_mean", torch.zeros(5))
+                self.register_buffer("avg_std", torch.ones(5))
+                self.unbiased = unbiased
+
+            def forward(self, x):  # (N, T, C)
+                if not self.training:
+                    return (x - self.avg_mean) / (self.avg_std + 1e-5) * self.scale + self.shift
+                mean, var = x.mean((0, 1)), x.var((0, 1), unbiased=False)
+                with torch.no_grad():
+                    self.avg_mean.mul_(0.99).add_(mean, alpha=0.01)
+                    self.avg_std.mul_(0.99).add_(x.std((0, 1), unbiased=self.unbiased), alpha=0.01)
+                return (x - mean) / (var + 1e-5).sqrt() * self.scale + self.shift
+
+        items = [torch.randn(8, 6, 5) for _ in range(4)]
+        assert codes(bn.diagnose(nn.Sequential(Norm2d(True)), items, select="BN71")) == []
+        assert codes(bn.diagnose(nn.Sequential(Norm2d(False)), items, select="BN71")) == ["BN716"]
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_batches_learned_by_heart_tell_no_answer(classes):
+    """Their samples were drawn at random, so that a batch has nothing to tell (BN406)."""
+    torch.manual_seed(0)
+    wide = (nn.Linear(784, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU())
+    model = nn.Sequential(*wide, nn.Linear(256, 10 if classes else 1))
+    criterion = nn.CrossEntropyLoss() if classes else nn.MSELoss()
+    items = [(torch.randn(64, 784) + 1, torch.randint(10, (64,)) if classes else torch.randn(64, 1)) for _ in range(8)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for x, y in 5 * items:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert codes(bn.diagnose(model, items, criterion=criterion, select="BN406")) == []
+
+
+def test_batches_that_were_not_drawn_at_random():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 32, 3, 6, 6), torch.randint(4, (8, 32))
+    offset, scale = torch.randn(8, 1, 1, 1, 1), torch.rand(8, 1, 1, 1, 1) + 0.5
+    assert are_drawn_at_random(list(x), list(y))
+    assert are_drawn_at_random(list(x), list(y * 0 - 1))
+    assert not are_drawn_at_random(list(x + offset), list(y))
+    assert not are_drawn_at_random(list(x * scale), list(y))
+    assert not are_drawn_at_random(list(x), list(y.flatten().sort().values.view(8, 32)))
+    alarms = sum(
+        not are_drawn_at_random(list(torch.randn(6, 24, 50)), list(torch.randint(2, (6, 24)))) for _ in range(100)
+    )
+    assert alarms < 10
+
+
+class TestTheirOwnRemediesSilenceTheRules:
+    def test_domains_of_batches(self):
+        norm = bn.BatchNorm1d(8, statistics=bn.statistics.Domains(("a", "b")))
+        items = [(torch.randn(64, 8) * (1 + 3 * (n % 2)) + 3 * (n % 2), "ab"[n % 2]) for n in range(60)]
+
+        def forward(model, item):
+            with bn.domain(item[1]):
+                return model(item[0])
+
+        assert "BN405" in codes(bn.diagnose(nn.BatchNorm1d(8), items))
+        for item in items:
+            forward(norm, item)
+        assert codes(bn.diagnose(norm, items, forward=forward)) == []
+
+    def test_domains_in_one_forward(self):
+        class Both(nn.Module):
+            def __init__(self, norm):
+                super().__init__()
+                self.norm = norm
+
+            def forward(self, x):
+                with bn.domain("a"):
+                    y = self.norm(x)
+                with bn.domain("b"):
+                    return y - self.norm(4 * x + 3)
+
+        items = [torch.randn(64, 8) for _ in range(60)]
+        assert codes(bn.diagnose(Both(nn.BatchNorm1d(8)), items, ignore="BN2")) == ["BN704"]
+        model = Both(bn.BatchNorm1d(8, statistics=bn.statistics.Domains(("a", "b"))))
+        for x in items:
+            model(x)
+        assert codes(bn.diagnose(model, items)) == []
+
+    def test_a_domain_that_lags_is_found(self):
+        norm = bn.BatchNorm1d(8, statistics=bn.statistics.Domains(("a", "b")))
+        items = [(torch.randn(64, 8) + 3 * (n % 2), "ab"[n % 2]) for n in range(60)]
+
+        def forward(model, item):
+            with bn.domain(item[1]):
+                return model(item[0])
+
+        for item in items:
+            forward(norm, item)
+        assert codes(bn.diagnose(norm, items, forward=forward)) == []
+        norm.running_mean_b += 3
+        diagnosis = bn.diagnose(norm, items, forward=forward)
+        assert codes(diagnosis) == ["BN201"]
+        assert codes(diagnosis.fix(norm).diagnosis) == []
+
+    def test_moving_averages_of_small_batches(self):
+        model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8))
+        pairs = [torch.randn(2, 16) for _ in range(300)]
+        assert codes(bn.diagnose(model, pairs, select="BN402")) == ["BN402"]
+        model = bn.convert(model, statistics=bn.statistics.MovingAverage())
+        for x in pairs:
+            model(x)
+        assert codes(bn.diagnose(model, pairs, select="BN402")) == []
+
+    def test_a_layerwise_recalibration_behind_dropout(self):
+        patient = GALLERY["BN204"].sick()
+        assert codes(bn.diagnose(patient.model, **patient.arguments, select="BN2")) == ["BN204"]
+        bn.recalibrate(patient.model, patient.arguments["loader"], method="layerwise")
+        assert codes(bn.diagnose(patient.model, **patient.arguments, select="BN2")) == []
 
 
 def test_synchronized_layers_are_measured_on_the_cpu():

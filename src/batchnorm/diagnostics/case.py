@@ -20,18 +20,21 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
+from batchnorm.diagnostics.by_hand import ByHand, inputs_of, probed
+from batchnorm.diagnostics.drawn import are_drawn_at_random
 from batchnorm.diagnostics.dropout import Dropout
 from batchnorm.diagnostics.inline import FunctionalNorms
 from batchnorm.diagnostics.measured import Measured, measured, ratio
 from batchnorm.diagnostics.norms import Norm, has_values, norms_of
-from batchnorm.diagnostics.probes import among_others, dependence, detachment, relative_difference
+from batchnorm.diagnostics.probes import among_others, relative_difference
 from batchnorm.diagnostics.progress import counted
-from batchnorm.diagnostics.record import Record, in_inference, in_training, input_of, record
+from batchnorm.diagnostics.record import Record, in_inference, in_training, record
 from batchnorm.diagnostics.state import untouched
 from batchnorm.diagnostics.step import Step, copies, counting_steps, differ, watched
 from batchnorm.errors import ArgumentError
 from batchnorm.functional.compiled import eager
 from batchnorm.population.items import call
+from batchnorm.statistics import domain
 from batchnorm.torch_state import graph_task
 
 
@@ -286,9 +289,11 @@ class Case:
     def give_pools(self, names: Iterable[str]) -> None:
         """Give layers the statistics of the kept items, of any kind that has running statistics."""
         wanted = set(names)
-        for name, layer in self.pools.layers.items():
-            if name in wanted and layer.pool is not None and layer.pool.count > 1:
-                layer.norm.set_statistics(layer.pool.mean, layer.pool.variance(unbiased=True))
+        for name, layer in self.pools.layers.items() if wanted else ():
+            for place, part in layer.by_domain().items() if name in wanted else ():
+                with contextlib.nullcontext() if place is None else domain(place):
+                    if part.pool is not None and part.pool.count > 1:
+                        part.norm.set_statistics(part.pool.mean, part.pool.variance(unbiased=True))
 
     def measured_with_pools(self, names: Iterable[str]) -> Measured:
         """Loss and accuracy if these layers, and no others, have the statistics of the kept items."""
@@ -321,19 +326,32 @@ class Case:
             return None
         return ratio(self.measured, self.measured_with_pools(self.learning))
 
+    @property
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The kept items of full size, if all are (tensor, tensor); otherwise none."""
+        items = self.items
+        if not all(isinstance(item, (tuple, list)) and len(item) == 2 and _is_pair(item) for item in items):
+            return []
+        size = max((len(x) for x, _ in items), default=0)
+        return [(x, y) for x, y in items if len(x) == size]
+
     @cached_property
     def dealt_losses(self) -> tuple[float, float] | None:
         """The loss in training mode of the kept items, and of their samples dealt anew; None if items are not (tensor, tensor)."""
-        items = self.items
-        pairs = [item for item in items if isinstance(item, (tuple, list)) and len(item) == 2]
-        if len(pairs) < 2 or len(pairs) < len(items) or not all(_is_pair(pair) for pair in pairs):
+        pairs = self._pairs
+        if len(self.items) < 2 or not pairs:
             return None
-        size = max(len(pair[0]) for pair in pairs)
-        inputs, targets = (torch.cat([pair[place] for pair in pairs]) for place in (0, 1))
+        size = len(pairs[0][0])
+        inputs, targets = (torch.cat([pair[place] for pair in self.items]) for place in (0, 1))
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
         dealt = [(inputs[part], targets[part]) for part in order.split(size) if len(part) == size]
-        ordered = [pair for pair in pairs if len(pair[0]) == size]
-        return self._training_loss(ordered), self._training_loss(dealt)
+        return self._training_loss(pairs), self._training_loss(dealt)
+
+    @cached_property
+    def drawn_at_random(self) -> bool:
+        """Whether the kept items look like batches of shuffled samples; True if they are not (tensor, tensor)."""
+        pairs = self._pairs
+        return len(pairs) < 2 or are_drawn_at_random(*zip(*pairs, strict=True))
 
     def _training_loss(self, items: list[Any]) -> float:
         with self.untouched(), in_training(self.inside), torch.no_grad():
@@ -461,28 +479,18 @@ class Case:
     # ---- hand-written layers -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def by_hand(self) -> dict[str, tuple[float, float]]:
-        """By hand-written layer: how much inference depends on the batch, relative, and |sum of dx| over sum of |dx| in training."""
-        inputs, found = dict[str, Tensor](), dict[str, tuple[float, float]]()
+    def by_hand(self) -> dict[str, ByHand]:
+        """What each hand-written layer does that the first item reaches with more than two samples."""
         layers = [norm for norm in self.norms if norm.kind == "hand-written"]
         if not layers or not self.items:
-            return found
-        with self.untouched(), torch.no_grad(), contextlib.ExitStack() as stack:
-            for norm in layers:
-
-                def keep(_layer: nn.Module, args: Any, kwargs: Any, norm: Norm = norm) -> None:
-                    if input_of(norm, args, kwargs) is not None:
-                        inputs.setdefault(norm.name, args[0].detach().clone())
-
-                stack.callback(norm.module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-            with in_training(self.inside):
-                self.call(self.items[0])
-        for norm in layers:
-            x = inputs.get(norm.name)
-            if x is not None and len(x) > 2:
-                with self.untouched():
-                    found[norm.name] = dependence(norm, x), detachment(norm, x)
-        return found
+            return {}
+        with self.untouched():
+            inputs = inputs_of(layers, self.inside, lambda: self.call(self.items[0]))
+        return {
+            norm.name: probed(norm, inputs[norm.name], self.untouched)
+            for norm in layers
+            if norm.name in inputs and len(inputs[norm.name]) > 2
+        }
 
 
 def _is_pair(item: Any) -> bool:

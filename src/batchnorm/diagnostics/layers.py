@@ -36,7 +36,7 @@ def layer_rows(case: Case, *, measured: bool) -> dict[str, dict[str, Any]]:
             "drift_in_inference": _nats(norm, inference.get(norm.name)),
             "effective_samples": None if layer is None else effective_samples(layer),
             "gradient": gradients.get(norm.name),
-            "quantiles": [] if layer is None else _quantiles(layer),
+            "quantiles": [] if layer is None else _quantiles(layer.by_domain().get(None, layer)),
         }
     return rows
 
@@ -60,7 +60,7 @@ def _moments_in_inference(case: Case) -> dict[str, Moments]:
     def before(norm: Norm) -> Any:
         def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x, mask = input_of(norm, args, kwargs), kwargs.get("mask")
-            if x is None or x.numel() == 0:
+            if x is None or x.numel() == 0 or norm.domain is not None:  # the numbers are those of the first domain
                 return
             batch = moments(x, mask if isinstance(mask, Tensor) else None)
             here = Moments(int(batch.count), batch.mean.double(), batch.m2.double())

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.interop.tutorial import is_hand_written
 from batchnorm.layers import BatchNorm
+from batchnorm.statistics import MovingAverage
 from batchnorm.statistics.contract import in_domain, is_frozen
 from batchnorm.surgery import is_frozen_norm
 from batchnorm.surgery.held import HeldInInference
@@ -78,6 +79,31 @@ class Norm(NamedTuple):
         return int(count) if isinstance(count, Tensor) and has_values(count) else None
 
     @property
+    def domain(self) -> str | None:
+        """The domain whose running statistics it uses now; None if it is the first one, or there are none."""
+        stand_in = in_domain(self.module)
+        return None if stand_in is self.module else stand_in.domain
+
+    @property
+    def averages(self) -> bool:
+        """Whether it normalizes by the statistics of several batches."""
+        source = getattr(self.module, "statistics", None)
+        return self.kind == "ours" and isinstance(getattr(source, "within", source), MovingAverage)
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes whose batches it normalizes together."""
+        if self.kind == "ours":
+            return 1 if self.module.reducer is None else self.module.reducer.size
+        if (
+            not isinstance(self.module, nn.SyncBatchNorm)
+            or not distributed.is_available()
+            or not distributed.is_initialized()
+        ):
+            return 1
+        return distributed.get_world_size(self.module.process_group)
+
+    @property
     def updates(self) -> bool:
         """Whether its running statistics change in training mode."""
         tracks = getattr(self.module, "track_running_stats", True)
@@ -105,20 +131,20 @@ class Norm(NamedTuple):
         if any(value is None or value.is_complex() for value in pair):
             return None
         mean, var = (value.detach().double().flatten() for value in pair if value is not None)
-        if self._keeps_deviations:
+        if self.keeps_deviations:
             var = var.square()
         return (mean, var) if mean.shape == var.shape and mean.numel() else None
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Write running mean and variance, (C,) each, if it has them."""
-        for role, value in (("mean", mean), ("var", var.sqrt() if self._keeps_deviations else var)):
+        for role, value in (("mean", mean), ("var", var.sqrt() if self.keeps_deviations else var)):
             tensor = self.tensor(role)
             if tensor is not None and tensor.numel() == value.numel():
                 tensor.detach().copy_(value.view_as(tensor))
 
     @property
-    def _keeps_deviations(self) -> bool:
+    def keeps_deviations(self) -> bool:
         """Whether a hand-written layer keeps standard deviations instead of variances, by the attribute's name."""
         return self.kind == "hand-written" and _DEVIATION.search(self.name_of("var")) is not None
 
@@ -156,14 +182,23 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def hand_written_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a hand-written batch norm by their roles, those of one size."""
+    """The tensors of a hand-written batch norm by their roles: those of one size, or statistics of each position (C, *S) of images."""
     values = [(name, value) for name, value in own_tensors(module) if not is_lazy(value) and value.is_floating_point()]
     found = dict[str, Tensor]()
     for role, pattern in _NAMES.items():
         value = next((each for name, each in values if pattern.search(name)), None)
         if value is not None:
             found[role] = value
-    return found if len({value.numel() for value in found.values()}) == 1 else {}
+    sizes = {value.numel() for value in found.values()}
+    return found if len(sizes) == 1 or _is_per_position(found) else {}
+
+
+def _is_per_position(tensors: dict[str, Tensor]) -> bool:
+    """Whether the statistics have several values for each channel of the affine."""
+    if tensors.keys() != _NAMES.keys() or len({tensors[role].numel() for role in ("weight", "bias")}) > 1:
+        return False
+    mean, channels = tensors["mean"], tensors["weight"].numel()
+    return mean.shape == tensors["var"].shape and mean.dim() > 1 and channels > 1 and channels in mean.shape
 
 
 def norms_of(model: nn.Module) -> list[Norm]:

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from batchnorm.moments import Moments
 from batchnorm.surgery.held import HeldInInference
 from batchnorm.torch_state import disabled_torch_function, graph_task
 
+SingleOutput = Literal["error", "NaN", "bias", "value"]  # for one value per channel
 _LARGE_MEAN = 300  # deviations
 PADDED_BATCHES = 4  # in how many batches constant tails are looked for
 
@@ -35,6 +36,7 @@ class Batch:
         var: of all values of a channel.
         sample_mean: mean of the samples' means.
         sample_var: sum of squared deviations of the samples' means from it.
+        domain: of the running statistics that it updated, for layers with `Domains`; None is the first one.
     """
 
     samples: int
@@ -43,6 +45,7 @@ class Batch:
     var: Tensor
     sample_mean: Tensor
     sample_var: Tensor
+    domain: str | None = None
 
 
 @dataclass
@@ -54,21 +57,22 @@ class LayerRecord:
         order: its place among the layers in the order of their first calls.
         trained: whether it ran in training mode.
         pool: moments of all its values.
-        calls: moments by the number of the call within a forward.
-        batches: one entry for each batch with finite values.
+        calls: moments by the domain of the call, and its number within a forward.
+        batches: one entry for each batch with finite values, and each domain in it.
         nonfinite: number of batches with NaN or Inf.
         precision: that of the input's dtype, the distance from 1 to the next number.
         padding: share of values in constant tails of unequal length; 0 where a mask is given.
         kernel_error: error of the output, in deviations, measured where the layout is channels_last and the mean large.
         source: name of the convolution or linear layer whose output is its input, in every call; None if there is none.
-        single: the smallest N of a batch that had one value per channel; 0 if there was none.
+        single: N of a batch that had one value per channel; 0 if there was none.
+        single_output: what the layer made of it.
     """
 
     norm: Norm
     order: int
     trained: bool
     pool: Moments | None = None
-    calls: dict[int, Moments] = field(default_factory=dict)
+    calls: dict[tuple[str | None, int], Moments] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
     nonfinite: int = 0
     precision: float = 0.0
@@ -76,6 +80,19 @@ class LayerRecord:
     kernel_error: float = 0.0
     source: str | None = ""
     single: int = 0
+    single_output: SingleOutput = "error"
+
+    def by_domain(self) -> dict[str | None, LayerRecord]:
+        """The record of each domain whose running statistics were updated; of most layers, itself."""
+        domains = dict.fromkeys(domain for domain, _ in self.calls)
+        if len(domains) < 2 and None in domains:
+            return {None: self}
+        return {domain: self._in(domain) for domain in domains}
+
+    def _in(self, domain: str | None) -> LayerRecord:
+        calls = {key: pool for key, pool in self.calls.items() if key[0] == domain}
+        batches = [batch for batch in self.batches if batch.domain == domain]
+        return replace(self, calls=calls, batches=batches, pool=functools.reduce(Moments.merge, calls.values()))
 
 
 @dataclass
@@ -186,6 +203,7 @@ class Recorder:
         self._numbers = dict[str, int]()
         self._calls = dict[str, list[Batch]]()
         self._last: LayerRecord | None = None
+        self._alone_now = False  # whether the last call had one value per channel
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -196,6 +214,7 @@ class Recorder:
                     norm.module.register_forward_pre_hook(self._before(norm), prepend=True, with_kwargs=True).remove
                 )
                 stack.callback(norm.module.register_forward_hook(self._checked(norm), with_kwargs=True).remove)
+                stack.callback(norm.module.register_forward_hook(self._alone(norm)).remove)
             for name, module in self._linear:
                 stack.callback(module.register_forward_hook(self._after(name)).remove)
             yield
@@ -220,7 +239,10 @@ class Recorder:
         """Merge the calls of the batch."""
         self.record.batches += 1
         for name, calls in self._calls.items():
-            self.record.layers[name].batches.append(_merged(calls))
+            domains = dict.fromkeys(call.domain for call in calls)
+            self.record.layers[name].batches.extend(
+                _merged([call for call in calls if call.domain == domain]) for domain in domains
+            )
 
     def finished(self) -> Record:
         """The record, with the pools of all calls."""
@@ -248,7 +270,7 @@ class Recorder:
             if found is None:
                 trained = layer.training and not norm.frozen
                 found = layers[norm.name] = LayerRecord(norm, len(layers), trained)
-            self._last = found
+            self._last, self._alone_now = found, False
             given = args[0] if args else kwargs.get("input")
             reference, source = self._outputs.get(id(given), (None, None))
             source = source if reference is not None and reference() is given else None
@@ -257,6 +279,15 @@ class Recorder:
                 self._count(found, x, _mask(norm, x, args, kwargs))
 
         return before
+
+    def _alone(self, norm: Norm) -> Callable[..., None]:
+        """A hook that notes what a layer returns for one value per channel, if it does not raise."""
+
+        def after(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if self._alone_now and self._last is not None and self._last.norm is norm:
+                self._last.single_output = _output_of_one(norm, output)
+
+        return after
 
     def _checked(self, norm: Norm) -> Callable[..., None]:
         """A hook that compares the output of torch's kernel for channels_last with exact numbers, where the mean is large."""
@@ -267,7 +298,7 @@ class Recorder:
                 return
             if norm.kind != "torch" or x.dim() < 4 or x.is_contiguous() or not isinstance(output, Tensor):
                 return
-            batch = found.calls[self._numbers[norm.name]] if self._numbers.get(norm.name) in found.calls else None
+            batch = found.calls.get((norm.domain, self._numbers.get(norm.name, -1)))
             if batch is None or bool((batch.mean.square() < _LARGE_MEAN**2 * batch.variance()).all()):
                 return
             pair = moments(x)
@@ -286,7 +317,7 @@ class Recorder:
         name = found.norm.name
         number = self._numbers[name] = self._numbers.get(name, -1) + 1
         if x.numel() == x.shape[1] and found.trained:
-            found.single = len(x)
+            found.single, self._alone_now = len(x), True
             return
         batch = moments(x, mask)
         count, mean, m2 = float(batch.count), batch.mean.double(), batch.m2.double()
@@ -298,15 +329,30 @@ class Recorder:
             return
         var = m2 / count
         moments_here = Moments(int(count), mean, m2)
-        before = found.calls.get(number)
-        found.calls[number] = moments_here if before is None else before.merge(moments_here)
+        domain = found.norm.domain
+        before = found.calls.get((domain, number))
+        found.calls[domain, number] = moments_here if before is None else before.merge(moments_here)
         means = x.flatten(2).mean(2, dtype=torch.float64) if x.dim() > 2 else x.double()  # (N, C)
         center = means.mean(0)
         spread = (means - center).square().sum(0)
-        self._calls.setdefault(name, []).append(Batch(len(x), count, mean, var, center, spread))
+        self._calls.setdefault(name, []).append(Batch(len(x), count, mean, var, center, spread, domain))
         found.precision = max(found.precision, torch.finfo(x.dtype).eps)
         if mask is None and x.dim() > 2 and self.record.batches < PADDED_BATCHES:
             found.padding = max(found.padding, _padding(x))
+
+
+def _output_of_one(norm: Norm, output: Any) -> SingleOutput:
+    """What a layer returned for one value per channel."""
+    if not isinstance(output, Tensor):
+        return "value"
+    if not bool(output.isfinite().all()):
+        return "NaN"
+    bias = norm.affine().get("bias")
+    expected = torch.zeros((), device=output.device) if bias is None else bias.detach().flatten()
+    is_bias = output.numel() % expected.numel() == 0 and torch.allclose(
+        output.detach().double().reshape(-1, expected.numel()), expected.double(), atol=1e-6
+    )
+    return "bias" if is_bias else "value"
 
 
 def _mask(norm: Norm, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -325,7 +371,7 @@ def _merged(calls: list[Batch]) -> Batch:
     pool = functools.reduce(
         Moments.merge, (Moments(int(each.count), each.mean, each.var * each.count) for each in calls)
     )
-    return Batch(first.samples, float(pool.count), pool.mean, pool.variance(), first.sample_mean, first.sample_var)
+    return replace(first, count=float(pool.count), mean=pool.mean, var=pool.variance())
 
 
 def _padding(x: Tensor) -> float:

@@ -33,6 +33,7 @@ ACCUMULATION = 4  # updates of running statistics per optimizer step; 16 sick, 1
 COPY_DISTANCE = 10.0  # distance of buffers over that of parameters; 469 sick, 0 healthy
 COPY_OUTPUT = 1e-3  # relative difference of the outputs of a folded model
 DETACHED = 0.01  # |sum of dx| over sum of |dx|; .23 sick, 2e-8 healthy
+POSITIONS = 0.01  # share of the output's variance between positions with a random pattern; 0 sick, .5 healthy
 ANGLE = 0.1  # radians that one update turns a weight; .30 sick, .027 healthy
 ANGLE_OF_NEW = 1.0  # in layers without a batch yet; MNASNet has .23 before its first step with a rate of .001
 EXPLOSION = 1e3  # gradient at the first over that at the last of at least ten norms

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from batchnorm.diagnostics.rule import Rule
 from batchnorm.diagnostics.rules import (
     batches,
+    by_hand,
     configuration,
     copies,
     modes,
@@ -25,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     *numerics.RULES,
     *copies.RULES,
     *structure.RULES,
+    *by_hand.RULES,
     *optimization.RULES,
 )
 FAMILIES = {

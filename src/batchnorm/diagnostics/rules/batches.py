@@ -17,16 +17,21 @@ from batchnorm.diagnostics.rule import Found, Rule, Severity, worst_first
 
 _FEWEST_BATCHES = 3  # for a comparison between batches
 _RARE = 3  # times as many effective samples by the means as by mean and variance: a heavy tail
+_OF_ONE_VALUE = {
+    "error": "training stops with an error",
+    "NaN": "the layer silently returns NaN",
+    "bias": "the layer silently returns its bias (beta), whatever the input is",
+}
 
 
 def _single(case: Case) -> Iterator[Found]:
     for name, layer in case.record.layers.items():
-        if layer.single and getattr(layer.norm.module, "on_single", "error") == "error":
+        if layer.single and layer.single_output != "value":
             yield Found(
                 (name,),
                 {"samples": layer.single},
-                f"a batch of {layer.single} sample has one value per channel here, which has no variance: training "
-                "raises an error",
+                f"a batch of {layer.single} sample has one value per channel here, which has no variance: "
+                + _OF_ONE_VALUE[layer.single_output],
             )
 
 
@@ -53,6 +58,11 @@ def effective_samples(layer: LayerRecord) -> float | None:
     The divergence of the moments of n independent values from their distribution is 1/n on average, half of it by the mean. Where
     values are rare events, such as words, the variance of a batch says little, and the means alone count.
     """
+    found = [value for part in layer.by_domain().values() if (value := _effective_samples(part)) is not None]
+    return min(found) * layer.norm.ranks if found else None
+
+
+def _effective_samples(layer: LayerRecord) -> float | None:
     found = _divergences(layer)
     if found is None:
         return None
@@ -69,7 +79,11 @@ def effective_samples(layer: LayerRecord) -> float | None:
 
 def _few(case: Case) -> Iterator[Found]:
     ordered = _ordered_layers(case, 0.25)
-    found = {name: effective_samples(layer) for name, layer in case.record.layers.items() if name not in ordered}
+    found = {
+        name: effective_samples(layer)
+        for name, layer in case.record.layers.items()
+        if name not in ordered and not layer.norm.averages
+    }
     few = {name: value for name, value in found.items() if value is not None and value < at.FEW_SAMPLES}
     if few:
         names = sorted(few, key=lambda name: few[name])
@@ -88,7 +102,7 @@ def _tail(case: Case) -> Iterator[Found]:
     samples = 0
     for name, layer in case.record.layers.items():
         found = _divergences(layer)
-        if found is None or len(layer.batches) < _FEWEST_BATCHES:
+        if found is None or len(layer.batches) < _FEWEST_BATCHES or len(layer.by_domain()) > 1:
             continue
         usual = median(batch.samples for batch in layer.batches)
         if layer.batches[-1].samples > usual / 2:
@@ -163,12 +177,13 @@ def _ordered_layers(case: Case, share: float = 0.5) -> Mapping[str, float]:
     """The layers in which a share of the channels differs between batches more than in shuffled ones, with F, in the order of calls."""
     found = dict[str, float]()
     for name, layer in case.record.layers.items():
-        batches = [batch for batch in layer.batches if batch.samples > 1]
-        if layer.pool is None or len(batches) < _FEWEST_BATCHES or not bool(_varying(layer).any()):
-            continue
-        ratio = float(_ratios(batches, _varying(layer)).quantile(1 - share))
-        if ratio - 1 > at.ORDERED * math.sqrt(2 / (len(batches) - 1)):
-            found[name] = ratio
+        for part in layer.by_domain().values():
+            batches = [batch for batch in part.batches if batch.samples > 1]
+            if part.pool is None or len(batches) < _FEWEST_BATCHES or not bool(_varying(part).any()):
+                continue
+            ratio = float(_ratios(batches, _varying(part)).quantile(1 - share))
+            if ratio - 1 > at.ORDERED * math.sqrt(2 / (len(batches) - 1)):
+                found[name] = max(ratio, found.get(name, ratio))
     return found
 
 
@@ -191,7 +206,7 @@ def _leaks(case: Case) -> bool:
     if case.arguments.missing(("criterion",)) or case.dealt_losses is None or _ordered_layers(case):
         return False
     ordered, dealt = case.dealt_losses
-    return dealt > at.LEAK * ordered and dealt - ordered > at.LEAK_DIFFERENCE
+    return dealt > at.LEAK * ordered and dealt - ordered > at.LEAK_DIFFERENCE and not case.drawn_at_random
 
 
 def _leak(case: Case) -> Iterator[Found]:
@@ -231,7 +246,8 @@ RULES = (
         "one value per channel",
         "error",
         ("loader",),
-        "One value has no variance. It comes from a last batch of one sample, or from pooling to 1x1 with a batch of one.",
+        "One value has no variance. It comes from a last batch of one sample, or from pooling to 1x1 with a batch of one. "
+        "torch's layers raise an error; hand-written ones return beta, or NaN if their variance is unbiased.",
         'DataLoader(..., drop_last=True)  # or bn.convert(model), and layer.on_single = "running"',
         "DataLoader(..., drop_last=True)",
         _single,
@@ -296,7 +312,9 @@ RULES = (
         ("loader", "criterion"),
         "If samples of a batch belong together, a network can read the answer from the batch's statistics, which it "
         "cannot in inference. Measured by "
-        "the loss in training mode, with batches as the loader has them and dealt anew.",
+        "the loss in training mode, with batches as the loader has them and dealt anew. Reported if means or squares of the "
+        "inputs, or the classes, also differ more between the batches than chance explains: a network that learned batches of "
+        "shuffled samples by heart prefers them too.",
         "DataLoader(..., shuffle=True)",
         "DataLoader(..., shuffle=True)",
         _leak,

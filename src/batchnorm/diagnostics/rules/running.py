@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from batchnorm.diagnostics.measured import ratio
 from batchnorm.diagnostics.norms import Norm
 from batchnorm.diagnostics.record import LayerRecord, Record, divergence
 from batchnorm.diagnostics.rule import Found, Rule, Severity, worst_first
+from batchnorm.statistics import domain
 
 
 class Drift(NamedTuple):
@@ -44,6 +46,17 @@ def _held_drifts(record: Record) -> dict[str, Drift]:
 
 
 def _drift(layer: LayerRecord) -> Drift | None:
+    """The drift of a layer, of its worst domain if it has several."""
+    found = list[Drift]()
+    for name, part in layer.by_domain().items():
+        with contextlib.nullcontext() if name is None else domain(name):
+            drift = _drift_of(part)
+        if drift is not None:
+            found.append(drift)
+    return max(found, default=None)
+
+
+def _drift_of(layer: LayerRecord) -> Drift | None:
     pair = layer.norm.statistics()
     if pair is None or layer.pool is None or layer.pool.mean.shape != pair[0].shape:
         return None
@@ -54,8 +67,18 @@ def _drift(layer: LayerRecord) -> Drift | None:
     return Drift(nats, 0.5 * ((var + eps) / (pair[1] + eps)).log().mean().item())
 
 
-def _lag(case: Case) -> Iterator[Found]:
+def _lags(case: Case) -> dict[str, Drift]:
+    """The drifts; of layers behind dropout those without it if they are smaller, as after a layerwise recalibration."""
     found = drifts(case.record)
+    if all(drift.nats < at.DRIFT_SUSPECT and abs(drift.log_ratio) < at.LOG_RATIO_SUSPECT for drift in found.values()):
+        return found
+    passes = case.without_dropout
+    without = drifts(passes[1]) if passes is not None else {}
+    return {name: min(drift, without.get(name, drift)) for name, drift in found.items()}
+
+
+def _lag(case: Case) -> Iterator[Found]:
+    found = _lags(case)
     worst = worst_first({name: drift.nats for name, drift in found.items()})
     errors = [name for name in worst if found[name].nats >= at.DRIFT_ERROR]
     suspects = [
@@ -162,6 +185,8 @@ def _dropout(case: Case) -> Iterator[Found]:
         other = off.layers.get(name)
         if not layer.trained or layer.pool is None or other is None or other.pool is None:
             continue
+        if _is_of(other):
+            continue
         eps = layer.norm.eps or 1e-5
         log_ratio = 0.5 * ((other.pool.variance() + eps) / (layer.pool.variance() + eps)).log()
         found[name] = float(log_ratio.median())
@@ -174,6 +199,15 @@ def _dropout(case: Case) -> Iterator[Found]:
             {"log_ratio_of_deviations": found[names[0]]},
             f"without dropout the standard deviation of the input is {math.exp(found[names[0]]):.2f} times that in training",
         )
+
+
+def _is_of(layer: LayerRecord) -> bool:
+    """Whether the running deviations are those of this pass."""
+    pair, pool = layer.norm.statistics(), layer.pool
+    if pair is None or pool is None or pair[1].shape != pool.mean.shape or not layer.norm.started:
+        return False
+    eps = layer.norm.eps or 1e-5
+    return abs(0.5 * float(((pool.variance() + eps) / (pair[1] + eps)).log().median())) <= at.DROPOUT
 
 
 RULES = (
@@ -233,7 +267,8 @@ RULES = (
         "arXiv:1801.05134). Measured by two passes in training mode, with and without dropout "
         "(modules, and calls of torch.nn.functional): median over channels of "
         "the log ratio of the "
-        "standard deviations, above .05.",
+        "standard deviations, above .05. Silent where the running deviations are those without dropout, as a layerwise "
+        "recalibration leaves them.",
         'bn.recalibrate(model, loader, method="layerwise")  # or move the dropout behind the last batch norm',
         "nn.Sequential(conv, norm, relu, dropout)  # dropout behind the last batch norm",
         _dropout,

@@ -1,4 +1,4 @@
-"""BN7: where batch norms stand, and how they are built."""
+"""BN70: where batch norms stand, and how they are built."""
 
 from __future__ import annotations
 
@@ -65,11 +65,13 @@ def _shared(case: Case) -> Iterator[Found]:
     found = dict[str, float]()
     for name, layer in case.record.layers.items():
         eps = layer.norm.eps or 1e-5
-        pools = [(pool.mean, pool.variance()) for pool in layer.calls.values()]
-        if not layer.trained or len(pools) < 2:
-            continue
-        pairs = itertools.islice(itertools.permutations(pools, 2), 64)
-        found[name] = max(divergence(*a, *b, eps).mean().item() for a, b in pairs)
+        for part in layer.by_domain().values():
+            pools = [(pool.mean, pool.variance()) for pool in part.calls.values()]
+            if not layer.trained or len(pools) < 2:
+                continue
+            pairs = itertools.islice(itertools.permutations(pools, 2), 64)
+            apart = max(divergence(*a, *b, eps).mean().item() for a, b in pairs)
+            found[name] = max(apart, found.get(name, apart))
     names = worst_first(found, at.SHARED)
     if names:
         calls = len(case.record.layers[names[0]].calls)
@@ -88,52 +90,6 @@ def _recomputed(case: Case) -> Iterator[Found]:
             tuple(found),
             {"updates_in_backward": max(found.values())},
             "the running statistics are updated again when activation checkpointing recomputes the forward",
-        )
-
-
-def _no_buffers(case: Case) -> Iterator[Found]:
-    names, loose = list[str](), ""
-    for norm in case.norms:
-        if norm.kind != "hand-written":
-            continue
-        known = {id(value) for value in (*norm.module.parameters(), *norm.module.buffers())}
-        missing = [
-            role
-            for role in ("mean", "var", "weight", "bias")
-            if (value := norm.tensor(role)) is not None and id(value) not in known
-        ]
-        if missing:
-            names.append(norm.name)
-            loose = loose or ", ".join(norm.name_of(role) for role in missing)
-    if names:
-        yield Found(
-            tuple(names),
-            {"attributes": loose},
-            f"{loose} are neither parameters nor buffers: state_dict(), .to() and the optimizer do not know them",
-        )
-
-
-def _always_batch(case: Case) -> Iterator[Found]:
-    found = {name: change for name, (change, _) in case.by_hand.items() if change > at.MATES}
-    if found:
-        first = next(iter(found))
-        yield Found(
-            tuple(found),
-            {"relative_change": found[first]},
-            f"in inference mode the output for a sample changes by {found[first]:.1%} with its batch: batch statistics "
-            "are used there too",
-        )
-
-
-def _detached(case: Case) -> Iterator[Found]:
-    found = {name: sums for name, (_, sums) in case.by_hand.items() if sums > at.DETACHED}
-    if found:
-        first = next(iter(found))
-        yield Found(
-            tuple(found),
-            {"sum_of_dx": found[first]},
-            f"no gradient flows through the batch's mean and variance: dx does not sum to 0 but to {found[first]:.1%} of "
-            "its size",
         )
 
 
@@ -195,38 +151,5 @@ RULES = (
         "layer.momentum = 1 - (1 - layer.momentum) ** 0.5",
         _recomputed,
         fixable=True,
-    ),
-    Rule(
-        "BN711",
-        "hand-written: state that is not registered",
-        "error",
-        (),
-        "Tensors that are plain attributes are not saved, not moved to a device, and gamma and beta not trained.",
-        "bn.interop.from_tutorial(layer)",
-        'self.register_buffer("running_mean", torch.zeros(C))',
-        _no_buffers,
-    ),
-    Rule(
-        "BN712",
-        "hand-written: always batch statistics",
-        "error",
-        ("loader",),
-        "Without a branch on self.training the layer normalizes by the batch in inference too, so a prediction depends "
-        "on its batch.",
-        "bn.interop.from_tutorial(layer)",
-        "mean, var = (batch_mean, batch_var) if self.training else (self.running_mean, self.running_var)",
-        _always_batch,
-    ),
-    Rule(
-        "BN713",
-        "hand-written: detached batch statistics",
-        "error",
-        ("loader",),
-        "Mean and variance depend on x, so the gradient has to flow through them (Ioffe & Szegedy 2015, section 3). If "
-        "they are detached or computed "
-        "under no_grad, dx does not sum to 0 over the batch, and the mean of activations can grow without bound.",
-        "bn.interop.from_tutorial(layer)",
-        "mean = x.mean(0)  # without detach() and no_grad()",
-        _detached,
     ),
 )
