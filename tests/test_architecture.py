@@ -39,6 +39,7 @@ ORDER = [
     "distributed",
     "merging",
     "agreement",
+    "federated",
     "population",
     "folding",
     "explain",

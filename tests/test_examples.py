@@ -14,6 +14,7 @@ import batchnorm
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWN = {
     "accelerate_recipe.py": r"accuracy 0\.9\d, running variance that of all data: True",
+    "federated.py": r"merged statistics: accuracy 0\.[56]\d\n.*their own: +accuracy 0\.[78]",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",
     "several_sizes.py": r"as one batch:   accuracy 0\.[89]",

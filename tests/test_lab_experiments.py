@@ -12,6 +12,7 @@ from batchnorm.lab.experiments import (
     cost,
     demo,
     depth,
+    federated,
     image_classification,
     lr_range,
     paper_4_1,
@@ -137,3 +138,18 @@ def test_batch_normalization_doubles_what_is_kept_and_save_memory_gives_it_back(
     saving = cost._saved(cost.convert(build(layer), save_memory=True), images, labels)
     assert 1.7 < normalized / plain < 2.1
     assert 0.9 < saving / plain < 1.15
+
+
+class TestFederated:
+    def test_clients_share_no_image_and_have_few_classes(self):
+        data = digits.load(size=8)
+        clients = federated.by_labels(data.train, data.test, torch.Generator().manual_seed(0))
+        assert sum(len(client.train) for client in clients) == len(data.train)
+        assert max(len(client.train.labels.unique()) for client in clients) <= 4
+        assert all(torch.isin(client.test.labels, client.train.labels).all() for client in clients)
+
+    def test_merged_statistics_serve_the_server_and_batch_norms_of_their_own_the_clients(self):
+        server = {arm: federated.trained(arm, "labels", 5, QUICK)[0] for arm in ("parameters", "merged")}
+        assert server["merged"] > server["parameters"] + 0.1
+        clients = {arm: federated.trained(arm, "features", 5, QUICK)[1] for arm in ("merged", "fedbn")}
+        assert clients["fedbn"] > clients["merged"] + 0.1

@@ -136,6 +136,11 @@ CLAIMS = {
     ("population", 0): (("early",), {"population": (0.9, 0.8), "running": (0.7, 0.2)}, {"running": (0.8, 0.2)}),
     ("population", 1): (("early",), {"population": (0.9, 0.8), "usual": (0.7, 0.2)}, {"usual": (0.8, 0.2)}),
     ("population", 2): (("end",), {"population": (0.9, 0.8), "usual": (0.7, 0.2)}, {"usual": (0.8, 0.2)}),
+    ("federated", 0): (("labels_server",), {"merged": (0.9, 0.8), "parameters": (0.7, 0.2)}, {"parameters": (0.8, 0.2)}),
+    ("federated", 1): (("labels_server",), {"merged": (0.9, 0.8), "averaged": (0.7, 0.2)}, {"averaged": (0.8, 0.2)}),
+    ("federated", 2): (("labels_server",), {"recalibrated": (0.9, 0.8), "merged": (0.7, 0.2)}, {"merged": (0.8, 0.2)}),
+    ("federated", 3): (("features_clients",), {"fedbn": (0.9, 0.8), "merged": (0.7, 0.2)}, {"merged": (0.8, 0.2)}),
+    ("federated", 4): (("features_clients",), {"fedbn": (0.9, 0.8), "parameters": (0.7, 0.2)}, {"parameters": (0.8, 0.2)}),
     ("cost", 0): (("memory_vgg", "memory_resnet"), {"save_memory": (1.4, 1.1), "torch": (2, 2)}, {"save_memory/memory_resnet": (1.6, 1.1)}),
     ("cost", 1): (("time_vgg", "time_resnet"), {"save_memory": (1.21, 1.1), "torch": (1.2, 1.3)}, {"save_memory/time_vgg": (1.23, 1.1)}),
 }  # fmt: skip

@@ -31,6 +31,8 @@ SIGNATURES = {
     bn.recalibrate: "(model, loader, *, forward=None, method='joint', process_group=None, limit=None)",
     bn.revert: "(model)",
     bn.average_buffers: "(model, process_group=None)",
+    bn.merge_statistics: "(state_dicts, counts, *, running_variance='unbiased')",
+    bn.local_keys: "(model, *, affine=True)",
     bn.replicas_agree: "(model, process_group=None)",
     bn.synchronize: "(model, process_group=None)",
     bn.unsynchronize: "(model)",

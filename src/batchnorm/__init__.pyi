@@ -14,6 +14,8 @@ from batchnorm.distributed import unsynchronize as unsynchronize
 from batchnorm.errors import BatchNormError as BatchNormError
 from batchnorm.explain import Explanation as Explanation
 from batchnorm.explain import explain as explain
+from batchnorm.federated import local_keys as local_keys
+from batchnorm.federated import merge_statistics as merge_statistics
 from batchnorm.folding import FoldReport as FoldReport
 from batchnorm.folding import fold as fold
 from batchnorm.functional import recomputation as recomputation
