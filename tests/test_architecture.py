@@ -41,6 +41,7 @@ ORDER = [
     "agreement",
     "federated",
     "population",
+    "copies",
     "folding",
     "explain",
     "env",

@@ -14,6 +14,7 @@ import batchnorm
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWN = {
     "accelerate_recipe.py": r"accuracy 0\.9\d, running variance that of all data: True",
+    "average_weights.py": r"50 steps: recalibrated 0\.(\d)\d, tracked 0\.\1\d, the model's 1\.",
     "federated.py": r"merged statistics: accuracy 0\.[56]\d\n.*their own: +accuracy 0\.[78]",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",

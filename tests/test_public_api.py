@@ -34,6 +34,7 @@ SIGNATURES = {
     bn.merge_statistics: "(state_dicts, counts, *, running_variance='unbiased')",
     bn.local_keys: "(model, *, affine=True)",
     bn.replicas_agree: "(model, process_group=None)",
+    bn.track: "(model, copy, *, method='recalibrate', decay=None, batches=16, every=1)",
     bn.synchronize: "(model, process_group=None)",
     bn.unsynchronize: "(model)",
     bn.explain: "(values, gamma=1.0, beta=0.0, eps=1e-05, momentum=0.1, *, grad_output=None)",

@@ -6,6 +6,8 @@ from batchnorm import statistics as statistics
 from batchnorm.agreement import Agreement as Agreement
 from batchnorm.agreement import average_buffers as average_buffers
 from batchnorm.agreement import replicas_agree as replicas_agree
+from batchnorm.copies import Tracker as Tracker
+from batchnorm.copies import track as track
 from batchnorm.diagnostics import Diagnosis as Diagnosis
 from batchnorm.diagnostics import Finding as Finding
 from batchnorm.diagnostics import diagnose as diagnose
