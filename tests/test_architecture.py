@@ -42,6 +42,7 @@ ORDER = [
     "federated",
     "population",
     "copies",
+    "adaptation",
     "folding",
     "explain",
     "env",

@@ -20,6 +20,8 @@ SHOWN = {
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",
     "several_sizes.py": r"as one batch:   accuracy 0\.[89]",
     "switch.py": r"batchnorm\.layers: accuracy 1\.0",
+    "test_time.py": r"mixed: as trained 0\.1\d statistics 0\.9\d tent with guard 0\.9\d\n"
+    r".*one class: as trained 0\.9\d statistics 0\.[012]\d tent with guard 0\.9\d",
     "train_ddp.py": r"2 processes: accuracy 0\.9\d\d; all replicas agree",
 }
 LAUNCHED = {  # in processes of their own: by a launcher, or because a framework changes the process it runs in

@@ -3,6 +3,8 @@ from batchnorm import errors as errors
 from batchnorm import functional as functional
 from batchnorm import interop as interop
 from batchnorm import statistics as statistics
+from batchnorm.adaptation import Adapted as Adapted
+from batchnorm.adaptation import adapt as adapt
 from batchnorm.agreement import Agreement as Agreement
 from batchnorm.agreement import average_buffers as average_buffers
 from batchnorm.agreement import replicas_agree as replicas_agree

@@ -27,6 +27,7 @@ NAMES = (
     "driving",
     "batch-size",
     "population",
+    "corruption",
     "federated",
     "cost",
 )
