@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.statistics import Domains, Ghost, Renorm, Running
+from batchnorm.statistics import Domains, Ghost, Mixed, Renorm, Running
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ ROWS = [
     Row("propagating", lambda **k: bn.BatchNorm2d(3, on_nonfinite="propagate", **k), (4, 3, 5, 2)),
     Row("running", lambda **k: bn.BatchNorm2d(3, statistics=Running(), **k), (4, 3, 5, 2)),
     Row("domains", lambda **k: bn.BatchNorm2d(3, statistics=Domains(("real", "fake")), **k), (4, 3, 5, 2)),
+    Row("mixed", lambda **k: bn.BatchNorm2d(3, statistics=Mixed(2.0), **k), (4, 3, 5, 2)),
     Row("ghost", lambda **k: bn.BatchNorm2d(3, statistics=Ghost(2), **k), (4, 3, 5, 2)),
     Row("ghost-remainder", lambda **k: bn.BatchNorm1d(3, statistics=Ghost(3), **k), (7, 3)),
     Row("renorm-warming-up", lambda **k: bn.BatchNorm2d(3, statistics=Renorm(), **k), (4, 3, 5, 2)),

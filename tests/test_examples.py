@@ -16,6 +16,8 @@ SHOWN = {
     "accelerate_recipe.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "contrastive_pairs.py": r"100% right, shuffled: (4[5-9]|5[0-5])% right",
     "leave_batch_norm.py": r"tuned image by image: accuracy 0\.[89]",
+    "average_weights.py": r"50 steps: recalibrated 0\.(\d)\d, tracked 0\.\1\d, the model's 1\.",
+    "federated.py": r"merged statistics: accuracy 0\.[56]\d\n.*their own: +accuracy 0\.[78]",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
     "monitor.py": r"BN101 at step 20: 1: momentum is 0\.99(.|\n)*5 looks in 100 steps: \['BN101'\]",
     "monitor_lightning.py": r"5 looks, findings: \[\]",
@@ -26,6 +28,8 @@ SHOWN = {
     "several_sizes.py": r"as one batch:   accuracy 0\.[89]",
     "switch.py": r"batchnorm\.layers: accuracy 1\.0",
     "torchrl_policy.py": r"running statistics of 200 updates, none of them of a rollout",
+    "test_time.py": r"mixed: as trained 0\.1\d statistics 0\.9\d tent with guard 0\.9\d\n"
+    r".*one class: as trained 0\.9\d statistics 0\.[012]\d tent with guard 0\.9\d",
     "train_ddp.py": r"2 processes: accuracy 0\.9\d\d; all replicas agree",
 }
 LAUNCHED = {  # in processes of their own: by a launcher, or because a framework changes the process it runs in

@@ -5,14 +5,17 @@ import math
 import pytest
 import torch
 
+import batchnorm as bn
 from batchnorm.lab.data import digits
 from batchnorm.lab.experiment import Measured, Results, Setting
 from batchnorm.lab.experiments import (
     alternatives,
     batch_size,
+    corruption,
     cost,
     demo,
     depth,
+    federated,
     image_classification,
     lr_range,
     paper_4_1,
@@ -168,3 +171,44 @@ def test_batch_normalization_doubles_what_is_kept_and_save_memory_gives_it_back(
     saving = cost._saved(cost.convert(build(layer), save_memory=True), images, labels)
     assert 1.7 < normalized / plain < 2.1
     assert 0.9 < saving / plain < 1.15
+
+
+class TestFederated:
+    def test_clients_share_no_image_and_have_few_classes(self):
+        data = digits.load(size=8)
+        clients = federated.by_labels(data.train, data.test, torch.Generator().manual_seed(0))
+        assert sum(len(client.train) for client in clients) == len(data.train)
+        assert max(len(client.train.labels.unique()) for client in clients) <= 4
+        assert all(torch.isin(client.test.labels, client.train.labels).all() for client in clients)
+
+    def test_merged_statistics_serve_the_server_and_batch_norms_of_their_own_the_clients(self):
+        server = {arm: federated.trained(arm, "labels", 5, QUICK)[0] for arm in ("parameters", "merged")}
+        assert server["merged"] > server["parameters"] + 0.1
+        clients = {arm: federated.trained(arm, "features", 5, QUICK)[1] for arm in ("merged", "fedbn")}
+        assert clients["fedbn"] > clients["merged"] + 0.1
+
+
+class TestCorruption:
+    def test_statistics_and_tent_adapt_to_mixed_batches_and_the_guard_to_batches_of_one_class(self):
+        network, test = corruption.trained(QUICK), digits.load(size=16).test
+
+        def accuracy(corrupt, ordered, **options):
+            used = bn.adapt(network, **options) if options else network
+            with torch.no_grad():
+                return corruption.accuracy(used, corruption.stream(test, corrupt, 1, ordered, 0))
+
+        for corrupt in corruption.CORRUPTIONS.values():
+            trained = accuracy(corrupt, False)
+            assert accuracy(corrupt, False, method="statistics") > trained + 0.05
+            assert accuracy(corrupt, False, method="tent") > trained + 0.05
+        clean = accuracy(lambda images, _: images, True)
+        assert accuracy(lambda images, _: images, True, method="statistics", guard=False) < clean - 0.3
+        assert accuracy(lambda images, _: images, True, method="sar") > clean - 0.02
+
+    def test_batches(self):
+        test = digits.load(size=16).test
+        mixed = [*corruption.stream(test, corruption.pale, 2, False, 0)]
+        ordered = [*corruption.stream(test, corruption.pale, 1, True, 0)]
+        assert sum(len(batch) for batch in mixed) == 2 * sum(len(batch) for batch in ordered) == 2 * len(test)
+        assert all(len(batch.labels.unique()) == 1 for batch in ordered)
+        assert min(len(batch.labels.unique()) for batch in mixed) == 10

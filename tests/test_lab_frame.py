@@ -678,5 +678,5 @@ def test_the_page_of_findings_is_what_the_published_results_say():
         (experiment, result.load(experiment.name, results)) for experiment in map(experiments.load, experiments.NAMES)
     ]
     text, pictures = findings.render([(experiment, found) for experiment, found in known if found], "findings")
-    assert len(pictures) == len(known) == 19
+    assert len(pictures) == len(known) == 21
     assert (root / "docs" / "findings.md").read_text(encoding="utf-8") == text

@@ -55,6 +55,7 @@ def test_the_evidence_has_every_seed():
 
 
 ACCURACY, STEPS = (tuple(f"{what}_{name}" for name in ("alexnet", "vgg", "resnet")) for what in ("accuracy", "steps"))
+MIXED = ("noise", "blur", "contrast")
 # The metrics of a claim, numbers with which it holds, and the changes of arms with each of which it does not.
 CLAIMS = {
     ("lr-range", 0): (("rates",), {"batch_norm": (7, 5), "plain": (3, 2)}, {"batch_norm": (7, 4)}, {"plain": (3, 4)}),
@@ -146,6 +147,17 @@ CLAIMS = {
     ("population", 0): (("early",), {"population": (0.9, 0.8), "running": (0.7, 0.2)}, {"running": (0.8, 0.2)}),
     ("population", 1): (("early",), {"population": (0.9, 0.8), "usual": (0.7, 0.2)}, {"usual": (0.8, 0.2)}),
     ("population", 2): (("end",), {"population": (0.9, 0.8), "usual": (0.7, 0.2)}, {"usual": (0.8, 0.2)}),
+    ("corruption", 0): (MIXED, {"statistics": (0.9, 0.8), "trained": (0.7, 0.2)}, {"trained/blur": (0.7, 0.8)}),
+    ("corruption", 1): (MIXED, {"tent": (0.9, 0.8), "trained": (0.7, 0.2)}, {"trained/noise": (0.7, 0.8)}),
+    ("corruption", 2): (MIXED, {"tent": (0.9, 0.8), "statistics": (0.7, 0.2)}, {"statistics/contrast": (0.7, 0.8)}),
+    ("corruption", 3): (("sorted",), {"trained": (0.9, 0.8), "statistics:unguarded": (0.7, 0.2)}, {"trained": (0.9, 0.7)}),
+    ("corruption", 4): (("sorted",), {"trained": (0.9, 0.8), "statistics": (0.9, 0.9)}, {"mixed": (0.9, 0.88)}),
+    ("corruption", 5): (("sorted_noise",), {"trained": (0.4, 0.3), "sar": (0.36, 0.5)}, {"trained": (0.42, 0.3)}),
+    ("federated", 0): (("labels_server",), {"merged": (0.9, 0.8), "parameters": (0.7, 0.2)}, {"parameters": (0.8, 0.2)}),
+    ("federated", 1): (("labels_server",), {"merged": (0.9, 0.8), "averaged": (0.7, 0.2)}, {"averaged": (0.8, 0.2)}),
+    ("federated", 2): (("labels_server",), {"recalibrated": (0.9, 0.8), "merged": (0.7, 0.2)}, {"merged": (0.8, 0.2)}),
+    ("federated", 3): (("features_clients",), {"fedbn": (0.9, 0.8), "merged": (0.7, 0.2)}, {"merged": (0.8, 0.2)}),
+    ("federated", 4): (("features_clients",), {"fedbn": (0.9, 0.8), "parameters": (0.7, 0.2)}, {"parameters": (0.8, 0.2)}),
     ("cost", 0): (("memory_vgg", "memory_resnet"), {"save_memory": (1.4, 1.1), "torch": (2, 2)}, {"save_memory/memory_resnet": (1.6, 1.1)}),
     ("cost", 1): (("time_vgg", "time_resnet"), {"save_memory": (1.21, 1.1), "torch": (1.2, 1.3)}, {"save_memory/time_vgg": (1.23, 1.1)}),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.statistics import Mixed
 from tests.layer_table import ROWS, Row, each_kind
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -104,7 +105,8 @@ def test_exports_to_torchs_operator(row):
     program = torch.export.export(layer, (sample(row),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.testing.assert_close(program.module()(sample(row)), layer(sample(row)))
     operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    if layer.running_mean is not None:
+    mixes = isinstance(layer.statistics, Mixed)  # its inference depends on the batch
+    if layer.running_mean is not None and not mixes:
         assert any("batch_norm" in operator for operator in operators), operators
 
 

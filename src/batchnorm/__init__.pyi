@@ -6,9 +6,13 @@ from batchnorm import interop as interop
 from batchnorm import privacy as privacy
 from batchnorm import statistics as statistics
 from batchnorm import testing as testing
+from batchnorm.adaptation import Adapted as Adapted
+from batchnorm.adaptation import adapt as adapt
 from batchnorm.agreement import Agreement as Agreement
 from batchnorm.agreement import average_buffers as average_buffers
 from batchnorm.agreement import replicas_agree as replicas_agree
+from batchnorm.copies import Tracker as Tracker
+from batchnorm.copies import track as track
 from batchnorm.diagnostics import Diagnosis as Diagnosis
 from batchnorm.diagnostics import Finding as Finding
 from batchnorm.diagnostics import diagnose as diagnose
@@ -17,6 +21,8 @@ from batchnorm.distributed import unsynchronize as unsynchronize
 from batchnorm.errors import BatchNormError as BatchNormError
 from batchnorm.explain import Explanation as Explanation
 from batchnorm.explain import explain as explain
+from batchnorm.federated import local_keys as local_keys
+from batchnorm.federated import merge_statistics as merge_statistics
 from batchnorm.folding import FoldReport as FoldReport
 from batchnorm.folding import fold as fold
 from batchnorm.functional import recomputation as recomputation

@@ -1,5 +1,5 @@
 """Population statistics: mean and variance over a whole data set, for inference. `recalibration` explains how."""
 
-from batchnorm.population.recalibration import METHODS, Progress, recalibrate, recalibrating
+from batchnorm.population.recalibration import METHODS, Progress, recalibrate, recalibrate_alone, recalibrating
 
-__all__ = ["METHODS", "Progress", "recalibrate", "recalibrating"]
+__all__ = ["METHODS", "Progress", "recalibrate", "recalibrate_alone", "recalibrating"]

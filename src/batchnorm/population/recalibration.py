@@ -142,6 +142,12 @@ def recalibrating(
     return _run(model, recorders, _Batches(loader, limit), forward or call, method == "layerwise", ranks)
 
 
+def recalibrate_alone(model: nn.Module, items: list[Any], forward: Forward) -> None:
+    """`recalibrate` in one pass over the items of this process, also where there are several processes."""
+    for _ in _run(model, _recorders(model), items, forward, False, None):
+        pass
+
+
 @dataclass(frozen=True)
 class _Batches:
     """The first `limit` items of a loader; can be iterated as often as the loader."""

@@ -9,6 +9,7 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.contract import Applying, Layer, SourceBuffer, Statistics, buffers_of
 from batchnorm.statistics.domains import Domains, domain
 from batchnorm.statistics.ghost import Ghost
+from batchnorm.statistics.mixed import Mixed
 from batchnorm.statistics.moving_average import MovingAverage
 from batchnorm.statistics.one_batch import as_one_batch
 from batchnorm.statistics.renorm import Renorm
@@ -20,6 +21,7 @@ __all__ = [
     "Domains",
     "Ghost",
     "Layer",
+    "Mixed",
     "MovingAverage",
     "Renorm",
     "Running",

@@ -27,6 +27,19 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
         ArgumentError: if `source` or `target` is not a module.
         StateError: if a layer of `target` with running statistics has no counterpart of its size in `source`; then nothing is copied.
     """
+    pairs = pairs_of(source, target)
+    with transaction(target, values=True), torch.no_grad():
+        for to, of in pairs:
+            to.copy_(of)
+    return target
+
+
+def pairs_of(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each running statistic and counter of `target`, and the tensor of `source` that belongs to it, as in `copy_statistics`.
+
+    Raises:
+        ArgumentError, StateError: as `copy_statistics`.
+    """
     named = [
         {
             without_wrappers(slot.path): slot.module
@@ -55,10 +68,7 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
                     "has none; copy between models of the same structure"
                 )
             pairs.append((to, of))
-    with transaction(target, values=True), torch.no_grad():
-        for to, of in pairs:
-            to.copy_(of)
-    return target
+    return pairs
 
 
 def without_wrappers(path: str) -> str:

@@ -28,6 +28,8 @@ NAMES = (
     "batch-size",
     "alternatives",
     "population",
+    "corruption",
+    "federated",
     "cost",
 )
 
