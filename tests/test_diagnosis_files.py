@@ -156,7 +156,8 @@ class TestPage:
     def test_it_needs_nothing_but_itself(self, page, diagnosis):
         targets = {attrs[key] for _, attrs in Text(page).elements for key in ("src", "href") if key in attrs}
         loaded = {each for each in targets if not each.startswith(("#", "data:"))}
-        assert loaded == {each.url for each in diagnosis.findings}  # links, which load nothing
+        links = {link for each in diagnosis.findings for link in (each.url, each.learn)}  # which load nothing
+        assert loaded == links
 
     def test_charts_have_their_values_for_the_script(self, page, diagnosis):
         charts = [json.loads(each) for each in re.findall(r'<script type="application/json">(.*?)</script>', page)]
