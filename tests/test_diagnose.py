@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.bench.networks import NETWORKS, Block
@@ -203,6 +204,18 @@ def test_no_rule_complains_about_the_network_of_the_demonstration(batch_norm):
     assert serious(found) == [], str(found)
 
 
+def test_dead_channels_of_a_new_network_are_constant_not_small():
+    """Networks of transformers draw weights with a deviation of .02: after some layers the variance is 1e-12."""
+    model = network()
+    with torch.no_grad():
+        model[0].weight *= 1e-7
+    assert codes(bn.diagnose(model, images(), select="BN702")) == []
+    with torch.no_grad():
+        model[0].weight[:6] = 0
+    model[0].bias = nn.Parameter(torch.full((8,), 3.0))
+    assert codes(bn.diagnose(model, images(), select="BN702")) == ["BN702"]
+
+
 def test_statistics_that_were_loaded_are_no_fault():
     assert codes(bn.diagnose(settle(network()))) == []
 
@@ -317,6 +330,58 @@ def test_batches_that_were_not_drawn_at_random():
         not are_drawn_at_random(list(torch.randn(6, 24, 50)), list(torch.randint(2, (6, 24)))) for _ in range(100)
     )
     assert alarms < 10
+
+
+class Inline(nn.Module):
+    def __init__(self, formula):
+        super().__init__()
+        self.block, self.formula = nn.Linear(4, 4), formula
+
+    def forward(self, x):
+        return self.formula(self.block(x))
+
+
+def normalized(x):
+    return (x - x.mean(0)) / (((x - x.mean(0)) ** 2).mean(0) + 1e-5).sqrt()
+
+
+class TestModelsWithoutBatchNormModules:
+    @pytest.mark.parametrize(
+        ("formula", "seen"),
+        [
+            (lambda x: F.batch_norm(x, None, None, training=True), "F.batch_norm is called in the forward of 1"),
+            (normalized, "mean and variance over the batch are computed in the forward of 1"),
+            (lambda x: (x - x.mean(0)) / torch.sqrt(x.var(0) + 1e-5), "mean and variance over the batch"),
+            (lambda x: x - torch.var_mean(x, dim=(0,))[1], "mean and variance over the batch"),
+            (lambda x: x - x.mean(1, keepdim=True), "no call of F.batch_norm and no variance over the batch"),
+            (lambda x: x / x.std(), "no call of F.batch_norm and no variance over the batch"),
+            (lambda x: x - x.mean(0), "no call of F.batch_norm and no variance over the batch"),
+        ],
+    )
+    def test_what_is_in_their_place_is_said(self, formula, seen):
+        model = nn.Sequential(nn.Linear(4, 4), Inline(formula), nn.LayerNorm(4))
+        items = [torch.randn(8, 4)]
+        before = state_of(model)
+        diagnosis = bn.diagnose(model, items)
+        assert codes(diagnosis) == []
+        assert diagnosis.in_place.startswith("no batch norm module was found; 1 LayerNorm; ")
+        assert seen in diagnosis.in_place
+        assert diagnosis.in_place in str(diagnosis)
+        assert diagnosis.in_place == diagnosis.to_data()["in_place"]
+        assert same(before, state_of(model))
+
+    def test_no_loader_or_one_that_does_not_fit_is_no_error(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        assert "pass loader=" in str(bn.diagnose(model))
+        assert "raised RuntimeError" in str(bn.diagnose(model, [torch.randn(8, 3)]))
+        assert "yields nothing" in str(bn.diagnose(model, []))
+        diagnosis = bn.diagnose(model, iter([torch.randn(8, 4)]))
+        assert "no call of F.batch_norm" in str(diagnosis)
+        assert diagnosis.fix(model).changes == ()
+        assert bn.diagnose(nn.Sequential(nn.LazyLinear(3)), [torch.randn(8, 4)]).in_place
+
+    def test_a_model_with_modules_has_no_such_line(self):
+        assert bn.diagnose(trained(), images()).in_place == ""
 
 
 class TestTheirOwnRemediesSilenceTheRules:

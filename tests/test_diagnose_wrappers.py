@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import batchnorm as bn
+from tests.replicas import on_replicas
 from tests.sick_models import images, lagging
 from tests.test_diagnose import codes, same, state_of
 
@@ -114,6 +115,32 @@ def test_the_layer_is_named_as_in_named_modules_and_nothing_changes(name, one_pr
     assert [each.gone for each in fixed.changes] == [True]
     fixed.undo()
     assert same(state_of(model), before)
+
+
+def on_two_ranks(rank, _size):
+    """Each rank diagnoses its own data, with plain layers and synchronized ones; and one diagnoses alone."""
+    items = images(4, seed=rank)
+    for synchronized in (False, True):
+        model = lagging().model
+        model = DistributedDataParallel(bn.synchronize(model) if synchronized else model)
+        before = state_of(model)
+        diagnosis = bn.diagnose(model, items, **everything(model))
+        assert [each.layers for each in diagnosis.findings if each.code == "BN201"] == [("module.4",)]
+        assert same(state_of(model), before)
+        assert bn.replicas_agree(model)
+    few = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+    small = [torch.randn(10, 16, generator=torch.Generator().manual_seed(n + 100 * rank)) for n in range(30)]
+    assert codes(bn.diagnose(few, small, select="BN402")) == ["BN402"]
+    both = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(few)), bn.synchronize(few)
+    assert [codes(bn.diagnose(each, small, select="BN402")) for each in both] == [[], []]
+    model = DistributedDataParallel(lagging().model)
+    if rank == 0:  # nothing in it waits for the other
+        assert codes(bn.diagnose(model, items, select="BN201")) == ["BN201"]
+    dist.barrier()
+
+
+def test_two_ranks():
+    on_replicas(on_two_ranks, 2)
 
 
 def test_a_large_embedding_costs_no_more_than_its_copy():

@@ -7,90 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.diagnostics import thresholds
+from batchnorm.diagnostics.arguments import Arguments, input_in, is_pair, size_of
 from batchnorm.diagnostics.by_hand import ByHand, inputs_of, probed
 from batchnorm.diagnostics.drawn import are_drawn_at_random
 from batchnorm.diagnostics.dropout import Dropout
-from batchnorm.diagnostics.inline import FunctionalNorms
+from batchnorm.diagnostics.gradients import Gradients, gradients_of
+from batchnorm.diagnostics.mates import influence_of_mates
 from batchnorm.diagnostics.measured import Measured, measured, ratio
-from batchnorm.diagnostics.norms import Norm, has_values, norms_of
-from batchnorm.diagnostics.probes import among_others, relative_difference
+from batchnorm.diagnostics.norms import has_values, norms_of
+from batchnorm.diagnostics.probes import relative_difference
 from batchnorm.diagnostics.progress import counted
 from batchnorm.diagnostics.record import Record, in_inference, in_training, record
 from batchnorm.diagnostics.state import untouched
 from batchnorm.diagnostics.step import Step, copies, counting_steps, differ, watched
+from batchnorm.diagnostics.wrappers import let_run_on_cpu, unwrapped
 from batchnorm.errors import ArgumentError
 from batchnorm.functional.compiled import eager
 from batchnorm.population.items import call
 from batchnorm.statistics import domain
-from batchnorm.torch_state import graph_task
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of `diagnose`, with the same names."""
-
-    loader: Iterable[Any] | None = None
-    criterion: Callable[[Any, Any], Tensor] | None = None
-    objective: Callable[[nn.Module, Any], Tensor] | None = None
-    forward: Callable[[nn.Module, Any], Any] | None = None
-    optimizer: Optimizer | None = None
-    predict: Callable[[nn.Module, Any], Any] | None = None
-    validate: Callable[[nn.Module], Any] | None = None
-    step: Callable[[nn.Module, Any], Any] | None = None
-    twin: nn.Module | None = None
-    replicas: list[nn.Module] | None = None
-
-    def missing(self, needs: Iterable[str]) -> list[str]:
-        """Which of `needs` are missing; "a|b" needs one of both, and "criterion" is there if objective is."""
-        given = {name for name, value in vars(self).items() if value is not None}
-        if "objective" in given:
-            given.add("criterion")
-        return [need for need in needs if not given & {*need.split("|")}]
-
-
-@dataclass
-class Gradients:
-    """Gradients of one batch in training mode.
-
-    Attributes:
-        parameters: by name.
-        outputs: norm of the gradient at the output of each batch norm, in the order of calls.
-        in_backward: by layer, calls within the backward that changed running statistics.
-    """
-
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, float] = field(default_factory=dict)
-    in_backward: dict[str, int] = field(default_factory=dict)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that would exchange buffers or run compiled code, which ignores hooks."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
-            model = inside
-        else:
-            return model
-
-
-class _OnCPU(nn.SyncBatchNorm):
-    """torch's synchronized layer raises on the CPU."""
-
-    forward = _BatchNorm.forward
 
 
 class Case:
@@ -146,9 +89,7 @@ class Case:
     def untouched(self, *others: nn.Module) -> Iterator[None]:
         """Restore the model, and others, at the end. Layers of torch that refuse the CPU normalize by their own batch meanwhile."""
         with untouched(self.model, *others, optimizer=self.arguments.optimizer), eager():
-            for module in itertools.chain.from_iterable(model.modules() for model in (self.model, *others)):
-                if type(module) is nn.SyncBatchNorm and any(value.device.type == "cpu" for value in module.buffers()):
-                    module.__class__ = _OnCPU
+            let_run_on_cpu((self.model, *others))
             yield
 
     # ---- passes ------------------------------------------------------------------------------------------------------------------
@@ -180,7 +121,7 @@ class Case:
     def _read(self, loader: Iterable[Any]) -> Iterator[Any]:
         kept = 0
         for number, item in enumerate(itertools.islice(loader, thresholds.BATCHES)):
-            size = sum(value.nbytes for value in tree_leaves(_values(item)) if isinstance(value, Tensor))
+            size = size_of(item)
             if not self._items or kept + size <= thresholds.KEPT_BYTES:
                 self._items.append((number, item))
                 kept += size
@@ -252,7 +193,7 @@ class Case:
                 loss = self.arguments.objective(inside, item)
             elif self.arguments.criterion is not None:
                 loss, output = self._loss_and_output(item, inside)
-            if output is None and predict is not None and _is_pair(item):
+            if output is None and predict is not None and is_pair(item):
                 output = predict(inside, item[0])
             return loss, output
 
@@ -263,7 +204,7 @@ class Case:
         """The accuracy of `predict`, in the modes that it finds and sets."""
         predict = self.arguments.predict
         assert predict is not None
-        items = (item for item in self.each("predicting") if _is_pair(item))
+        items = (item for item in self.each("predicting") if is_pair(item))
         with torch.no_grad():
             return measured(items, lambda item: (None, predict(self.inside, item[0])))
 
@@ -330,7 +271,7 @@ class Case:
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The kept items of full size, if all are (tensor, tensor); otherwise none."""
         items = self.items
-        if not all(isinstance(item, (tuple, list)) and len(item) == 2 and _is_pair(item) for item in items):
+        if not all(isinstance(item, (tuple, list)) and len(item) == 2 and is_pair(item) for item in items):
             return []
         size = max((len(x) for x, _ in items), default=0)
         return [(x, y) for x, y in items if len(x) == size]
@@ -362,45 +303,10 @@ class Case:
     @cached_property
     def gradients(self) -> Gradients:
         """One forward and backward in training mode on the first item that has more than one sample per channel."""
-        found = Gradients()
         if not self.items:
-            return found
-        handles = []
-
-        def before(norm: Norm) -> Callable[..., None]:
-            def hook(_layer: nn.Module, _args: Any) -> None:
-                if graph_task() != -1:
-                    values[norm.name] = copies(norm)
-
-            return hook
-
-        def after(norm: Norm) -> Callable[..., None]:
-            def hook(_layer: nn.Module, _args: Any, output: Any) -> None:  # also if a checkpoint stops the call early
-                if graph_task() != -1:
-                    if differ(values.get(norm.name), norm.statistics()):
-                        found.in_backward[norm.name] = found.in_backward.get(norm.name, 0) + 1
-                elif isinstance(output, Tensor) and output.requires_grad:
-                    found.outputs.setdefault(norm.name, 0.0)
-                    output.register_hook(lambda grad: found.outputs.__setitem__(norm.name, float(grad.norm())))
-
-            return hook
-
-        values = dict[str, Any]()
-        with self.untouched(), in_training(self.inside), torch.enable_grad(), contextlib.ExitStack() as stack:
-            for value in self.inside.parameters():
-                value.grad = None
-            for norm in self.norms:
-                handles.append(norm.module.register_forward_pre_hook(before(norm)))
-                handles.append(norm.module.register_forward_hook(after(norm), always_call=True))
-            for handle in handles:
-                stack.callback(handle.remove)
-            loss = self.loss(self.items[0])
-            if loss.requires_grad:
-                loss.backward()
-                found.parameters = {
-                    name: value.grad.clone() for name, value in self.model.named_parameters() if value.grad is not None
-                }
-        return found
+            return Gradients()
+        with self.untouched():
+            return gradients_of(self.model, self.inside, self.norms, lambda: self.loss(self.items[0]))
 
     # ---- the user's code ---------------------------------------------------------------------------------------------------------
 
@@ -409,45 +315,8 @@ class Case:
         """How much the prediction for a sample changes with its batch, relative; and the layers that normalized by the batch."""
         predict = self.arguments.predict
         assert predict is not None
-        batch_norms = list[str]()
-        if not self.items:
-            return 0.0, []
-
-        def before(norm: Norm) -> Callable[..., None]:
-            def hook(layer: nn.Module, _args: Any) -> None:
-                by_batch = (layer.training and not norm.frozen) or norm.statistics() is None
-                if (by_batch or norm.kind == "hand-written") and norm.name not in batch_norms:
-                    batch_norms.append(norm.name)
-
-            return hook
-
-        x = _input(self.items[0])
-        if x is None or len(x) < 2:
-            return 0.0, []
-        others = among_others(x)
-        outputs = list[Tensor]()
-        handles = list[Any]()
-        try:
-            for norm in self.norms:
-                handles.append(norm.module.register_forward_pre_hook(before(norm)))
-            for batch in (x, others):
-                with self.untouched(), torch.no_grad():
-                    torch.manual_seed(0)
-                    output = next(
-                        (value for value in tree_leaves(predict(self.inside, batch)) if isinstance(value, Tensor)), None
-                    )
-                if output is None or not output.dim() or len(output) != len(x):
-                    return 0.0, []
-                outputs.append(output[0].detach().double())
-        finally:
-            for handle in handles:
-                handle.remove()
-        change = relative_difference(*outputs)
-        if change > thresholds.MATES and not batch_norms:
-            with self.untouched(), torch.no_grad(), FunctionalNorms(self.inside) as found:
-                predict(self.inside, x)
-            batch_norms = found.names
-        return change, batch_norms
+        x = input_in(self.items[0]) if self.items else None
+        return (0.0, []) if x is None else influence_of_mates(self.inside, self.norms, predict, x, self.untouched)
 
     @cached_property
     def validated(self) -> list[str]:
@@ -491,16 +360,3 @@ class Case:
             for norm in layers
             if norm.name in inputs and len(inputs[norm.name]) > 2
         }
-
-
-def _is_pair(item: Any) -> bool:
-    return all(isinstance(value, Tensor) and value.dim() for value in item) and len(item[0]) == len(item[1])
-
-
-def _input(item: Any) -> Tensor | None:
-    given = item[0] if isinstance(item, (tuple, list)) and item else item
-    return given.clone() if isinstance(given, Tensor) and given.dim() else None
-
-
-def _values(item: Any) -> Any:
-    return list(item.values()) if hasattr(item, "values") and not isinstance(item, Tensor) else item

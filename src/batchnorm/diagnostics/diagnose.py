@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from batchnorm.diagnostics.case import Arguments, Case
+from batchnorm.diagnostics.absent import seen_in_place
+from batchnorm.diagnostics.arguments import Arguments
+from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.diagnosis import Diagnosis
 from batchnorm.diagnostics.finding import Finding, finding_of
 from batchnorm.diagnostics.layers import layer_rows
@@ -127,4 +129,5 @@ def _diagnosed(model: nn.Module, arguments: Arguments, rules: tuple[Rule, ...]) 
         case.record.batches if measured else 0,
         arguments,
         lambda again: _diagnosed(again, arguments, rules),
+        "" if case.norms else seen_in_place(case),
     )

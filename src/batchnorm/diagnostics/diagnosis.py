@@ -12,7 +12,8 @@ from torch import nn
 
 from batchnorm import files
 from batchnorm.diagnostics import formats, page
-from batchnorm.diagnostics.case import Arguments, Case
+from batchnorm.diagnostics.arguments import Arguments
+from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.fix import Mended, mend, plan
 from batchnorm.diagnostics.progress import shown
@@ -29,6 +30,7 @@ class Diagnosis:
         layers: numbers of each batch norm by its name ("" is the model itself): kind, class, batches counted, and what was measured.
         not_asked: a line for each argument that would allow more rules, such as "pass predict= to ask BN301".
         batches: number of batches read from the loader.
+        in_place: for a model without batch norm modules, what was seen in their place, a sentence; empty for others.
     """
 
     findings: tuple[Finding, ...]
@@ -37,6 +39,7 @@ class Diagnosis:
     batches: int
     _arguments: Arguments = field(repr=False)
     _again: Callable[[nn.Module], Diagnosis] = field(repr=False)
+    in_place: str = ""
 
     @property
     def has_errors(self) -> bool:
@@ -53,14 +56,18 @@ class Diagnosis:
         found = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n) or "nothing found"
         layers = f"{len(self.layers)} batch norm{'' if len(self.layers) == 1 else 's'}"
         batches = f"{self.batches} batch{'' if self.batches == 1 else 'es'}"
-        return f"{found} in {layers}" + (f", {batches}" if self.batches else "")
+        return (
+            f"{found} in {layers}"
+            + (f", {batches}" if self.batches else "")
+            + (f": {self.in_place}" if self.in_place else "")
+        )
 
     def __str__(self) -> str:
         return formats.to_text(self.findings, self.not_asked, self.summary)
 
     def to_data(self) -> dict[str, Any]:
         """The content of `to_json`."""
-        return formats.to_data(self.findings, self.layers, self.not_asked, self.batches)
+        return formats.to_data(self.findings, self.layers, self.not_asked, self.batches, self.in_place)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, completely or not at all; docs/diagnose.md describes the fields.

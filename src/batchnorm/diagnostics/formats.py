@@ -43,7 +43,11 @@ def to_text(findings: Sequence[Finding], not_asked: Iterable[str], summary: str,
 
 
 def to_data(
-    findings: Sequence[Finding], layers: Mapping[str, Mapping[str, Any]], not_asked: Sequence[str], batches: int
+    findings: Sequence[Finding],
+    layers: Mapping[str, Mapping[str, Any]],
+    not_asked: Sequence[str],
+    batches: int,
+    in_place: str,
 ) -> dict[str, Any]:
     """The data of the JSON; NaN and infinities are strings."""
     return {
@@ -66,6 +70,7 @@ def to_data(
         ],
         "layers": {name: {key: _plain(value) for key, value in row.items()} for name, row in layers.items()},
         "not_asked": list(not_asked),
+        "in_place": in_place,
     }
 
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from batchnorm.diagnostics.case import Arguments, Case, unwrapped
+from batchnorm.diagnostics.arguments import Arguments
+from batchnorm.diagnostics.case import Case
 from batchnorm.diagnostics.finding import Finding, finding_of
 from batchnorm.diagnostics.formats import named
 from batchnorm.diagnostics.norms import norms_of
@@ -28,6 +29,7 @@ from batchnorm.diagnostics.rule import Rule
 from batchnorm.diagnostics.rules import chosen
 from batchnorm.diagnostics.rules.running import drifts
 from batchnorm.diagnostics.step import Step, holds, watched
+from batchnorm.diagnostics.wrappers import unwrapped
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.functional.compiled import eager
 

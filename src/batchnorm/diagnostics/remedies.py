@@ -18,11 +18,12 @@ def recalibrate_all(case: Case, also: Sequence[str] = ()) -> None:
     """Recalibrate the layers that learn statistics, hand-written ones too, and frozen ones that are named."""
     by_hand = [norm.name for norm in case.norms if norm.kind == "hand-written" and norm.updates]
     held = [name for name in also if name not in case.learning]
+    case.give_pools([*by_hand, *held])  # first: what comes behind held layers depends on their statistics
     if any(norm.kind in ("torch", "ours") and norm.updates for norm in case.norms):
         method = "layerwise" if case.drops else "joint"
         recalibrate(case.inside, case.items, forward=lambda _, item: case.call(item), method=method)
     in_domains = [name for name, layer in case.record.layers.items() if layer.by_domain().keys() - {None}]
-    case.give_pools([*by_hand, *held, *in_domains])
+    case.give_pools(in_domains)
 
 
 def pool_replicas(models: Sequence[nn.Module]) -> None:

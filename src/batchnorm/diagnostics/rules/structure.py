@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from batchnorm.diagnostics import thresholds as at
@@ -33,8 +34,10 @@ def _dead(case: Case) -> Iterator[Found]:
     for name, layer in case.record.layers.items():
         eps = layer.norm.eps or 1e-5
         if layer.batches and eps <= at.EPS and layer.trained:
-            limit = min(eps, at.DEAD_VARIANCE) if layer.norm.started else eps * at.CONSTANT
-            shares[name] = float((stacked(layer)[1] < limit).all(0).double().mean())
+            means, variances = stacked(layer)
+            rounding = (2 * layer.precision * means).square()  # new layers may start with any variance
+            limit = torch.full_like(means, min(eps, at.DEAD_VARIANCE)) if layer.norm.started else rounding
+            shares[name] = float((variances <= limit).all(0).double().mean())
     names = worst_first(shares, at.DEAD_SHARE)
     if names:
         yield Found(
@@ -111,7 +114,7 @@ RULES = (
         "warning",
         ("loader",),
         "A channel that is constant carries nothing. The share of channels whose variance is below eps, and below 1e-5, in "
-        "every batch; healthy networks reach .19. In new layers only constant channels count.",
+        "every batch; healthy networks reach .19. In new layers only channels that are constant but for rounding count.",
         "prune them, or train again with a lower learning rate",
         "prune them, or train again with a lower learning rate",
         _dead,
