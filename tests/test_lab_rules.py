@@ -150,7 +150,7 @@ CLAIMS = {
     ("corruption", 0): (MIXED, {"statistics": (0.9, 0.8), "trained": (0.7, 0.2)}, {"trained/blur": (0.7, 0.8)}),
     ("corruption", 1): (MIXED, {"tent": (0.9, 0.8), "trained": (0.7, 0.2)}, {"trained/noise": (0.7, 0.8)}),
     ("corruption", 2): (MIXED, {"tent": (0.9, 0.8), "statistics": (0.7, 0.2)}, {"statistics/contrast": (0.7, 0.8)}),
-    ("corruption", 3): (("sorted",), {"trained": (0.9, 0.8), "statistics:unguarded": (0.7, 0.2)}, {"trained": (0.9, 0.7)}),
+    ("corruption", 3): (("sorted",), {"trained": (0.9, 0.8), "statistics_unguarded": (0.7, 0.2)}, {"trained": (0.9, 0.7)}),
     ("corruption", 4): (("sorted",), {"trained": (0.9, 0.8), "statistics": (0.9, 0.9)}, {"mixed": (0.9, 0.88)}),
     ("corruption", 5): (("sorted_noise",), {"trained": (0.4, 0.3), "sar": (0.36, 0.5)}, {"trained": (0.42, 0.3)}),
     ("federated", 0): (("labels_server",), {"merged": (0.9, 0.8), "parameters": (0.7, 0.2)}, {"parameters": (0.8, 0.2)}),

@@ -82,7 +82,7 @@ def accuracy(network: nn.Module, batches: Iterator[Examples]) -> float:
 def measure(arm: str, setting: Setting) -> Measured:
     network, data = trained(setting), digits.load(size=16)
     passes = setting.pick(2, 3, 10)
-    method, _, unguarded = arm.partition(":")
+    method, _, unguarded = arm.partition("_")
     values = dict[str, float]()
     for name, corrupt in {**CORRUPTIONS, "sorted": lambda images, _: images, "sorted_noise": noisy}.items():
         batches = stream(data.test, corrupt, passes, name.startswith("sorted"), setting.seed)
@@ -94,8 +94,8 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 ARMS = {
     "trained": "as trained",
-    "statistics:unguarded": "statistics, no guard",
-    "tent:unguarded": "tent, no guard",
+    "statistics_unguarded": "statistics, no guard",
+    "tent_unguarded": "tent, no guard",
     "statistics": "statistics",
     "mixed": "mixed",
     "tent": "tent",
@@ -137,7 +137,7 @@ EXPERIMENT = Experiment(
             "tent", "statistics"
         ),
         "On clean batches of one class it is more accurate as trained than with statistics of the batch.": RULES.better(
-            "sorted", "trained", "statistics:unguarded"
+            "sorted", "trained", "statistics_unguarded"
         ),
         "On clean batches of one class the guard loses at most one point: statistics, mixed, tent and sar.": (
             lambda results: verdict(
