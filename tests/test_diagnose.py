@@ -278,6 +278,21 @@ class TestTheTutorialsClass:
         (found,) = bn.diagnose(model, [torch.randn(6, 4) for _ in range(8)], select="BN716").findings
         assert found.severity == "warning"
 
+    def test_layers_that_take_more_than_an_input_are_not_called_alone(self):
+        class Conditional(ByHand):
+            def forward(self, x, shift):
+                return super().forward(x) + shift
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = Conditional(4, registered=False, biased=True)
+
+            def forward(self, x):
+                return self.norm(x, 1.0)
+
+        assert codes(bn.diagnose(Model(), [torch.randn(32, 4) for _ in range(3)], select="BN71")) == ["BN711"]
+
     def test_deviations_channels_last_and_other_names(self):
         class Norm2d(nn.Module):
             def __init__(self, unbiased):

@@ -37,13 +37,13 @@ class ByHand:
 
 
 def inputs_of(norms: list[Norm], model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """The first input of each layer, as it was given, while `run` calls the model in training mode."""
+    """The first input of each layer that takes nothing else, as given, while `run` calls the model in training mode."""
     inputs = dict[str, Tensor]()
     with torch.no_grad(), contextlib.ExitStack() as stack, in_training(model):
         for norm in norms:
 
             def keep(_layer: nn.Module, args: Any, kwargs: Any, norm: Norm = norm) -> None:
-                if args and input_of(norm, args, kwargs) is not None:
+                if len(args) == 1 and not kwargs and input_of(norm, args, kwargs) is not None:
                     inputs.setdefault(norm.name, args[0].detach().clone())
 
             stack.callback(norm.module.register_forward_pre_hook(keep, with_kwargs=True).remove)
