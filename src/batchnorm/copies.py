@@ -212,8 +212,8 @@ class _Weights:
         values = [value.detach() for value in module.parameters()]
         norms = None
         if values:
-            each = torch._foreach_norm(values)
-            norms = torch.stack([norm.to(each[0].device, torch.float64) for norm in each])
+            each = (torch.linalg.vector_norm(value) for value in values)
+            norms = torch.stack([norm.to(values[0].device, torch.float64) for norm in each])
         return cls([value._version for value in values], norms)
 
     def same_as(self, other: _Weights) -> bool:
