@@ -24,7 +24,7 @@ help:
 	@echo "make test      run the tests"
 	@echo "make test-all  run those marked slow too: the trainings that show each effect's direction"
 	@echo "make coverage  run the tests and measure which lines they run"
-	@echo "make interpret run the GPU kernels in Triton's interpreter, and compile them for four GPUs; needs none (make test: the newer Triton)"
+	@echo "make interpret run the GPU kernels in Triton's interpreter, and compile them for four GPUs; needs none"
 	@echo "make gpu       on a machine with a GPU: its tests, its benchmarks, a verdict for each target (runs/gpu/)"
 	@echo "make models    every operation on 45 architectures of other libraries (docs/models.md; some 5 GB of packages)"
 	@echo "make lint      ruff, clang-format and pyright"
@@ -58,27 +58,21 @@ bench: $(VENV)/lab
 	$(BIN)/batchnorm env
 	$(BIN)/batchnorm bench --json runs/bench/rows.json --report runs/bench/report.html --force
 
-# On another system than Linux there is no Triton, and torch's operators run on its GPUs.
-TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0 build/triton-3.7.1)
-
 # Another torch: make test CONSTRAINTS=constraints-2.14.txt VENV=.venv-2.14
-test: $(VENV)/dev $(lastword $(TRITON))
+test: $(VENV)/dev
 	$(BIN)/python -m pytest $(WORKERS)
-	$(call interpret,$(lastword $(TRITON)))
 
 # The programs for GPUs in Triton's interpreter, and compiled ahead of time. Triton lies in folders of its own: torch.compile would generate
-# other code if it found it.
+# other code if it found it. On another system than Linux there is none, and torch's operators run on its GPUs.
+TRITON := $(if $(filter Linux,$(shell uname -s)),build/triton-3.6.0 build/triton-3.7.1)
+
 build/triton-%: Makefile | $(VENV)/dev
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $@ triton==$*
 	@touch $@
 
-define interpret
-$(if $(1),TRITON_INTERPRET=1 PYTHONPATH=$(1) $(BIN)/python -m pytest $(WORKERS) tests/gpu)
-$(if $(1),PYTHONPATH=$(1) $(BIN)/python -m pytest $(WORKERS) tests/gpu/test_ahead_of_time.py)
-endef
-
 interpret: $(VENV)/dev $(TRITON)
-	$(foreach triton,$(TRITON),$(call interpret,$(triton))$(newline))
+	$(foreach triton,$(TRITON),TRITON_INTERPRET=1 PYTHONPATH=$(triton) $(BIN)/python -m pytest $(WORKERS) tests/gpu$(newline))
+	$(foreach triton,$(TRITON),PYTHONPATH=$(triton) $(BIN)/python -m pytest $(WORKERS) tests/gpu/test_ahead_of_time.py$(newline))
 
 # In the environment whose torch is built for this GPU, not in one of ours: make gpu PYTHON=python
 gpu:
