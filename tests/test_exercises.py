@@ -298,6 +298,7 @@ def call(*arguments):
     return CliRunner().invoke(commands, ["learn", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
+@pytest.mark.slow
 def test_from_templates_to_everything_right(tmp_path):
     folder = tmp_path / "exercises"
     assert call("start", folder).exit_code == 0

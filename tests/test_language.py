@@ -109,6 +109,7 @@ def test_a_translated_experiment_has_the_same_parts():
         assert translated(experiment) == experiment
 
 
+@pytest.mark.slow
 def test_the_report_is_chinese_in_text_figures_and_data():
     known = [(experiments.load(name), load(name, RESULTS)) for name in experiments.NAMES]
     english = render(known)
