@@ -54,6 +54,11 @@ def test_transforms():
         assert not torch_state.transforms_active()
 
 
+def test_norms_of_many_tensors():
+    values = [torch.tensor([3.0, 4.0]), torch.tensor([[5.0, 12.0]], dtype=torch.float64), torch.zeros(())]
+    assert [norm.item() for norm in torch_state.norms(values)] == [5, 13, 0]
+
+
 def test_a_batch_of_gradients_is_a_legacy_one():
     seen = []
     x = torch.ones(3, requires_grad=True)

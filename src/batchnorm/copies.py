@@ -18,6 +18,7 @@ from batchnorm.errors import ArgumentError, InputError, StateError
 from batchnorm.population import recalibrate_alone
 from batchnorm.surgery import batch_norms, copy_statistics
 from batchnorm.surgery.averages import pairs_of, without_wrappers
+from batchnorm.torch_state import norms
 
 METHODS = ("recalibrate", "copy", "average")
 _INSIDE = ("module", "ema_model")  # where wrappers have the copy: AveragedModel and timm, ema-pytorch
@@ -210,11 +211,9 @@ class _Weights:
     @classmethod
     def of(cls, module: nn.Module) -> Self:
         values = [value.detach() for value in module.parameters()]
-        norms = None
-        if values:
-            each = (torch.linalg.vector_norm(value) for value in values)
-            norms = torch.stack([norm.to(values[0].device, torch.float64) for norm in each])
-        return cls([value._version for value in values], norms)
+        each = norms(values) if values else None
+        together = None if each is None else torch.stack([norm.to(each[0].device, torch.float64) for norm in each])
+        return cls([value._version for value in values], together)
 
     def same_as(self, other: _Weights) -> bool:
         if self.versions != other.versions:

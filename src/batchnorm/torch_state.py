@@ -30,6 +30,7 @@ __all__ = [
     "is_functional",
     "is_legacy_batched",
     "is_tracing",
+    "norms",
     "only_gradient_levels",
     "outside_transforms",
     "queue_callback",
@@ -46,6 +47,9 @@ transforms_active = torch._C._are_functorch_transforms_active
 
 # Whether `torch.jit.trace` runs.
 is_tracing = torch._C._is_tracing
+
+# The norms of many tensors in one call, 0-d each.
+norms = torch._foreach_norm
 
 # The id of the backward that runs in this thread; -1 outside of one.
 graph_task = torch._C._current_graph_task_id
