@@ -128,14 +128,13 @@ class Channels {
     // Call this before the sums of channels c0 ... c1 - 1 are computed; typical(c) is a value near the mean of c.
     template <class Typical>
     void begin(int64_t c0, int64_t c1, const Typical& typical) {
-        if (!takes_moments()) return for_lanes(c0, c1, [&](int64_t c, auto lanes) { set_pre_activation(c, lanes); });
-        if (Sums<T>::about_zero) return;
+        if (!begins_with_shifts(c0, c1)) return;
         for (int64_t c = c0; c < c1; ++c) set_shift(c, Doubles{} + typical(c), Partial{1});
     }
     // The same for all channels where neighbors in memory are channels: typicals(c, lanes) are those of a vector of channels.
     template <class Typicals>
     void begin_columns(const Typicals& typicals) {
-        if (!takes_moments() || Sums<T>::about_zero) return begin(0, task.C, [](int64_t) { return 0.0; });
+        if (!begins_with_shifts(0, task.C)) return;
         int64_t c = 0;
         for (; c + T::width <= task.C; c += T::width) set_shifts(c, typicals(c, Whole{}), Whole{});
         const Partial rest{(int)(task.C - c)};
@@ -191,6 +190,13 @@ class Channels {
     bool* unfinished;
 
     bool takes_moments() const { return task.verb == Verb::moments || task.verb == Verb::forward; }
+
+    // Whether the sums of channels c0 ... c1 - 1 need their shifts first; those of a backward get their numbers here.
+    bool begins_with_shifts(int64_t c0, int64_t c1) {
+        if (takes_moments()) return !Sums<T>::about_zero;
+        for_lanes(c0, c1, [&](int64_t c, auto lanes) { set_pre_activation(c, lanes); });
+        return false;
+    }
 
     // Calls body(c, Whole) for each full vector of channels, and body(c, Partial) for the rest.
     template <class Body>
