@@ -54,7 +54,7 @@ class Domains:
     of this domain only. Inference uses the statistics of the domain. Weight and bias are shared, unless `affine` says otherwise.
     References: Radford et al. 2016, arXiv:1511.06434 (mini-batches all real or all generated); Li et al. 2016, arXiv:1603.04779 (domain
     adaptation); Xie et al. 2020, arXiv:1911.09665, section 4 (AdvProp's auxiliary batch normalization, with `affine`); Antoniou et al.
-    2019, arXiv:1810.09502, section 4 (the inner steps of MAML++ as domains, with `affine`).
+    2019, arXiv:1810.09502 (the inner steps of MAML++ as domains, with `affine`).
 
     `with batchnorm.domain("fake"):` selects a domain; outside of it, the first one applies. The statistics of the first domain are the
     layer's `running_mean`, `running_var` and `num_batches_tracked`. Those of a domain `fake` are further buffers, `running_mean_fake`

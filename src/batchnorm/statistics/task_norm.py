@@ -27,7 +27,7 @@ _PARAMETERS = ("statistics_scale", "statistics_offset")
 
 @dataclass(frozen=True)
 class TaskNorm:
-    """Statistics of a task's support set, blended with those of each sample (Bronskill et al. 2020, arXiv:2003.03284, section 4.2).
+    """Statistics of a task's support set, blended with those of each sample (Bronskill et al. 2020, arXiv:2003.03284).
 
         mean     = alpha · mean_s + (1 - alpha) · mean_i
         variance = alpha · (var_s + (mean_s - mean)²) + (1 - alpha) · (var_i + (mean_i - mean)²)
