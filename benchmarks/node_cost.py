@@ -102,7 +102,10 @@ def main() -> None:
     percentiles = {arm: quantiles(values, n=10)[1::3] for arm, values in times.items()}
     base = percentiles["torch's layer"][1]
     machine, today = env.machine().cpu, datetime.now(UTC).date().isoformat()
-    rows = [Row(arm, *found, base / found[1], machine, torch.__version__, today) for arm, found in percentiles.items()]
+    rows = [
+        Row(arm, p20, p50, p80, base / p50, machine, torch.__version__, today)
+        for arm, (p20, p50, p80) in percentiles.items()
+    ]
     with arguments.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
