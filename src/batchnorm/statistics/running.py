@@ -11,7 +11,15 @@ from torch import Tensor
 from batchnorm.functional.after_linear import normalize_linear
 from batchnorm.logs import logger
 from batchnorm.statistics.common import by_running_statistics
-from batchnorm.statistics.contract import Applying, Layer, SourceBuffer, Statistics, buffers_of
+from batchnorm.statistics.contract import (
+    Applying,
+    Layer,
+    SourceBuffer,
+    SourceParameter,
+    Statistics,
+    buffers_of,
+    parameters_of,
+)
 
 _warned = weakref.WeakSet[Layer]()  # layers that save their input although they were asked not to
 
@@ -79,3 +87,7 @@ class Running:
     def layer_buffers(self) -> dict[str, SourceBuffer]:
         """The buffers of the source that it replaces; `unfreeze` needs them again."""
         return {} if self.before is None else buffers_of(self.before)
+
+    def layer_parameters(self) -> dict[str, SourceParameter]:
+        """The parameters of the source that it replaces, likewise."""
+        return {} if self.before is None else parameters_of(self.before)
