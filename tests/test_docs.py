@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from pymdownx.slugs import slugify
 
+from batchnorm.lab.experiment import ANSWERS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -221,6 +223,18 @@ def test_the_figures_of_the_book_are_as_drawn():
     assert {name: (figures.ASSETS / name).read_text() for name in figures.DRAWINGS} == {
         name: draw() for name, draw in figures.DRAWINGS.items()
     }
+
+
+def test_the_table_of_first_claims_has_the_verdicts_of_today():
+    row = re.compile(r"^\| \[([\w.-]+)\]\((?:findings\.md)?#[^)]*\) \| (.*) \|$", re.MULTILINE)
+    verdicts = dict[str, list[str]]()
+    for name, cells in row.findall((ROOT / "docs" / "findings.md").read_text()):
+        verdicts.setdefault(name, []).append(cells.split(" | ")[-1])
+    counted = {
+        name: ", ".join(f"{found.count(answer)} × *{answer}*" for answer in ANSWERS if answer in found)
+        for name, found in verdicts.items()
+    }
+    assert {name: cells.split(" | ")[2] for name, cells in row.findall((ROOT / "docs" / "lab.md").read_text())} == counted
 
 
 def test_the_page_of_models_is_what_the_rows_say():

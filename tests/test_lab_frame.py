@@ -523,7 +523,7 @@ class TestCommands:
         ]  # fmt: skip
         assert call("lab", "report", "--out", tmp_path).exit_code == 0
         page = (tmp_path / "report.html").read_text()
-        assert "Of 2 claims 2 are measured to the end: 1 × holds, 1 × does not hold." in page
+        assert "All 2 claims are measured: 1 × holds, 1 × does not hold." in page
         assert page.count("It &lt;never&gt; fails.") == 2  # among all claims, and with its experiment
         assert page.count("It failed.") == 1
         assert call("lab", "findings", "--out", tmp_path, "--page", tmp_path / "page.md").exit_code == 0

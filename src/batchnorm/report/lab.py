@@ -52,6 +52,8 @@ def _lead(claims: int, answers: Sequence[Answer]) -> str:
         return tr("Of {claims} claims none is measured to the end.", claims=claims)
     if len(answers) == 1:
         return tr("Of {claims} claims 1 is measured to the end: {counted}.", claims=claims, counted=counted)
+    if len(answers) == claims:
+        return tr("All {claims} claims are measured: {counted}.", claims=claims, counted=counted)
     return tr(
         "Of {claims} claims {measured} are measured to the end: {counted}.",
         claims=claims,
