@@ -144,6 +144,14 @@ def test_the_readme_renders_outside_the_repository():
     assert len(defined) > 10
 
 
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 90
+    first = text.splitlines()[:32]
+    for part in ("√(variance + ε)", "pip install", "training:  tensor(", "![", "**Learning it?**"):
+        assert any(part in line for line in first), part
+
+
 def test_every_page_is_in_the_index():
     index, chinese = ((ROOT / "docs" / name).read_text() for name in ("index.md", "index.zh.md"))
     navigation = (ROOT / "mkdocs.yml").read_text()
@@ -214,7 +222,9 @@ def script(path: str) -> Any:
 def test_the_picture_is_what_the_demonstration_measured():
     """Make it again with: python scripts/picture.py"""
     picture = script("scripts/picture.py")
-    assert picture.PICTURE.read_text() == picture.draw(json.loads(picture.RESULT.read_text()))
+    result = json.loads(picture.RESULT.read_text())
+    for name, words in picture.WORDS.items():
+        assert (picture.ASSETS / name).read_text() == picture.draw(result, words)
 
 
 def test_the_figures_of_the_book_are_as_drawn():
