@@ -37,8 +37,8 @@ WORDS: dict[str, Words] = {
         "step": "step, at learning rate 0.1",
         "sweep": "It trains at more rates",
         "rate": "learning rate",
-        "label": "Two plots of accuracy, mean and range of {seeds} seeds. Left: in the first {steps} steps at learning rate 0.1 the network "
-        "with BN learns sooner. Right: test accuracy at the learning rates {rates}: {said}.",
+        "label": "Two plots of accuracy, mean and range of {seeds} seeds. Left: in the first {steps} steps at learning rate 0.1 the "
+        "network with BN learns sooner. Right: test accuracy at the learning rates {rates}: {said}.",
     },
     "demo-zh.svg": {
         "plain": "不用 BN",

@@ -244,7 +244,9 @@ def test_the_table_of_first_claims_has_the_verdicts_of_today():
         name: ", ".join(f"{found.count(answer)} × *{answer}*" for answer in ANSWERS if answer in found)
         for name, found in verdicts.items()
     }
-    assert {name: cells.split(" | ")[2] for name, cells in row.findall((ROOT / "docs" / "lab.md").read_text())} == counted
+    assert {
+        name: cells.split(" | ")[2] for name, cells in row.findall((ROOT / "docs" / "lab.md").read_text())
+    } == counted
 
 
 def test_the_page_of_models_is_what_the_rows_say():

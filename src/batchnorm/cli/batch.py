@@ -81,7 +81,9 @@ def read(name: str) -> Batch:
         MissingExtraError: a .npy file without NumPy.
     """
     if name == "-":
-        return parsed(sys.stdin.read().removeprefix("\ufeff"), "standard input")  # the mark that Windows puts before UTF-8
+        return parsed(
+            sys.stdin.read().removeprefix("\ufeff"), "standard input"
+        )  # the mark that Windows puts before UTF-8
     path = Path(name)
     try:
         return _array(path) if path.suffix.lower() == ".npy" else parsed(path.read_text(encoding="utf-8-sig"), name)

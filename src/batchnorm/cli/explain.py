@@ -15,7 +15,7 @@ from batchnorm.cli.language import lang_option
 from batchnorm.cli.text import print_json
 from batchnorm.errors import InputError
 from batchnorm.explain import Explanation, explain
-from batchnorm.language import tr
+from batchnorm.language import tr, wrapped
 
 MOST_ROWS = 24  # of a table on a terminal
 MOST_CHANNELS = 4  # shown in full, if no channel is chosen
@@ -159,6 +159,7 @@ def _text(batch: Batch, found: dict[int, Explanation], chosen: bool, width: int 
         sizes=sizes,
         channels=len(batch.channels()),
     )
+    head = head if width is None else "\n".join(wrapped(head, width))
     if len(found) > MOST_CHANNELS and not chosen:
         lines = [head, "", tr("channel: mean, biased variance, running mean, running variance")]
         lines += [
