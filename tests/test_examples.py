@@ -19,6 +19,7 @@ SHOWN = {
     "average_weights.py": r"50 steps: recalibrated 0\.(\d)\d, tracked 0\.\1\d, the model's 1\.",
     "federated.py": r"merged statistics: accuracy 0\.[56]\d\n.*their own: +accuracy 0\.[78]",
     "lightning_callback.py": r"accuracy 0\.9\d, running variance that of all data: True",
+    "meta_learning.py": r"queries' own: accuracy 0\.8\d, class by class 0\.[67]\d\nTaskNorm: accuracy (0\.[89]\d), class by class \1",
     "monitor.py": r"BN101 at step 20: 1: momentum is 0\.99(.|\n)*5 looks in 100 steps: \['BN101'\]",
     "monitor_lightning.py": r"5 looks, findings: \[\]",
     "monitor_transformers.py": r"5 looks, findings: \[\]",

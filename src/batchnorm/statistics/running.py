@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from batchnorm.statistics.common import by_running_statistics
-from batchnorm.statistics.contract import Layer, SourceBuffer, Statistics, buffers_of
+from batchnorm.statistics.contract import Layer, SourceBuffer, SourceParameter, Statistics, buffers_of, parameters_of
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,7 @@ class Running:
     def layer_buffers(self) -> dict[str, SourceBuffer]:
         """The buffers of the source that it replaces; `unfreeze` needs them again."""
         return {} if self.before is None else buffers_of(self.before)
+
+    def layer_parameters(self) -> dict[str, SourceParameter]:
+        """The parameters of the source that it replaces, likewise."""
+        return {} if self.before is None else parameters_of(self.before)
