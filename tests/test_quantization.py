@@ -450,7 +450,7 @@ def prepared(model, x, *, train=True):
 
 
 def pt2e(model, digits):
-    from torchao.quantization.pt2e import move_exported_model_to_eval, quantize_pt2e
+    from torchao.quantization.pt2e import disable_observer, move_exported_model_to_eval, quantize_pt2e
 
     x = digits.train.images[:64]
     after = prepared(copy.deepcopy(model), x, train=False)
@@ -461,7 +461,7 @@ def pt2e(model, digits):
     learn(trained, digits, 10, 0.01)
     found["training"], found["mates in training"] = trained(x).detach(), mates(trained, x)
     converted = quantize_pt2e.convert_pt2e(copy.deepcopy(trained))
-    move_exported_model_to_eval(trained)
+    move_exported_model_to_eval(trained.apply(disable_observer))
     move_exported_model_to_eval(converted)
     for name, program in (("prepared", trained), ("QAT", converted), ("PTQ", quantize_pt2e.convert_pt2e(after))):
         left = count(program, torch.ops.aten.batch_norm.default)
