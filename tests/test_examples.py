@@ -26,6 +26,8 @@ SHOWN = {
     "monitor_transformers.py": r"5 looks, findings: \[\]",
     "padded_sequences.py": r"padding masked out:  mean \+0\.00, deviation 1\.00",
     "private_training.py": r"1, 5 do; call model\.eval[^\n]*\nwith group norm: accuracy 0\.[89]",
+    "quantization.py": r"float weights: +accuracy 0\.9\d\n2 bits, 2 pairs: +accuracy 0\.[678]\d\n"
+    r"2 bits, trained, folded: accuracy 0\.9\d\n0 batch norms, 4 different",
     "sb3_policy.py": r"acts in inference: True, learns in training: True",
     "several_sizes.py": r"as one batch:   accuracy 0\.[89]",
     "switch.py": r"batchnorm\.layers: accuracy 1\.0",

@@ -25,6 +25,7 @@ from batchnorm.federated import local_keys as local_keys
 from batchnorm.federated import merge_statistics as merge_statistics
 from batchnorm.folding import FoldReport as FoldReport
 from batchnorm.folding import fold as fold
+from batchnorm.folding import unfold as unfold
 from batchnorm.functional import recomputation as recomputation
 from batchnorm.layers import BatchNorm as BatchNorm
 from batchnorm.layers import BatchNorm1d as BatchNorm1d

@@ -11,19 +11,22 @@ from torch.utils._pytree import tree_leaves
 
 from batchnorm.folding.flow import CONSTANT_PADS, Refused, shape_of
 from batchnorm.folding.modules import ChannelPad
-from batchnorm.folding.norms import Affine, is_norm, not_foldable, rest_of
+from batchnorm.folding.norms import Affine, channel_axis_of, is_norm, not_foldable, rest_of
 from batchnorm.folding.record import Record
 from batchnorm.folding.report import Folded
 from batchnorm.folding.rules import End, Scene, ahead, back, check_replaceable, check_stays, padding_of
 from batchnorm.folding.weights import Weights
-from batchnorm.layers import BatchNorm
 from batchnorm.surgery import walk
 from batchnorm.surgery.tracing import TracedModule
 
 
 @dataclass
 class Folding:
-    """Collects the changes of a model, by the ids of its modules; `apply` makes them."""
+    """Collects the changes of a model, by the ids of its modules; `apply` makes them.
+
+    Attributes:
+        quantized: the only batch norm that may be folded into a linear layer, because its weights are quantized for it.
+    """
 
     model: nn.Module
     folded: list[Folded] = field(default_factory=list)
@@ -31,6 +34,13 @@ class Folding:
     weights: dict[int, Weights] = field(default_factory=dict)
     replacements: dict[int, nn.Module] = field(default_factory=dict)
     unpadded: list[Any] = field(default_factory=list)
+    quantized: dict[int, nn.Module] = field(default_factory=dict)
+
+    def quantize(self, linear: nn.Module, weight: Tensor, norm: nn.Module) -> None:
+        """Give a linear layer weights, float64, that are quantized once this batch norm is folded into them; nothing else may be."""
+        self.weights[id(linear)] = Weights(linear)
+        self.weights[id(linear)].weight = weight
+        self.quantized[id(linear)] = norm
 
     def fold(self, traced: TracedModule, record: Record) -> None:
         """Fold the batch norms of a graph in the order of their calls; repeat while this makes others foldable."""
@@ -69,13 +79,16 @@ class Folding:
         shape = shape_of(value)
         if shape is None:
             raise Refused("its input is not a tensor")
-        axis = (norm.channel_axis if isinstance(norm, BatchNorm) else 1) % len(shape)
+        axis = channel_axis_of(norm, len(shape))
         reason = not_foldable(norm, shape, axis)
         if reason is not None:
             raise Refused(reason)
         affine = Affine.of(norm)
         rest = rest_of(norm, residual="residual" in node.kwargs)
         ends, kind = self._ends(scene, node, axis, affine, rest)
+        for end in ends:
+            if self.quantized.get(id(end.module), norm) is not norm:
+                raise Refused(f"{end.name} has quantized weights")
         for end in ends:
             if type(end.module) in CONSTANT_PADS:
                 assert end.pad is not None

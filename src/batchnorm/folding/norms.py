@@ -45,6 +45,17 @@ class Affine:
         return (x.double() * self.scale.reshape(shape) + self.shift.reshape(shape)).to(x.dtype)
 
 
+def scale_of(norm: Any) -> Tensor:
+    """The factor of a batch norm in inference, (C,), in the dtype of its state; gradients reach its weight."""
+    deviation = (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
+    return deviation.reciprocal() if norm.weight is None else norm.weight / deviation
+
+
+def channel_axis_of(norm: nn.Module, rank: int) -> int:
+    """The channel axis of a batch norm for input of this rank."""
+    return (norm.channel_axis if isinstance(norm, BatchNorm) else 1) % rank
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm; the frozen batch norms of other libraries are included."""
     return isinstance(module, _BatchNorm) or is_frozen_norm(module)

@@ -14,7 +14,7 @@ class Folded:
         batch_norm: its name in the model.
         into: the names of the layers that it was folded into.
         kind: where it was: "after" or "before" these layers; "before, padded" if this needed a separate padding; "parallel" as a branch
-            beside convolutions.
+            beside convolutions; "in training" after a layer that it is now a `FoldedPair` with.
     """
 
     batch_norm: str

@@ -94,10 +94,10 @@ def back(scene: Scene, value: Any, user: fx.Node, axis: int, affine: Affine) -> 
         yield from back(scene, value.args[0], value, axis, affine)
         return
     if module is not None and kind_of(module) is not None:
-        yield _end(scene, value, axis, affine)
+        yield end_at(scene, value, axis, affine)
         return
     if module is not None and can_fold_after(module, shape_of(value.args[0]) or ()):
-        yield _end(scene, value, axis, affine)
+        yield end_at(scene, value, axis, affine)
         return
     if averages(value, module, axis, positive=bool((affine.scale >= 0).all())):
         yield from back(scene, value.args[0], value, axis, affine)
@@ -145,7 +145,7 @@ def ahead(scene: Scene, value: fx.Node, axis: int, affine: Affine) -> Iterator[E
         if scene.passes(user) and not in_place(user, module):
             yield from ahead(scene, user, axis, affine)
         elif module is not None and kind_of(module) is not None:
-            yield _end(scene, user, axis, affine, before=True)
+            yield end_at(scene, user, axis, affine, before=True)
         elif type(module) in CONSTANT_PADS:
             yield from _through_pad(scene, user, module, axis, affine)
         elif averages(user, module, axis, positive=bool((affine.scale >= 0).all())):
@@ -176,8 +176,12 @@ def _through_pad(scene: Scene, node: fx.Node, module: Any, axis: int, affine: Af
     yield from ahead(scene, node, axis, affine)
 
 
-def _end(scene: Scene, node: fx.Node, axis: int, affine: Affine, *, before: bool = False) -> End:
-    """The end of a path: a linear layer. Raises `Refused` if the function cannot be folded into it."""
+def end_at(scene: Scene, node: fx.Node, axis: int, affine: Affine, *, before: bool = False) -> End:
+    """The end of a path, a linear layer.
+
+    Raises:
+        Refused: if the affine function cannot be folded into it.
+    """
     name, module = scene.modules[node]
     kind = kind_of(module)
     of = node.args[0] if before else node

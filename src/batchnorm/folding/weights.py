@@ -73,6 +73,14 @@ def channel_axis(module: nn.Module, rank: int) -> int:
     return rank - 1 if isinstance(module, nn.Linear) else rank - 1 - (module.weight.dim() - 2)  # pyright: ignore
 
 
+def along_outputs(values: Tensor, module: Any) -> Tensor:
+    """One value for each output channel, (C,), reshaped so that it broadcasts to the weight of a linear layer."""
+    weight = module.weight
+    if isinstance(module, TRANSPOSED):  # (inputs, outputs / groups, *kernel)
+        values = values.reshape(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1).flatten(0, 1)
+    return _spread(values, weight)  # otherwise (outputs, inputs / groups, *kernel)
+
+
 class Weights:
     """The weights of one linear layer in float64; `write` casts them back once, after all folds."""
 
@@ -85,13 +93,8 @@ class Weights:
 
     def fold_after(self, affine: Affine) -> None:
         """Fold an affine function after the layer into the weights."""
-        scale = affine.scale
-        if self.transposed:  # (inputs, outputs / groups, *kernel)
-            by_group = self.weight.unflatten(0, (self.groups, -1))
-            self.weight = (by_group * _spread(scale.view(self.groups, 1, -1), by_group)).flatten(0, 1)
-        else:  # (outputs, inputs / groups, *kernel)
-            self.weight = self.weight * _spread(scale, self.weight)
-        self.bias = affine.shift if self.bias is None else self.bias * scale + affine.shift
+        self.weight = self.weight * along_outputs(affine.scale, self.module)
+        self.bias = affine.shift if self.bias is None else self.bias * affine.scale + affine.shift
 
     def fold_before(self, affine: Affine) -> None:
         """Fold an affine function before the layer into the weights; for transposed layers, the shift must be 0."""
