@@ -23,7 +23,7 @@ from batchnorm.kernels.gpu.plans import Cut, Shape
 from batchnorm.kernels.gpu.programs import backward, channels, forward
 from tests.gpu.ahead_of_time import POINTERS, Machine, compiled
 
-SIZES = dict.fromkeys(("pieces", "tiles", "rows", "channels", "positions", "blocks", "values"), "i32")
+SIZES = dict.fromkeys(("pieces", "tiles", "rows", "channels", "positions", "blocks", "values", "columns"), "i32")
 NUMBERS = dict.fromkeys(("eps", "eps_low", "momentum", "momentum_low", "slope"), "fp32")
 TENSORS = ("x", "dy", "y", "residual", "beside", "dx", "dresidual")
 WIDE = dict.fromkeys(("statistics", "mean", "rstd", "mean_g", "mean_gxhat", "spread"), "*fp64")
@@ -73,7 +73,7 @@ def cut_of(name: str, dtype: str) -> Cut:
 
 def machine(program: Any, cut: Cut, target: str, **constants: Any) -> Machine:
     """The program as it is launched for this cut."""
-    tile = {"PLANAR": cut.shape.planar, "UNIT": cut.unit, "BR": cut.height, "BK": cut.width}
+    tile = {"LAYOUT": cut.shape.layout, "UNIT": cut.unit, "BR": cut.height, "BK": cut.width}
     loop = {"EVEN": cut.even, "STAGES": cut.plan.stages}
     others = {"sums": "*fp64"} if program is backward.whole_gradient else {}
     given = types(program, cut.shape.dtype, **others)
