@@ -232,6 +232,22 @@ def test_it_can_be_switched_off(monkeypatch):
     assert kernels.select(x, Epilogue()) is aten
 
 
+def test_the_environment_sets_the_least_number_of_bytes(monkeypatch):
+    """With CUDA graphs the host only starts the step, so smaller tensors are worth the launches."""
+    given = shape("interleaved", "bfloat16", 256 * 14 * 14, 256)
+    assert plans.left_to_torch(given) is not None
+    for value, least in (("20000000", 20_000_000), ("0", 0)):
+        monkeypatch.setenv(plans.LEAST, value)
+        found = plans.read()
+        assert [plan.bytes_below for plan in found if plan.name == "small"] == [least]
+        use(monkeypatch, *found)
+        assert plans.left_to_torch(given) is None
+    monkeypatch.setenv(plans.LEAST, "20 MB")
+    dispatch.unavailable.cache_clear()
+    assert gpu.status() == "BATCHNORM_GPU_BYTES must be a number of bytes, but is '20 MB'"
+    assert gpu.steps_for(torch.randn(8, 3, 7, device=DEVICE), torch.zeros(3, device=DEVICE)) is None
+
+
 def test_without_triton_torchs_operators_run(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
     dispatch.unavailable.cache_clear()
@@ -274,6 +290,7 @@ def shape(layout: str, dtype: str, rows: int, channels: int, positions: int = 1)
         (shape("planar", "bfloat16", 256, 2048, 7 * 7), "odd planes"),
         (shape("planar", "bfloat16", 256, 2047, 9 * 9), None),
         (shape("planar", "float16", 64, 2048, 15 * 15), None),
+        (shape("interleaved", "float16", 256 * 56 * 56, 33), None),
         (shape("planar", "float32", 2, 3, 5), None),
         (shape("interleaved", "bfloat16", 256 * 14 * 14, 256), None),
         (shape("interleaved", "float32", 256 * 14 * 14, 256), "interleaved"),

@@ -296,7 +296,7 @@ def test_batch_renormalization(monkeypatch):
         close_in_float32("r and d", one, other, 1e-6)
 
 
-@pytest.mark.parametrize("buffers", [F32, torch.float64, F16], ids=str)
+@pytest.mark.parametrize("buffers", [F32, torch.float64, F16, BF16], ids=str)
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
 @pytest.mark.parametrize("unbiased", [True, False], ids=["unbiased", "biased"])
 def test_running_statistics(buffers, finite, unbiased):

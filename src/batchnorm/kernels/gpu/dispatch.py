@@ -32,6 +32,9 @@ def unavailable() -> str | None:
     """Why these kernels cannot be used in this process, or None if they can."""
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH}=off"
+    least = os.environ.get(plans.LEAST, "0")
+    if not least.isdecimal():
+        return f"{plans.LEAST} must be a number of bytes, but is {least!r}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None

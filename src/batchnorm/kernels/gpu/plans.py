@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST = "BATCHNORM_GPU_BYTES"  # in the environment: `bytes_below`, instead of the table's number
 _INT32 = 2**31
 
 
@@ -201,13 +203,22 @@ class Cut:
         return None
 
 
-@cache
-def table() -> tuple[Plan, ...]:
-    """The rows of `plans.toml`."""
+def read() -> tuple[Plan, ...]:
+    """The rows of `plans.toml`, with the least number of bytes that the environment asks for."""
     import tomllib  # here, since it compiles the expressions of its grammar, and few programs use a GPU
 
     rows = tomllib.loads(Path(__file__).with_name("plans.toml").read_text(encoding="utf-8"))["plan"]
-    return tuple(Plan(**{**row, "dtypes": tuple(row.get("dtypes", DTYPES))}) for row in rows)
+    found = tuple(Plan(**{**row, "dtypes": tuple(row.get("dtypes", DTYPES))}) for row in rows)
+    least = os.environ.get(LEAST)
+    if least is None:
+        return found
+    return tuple(plan if plan.bytes_below is None else replace(plan, bytes_below=int(least)) for plan in found)
+
+
+@cache
+def table() -> tuple[Plan, ...]:
+    """`read`, once."""
+    return read()
 
 
 def shape_of(x: Tensor) -> Shape | None:

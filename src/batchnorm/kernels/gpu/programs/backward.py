@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.gpu.programs.channels import parameter, split
-from batchnorm.kernels.gpu.programs.elementwise import derivative, rounded
+from batchnorm.kernels.gpu.programs.elementwise import derivative, narrowed, rounded
 from batchnorm.kernels.gpu.programs.tiles import (
     SIZES,
     channels_of,
@@ -135,9 +135,9 @@ def _store_sums(sums, dweight, dbias, sum_grad, sum_grad_xhat, c, ok, channels):
     tl.store(sums + c, sum_grad, mask=ok)
     tl.store(sums + channels + c, sum_grad_xhat, mask=ok)
     if dweight is not None:
-        tl.store(dweight + c, sum_grad_xhat.to(dweight.dtype.element_ty), mask=ok)
+        tl.store(dweight + c, narrowed(sum_grad_xhat, dweight), mask=ok)
     if dbias is not None:
-        tl.store(dbias + c, sum_grad.to(dbias.dtype.element_ty), mask=ok)
+        tl.store(dbias + c, narrowed(sum_grad, dbias), mask=ok)
 
 
 @triton.jit(do_not_specialize=SIZES)
