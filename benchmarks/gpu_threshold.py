@@ -117,7 +117,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

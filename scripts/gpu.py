@@ -7,6 +7,7 @@ what has run by then is kept if the machine is taken away.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -171,8 +172,7 @@ def _of_sizes() -> list[str]:
     if not found:
         return []
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu_threshold import verdict
-
+    verdict = importlib.import_module("gpu_threshold").verdict
     return [f"| from which size on | {verdict(found)} | the table says 32 MB |"]
 
 
@@ -188,7 +188,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "src"))
     deadline = time.monotonic() + SECONDS
     said = list[str]()
-    failed = False
+    failed, text = False, ""
     for check in checks():
         print(f"{check.name} ...", flush=True)
         came = run(check, deadline)
