@@ -109,3 +109,9 @@ def constant_while_compiling(function: Any) -> Any:
     """`torch.compiler.assume_constant_result` without loading the compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+@constant_while_compiling
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which torch 2.11 takes for True in all code that it compiles."""
+    return torch.compiler.is_exporting()

@@ -338,6 +338,18 @@ def test_a_tile_is_as_wide_as_wastes_little(positions, unit, width):
     assert (found.unit, found.width, found.height) == (unit, width, min(plan.tile // width, 256))
 
 
+@pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
+def test_the_tiles_are_as_many_as_the_values_need(plan):
+    """Each program of the reduction has values to read, and no tile lies beside x."""
+    for sizes in ((256, 64, 49), (130, 24, 7), (5, 3, 100), (16, 3, 16)):
+        found = plans.cut_by(plan, shape("planar", "bfloat16", *sizes))
+        rows, channels, positions = sizes
+        columns = channels * positions if plan.flat else positions
+        down, across = -(-rows // found.height), -(-columns // found.width)
+        assert found.tiles * found.blocks == down * across * (1 if plan.flat else channels)
+        assert 1 <= found.pieces <= found.tiles
+
+
 def test_offsets_beyond_32_bits_are_refused():
     plan = Plan("huge", "split", "a test")
     assert plans.cut_by(plan, shape("interleaved", "float32", 2**31 - 4096, 64)).beyond is None

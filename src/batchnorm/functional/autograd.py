@@ -14,11 +14,11 @@ from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Normalized, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
-from batchnorm.torch_state import differentiated_by_torch
+from batchnorm.torch_state import differentiated_by_torch, is_exporting
 
 
 def exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return is_exporting() or torch.jit.is_tracing()
 
 
 def needs_grad(input: Tensor, epilogue: Epilogue) -> bool:

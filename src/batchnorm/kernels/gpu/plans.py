@@ -136,7 +136,8 @@ class Cut:
     @cached_property
     def tiles(self) -> int:
         """Tiles of a channel or of a block."""
-        return _ceil(self.shape.rows, self.height) * _ceil(self.shape.positions, self.width if self.shape.planar else 1)
+        across = _ceil(self.shape.positions, self.width) if self.shape.planar else 1
+        return _ceil(self.shape.rows, self.height) * across
 
     @cached_property
     def pieces(self) -> int:
