@@ -73,9 +73,6 @@ class Call(NamedTuple):
     groups: Groups | None = None
 
 
-_NO_ACTIVATION = (0, 0.0)  # as `Step.activation_code` returns it
-
-
 class StepCall(NamedTuple):
     """A call of `Normalize` that one operator computes.
 
@@ -201,7 +198,8 @@ class Normalize(torch.autograd.Function):
                 code = call.code
                 if x is None:
                     x = dy = in_kernel_layout(_before_activation(dy, call.activation, output))
-                    code = _NO_ACTIVATION
+                    code = call.step.activation_code(None)
+                    assert code is not None, "every kernel has no activation"
                 dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
                 return dx, dweight, dbias if wants_dbias else None, None, None
