@@ -112,7 +112,7 @@ def test_programs_are_lean_and_load_wide(target, dtype, name):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("side", [(64, 16), (256, 4)], ids=str)
 def test_what_is_computed_for_each_channel(target, side):
-    sides = dict(zip(("BP", "BC"), side, strict=True))
+    sides = dict(zip(("BP", "BC"), side, strict=True)) | {"FLAT": False}
     for program, constants in (
         (forward.finish, {"UNBIASED": True, "SKIP": True}),
         (backward.finish_gradient_sums, {}),
@@ -126,6 +126,19 @@ def test_what_is_computed_for_each_channel(target, side):
         found = compiled(program, types(program, "bfloat16", **others), {**sides, **constants}, target, 4)
         assert found.stack == 0
         assert found.registers <= MOST_REGISTERS[program.fn.__name__]
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_sums_of_columns_are_merged_without_a_stack(target):
+    """Of 49 columns a channel, with one piece; their places are divisions, which take registers."""
+    sides = {"BP": 64, "BC": 16, "FLAT": True}
+    for program, constants in (
+        (forward.finish, {"UNBIASED": True, "SKIP": True}),
+        (backward.finish_gradient_sums, {}),
+    ):
+        others = {"sums": "*fp64"} if program is backward.finish_gradient_sums else {}
+        found = compiled(program, types(program, "bfloat16", **others), {**sides, **constants}, target, 4)
+        assert found.stack == 0
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu", "gelu", "gelu_tanh", "hardswish", "relu6", "leaky_relu"])

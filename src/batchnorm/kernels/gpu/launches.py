@@ -342,7 +342,8 @@ def _apply(x: Tensor, y: Tensor, given: Given, coefs: Tensor) -> bool:
 
 def _merging(cut: Cut) -> dict[str, int]:
     """Sums of a channel, and channels, that a program merges at once: 1024 values, so that many sums take few trips to memory."""
-    return {"BP": 64, "BC": 16} if cut.pieces * cut.columns <= 64 else {"BP": 256, "BC": 4}
+    side = {"BP": 64, "BC": 16} if cut.pieces * cut.columns <= 64 else {"BP": 256, "BC": 4}
+    return {**side, "FLAT": cut.shape.flat}
 
 
 @lru_cache(256)

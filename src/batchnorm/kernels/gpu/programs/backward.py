@@ -162,7 +162,9 @@ def partial_gradient_sums(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def finish_gradient_sums(partial, sums, dweight, dbias, pieces, channels, columns, BP: tl.constexpr, BC: tl.constexpr):
+def finish_gradient_sums(
+    partial, sums, dweight, dbias, pieces, channels, columns, BP: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr
+):
     """Σg and Σg·x̂ of BC channels, (2, C) float64, merged in the order of the pieces; and rounded to the parameters' dtype."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     ok = c < channels
@@ -171,7 +173,7 @@ def finish_gradient_sums(partial, sums, dweight, dbias, pieces, channels, column
     s1 = tl.zeros((BC,), tl.float64)
     s2 = tl.zeros((BC,), tl.float64)
     for q in range(0, pieces * columns, BP):
-        at = place_of_sums(q + p, c, channels, columns)
+        at = place_of_sums(q + p, c, channels, columns, FLAT)
         exists = ((q + p) < pieces * columns)[:, None] & ok[None, :]
         s1 += tl.sum(tl.load(partial + at, mask=exists, other=0.0).to(tl.float64), 0)
         s2 += tl.sum(tl.load(partial + all_pieces + at, mask=exists, other=0.0).to(tl.float64), 0)

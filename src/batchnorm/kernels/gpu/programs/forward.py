@@ -70,7 +70,7 @@ def _moments_of_pieces(sums, all_pieces, at, ok):
 @triton.jit(do_not_specialize=SIZES)
 def finish(
     sums, arrivals, statistics, coefs, weight, bias, eps, eps_low, running_mean, running_var, batches, skipped, momentum, momentum_low,
-    pieces, channels, columns, BP: tl.constexpr, BC: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
+    pieces, channels, columns, BP: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Statistics and coefficients of BC channels, by the formula of `Moments.pooled`; the last program updates the running statistics.
 
@@ -83,7 +83,7 @@ def finish(
     total = tl.zeros((BC,), tl.float64)
     mean = tl.zeros((BC,), tl.float64)
     for q in range(0, pieces * columns, BP):
-        at = place_of_sums(q + p, c, channels, columns)
+        at = place_of_sums(q + p, c, channels, columns, FLAT)
         n, center, _ = _moments_of_pieces(sums, all_pieces, at, ((q + p) < pieces * columns)[:, None] & ok[None, :])
         total += tl.sum(n, 0)
         mean += tl.sum(tl.where(n > 0, n * center, 0.0), 0)
@@ -92,7 +92,7 @@ def finish(
     rest = tl.zeros((BC,), tl.float64)
     m2 = tl.zeros((BC,), tl.float64)
     for q in range(0, pieces * columns, BP):
-        at = place_of_sums(q + p, c, channels, columns)
+        at = place_of_sums(q + p, c, channels, columns, FLAT)
         n, center, spread = _moments_of_pieces(
             sums, all_pieces, at, ((q + p) < pieces * columns)[:, None] & ok[None, :]
         )

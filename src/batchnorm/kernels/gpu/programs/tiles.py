@@ -92,10 +92,13 @@ def place(t, first, rows, channels, positions, LAYOUT: tl.constexpr, BR: tl.cons
 
 
 @triton.jit
-def place_of_sums(q, c, channels, columns):
-    """Where the sums q of channels c are: of piece q // columns, in column c · columns + q % columns."""
-    column = c[None, :] * columns + (q % columns)[:, None]
-    return (q // columns).to(tl.int64)[:, None] * channels * columns + column
+def place_of_sums(q, c, channels, columns, FLAT: tl.constexpr):
+    """Where the sums q of channels c are: of piece q; or flat, of piece q // columns, in column c · columns + q % columns."""
+    if FLAT:
+        column = c[None, :] * columns + (q % columns)[:, None]
+        return (q // columns).to(tl.int64)[:, None] * channels * columns + column
+    else:
+        return q.to(tl.int64)[:, None] * channels + c[None, :]
 
 
 @triton.jit
