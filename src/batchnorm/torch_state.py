@@ -113,6 +113,12 @@ def constant_while_compiling(function: Any) -> Any:
     return function
 
 
+@constant_while_compiling
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which torch 2.11 takes for True in all code that it compiles."""
+    return torch.compiler.is_exporting()
+
+
 class RecordedLinear(NamedTuple):
     """A convolution or a matrix product, as autograd's graph records it.
 

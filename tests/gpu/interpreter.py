@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 from triton.runtime import interpreter
+
+from batchnorm.kernels.gpu import operators
+from batchnorm.kernels.gpu.programs import forward
 
 _convert = interpreter._convert_float
 
@@ -35,6 +39,10 @@ def repair() -> None:
     """Make the interpreter compute what a GPU does."""
     interpreter._convert_float = _convert_float
     interpreter._patch_lang_tensor = _patch_index
+    try:
+        wrap_triton(forward.apply)
+    except RuntimeError:  # of torch 2.11, which takes no program of the interpreter; later releases return it as it is
+        operators.wrap_triton = lambda program: program
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from batchnorm.kernels.gpu.plans import Cut, Shape
 from batchnorm.kernels.gpu.programs import backward, channels, forward
 from tests.gpu.ahead_of_time import POINTERS, Machine, compiled
 
-SIZES = dict.fromkeys(("pieces", "tiles", "rows", "channels", "positions", "blocks", "values"), "i32")
+SIZES = dict.fromkeys(("pieces", "tiles", "rows", "channels", "positions", "blocks", "values", "columns"), "i32")
 NUMBERS = dict.fromkeys(("eps", "eps_low", "momentum", "momentum_low", "slope"), "fp32")
 TENSORS = ("x", "dy", "y", "residual", "beside", "dx", "dresidual")
 WIDE = dict.fromkeys(("statistics", "mean", "rstd", "mean_g", "mean_gxhat", "spread"), "*fp64")
@@ -34,8 +34,9 @@ COUNTERS = {"batches": "*i64", "skipped": "*i64", "arrivals": "*i32"}
 LARGE = {  # ResNet-50 at batch 256, and what else has a plan of its own
     "interleaved": (False, 256 * 56 * 56, 64, 1),
     "planar": (True, 256, 64, 56 * 56),
-    "whole": (True, 256, 1024, 14 * 14),
-    "in registers": (True, 128, 512, 64),
+    "14x14": (True, 256, 1024, 14 * 14),
+    "odd planes": (True, 256, 2048, 7 * 7),
+    "in registers": (True, 128, 2048, 64),
 }
 # Registers of a thread, of 8 warps: with 128 of them two programs share a processor, with 64 four.
 MOST_REGISTERS = {
@@ -51,11 +52,12 @@ MOST_REGISTERS = {
     "prepare": 64,
     "update": 128,
 }
+TARGETS = ("80", "90", "100", "gfx942")
 CASES = [
-    *[("90", dtype, name) for dtype in ("bfloat16", "float32") for name in ("interleaved", "planar", "in registers")],
+    *[(target, "bfloat16", name) for target in TARGETS for name in ("interleaved", "planar", "14x14", "odd planes")],
+    *[(target, "float32", name) for target in TARGETS for name in ("interleaved", "planar", "14x14")],
+    *[("90", dtype, "in registers") for dtype in ("bfloat16", "float32")],
     ("90", "float16", "interleaved"),
-    *[(target, "bfloat16", name) for target in ("80", "100", "gfx942") for name in ("interleaved", "planar")],
-    *[(target, "bfloat16", "whole") for target in ("80", "90", "100", "gfx942")],
 ]
 
 
@@ -73,7 +75,7 @@ def cut_of(name: str, dtype: str) -> Cut:
 
 def machine(program: Any, cut: Cut, target: str, **constants: Any) -> Machine:
     """The program as it is launched for this cut."""
-    tile = {"PLANAR": cut.shape.planar, "UNIT": cut.unit, "BR": cut.height, "BK": cut.width}
+    tile = {"LAYOUT": cut.shape.layout, "UNIT": cut.unit, "BR": cut.height, "BK": cut.width}
     loop = {"EVEN": cut.even, "STAGES": cut.plan.stages}
     others = {"sums": "*fp64"} if program is backward.whole_gradient else {}
     given = types(program, cut.shape.dtype, **others)
@@ -93,7 +95,7 @@ def programs_of(cut: Cut) -> dict[str, dict[str, Any]]:
 def test_programs_are_lean_and_load_wide(target, dtype, name):
     """No stack, no load of a single half-precision value, and the loop of the sums loads 16 bytes at a time, asynchronously."""
     cut = cut_of(name, dtype)
-    wide = 64 if name == "whole" else 128  # 196 values of 2 bytes: rows begin at multiples of 8 bytes
+    wide = 64 if cut.plan.way == "whole" else 128  # 196 values of 2 bytes: rows begin at multiples of 8 bytes
     for program, constants in programs_of(cut).items():
         is_backward = hasattr(backward, program)
         module, one = (backward, cut.backward) if is_backward else (forward, cut)
@@ -107,10 +109,10 @@ def test_programs_are_lean_and_load_wide(target, dtype, name):
             assert set(found.asynchronous) == {wide}, program
 
 
-@pytest.mark.parametrize("target", ["80", "90", "100", "gfx942"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("side", [(64, 16), (256, 4)], ids=str)
 def test_what_is_computed_for_each_channel(target, side):
-    sides = dict(zip(("BP", "BC"), side, strict=True))
+    sides = dict(zip(("BP", "BC"), side, strict=True)) | {"FLAT": False}
     for program, constants in (
         (forward.finish, {"UNBIASED": True, "SKIP": True}),
         (backward.finish_gradient_sums, {}),
@@ -118,10 +120,25 @@ def test_what_is_computed_for_each_channel(target, side):
         (channels.prepare, {"VARIANCE": True, "BC": 128}),
     ):
         others = {"sums": "*fp64"} if program is backward.finish_gradient_sums else {}
+        if side == (256, 4):  # a model whose parameters and buffers are of half precision
+            others |= dict.fromkeys(("weight", "bias", "dweight", "dbias", "running_mean", "running_var"), "*bf16")
         others |= {"m2": "*fp64", "finite": "*u8"} if program is channels.update else {}
         found = compiled(program, types(program, "bfloat16", **others), {**sides, **constants}, target, 4)
         assert found.stack == 0
         assert found.registers <= MOST_REGISTERS[program.fn.__name__]
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_sums_of_columns_are_merged_without_a_stack(target):
+    """Of 49 columns a channel, with one piece; their places are divisions, which take registers."""
+    sides = {"BP": 64, "BC": 16, "FLAT": True}
+    for program, constants in (
+        (forward.finish, {"UNBIASED": True, "SKIP": True}),
+        (backward.finish_gradient_sums, {}),
+    ):
+        others = {"sums": "*fp64"} if program is backward.finish_gradient_sums else {}
+        found = compiled(program, types(program, "bfloat16", **others), {**sides, **constants}, target, 4)
+        assert found.stack == 0
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu", "gelu", "gelu_tanh", "hardswish", "relu6", "leaky_relu"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 import batchnorm as bn
@@ -17,22 +20,25 @@ from tests.gpu.conftest import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU, or BATCHNORM_TEST_DEVICE=cuda is not set")
 
-SHAPES = [  # of ResNet-50 at batch 128, and one with more than 2^31 values
+SHAPES = [  # of ResNet-50 at batch 128 or 256, and one with more than 2^31 values
     ((128, 64, 112, 112), torch.bfloat16, True),
     ((128, 256, 56, 56), torch.bfloat16, True),
     ((128, 64, 56, 56), torch.bfloat16, False),
     ((128, 512, 28, 28), torch.float32, False),
     ((128, 1024, 14, 14), torch.bfloat16, False),
     ((128, 2048, 7, 7), torch.float32, False),
-    ((128, 2048, 7, 7), torch.float16, True),
+    ((256, 2048, 7, 7), torch.float16, True),
+    ((256, 2048, 7, 7), torch.bfloat16, False),
     ((2**21 + 3, 1025), torch.bfloat16, True),
 ]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_fails():
+def _the_programs_run():
+    """And none of them fails, which would cost speed alone."""
     yield
     assert trust.failures() == []
+    assert any(trust.any_known_good(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
 
 
 def made(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> torch.Tensor:
@@ -43,6 +49,9 @@ def made(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> torch.Tensor
 @pytest.mark.parametrize(("shape", "dtype", "last"), SHAPES, ids=str)
 def test_real_shapes(shape, dtype, last):
     """Right, and the same bits each time. Of the largest tensor a few channels are compared."""
+    needed, free = 8 * math.prod(shape) * dtype.itemsize, torch.cuda.mem_get_info()[0]
+    if needed > free:
+        pytest.skip(f"it needs {needed / 1e9:.0f} GB of the GPU's memory, and {free / 1e9:.0f} GB are free")
     x, dy = made(shape, dtype, last), made(shape, dtype, last)
     C = shape[1]
     epilogue = Epilogue(torch.randn(C, device="cuda"), torch.randn(C, device="cuda"), None, None, Activation("relu"))
@@ -81,7 +90,7 @@ def network() -> nn.Module:
 
 
 def batch() -> torch.Tensor:
-    return torch.randn(32, 16, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
+    return torch.randn(128, 16, 56, 56, device="cuda").contiguous(memory_format=torch.channels_last)
 
 
 def test_nothing_waits_for_the_device():
@@ -168,6 +177,57 @@ def test_replicas_over_nccl(tmp_path):
         distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_parameters_sharded_by_fsdp2(policy, tmp_path):
+    """One process: parameters are gathered before each layer, and cast by a mixed precision policy."""
+    distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, x = network(), batch()
+        sharded = copy.deepcopy(model)
+        mesh = init_device_mesh("cuda", (1,))
+        dtype = getattr(torch, policy)
+        fully_shard(sharded, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=True))
+        sharded(x).float().square().mean().backward()
+        with torch.autocast("cuda", dtype, enabled=policy == "bfloat16"):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        near = {"rtol": 2e-2, "atol": 2e-3} if policy == "bfloat16" else {}
+        for one, two in zip(sharded.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(one.grad.full_tensor(), two.grad, **near)
+        for one, two in zip(sharded.buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(one, two, **near)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_another_stream():
+    """The launches go to the current stream: after what it has to do before."""
+    model = network()
+    x = batch()
+    expected = model(x)
+    side, late = torch.cuda.Stream(), torch.empty_like(x)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(200):
+            late.copy_(x * 0)
+        late.copy_(x)
+        found = model(late)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_another_device_than_the_current_one():
+    model, x = network(), batch()
+    other = copy.deepcopy(model).to("cuda:1")
+    results = []
+    for each, given in ((model, x), (other, x.to("cuda:1"))):
+        each(given).square().mean().backward()
+        results.append([*(p.grad.cpu() for p in each.parameters()), *(b.cpu() for b in each.buffers())])
+    torch.testing.assert_close(*results)
+    assert torch.cuda.current_device() == 0
+
+
 def test_compiled_with_a_mask():
     layer = bn.BatchNorm1d(64).to("cuda")
     x = torch.randn(64, 64, 256, device="cuda")
@@ -177,7 +237,7 @@ def test_compiled_with_a_mask():
 
 
 def test_a_layer_is_torchs_layer():
-    x, layer = torch.randn(32, 64, 56, 56, device="cuda"), nn.BatchNorm2d(64).to("cuda")
+    x, layer = torch.randn(64, 64, 56, 56, device="cuda"), nn.BatchNorm2d(64).to("cuda")
     ours = bn.convert(copy.deepcopy(layer))
     assert gpu.steps_for(x, ours.running_mean) is not None
     torch.testing.assert_close(F.relu(ours(x)), F.relu(layer(x)), rtol=1e-5, atol=1e-5)

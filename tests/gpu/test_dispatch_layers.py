@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.export._trace
 from functorch.compile import make_boxed_func
-from torch import nn
+from torch import distributed, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
@@ -173,6 +173,34 @@ def test_mixed_precision():
     y.float().sum().backward()
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     assert model[1].running_mean.dtype is torch.float32
+
+
+def test_parameters_sharded_by_fsdp2(exact, tmp_path):
+    """The programs read the parameters that FSDP2 has gathered, also in another dtype, and write the layer's own buffers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = nn.Sequential(nn.Linear(6, 4), bn.BatchNorm1d(4, activation="relu"), nn.Linear(4, 2)).to(DEVICE)
+    x = torch.randn(16, 6, device=DEVICE)
+    backend = "gloo" if DEVICE == "cpu" else "nccl"
+    distributed.init_process_group(backend, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            alone, sharded = copy.deepcopy(model).to(dtype), copy.deepcopy(model)
+            for buffer, other in zip(alone.buffers(), sharded.buffers(), strict=True):
+                buffer.data = other.clone()  # in float32, whatever the parameters are
+            fully_shard(sharded, mesh=init_device_mesh(DEVICE, (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+            for _ in range(2):
+                found = step(sharded, x)
+            with exact():
+                for _ in range(2):
+                    expected = step(alone, x.to(dtype))
+            near = (1e-5, 1e-5) if dtype is torch.float32 else (2e-2, 2e-2)
+            whole = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in found]
+            compare([value.float() for value in whole], [value.float() for value in expected], *near)
+            assert int(sharded[1].num_batches_tracked) == 2
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_second_derivative_is_exact():

@@ -15,7 +15,8 @@ from batchnorm.bench.case import Case
 from batchnorm.measure import Clock, Effort, clock_for, interleaved
 from batchnorm.measure import peak_bytes as peak_bytes_on_cpu
 
-FLUSH = 256 * 2**20  # bytes to write, several times the L2 cache of any GPU; the host queues the call meanwhile
+FLUSH = 256 * 2**20  # bytes to write, several times the L2 cache of any GPU
+FLUSHES = 12  # for each call that is timed: some 0.6 ms on an H200, in which the host queues the call
 CALLS = 8  # of a function in one sample, one after the other, without a flush
 WARM_UP = 3  # calls before the first sample: programs are compiled, memory is cached, clocks rise
 
@@ -65,11 +66,12 @@ def by_events(
 def _seconds_on_device(flush: Tensor, cold: bool, function: Callable[[], object]) -> float:
     """Of one call after a flush, or of one of several calls after another that filled the cache with their tensors.
 
-    The flush is written in both cases: while the device writes, the host queues what is timed, so that its own time does not show.
+    The flush is written in both cases, so often that the host queues all that is timed meanwhile: its own time does not show.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
     calls = 1 if cold else CALLS
-    flush.zero_()
+    for _ in range(FLUSHES * calls):
+        flush.zero_()
     if not cold:
         function()
     start.record()

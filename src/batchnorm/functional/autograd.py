@@ -15,11 +15,11 @@ from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Normalized, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
-from batchnorm.torch_state import differentiated_by_torch
+from batchnorm.torch_state import differentiated_by_torch, is_exporting
 
 
 def exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return is_exporting() or torch.jit.is_tracing()
 
 
 def needs_grad(input: Tensor, epilogue: Epilogue) -> bool:
@@ -71,9 +71,6 @@ class Call(NamedTuple):
     renormalization: Renormalization | None = None
     reducer: Reducer | None = None
     groups: Groups | None = None
-
-
-_NO_ACTIVATION = (0, 0.0)  # as `Step.activation_code` returns it
 
 
 class StepCall(NamedTuple):
@@ -201,7 +198,8 @@ class Normalize(torch.autograd.Function):
                 code = call.code
                 if x is None:
                     x = dy = in_kernel_layout(_before_activation(dy, call.activation, output))
-                    code = _NO_ACTIVATION
+                    code = call.step.activation_code(None)
+                    assert code is not None, "every kernel has no activation"
                 dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
                 return dx, dweight, dbias if wants_dbias else None, None, None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from batchnorm.kernels import Epilogue
 from batchnorm.moments import Moments
-from batchnorm.torch_state import constant_while_compiling
+from batchnorm.torch_state import constant_while_compiling, is_exporting
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,7 +62,7 @@ def _as_float32(value: Tensor | None) -> Tensor | None:
 
 def to_onnx() -> bool:
     """Whether this is torch.onnx's newer exporter, which makes of torch's operator in training mode one in inference."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 @constant_while_compiling  # strict export drops warnings otherwise
@@ -82,7 +82,7 @@ def constants(moments: Moments) -> Moments:
     Integers have no gradient, and nobody drops a view of the same bits. ONNX has no such view, and no buffers to write.
     """
     moments = moments.detach()
-    if not torch.compiler.is_exporting() or to_onnx():
+    if not is_exporting() or to_onnx():
         return moments
     count = _through_bits(moments.count) if isinstance(moments.count, Tensor) else moments.count
     return Moments(count, _through_bits(moments.mean), _through_bits(moments.m2))

@@ -64,6 +64,15 @@ class Epilogue(NamedTuple):
             return None
         return f"the parameters are float64 and x is {x.dtype}"
 
+    def elsewhere(self, x: Tensor) -> str | None:
+        """Which operand is on another device than x, or None."""
+        weight, bias, residual, mask, _, output = self
+        operands = {"weight": weight, "bias": bias, "residual": residual, "mask": mask, "output": output}
+        for what, value in operands.items():
+            if value is not None and value.device != x.device:
+                return f"x is on {x.device}, and the {what} on {value.device}"
+        return None
+
     def affine(self) -> Epilogue:
         """The weight and the bias alone."""
         return Epilogue(self.weight, self.bias)

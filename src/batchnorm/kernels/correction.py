@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+from batchnorm.torch_state import is_exporting
 
 
 class Correction(NamedTuple):
@@ -66,5 +67,5 @@ torch.library.register_fake("batchnorm::saved")(torch.empty_like)
 
 def saved(value: Tensor) -> Tensor:
     """A constant for the backward, computed from buffers that the same forward updates later."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiling = torch.compiler.is_compiling() and not is_exporting()
     return torch.ops.batchnorm.saved.default(value) if compiling else value

@@ -13,6 +13,7 @@ with a program costs speed, not the training: `trust.py`. Triton is imported for
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from batchnorm.kernels import eager
 from batchnorm.kernels.contract import Running, Steps, Update
-from batchnorm.kernels.gpu import dispatch, trust
+from batchnorm.kernels.gpu import dispatch, self_check, trust
 from batchnorm.kernels.gpu.dispatch import cut_of, is_traced, launch, left_to_torch, refuses, status, unavailable
 from batchnorm.kernels.gpu.steps import are_buffers, steps_of
 from batchnorm.kernels.gpu.verbs import (
@@ -71,6 +72,7 @@ def takes_update(running: Running, moments: Moments, update: Update) -> bool:
         and not is_tracing()
         and not differentiated_by_torch()
         and trust.any_known_good(mean.device)
+        and trust.refusal(_UPDATE, mean.device, partial(self_check.check_update, mean.device)) is None
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import TypeVar
 
@@ -32,6 +32,9 @@ def unavailable() -> str | None:
     """Why these kernels cannot be used in this process, or None if they can."""
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH}=off"
+    least = os.environ.get(plans.LEAST, "0")
+    if not least.isdecimal():
+        return f"{plans.LEAST} must be a number of bytes, but is {least!r}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
@@ -49,6 +52,8 @@ def status() -> str:
 def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
     if x.device.type not in DEVICES:
         return f"x is on {x.device.type}"
+    if (elsewhere := epilogue.elsewhere(x)) is not None:
+        return elsewhere
     for beside in (epilogue.residual, epilogue.output):
         if beside is not None and beside.dtype is not x.dtype:
             return f"the residual is {beside.dtype} and x is {x.dtype}"
@@ -87,7 +92,7 @@ def cut_of(x: Tensor) -> Cut | str:
     found = _planned(x)[0]
     if isinstance(found, str) or is_fake(x):
         return found
-    return trust.refusal(found, x.device, self_check.check) or found
+    return trust.refusal(found.name, x.device, partial(self_check.check, found, x.device)) or found
 
 
 def _planned(x: Tensor) -> tuple[Cut | str, str | None]:
@@ -103,17 +108,23 @@ def _planned(x: Tensor) -> tuple[Cut | str, str | None]:
     return found
 
 
-def attempt(x: Tensor, call: Callable[[Cut], Result]) -> Result | None:
-    """What the call returns, given the cut of x, on x's device; None where the programs do not compute it."""
+def attempt(x: Tensor, call: Callable[[Cut], Result], verb: bool = False) -> Result | None:
+    """What the call returns, given the cut of x, on x's device; None where the programs do not compute it.
+
+    The verbs are other launches than the pairs, and have a check of their own.
+    """
     cut = cut_of(x)
     if isinstance(cut, str):
+        return None
+    name = cut.verbs if verb else cut.name
+    if verb and trust.refusal(name, x.device, partial(self_check.check_verbs, cut, x.device)) is not None:
         return None
 
     def on_device() -> Result:
         with launch().on(x):
             return call(cut)
 
-    return trust.attempt(cut.name, x.device, on_device)
+    return trust.attempt(name, x.device, on_device)
 
 
 def is_traced(x: Tensor) -> bool:

@@ -183,8 +183,8 @@ def gradient_sums(dy: Tensor, x: Tensor, sums: Tensor, given: Given, by: Tensors
     """Fills `sums`, Σg and Σg·x̂, (2, C), and dweight and dbias."""
     given, C = given.backward, x.shape[1]
     cut = given.cut
-    partial = memory.empty(x, 2 * cut.pieces * C, dtype=torch.float32)
-    given.wrap(backward_programs.partial_gradient_sums)[given.cut.grid](
+    partial = memory.empty(x, 2 * cut.sums, dtype=torch.float32)
+    given.wrap(backward_programs.partial_gradient_sums)[cut.grid](
         dy,
         x,
         given.beside,
@@ -194,12 +194,12 @@ def gradient_sums(dy: Tensor, x: Tensor, sums: Tensor, given: Given, by: Tensors
         given.bias,
         given.slope,
         partial,
-        **given.cut.sum,
+        **cut.sum,
         **given.derivative,
     )
-    side = _merging(cut.pieces)
+    side = _merging(cut)
     given.wrap(backward_programs.finish_gradient_sums)[(_ceil(C, side["BC"]),)](
-        partial, sums, wanted.dweight, wanted.dbias, cut.pieces, C, **side
+        partial, sums, wanted.dweight, wanted.dbias, cut.pieces, C, cut.columns, **side
     )
 
 
@@ -290,7 +290,7 @@ def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _partial_sums(x: Tensor, given: Given) -> tuple[Tensor, Tensor]:
-    sums = memory.empty(x, 4 * given.cut.pieces * x.shape[1], dtype=torch.float32)
+    sums = memory.empty(x, 4 * given.cut.sums, dtype=torch.float32)
     arrivals = memory.empty(x, 1, dtype=torch.int32)
     given.wrap(forward_programs.partial_sums)[given.cut.grid](x, given.mask, sums, arrivals, **given.cut.sum)
     return sums, arrivals
@@ -304,10 +304,10 @@ def _finish(
     coefs: Tensor | None = None,
     updated: tuple[Running, Update] | None = None,
 ) -> None:
-    C, pieces = given.cut.shape.channels, given.cut.pieces
+    cut, C = given.cut, given.cut.shape.channels
     running, update = (None, Update()) if updated is None else updated
     assert isinstance(update.momentum, float), "`steps_for` was asked"
-    side = _merging(pieces)
+    side = _merging(cut)
     given.wrap(forward_programs.finish)[(_ceil(C, side["BC"]),)](
         *sums,
         statistics,
@@ -317,8 +317,9 @@ def _finish(
         *_halves(eps),
         *(running or (None,) * 4),
         *_halves(update.momentum),
-        pieces,
+        cut.pieces,
         C,
+        cut.columns,
         **side,
         UNBIASED=update.unbiased,
         SKIP=update.skip_nonfinite,
@@ -339,9 +340,10 @@ def _apply(x: Tensor, y: Tensor, given: Given, coefs: Tensor) -> bool:
     return True
 
 
-def _merging(pieces: int) -> dict[str, int]:
-    """Pieces and channels that a program merges at once: 1024 values, so that many pieces take few trips to memory."""
-    return {"BP": 64, "BC": 16} if pieces <= 64 else {"BP": 256, "BC": 4}
+def _merging(cut: Cut) -> dict[str, int]:
+    """Sums of a channel, and channels, that a program merges at once: 1024 values, so that many sums take few trips to memory."""
+    side = {"BP": 64, "BC": 16} if cut.pieces * cut.columns <= 64 else {"BP": 256, "BC": 4}
+    return {**side, "FLAT": cut.shape.flat}
 
 
 @lru_cache(256)

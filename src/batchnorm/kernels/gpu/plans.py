@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST = "BATCHNORM_GPU_BYTES"  # in the environment: `bytes_below`, instead of the table's number
 _INT32 = 2**31
 
 
@@ -23,11 +25,13 @@ class Plan:
     why: str
     layout: str | None = None
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    values: int = 0
-    values_below: int | None = None
+    bytes_below: int | None = None
     per_channel: int | None = None
     channels: int = 0
+    rows: int = 0
     unit_below: int | None = None
+    unit_of_channels: int = 1
+    flat: bool = False
     tile: int = 4096
     widest: int = 64
     chain: int = 32
@@ -43,27 +47,39 @@ class Plan:
         return (
             self.layout in (None, "planar" if shape.planar else "interleaved")
             and shape.dtype in self.dtypes
-            and values >= self.values
-            and (self.values_below is None or values < self.values_below)
+            and (self.bytes_below is None or values * DTYPES[shape.dtype].itemsize < self.bytes_below)
             and (self.per_channel is None or held <= self.per_channel)
             and shape.channels >= self.channels
+            and shape.channels % self.unit_of_channels == 0
+            and shape.rows >= self.rows
             and (self.unit_below is None or shape.unit < self.unit_below)
         )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x as the programs see it: planar (rows, channels, positions), or interleaved (rows, channels) with one position."""
+    """x as the programs see it: planar (rows, channels, positions), flat (rows, channels · positions) or interleaved (rows, channels)."""
 
     dtype: str
     planar: bool
     rows: int
     channels: int
     positions: int
+    flat: bool = False
+
+    @property
+    def layout(self) -> str:
+        """Of `programs/tiles.py`."""
+        return "flat" if self.flat else "planar" if self.planar else "interleaved"
+
+    @property
+    def columns(self) -> int:
+        """Values of a channel side by side in a row of x, where tiles are cut across them."""
+        return self.positions if self.flat else 1
 
     @property
     def unit(self) -> int:
-        """The largest power of two up to 16 that divides the innermost size."""
+        """The largest power of two up to 16 that divides the size of a plane, or the number of channels."""
         innermost = self.positions if self.planar else self.channels
         return min(innermost & -innermost, 16)
 
@@ -88,6 +104,11 @@ class Cut:
         return f"{self.plan.name}, {self.shape.dtype}"
 
     @cached_property
+    def verbs(self) -> str:
+        """Its name where the verbs are launched one by one, with statistics from elsewhere between them."""
+        return f"{self.name}, verb by verb"
+
+    @cached_property
     def unit(self) -> int:
         return self.shape.unit
 
@@ -95,17 +116,28 @@ class Cut:
     def even(self) -> bool:
         """Whether no tile has missing columns."""
         shape = self.shape
-        return (shape.positions if shape.planar else shape.channels) % self.width == 0
+        return (shape.positions if shape.planar else shape.channels * self.columns) % self.width == 0
+
+    @cached_property
+    def columns(self) -> int:
+        """Sums of a channel in a piece."""
+        return self.shape.columns
+
+    @cached_property
+    def sums(self) -> int:
+        """Sums of all pieces, each of as many values as a program finds."""
+        return self.pieces * self.shape.channels * self.columns
 
     @cached_property
     def blocks(self) -> int:
-        """Programs beside each other: channels, or blocks of `width` channels."""
-        return self.shape.channels if self.shape.planar else _ceil(self.shape.channels, self.width)
+        """Programs beside each other: channels, or blocks of `width` channels or columns."""
+        return self.shape.channels if self.shape.planar else _ceil(self.shape.channels * self.columns, self.width)
 
     @cached_property
     def tiles(self) -> int:
         """Tiles of a channel or of a block."""
-        return _ceil(self.shape.rows, self.height) * _ceil(self.shape.positions, self.width if self.shape.planar else 1)
+        across = _ceil(self.shape.positions, self.width) if self.shape.planar else 1
+        return _ceil(self.shape.rows, self.height) * across
 
     @cached_property
     def pieces(self) -> int:
@@ -126,16 +158,16 @@ class Cut:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Arguments of every program; the innermost size is in units."""
+        """Arguments of every program; one of them is in units."""
         rows, channels, positions = self.shape.rows, self.shape.channels, self.shape.positions
         if self.shape.planar:
             return {"rows": rows, "channels": channels, "positions": positions // self.unit}
-        return {"rows": rows, "channels": channels // self.unit, "positions": 1}
+        return {"rows": rows, "channels": channels // self.unit, "positions": positions}
 
     @cached_property
     def tile(self) -> dict[str, Any]:
         """Constants of every program, and its warps."""
-        constants = {"PLANAR": self.shape.planar, "UNIT": self.unit, "BR": self.height, "BK": self.width}
+        constants = {"LAYOUT": self.shape.layout, "UNIT": self.unit, "BR": self.height, "BK": self.width}
         return {**self.sizes, **constants, "num_warps": self.plan.warps}
 
     @cached_property
@@ -161,22 +193,33 @@ class Cut:
     def beyond(self) -> str | None:
         """What of it the programs cannot address, or None: offsets in a tile are of 32 bits, those of tiles of 64."""
         shape = self.shape
+        if max(shape.rows + self.height, shape.positions + self.width, shape.channels * self.columns) >= _INT32:
+            return "it has 2^31 rows or columns, or nearly so many"
         if self.height * shape.channels * shape.positions >= _INT32:
             return "a tile spans 2^31 values or more"
-        if self.tiles >= _INT32 or self.blocks * self.pieces >= _INT32:
+        if max(self.tiles, self.blocks * self.pieces, self.columns * self.pieces) >= _INT32:
             return "it has 2^31 tiles or more"
         if self.plan.way != "split" and self.tiles > self.plan.chain:
             return f"a channel has more than {self.plan.chain} tiles"
         return None
 
 
-@cache
-def table() -> tuple[Plan, ...]:
-    """The rows of `plans.toml`."""
+def read() -> tuple[Plan, ...]:
+    """The rows of `plans.toml`, with the least number of bytes that the environment asks for."""
     import tomllib  # here, since it compiles the expressions of its grammar, and few programs use a GPU
 
     rows = tomllib.loads(Path(__file__).with_name("plans.toml").read_text(encoding="utf-8"))["plan"]
-    return tuple(Plan(**{**row, "dtypes": tuple(row.get("dtypes", DTYPES))}) for row in rows)
+    found = tuple(Plan(**{**row, "dtypes": tuple(row.get("dtypes", DTYPES))}) for row in rows)
+    least = os.environ.get(LEAST)
+    if least is None:
+        return found
+    return tuple(plan if plan.bytes_below is None else replace(plan, bytes_below=int(least)) for plan in found)
+
+
+@cache
+def table() -> tuple[Plan, ...]:
+    """`read`, once."""
+    return read()
 
 
 def shape_of(x: Tensor) -> Shape | None:
@@ -210,6 +253,8 @@ def cut(shape: Shape) -> Cut | str:
 
 def cut_by(plan: Plan, shape: Shape) -> Cut:
     """The tile of a plan: as wide as wastes little, and then as high as the plan's number of values."""
+    if plan.flat:
+        shape = replace(shape, planar=False, flat=True)
     if plan.way == "in_registers":
         height, width = _power_of_two(shape.rows), _power_of_two(shape.positions)
         if not shape.planar:
@@ -220,7 +265,7 @@ def cut_by(plan: Plan, shape: Shape) -> Cut:
         width = max(exact or widths, key=lambda width: (_used(shape.positions, width), width))
         height = min(max(plan.tile // width, 1), _power_of_two(shape.rows))
     else:
-        width = min(_power_of_two(shape.channels), plan.widest)
+        width = min(_power_of_two(shape.channels * shape.columns), plan.widest)
         height = min(max(plan.tile // width, 1), _power_of_two(shape.rows))
     return Cut(plan, shape, height, width)
 

@@ -87,7 +87,7 @@ def inference(
         y = memory.like(x)
         return y, launch().normalize(x, y, launch().operands(x, epilogue, cut), mean, variance, eps)
 
-    return attempt(x, call) or _declined(x)
+    return attempt(x, call, verb=True) or _declined(x)
 
 
 def _backward(constant: bool) -> Callable[..., tuple[Tensor, ...]]:

@@ -1,7 +1,8 @@
 """Whether a plan's programs may run on a device: what they say of themselves at the first use, and what failed since.
 
 The first time a plan is to compute something on a device, its programs compute a small tensor, into outputs that were filled with NaN,
-and the results are compared with those of torch's operators. A plan whose programs do not compile, do not start, or compute something
+and the results are compared with those of torch's operators. The fused pairs of a plan have one check, its verbs another, since they are
+other launches, and most trainings never need them. A plan whose programs do not compile, do not start, or compute something
 else is not asked again on that device: torch's operators compute its calls, a warning says so once, and `batchnorm env` says why.
 """
 
@@ -14,33 +15,31 @@ from typing import TypeVar
 
 import torch
 
-from batchnorm.kernels.gpu.plans import Cut
-
 Result = TypeVar("Result")
 
 CHECK = "BATCHNORM_GPU_CHECK"
 
-# For a plan on a device, why its programs do not run; None if nothing speaks against them.
+# For a plan, its verbs or the update of running statistics, on a device: why these programs do not run, or None if nothing is wrong.
 _found: dict[tuple[str, str], str | None] = {}
 
 
-def refusal(cut: Cut, device: torch.device, check: Callable[[Cut, torch.device], str | None]) -> str | None:
-    """Why the programs of this plan do not run on the device, or None; at the first use `check` decides."""
-    key = (cut.name, str(device))
+def refusal(name: str, device: torch.device, check: Callable[[], str | None]) -> str | None:
+    """Why the programs of this name do not run on the device, or None; at the first use `check` decides."""
+    key = (name, str(device))
     if key not in _found:
         if _capturing(device):
             return "its first use is in the capture of a CUDA graph; run the model once before"
         problem = None
         if os.environ.get(CHECK) != "off":
             try:
-                problem = check(cut, device)
+                problem = check()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler, a driver or a launch raises
                 problem = _in_words(error)
         _found[key] = problem
         if problem is not None:
-            failed(cut.name, device, problem)
+            failed(name, device, problem)
     return _found[key]
 
 
@@ -88,7 +87,10 @@ def forget() -> None:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # which may not be the current one
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _in_words(error: Exception) -> str:

@@ -29,7 +29,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Moments:
             launch().moments(x, statistics, launch().operands(x, Epilogue(mask=mask), cut))
             return statistics
 
-        found = attempt(x, call)
+        found = attempt(x, call, verb=True)
         if found is None:
             return fallback.moments(x, mask)
     return _moments(x, mask, found)
@@ -44,7 +44,7 @@ def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tens
         launch().normalize(x, y, launch().operands(x, epilogue, cut), mean, rstd)
         return y
 
-    y = attempt(x, call)
+    y = attempt(x, call, verb=True)
     return fallback.normalize(x, mean, rstd, epilogue) if y is None else y
 
 
@@ -59,7 +59,8 @@ def infer(
         y = memory.like(x)
         return y, launch().normalize(x, y, launch().operands(x, epilogue, cut), running_mean, running_var, eps)
 
-    found = attempt(x, call)
+    here = running_mean.device == running_var.device == x.device
+    found = attempt(x, call, verb=True) if here else None
     if found is None:
         return fallback.infer(x, running_mean, running_var, eps, epilogue)
     y, statistics = found
@@ -79,7 +80,7 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epi
         launches.gradient_sums(memory.laid_out_as(x, dy), x, sums, given, (mean, rstd), launches.Wanted())
         return sums
 
-    found = attempt(x, call)
+    found = attempt(x, call, verb=True)
     return fallback.reduce_grad(dy, x, mean, rstd, epilogue) if found is None else (found[0], found[1])
 
 
@@ -107,7 +108,7 @@ def input_grad(
         launches.input_grad(memory.laid_out_as(x, dy), x, given, (mean, rstd), means, wanted)
         return dx, dresidual
 
-    found = attempt(x, call)
+    found = attempt(x, call, verb=True)
     return fallback.input_grad(dy, x, mean, rstd, epilogue, mean_grads) if found is None else found
 
 

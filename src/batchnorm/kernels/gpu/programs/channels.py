@@ -11,6 +11,7 @@ of 1e4 costs no precision. Numbers from the host come in two halves too, because
 import triton
 import triton.language as tl
 
+from batchnorm.kernels.gpu.programs.elementwise import narrowed
 from batchnorm.kernels.gpu.programs.tiles import SIZES
 
 
@@ -88,7 +89,7 @@ def _batch(mean, m2, count, c, ok, UNBIASED: tl.constexpr):
 
 @triton.jit
 def _finite(value, like):
-    narrow = value.to(like.dtype.element_ty).to(tl.float64)
+    narrow = narrowed(value, like).to(tl.float64)
     return (tl.abs(value) < float("inf")) & (tl.abs(narrow) < float("inf"))
 
 
@@ -117,10 +118,10 @@ def update_running(
             new_mean, new_variance = _batch(mean, m2, count, c, ok, UNBIASED)
             old = tl.load(running_mean + c, mask=ok, other=0.0).to(tl.float64)
             value = (1.0 - momentum) * old + momentum * new_mean
-            tl.store(running_mean + c, value.to(running_mean.dtype.element_ty), mask=ok)
+            tl.store(running_mean + c, narrowed(value, running_mean), mask=ok)
             old = tl.load(running_var + c, mask=ok, other=0.0).to(tl.float64)
             value = (1.0 - momentum) * old + momentum * new_variance
-            tl.store(running_var + c, value.to(running_var.dtype.element_ty), mask=ok)
+            tl.store(running_var + c, narrowed(value, running_var), mask=ok)
         if batches is not None:
             tl.store(batches, tl.load(batches) + 1)
     if SKIP:

@@ -14,6 +14,15 @@ def rounded(value, like):
 
 
 @triton.jit
+def narrowed(value, like):
+    """A float64 value in the dtype that `like` points to: to half precision by way of float32, as torch does it."""
+    if like.dtype.element_ty == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32).to(like.dtype.element_ty)
+
+
+@triton.jit
 def activate(z, slope, ACTIVATION: tl.constexpr):
     """activation(z); NaN stays NaN."""
     if ACTIVATION == "relu":

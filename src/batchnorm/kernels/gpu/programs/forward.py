@@ -20,67 +20,82 @@ from batchnorm.kernels.gpu.programs.channels import (
 )
 from batchnorm.kernels.gpu.programs.elementwise import activate, rounded
 from batchnorm.kernels.gpu.programs.sums import moments, sums_of_piece
-from batchnorm.kernels.gpu.programs.tiles import SIZES, first_tile, per_channel, place, sizes
+from batchnorm.kernels.gpu.programs.tiles import (
+    SIZES,
+    channels_of,
+    first_tile,
+    per_channel,
+    place,
+    place_of_sums,
+    row,
+    sizes,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def partial_sums(
     x, mask, sums, arrivals, pieces, tiles, rows, channels, positions, blocks,
-    PLANAR: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows shift, Σ(x - shift), Σ(x - shift)² and the count of each piece, (4, pieces, C) float32; sets the counter of arrivals to 0."""
-    channels, positions = sizes(channels, positions, PLANAR, UNIT)
-    WIDTH: tl.constexpr = 1 if PLANAR else BK
+    """Shift, Σ(x - shift), Σ(x - shift)² and the count of each piece, (4, pieces, C) float32, or (4, pieces, C · S) flat; sets the counter
+    of arrivals to 0.
+    """
+    channels, positions = sizes(channels, positions, LAYOUT, UNIT)
     program = tl.program_id(0)
     if program == 0:
         tl.store(arrivals, 0)
     block, piece = program % blocks, program // blocks
     first, last = first_tile(piece, pieces, tiles), first_tile(piece + 1, pieces, tiles)
+    column, k, _, ok = channels_of(block, channels, positions, LAYOUT, BK)
     shift, s1, s2, n = sums_of_piece(
-        x, mask, first, last, block * WIDTH, rows, channels, positions, PLANAR, BR, BK, EVEN, STAGES
+        x, mask, first, last, column, rows, channels, positions, LAYOUT, BR, BK, EVEN, STAGES
     )
-    c = block * WIDTH + tl.arange(0, WIDTH)
-    ok = c < channels
-    at = sums + piece.to(tl.int64) * channels + c
-    row = pieces.to(tl.int64) * channels
+    width = row(channels, positions, LAYOUT)
+    at = sums + piece.to(tl.int64) * width + k
+    all_pieces = pieces.to(tl.int64) * width
     tl.store(at, shift, mask=ok)
-    tl.store(at + row, s1, mask=ok)
-    tl.store(at + 2 * row, s2, mask=ok)
-    tl.store(at + 3 * row, n, mask=ok)
+    tl.store(at + all_pieces, s1, mask=ok)
+    tl.store(at + 2 * all_pieces, s2, mask=ok)
+    tl.store(at + 3 * all_pieces, n, mask=ok)
 
 
 @triton.jit
-def _moments_of_pieces(sums, row, at, ok):
+def _moments_of_pieces(sums, all_pieces, at, ok):
     shift = tl.load(sums + at, mask=ok, other=0.0)
-    s1 = tl.load(sums + row + at, mask=ok, other=0.0)
-    s2 = tl.load(sums + 2 * row + at, mask=ok, other=0.0)
-    return moments(shift, s1, s2, tl.load(sums + 3 * row + at, mask=ok, other=0.0))
+    s1 = tl.load(sums + all_pieces + at, mask=ok, other=0.0)
+    s2 = tl.load(sums + 2 * all_pieces + at, mask=ok, other=0.0)
+    return moments(shift, s1, s2, tl.load(sums + 3 * all_pieces + at, mask=ok, other=0.0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def finish(
     sums, arrivals, statistics, coefs, weight, bias, eps, eps_low, running_mean, running_var, batches, skipped, momentum, momentum_low,
-    pieces, channels, BP: tl.constexpr, BC: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
+    pieces, channels, columns, BP: tl.constexpr, BC: tl.constexpr, FLAT: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and coefficients of BC channels, by the formula of `Moments.pooled`; the last program updates the running statistics."""
+    """Statistics and coefficients of BC channels, by the formula of `Moments.pooled`; the last program updates the running statistics.
+
+    Of each channel a piece has `columns` sums, one for each of its columns.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     ok = c < channels
     p = tl.arange(0, BP)
-    row = pieces.to(tl.int64) * channels
+    all_pieces = pieces.to(tl.int64) * channels * columns
     total = tl.zeros((BC,), tl.float64)
     mean = tl.zeros((BC,), tl.float64)
-    for q in range(0, pieces, BP):
-        at = (q + p).to(tl.int64)[:, None] * channels + c[None, :]
-        n, center, _ = _moments_of_pieces(sums, row, at, ((q + p) < pieces)[:, None] & ok[None, :])
+    for q in range(0, pieces * columns, BP):
+        at = place_of_sums(q + p, c, channels, columns, FLAT)
+        n, center, _ = _moments_of_pieces(sums, all_pieces, at, ((q + p) < pieces * columns)[:, None] & ok[None, :])
         total += tl.sum(n, 0)
         mean += tl.sum(tl.where(n > 0, n * center, 0.0), 0)
     divisor = tl.maximum(total, 1.0)
     mean = mean / divisor
     rest = tl.zeros((BC,), tl.float64)
     m2 = tl.zeros((BC,), tl.float64)
-    for q in range(0, pieces, BP):
-        at = (q + p).to(tl.int64)[:, None] * channels + c[None, :]
-        n, center, spread = _moments_of_pieces(sums, row, at, ((q + p) < pieces)[:, None] & ok[None, :])
+    for q in range(0, pieces * columns, BP):
+        at = place_of_sums(q + p, c, channels, columns, FLAT)
+        n, center, spread = _moments_of_pieces(
+            sums, all_pieces, at, ((q + p) < pieces * columns)[:, None] & ok[None, :]
+        )
         d = tl.where(n > 0, center - mean[None, :], 0.0)
         rest += tl.sum(n * d, 0)
         m2 += tl.sum(spread + n * d * d, 0)
@@ -106,12 +121,12 @@ def finish(
 
 @triton.jit
 def _map_tile(
-    x, residual, mask, y, coefs, slope, t, c, rows, channels, positions,
-    PLANAR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ACTIVATION: tl.constexpr,
+    x, residual, mask, y, coefs, slope, t, column, rows, channels, positions,
+    LAYOUT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     high, low, scale, scale_low, shift = coefs
     start, offsets, inside, mask_start, mask_offsets, mask_inside = place(
-        t, c, rows, channels, positions, PLANAR, BR, BK
+        t, column, rows, channels, positions, LAYOUT, BR, BK
     )
     values = tl.load(x + start + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
     d = (values.to(tl.float32) - high[None, :]) - low[None, :]
@@ -130,73 +145,66 @@ def _map_tile(
 @triton.jit(do_not_specialize=SIZES)
 def apply(
     x, residual, mask, y, coefs, slope, pieces, tiles, rows, channels, positions, blocks,
-    PLANAR: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y, from the last tile to the first."""
-    channels, positions = sizes(channels, positions, PLANAR, UNIT)
-    WIDTH: tl.constexpr = 1 if PLANAR else BK
+    channels, positions = sizes(channels, positions, LAYOUT, UNIT)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block, piece = program % blocks, program // blocks
-    c = block * WIDTH + tl.arange(0, WIDTH)
-    values = load_coefficients(coefs, c, c < channels, channels)
+    column, _, c, ok = channels_of(block, channels, positions, LAYOUT, BK)
+    values = load_coefficients(coefs, c, ok, channels)
     first, last = first_tile(piece, pieces, tiles), first_tile(piece + 1, pieces, tiles)
     for back in range(last - first):
         _map_tile(
-            x, residual, mask, y, values, slope, last - 1 - back, block * WIDTH, rows, channels, positions,
-            PLANAR, BR, BK, ACTIVATION,
+            x, residual, mask, y, values, slope, last - 1 - back, column, rows, channels, positions,
+            LAYOUT, BR, BK, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def whole(
     x, residual, mask, y, statistics, weight, bias, eps, eps_low, slope, tiles, rows, channels, positions,
-    PLANAR: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of a channel, which is summed tile by tile and read again from the last tile to the first."""
-    channels, positions = sizes(channels, positions, PLANAR, UNIT)
-    WIDTH: tl.constexpr = 1 if PLANAR else BK
-    first_channel = tl.program_id(0) * WIDTH
+    channels, positions = sizes(channels, positions, LAYOUT, UNIT)
+    column, _, c, ok = channels_of(tl.program_id(0), channels, positions, LAYOUT, BK)
     shift, s1, s2, n = sums_of_piece(
-        x, mask, tiles * 0, tiles, first_channel, rows, channels, positions, PLANAR, BR, BK, EVEN, STAGES
+        x, mask, tiles * 0, tiles, column, rows, channels, positions, LAYOUT, BR, BK, EVEN, STAGES
     )
     count, mean, m2 = moments(shift, s1, s2, n)
-    c = first_channel + tl.arange(0, WIDTH)
-    ok = c < channels
     rstd = store_statistics(statistics, count, mean, m2, joined(eps, eps_low), c, ok, channels)
     if tl.program_id(0) == 0:
         tl.store(statistics + 3 * channels, tl.max(count, 0))
     values = coefficients(mean, rstd, weight, bias, c, ok)
     for back in range(tiles):
         _map_tile(
-            x, residual, mask, y, values, slope, tiles - 1 - back, first_channel, rows, channels, positions,
-            PLANAR, BR, BK, ACTIVATION,
+            x, residual, mask, y, values, slope, tiles - 1 - back, column, rows, channels, positions,
+            LAYOUT, BR, BK, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def in_registers(
     x, residual, mask, y, statistics, weight, bias, eps, eps_low, slope, rows, channels, positions,
-    PLANAR: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The same where a channel is one tile: x is read once, and summed twice, the second time about its mean."""
-    channels, positions = sizes(channels, positions, PLANAR, UNIT)
-    WIDTH: tl.constexpr = 1 if PLANAR else BK
-    first_channel = tl.program_id(0) * WIDTH
+    channels, positions = sizes(channels, positions, LAYOUT, UNIT)
+    column, _, c, ok = channels_of(tl.program_id(0), channels, positions, LAYOUT, BK)
     start, offsets, inside, mask_start, mask_offsets, mask_inside = place(
-        rows * 0, first_channel, rows, channels, positions, PLANAR, BR, BK
+        rows * 0, column, rows, channels, positions, LAYOUT, BR, BK
     )
     stored = tl.load(x + start + offsets, mask=inside, other=0.0)
     counts = inside
     if mask is not None:
         counts = inside & (tl.load(mask + mask_start + mask_offsets, mask=mask_inside, other=0) != 0)
-    n = per_channel(counts.to(tl.int32), PLANAR).to(tl.float32)
-    near = per_channel(tl.where(counts, stored.to(tl.float32), 0.0), PLANAR) / tl.maximum(n, 1.0)
+    n = per_channel(counts.to(tl.int32), LAYOUT).to(tl.float32)
+    near = per_channel(tl.where(counts, stored.to(tl.float32), 0.0), LAYOUT) / tl.maximum(n, 1.0)
     near = tl.where(tl.abs(near) < 3e38, near, 0.0)
     d = tl.where(counts, stored.to(tl.float32) - near[None, :], 0.0)
-    count, mean, m2 = moments(near, per_channel(d, PLANAR), per_channel(d * d, PLANAR), n)
-    c = first_channel + tl.arange(0, WIDTH)
-    ok = c < channels
+    count, mean, m2 = moments(near, per_channel(d, LAYOUT), per_channel(d * d, LAYOUT), n)
     rstd = store_statistics(statistics, count, mean, m2, joined(eps, eps_low), c, ok, channels)
     if tl.program_id(0) == 0:
         tl.store(statistics + 3 * channels, tl.max(count, 0))

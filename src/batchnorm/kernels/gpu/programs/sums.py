@@ -15,12 +15,12 @@ from batchnorm.kernels.gpu.programs.tiles import complete_tiles, per_channel, pl
 
 @triton.jit
 def _tile(
-    x, mask, t, c, rows, channels, positions,
-    PLANAR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, COMPLETE: tl.constexpr, EVEN: tl.constexpr,
+    x, mask, t, column, rows, channels, positions,
+    LAYOUT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, COMPLETE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The values of a tile, float32, and which of them count."""
     start, offsets, inside, mask_start, mask_offsets, mask_inside = place(
-        t, c, rows, channels, positions, PLANAR, BR, BK
+        t, column, rows, channels, positions, LAYOUT, BR, BK
     )
     if mask is not None:
         inside = inside & (tl.load(mask + mask_start + mask_offsets, mask=mask_inside, other=0) != 0)
@@ -34,16 +34,16 @@ def _tile(
 
 @triton.jit
 def _sums_about(
-    x, mask, shift, first, last, c, rows, channels, positions,
-    PLANAR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    x, mask, shift, first, last, column, rows, channels, positions,
+    LAYOUT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ(x - shift), Σ(x - shift)² and the count of tiles first ... last - 1."""
     a0 = tl.zeros((BR, BK), tl.float32)
     a1 = tl.zeros((BR, BK), tl.float32)
     a2 = tl.zeros((BR, BK), tl.float32)
-    complete = complete_tiles(rows, positions, PLANAR, BR, BK)
+    complete = complete_tiles(rows, positions, LAYOUT, BR, BK)
     for t in tl.range(first, tl.minimum(last, complete), num_stages=STAGES):  # the loads of later tiles are under way
-        values, counts = _tile(x, mask, t, c, rows, channels, positions, PLANAR, BR, BK, True, EVEN)
+        values, counts = _tile(x, mask, t, column, rows, channels, positions, LAYOUT, BR, BK, True, EVEN)
         d = values - shift[None, :]
         if mask is not None:
             a0 += counts.to(tl.float32)
@@ -53,29 +53,29 @@ def _sums_about(
         a1 += d
         a2 += d * d
     for t in tl.range(tl.maximum(first, complete), last, num_stages=1):
-        values, counts = _tile(x, mask, t, c, rows, channels, positions, PLANAR, BR, BK, False, EVEN)
+        values, counts = _tile(x, mask, t, column, rows, channels, positions, LAYOUT, BR, BK, False, EVEN)
         d = tl.where(counts, values - shift[None, :], 0.0)
         if mask is not None:
             a0 += counts.to(tl.float32)
         a1 += d
         a2 += d * d
     if mask is not None:
-        n = per_channel(a0, PLANAR)
+        n = per_channel(a0, LAYOUT)
     else:
-        before = values_before(first, rows, positions, PLANAR, BR, BK)
-        n = (values_before(last, rows, positions, PLANAR, BR, BK) - before).to(tl.float32)
+        before = values_before(first, rows, positions, LAYOUT, BR, BK)
+        n = (values_before(last, rows, positions, LAYOUT, BR, BK) - before).to(tl.float32)
         n = n + tl.zeros(shift.shape, tl.float32)
-    return per_channel(a1, PLANAR), per_channel(a2, PLANAR), n
+    return per_channel(a1, LAYOUT), per_channel(a2, LAYOUT), n
 
 
 @triton.jit
 def sums_of_piece(
-    x, mask, first, last, c, rows, channels, positions,
-    PLANAR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    x, mask, first, last, column, rows, channels, positions,
+    LAYOUT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Shift, Σ(x - shift), Σ(x - shift)² and the count, float32, (BK,) or (1,)."""
-    values, counts = _tile(x, mask, first, c, rows, channels, positions, PLANAR, BR, BK, False, EVEN)
-    shift = per_channel(values, PLANAR) / tl.maximum(per_channel(counts.to(tl.float32), PLANAR), 1.0)
+    values, counts = _tile(x, mask, first, column, rows, channels, positions, LAYOUT, BR, BK, False, EVEN)
+    shift = per_channel(values, LAYOUT) / tl.maximum(per_channel(counts.to(tl.float32), LAYOUT), 1.0)
     shift = tl.where(tl.abs(shift) < 3e38, shift, 0.0)  # a NaN or an Inf shows in the sums anyway
     s1 = tl.zeros(shift.shape, tl.float32)
     s2 = tl.zeros(shift.shape, tl.float32)
@@ -83,7 +83,9 @@ def sums_of_piece(
     tries = 0
     again = 1
     while again > 0:
-        s1, s2, n = _sums_about(x, mask, shift, first, last, c, rows, channels, positions, PLANAR, BR, BK, EVEN, STAGES)
+        s1, s2, n = _sums_about(
+            x, mask, shift, first, last, column, rows, channels, positions, LAYOUT, BR, BK, EVEN, STAGES
+        )
         far = s1 * s1 > 16.0 * (s2 * n - s1 * s1)  # the mean is 4 deviations from the shift, or more
         tries += 1
         again = tl.where(tries < 2, tl.max(far.to(tl.int32), 0), 0)
