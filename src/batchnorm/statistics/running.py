@@ -24,10 +24,18 @@ class Running:
     """
 
     frozen: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
     before: Statistics | None = field(default=None, repr=False)
     learned: tuple[str, ...] = field(default=(), repr=False)
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        layer: Layer,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        weights: Tensor | None = None,  # noqa: ARG002 (they count in statistics of the batch alone)
+    ) -> Tensor:
         return by_running_statistics(self.in_domain(layer), x, residual, mask)
 
     @property
