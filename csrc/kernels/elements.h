@@ -12,6 +12,7 @@ using batchnorm::is_balanced;
 using batchnorm::parallel;
 
 constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, in a sum that one thread computes
+constexpr int64_t most_chunks = 64;        // of rows of channels
 
 enum class Residual { none, given, optional };  // known at compile time, or checked for each vector
 
