@@ -1,4 +1,4 @@
-"""Draws the picture of the README and of the site's front page, from the demonstration's measurements: `python scripts/picture.py`."""
+"""Draws the picture of the README and of the site's front pages, from the demonstration's measurements: `python scripts/picture.py`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from statistics import fmean
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "lab" / "demo.json"
-PICTURE = ROOT / "docs" / "assets" / "demo.svg"
+ASSETS = ROOT / "docs" / "assets"
 STEPS = 100  # later both networks are level
 
 WIDTH, HEIGHT, LEFT, TOP, GAP, PANEL, DEEP = 640, 310, 58, 66, 72, 244, 180
-ARMS = (("plain", "without BN", "6 4"), ("batch_norm", "with BN", "none"))
+ARMS = (("plain", "6 4"), ("batch_norm", "none"))  # name, and dashes of the line
 STYLE = """
 svg { --paper: #fdfdfb; --ink: #1d1f21; --muted: #5c6166; --grid: #dcdcd6; --plain: #a84a08; --batch_norm: #0a5c9c; }
 @media (prefers-color-scheme: dark) {
@@ -28,6 +28,29 @@ text { font: 15px system-ui, sans-serif; fill: var(--muted); }
 """
 
 Curve = list[tuple[float, float]]
+Words = dict[str, str]
+WORDS: dict[str, Words] = {
+    "demo.svg": {
+        "plain": "without BN",
+        "batch_norm": "with BN",
+        "learning": "It learns in fewer steps",
+        "step": "step, at learning rate 0.1",
+        "sweep": "It trains at more rates",
+        "rate": "learning rate",
+        "label": "Two plots of accuracy, mean and range of {seeds} seeds. Left: in the first {steps} steps at learning rate 0.1 the "
+        "network with BN learns sooner. Right: test accuracy at the learning rates {rates}: {said}.",
+    },
+    "demo-zh.svg": {
+        "plain": "不用 BN",
+        "batch_norm": "用 BN",
+        "learning": "用更少的步数学会",
+        "step": "训练步数（学习率 0.1）",
+        "sweep": "能用的学习率更多",
+        "rate": "学习率",
+        "label": "两幅准确率图，{seeds} 个随机种子的均值与范围。左图：学习率 0.1 时，用 BN 的网络在前 {steps} 步学得更快。"
+        "右图：学习率为 {rates} 时的测试准确率：{said}。",
+    },
+}
 
 
 def across(seeds: Sequence[Curve]) -> list[tuple[float, float, float, float]]:
@@ -41,7 +64,7 @@ def summary(ys: list[float]) -> tuple[float, float, float]:
 
 
 def panel(
-    left: float, title: str, below: str, arms: dict[str, list[Curve]], ticks: Sequence[float], log: bool
+    left: float, title: str, below: str, words: Words, arms: dict[str, list[Curve]], ticks: Sequence[float], log: bool
 ) -> list[str]:
     """One plot of accuracy, 0 to 100 %, over x."""
     place = log10 if log else float
@@ -62,7 +85,7 @@ def panel(
         x = at(tick, 0).split(",")[0]
         found.append(f'<text x="{x}" y="{bottom + 22}" text-anchor="middle">{tick:g}</text>')
     found.append(f'<text x="{left + PANEL / 2}" y="{bottom + 46}" text-anchor="middle">{below}</text>')
-    for (arm, name, dash), x in zip(ARMS, (left, left + 134), strict=True):
+    for (arm, dash), x in zip(ARMS, (left, left + 134), strict=True):
         points = across(arms[arm])
         band = " ".join([at(p[0], p[2]) for p in points] + [at(p[0], p[3]) for p in reversed(points)])
         line = " ".join(at(p[0], p[1]) for p in points)
@@ -72,7 +95,7 @@ def panel(
             f'<polyline class="line" stroke="{color}" {pattern} points="{line}"/>',
             *(f'<circle fill="{color}" r="3.5" cx="{c[0]}" cy="{c[1]}"/>' for c in map(corner, line.split()) if log),
             f'<path class="line" stroke="{color}" {pattern} d="M{x} {TOP - 18}h26"/>',
-            f'<text x="{x + 32}" y="{TOP - 13}">{name}</text>',
+            f'<text x="{x + 32}" y="{TOP - 13}">{words[arm]}</text>',
         ]
     return found
 
@@ -82,8 +105,8 @@ def corner(point: str) -> list[str]:
     return point.split(",")
 
 
-def draw(result: dict) -> str:
-    """The picture of a result of the experiment `demo`, as SVG."""
+def draw(result: dict, words: Words) -> str:
+    """The picture of a result of the experiment `demo` in the words of a language, as SVG."""
 
     def curves(name: str) -> dict[str, list[Curve]]:
         return {
@@ -95,25 +118,21 @@ def draw(result: dict) -> str:
     early = {arm: [[p for p in seed if p[0] <= STEPS] for seed in seeds] for arm, seeds in learning.items()}
     rates = [x for x, _ in sweep["plain"][0]]
     ends = {arm: across(seeds) for arm, seeds in sweep.items()}
-    said = "; ".join(f"{name} {', '.join(f'{end[1]:.0%}' for end in ends[arm])}" for arm, name, _ in ARMS)
-    seeds = len(learning["plain"])
-    label = (
-        f"Two plots of accuracy, mean and range of {seeds} seeds. Left: in the first {STEPS} steps at learning rate 0.1 the network "
-        f"with BN learns sooner. Right: test accuracy at the learning rates {', '.join(f'{rate:g}' for rate in rates)}: {said}."
-    )
+    said = "; ".join(f"{words[arm]} {', '.join(f'{end[1]:.0%}' for end in ends[arm])}" for arm, _ in ARMS)
+    shown = ", ".join(f"{rate:g}" for rate in rates)
+    label = words["label"].format(seeds=len(learning["plain"]), steps=STEPS, rates=shown, said=said)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">',
             f"<style>{STYLE}</style>",
             f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="var(--paper)"/>',
-            *panel(
-                LEFT, "It learns in fewer steps", "step, at learning rate 0.1", early, range(0, STEPS + 1, 50), False
-            ),
-            *panel(LEFT + PANEL + GAP, "It trains at more rates", "learning rate", sweep, rates, True),
+            *panel(LEFT, words["learning"], words["step"], words, early, range(0, STEPS + 1, 50), False),
+            *panel(LEFT + PANEL + GAP, words["sweep"], words["rate"], words, sweep, rates, True),
             "</svg>\n",
         ]
     )
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(draw(json.loads(RESULT.read_text())))
+    for name, words in WORDS.items():
+        (ASSETS / name).write_text(draw(json.loads(RESULT.read_text()), words))

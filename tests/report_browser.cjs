@@ -10,9 +10,17 @@ function cut() {
   return [...document.querySelectorAll("figure svg text")].filter(outside).map((text) => text.textContent);
 }
 
+// Tables that are wider than their place, and scroll in it.
+function wide() {
+  return [...document.querySelectorAll(".scroll, table")].filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.innerText);
+}
+
 async function look(browser, path) {
-  const met = { messages: [], violations: [], sideways: [], cut: [], plots: [], without: {} };
-  await audit(browser, path, met, async (page) => met.cut.push(...(await page.evaluate(cut))));
+  const met = { messages: [], violations: [], sideways: [], cut: [], wide: [], plots: [], without: {} };
+  await audit(browser, path, met, async (page) => {
+    met.cut.push(...(await page.evaluate(cut)));
+    met.wide.push(...(await page.evaluate(wide)));
+  });
 
   const page = await open(browser, path, { viewport: { width: 1280, height: 900 } }, met);
   for (const plot of await page.locator(".plot").all()) met.plots.push(await values(page, plot));

@@ -371,13 +371,13 @@ class TestModel:
         monkeypatch.setitem(networks.NETWORKS, "resnet50", network)
         out = tmp_path / "out.json"
         arguments = ("--model", "resnet50", "--quick", "--threads", "1", "--json", out, "--report", tmp_path / "a.html")
-        result = call(*arguments, "--fuse", "--memory")
+        result = call(*arguments, "--fuse", "--memory", "--frozen")
         assert result.exit_code == 0, result.output
         rows = load(out)
         assert [(row.layout, row.provider) for row in rows] == [
             (layout, provider)
             for layout in ("planar", "channels_last")
-            for provider in ("eager", "ours", "fused", "save memory")
+            for provider in ("eager", "ours", "fused", "save memory", "eval", "frozen", "frozen statistics")
         ]
         assert all(row.ratio_to_eager > 0 and row.peak_bytes > row.saved_bytes > 0 for row in rows)
         assert "Training steps" in (tmp_path / "a.html").read_text()

@@ -88,6 +88,7 @@ class TestExplain:
             (("1", "2", "--shape", "0x2"), "separated by x"),
             (("1,2", "3,4", "--channel", "2"), "0 to 1, but got 2"),
             (("1,2", "3,4", "--grad", "1,0"), "got 2 for 4 values"),
+            (("1", "2", "--json", "--html", "page.html"), "leave out one of them"),
             (("gone.csv",), "'gone.csv' is neither"),
             ((), "Missing argument"),
         ],
@@ -118,7 +119,7 @@ class TestExplain:
         Path("rows.csv").write_text('"a","b"\r\n1,10\r\n2,-20\r\n\r\n4, 40\r\n')
         Path("rows.txt").write_text("# two channels\n1 10\n2\t-20\n4  40 # last\n")
         np.save("rows.npy", np.array([[1, 10], [2, -20], [4, 40]], dtype=np.float32))
-        shown = CliRunner().invoke(commands, ["explain", *arguments, "--json"], input="1;10\n2;-20\n4;40\n")
+        shown = CliRunner().invoke(commands, ["explain", *arguments, "--json"], input="\ufeff1;10\n2;-20\n4;40\n")
         result = json.loads(shown.stdout)
         assert result["shape"] == [3, 2]
         first, second = result["channels"]
@@ -148,6 +149,7 @@ class TestExplain:
             ("1,,2\n", "line 1 has ''"),
             ("1,2\n3\n", "rows of 1 and of 2"),
             ("1 2\n3 x\n", "line 2 has 'x'"),
+            ("1;2\n1,5;2\n", "line 2 has commas and semicolons"),
         ],
     )
     def test_a_bad_file_is_named(self, text, message, tmp_path):

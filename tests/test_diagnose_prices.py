@@ -206,3 +206,12 @@ class TestProgress:
             bn.diagnose(trained(), images(2), criterion=nn.CrossEntropyLoss())
         assert lines[:2] == ["reading, batch 1", "reading, batch 2"]
         assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("item", [lambda x: x, lambda x: [x], lambda x: {"x": x}])
+def test_items_without_targets_have_no_accuracy(item):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    batches = [item(torch.randn(16, 4)) for _ in range(3)]
+    call = {} if not isinstance(batches[0], dict) else {"forward": lambda model, item: model(item["x"])}
+    found = bn.diagnose(model, batches, predict=lambda model, x: model(x), select="BN301", **call)
+    assert all("accuracy" not in str(finding) for finding in found.findings)

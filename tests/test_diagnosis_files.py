@@ -66,6 +66,11 @@ class TestJson:
         assert worst["running_mean"] - worst["mean"] == pytest.approx(2 * worst["running_deviation"], rel=0.1)
         assert row["gradient"] > 0
 
+    def test_a_gradient_whose_square_vanishes_in_float32_has_a_norm(self):
+        model, loss = trained(), nn.CrossEntropyLoss()
+        layers = bn.diagnose(model, images(), criterion=lambda output, target: 1e-30 * loss(output, target)).layers
+        assert all(0 < row["gradient"] < 1e-28 for row in layers.values())
+
     def test_drift_in_inference_has_that_of_the_layers_before(self):
         model = trained()
         model[1].running_mean += 2 * model[1].running_var.sqrt()

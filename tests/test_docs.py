@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from pymdownx.slugs import slugify
 
+from batchnorm.lab.experiment import ANSWERS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -142,6 +144,14 @@ def test_the_readme_renders_outside_the_repository():
     assert len(defined) > 10
 
 
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 90
+    first = text.splitlines()[:32]
+    for part in ("√(variance + ε)", "pip install", "training:  tensor(", "![", "**Learning it?**"):
+        assert any(part in line for line in first), part
+
+
 def test_every_page_is_in_the_index():
     index, chinese = ((ROOT / "docs" / name).read_text() for name in ("index.md", "index.zh.md"))
     navigation = (ROOT / "mkdocs.yml").read_text()
@@ -212,7 +222,9 @@ def script(path: str) -> Any:
 def test_the_picture_is_what_the_demonstration_measured():
     """Make it again with: python scripts/picture.py"""
     picture = script("scripts/picture.py")
-    assert picture.PICTURE.read_text() == picture.draw(json.loads(picture.RESULT.read_text()))
+    result = json.loads(picture.RESULT.read_text())
+    for name, words in picture.WORDS.items():
+        assert (picture.ASSETS / name).read_text() == picture.draw(result, words)
 
 
 def test_the_figures_of_the_book_are_as_drawn():
@@ -221,6 +233,20 @@ def test_the_figures_of_the_book_are_as_drawn():
     assert {name: (figures.ASSETS / name).read_text() for name in figures.DRAWINGS} == {
         name: draw() for name, draw in figures.DRAWINGS.items()
     }
+
+
+def test_the_table_of_first_claims_has_the_verdicts_of_today():
+    row = re.compile(r"^\| \[([\w.-]+)\]\((?:findings\.md)?#[^)]*\) \| (.*) \|$", re.MULTILINE)
+    verdicts = dict[str, list[str]]()
+    for name, cells in row.findall((ROOT / "docs" / "findings.md").read_text()):
+        verdicts.setdefault(name, []).append(cells.split(" | ")[-1])
+    counted = {
+        name: ", ".join(f"{found.count(answer)} × *{answer}*" for answer in ANSWERS if answer in found)
+        for name, found in verdicts.items()
+    }
+    assert {
+        name: cells.split(" | ")[2] for name, cells in row.findall((ROOT / "docs" / "lab.md").read_text())
+    } == counted
 
 
 def test_the_page_of_models_is_what_the_rows_say():

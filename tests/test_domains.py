@@ -188,7 +188,7 @@ def test_what_domains_refuse():
         Domains("real")
     with pytest.raises(ArgumentError, match="within must be a statistics source"):
         Domains(("a", "b"), Domains(("c", "d")))
-    with pytest.raises(ArgumentError, match="must be a string"), bn.domain(1):
+    with pytest.raises(ArgumentError, match="must be a string"), bn.domain(True):
         pass
     layer = bn.BatchNorm1d(3, statistics=BOTH)
     with bn.domain("painted"), pytest.raises(InputError, match="one of the layer's, 'real', 'fake'"):

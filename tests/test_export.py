@@ -54,6 +54,15 @@ def test_torch_export(kind, tmp_path):
     torch.testing.assert_close(found, network("torch")(sample(5)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow  # it compiles C++
+@pytest.mark.parametrize("kind", KINDS)
+def test_ahead_of_time(kind, tmp_path):
+    program = torch.export.export(network(kind), (sample(2),), dynamic_shapes=BATCH)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    found = torch._inductor.aoti_load_package(path)(sample(5))
+    torch.testing.assert_close(found, network("torch")(sample(5)), rtol=0, atol=1e-5)
+
+
 def through_onnx(model: nn.Module, path, x: torch.Tensor) -> torch.Tensor:
     onnxruntime = pytest.importorskip("onnxruntime")
     program = torch.onnx.export(model, (sample(2),), dynamo=True, dynamic_shapes=BATCH, verbose=False)

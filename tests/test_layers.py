@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm as bn
-from batchnorm.statistics import Batch, Domains, MovingAverage, Renorm, Running
+from batchnorm.statistics import Batch, Domains, MovingAverage, Renorm, Running, TaskNorm
 
 GOLDEN = Path(__file__).parent / "golden" / "state_layouts.json"
 LAYERS = {
@@ -35,6 +35,8 @@ VARIANTS = {
     "activation": {"activation": "relu"},
     "domains": {"statistics": Domains(("real", "fake"))},
     "domains-of-moving-averages": {"statistics": Domains(("real", "fake"), within=MovingAverage(window=4))},
+    "domains-of-their-own-affine": {"statistics": Domains(("real", "fake"), affine=True)},
+    "task-norm": {"statistics": TaskNorm("layer")},
     "moving-average": {"statistics": MovingAverage(window=4)},
     "renorm": {"statistics": Renorm()},
     "running": {"statistics": Running()},

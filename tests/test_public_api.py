@@ -26,7 +26,7 @@ SIGNATURES = {
     bn.diagnose: "(model, loader=None, *, criterion=None, objective=None, forward=None, optimizer=None, predict=None, "
     "validate=None, step=None, twin=None, replicas=None, select=None, ignore=None)",
     bn.fold: "(model, example_input, *, tolerance=0.0001)",
-    bn.freeze: "(model, *, affine=True)",
+    bn.freeze: "(model, *, affine=True, save_memory=False)",
     bn.fuse: "(model)",
     bn.save_memory: "()",
     bn.recalibrate: "(model, loader, *, forward=None, method='joint', process_group=None, limit=None)",

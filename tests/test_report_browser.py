@@ -33,8 +33,8 @@ def met(tmp_path_factory):
     pages = [folder / f"{name}.html" for name in PAGES]
     pages[0].write_text(render_one(demo.EXPERIMENT, made_up_outcome()))
     known = [(demo.EXPERIMENT, made_up_outcome())]
-    dots = "regularization"
-    known.append((experiments.load(dots), result.load(dots, ROOT / "benchmarks" / "results" / "lab")))
+    for name in ("regularization", "corruption"):  # dots, and the widest table
+        known.append((experiments.load(name), result.load(name, ROOT / "benchmarks" / "results" / "lab")))
     known.append((experiments.load("cost"), None))
     pages[1].write_text(render(known))
     with speaking("zh"):
@@ -72,6 +72,10 @@ def test_no_label_of_a_figure_is_cut(any_page):
     assert any_page["cut"] == []
 
 
+def test_no_table_is_wider_than_a_telephone(any_page):
+    assert any_page["wide"] == []
+
+
 def test_a_chinese_page_answers_in_chinese(met):
     sweep = met["chinese"]["plots"][1]
     assert sweep["first"] == "学习率 0.01\n不用 BN 0.3\n用 BN 0.98"
@@ -81,7 +85,7 @@ def test_a_chinese_page_answers_in_chinese(met):
 
 
 def test_every_plot_answers_to_pointer_and_keyboard(met):
-    assert [len(page["plots"]) for page in met.values()] == [3, 4, 4]
+    assert [len(page["plots"]) for page in met.values()] == [3, 5, 5]
     for each in (plot for page in met.values() for plot in page["plots"]):
         assert re.search(r"\d", each["hover"])
         assert each["left"] == ""

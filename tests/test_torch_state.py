@@ -91,6 +91,19 @@ def test_hooks_of_saved_tensors():
         assert torch_state.saved_tensors_hooks(while_tracing=True)[:2] == (pack, unpack)
 
 
+def test_recorded_linear_layers():
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    for layer, given in ((torch.nn.Conv2d(4, 6, 3, 2), x), (torch.nn.Linear(4, 6), x[:, :, 0, 0])):
+        found = torch_state.recorded_linear(layer(given))
+        assert found.bias is layer.bias
+        if found.options is None:
+            torch.testing.assert_close(found.input @ found.weight + found.bias, layer(given))
+        else:
+            assert (found.input, found.weight) == (x, layer.weight)
+            torch.testing.assert_close(torch.convolution(x, found.weight, found.bias, *found.options), layer(given))
+    assert "AddBackward0" in torch_state.recorded_linear(x + 1)
+
+
 def test_functions_of_torch_that_nobody_overrides():
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):

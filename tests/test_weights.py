@@ -14,7 +14,7 @@ from batchnorm.errors import ArgumentError, DTypeError, InputError, ShapeError, 
 from batchnorm.functional import batch_norm, moments, normalize
 from batchnorm.functional.checks import epilogue_of
 from batchnorm.kernels import cpu
-from batchnorm.statistics import Batch, Domains, Ghost, Mixed, MovingAverage, Renorm, Running
+from batchnorm.statistics import Batch, Domains, Ghost, Mixed, MovingAverage, Renorm, Running, TaskNorm
 from tests.budget import assert_same_bits, assert_ulps
 
 EPS = 1e-5
@@ -26,6 +26,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def along(weights, x):
     """Weights (N,) or (N, *S) as (N, 1, *S)."""
     return weights.view(-1, *[1] * (x.dim() - 1)) if weights.dim() == 1 else weights.unsqueeze(1)
+
+
+def rounding(dtype):
+    """Of moments, which are float64: sums of float64 values are compensated, and those of others need not be."""
+    return 1e-14 if dtype is torch.float64 else 2e-13
 
 
 def by_formula(x, weights, gamma, beta):
@@ -63,7 +68,7 @@ def test_the_weighted_formula(one_kernel, dtype):
         assert found.stride() == x.stride()
         assert given[0].grad.stride() == x.stride()
         for what, value, wanted in (("count", batch.count, count), ("mean", batch.mean, mean), ("M2", batch.m2, m2)):
-            torch.testing.assert_close(value, wanted.detach(), rtol=1e-14, atol=0, msg=what)
+            torch.testing.assert_close(value, wanted.detach(), rtol=rounding(dtype), atol=0, msg=what)
         assert_ulps("y", found, y, 4 if dtype is torch.float64 else 1.5)
         for what, value, wanted in zip(("dx", "dgamma", "dbeta"), given, exact, strict=True):
             assert_ulps(what, value.grad, wanted.grad, 16 if dtype is torch.float64 else 1.5)
@@ -89,8 +94,11 @@ def test_the_kernels_for_cpus_compute_it():
                 results.append((y, batch.mean, batch.m2, given[0].grad, given[1].grad))
         for what, found, wanted in zip(("y", "mean", "M2", "dx", "dresidual"), *results, strict=True):
             assert found.dim() == 1 or not found.movedim(1, -1)[~mask].any()
-            budget = 16 if found.dtype is torch.float64 else 1.5 if activation != "silu" else 3
-            assert_ulps(f"{what}, {dtype}", found, wanted.double(), budget)
+            if found.dim() == 1:
+                torch.testing.assert_close(found, wanted, rtol=rounding(dtype), atol=0, msg=what)
+            else:
+                budget = 16 if dtype is torch.float64 else 3 if activation == "silu" else 1.5
+                assert_ulps(f"{what}, {dtype}", found, wanted.double(), budget)
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -144,7 +152,7 @@ def test_integer_weights_are_repeated_samples(source, dtype):
             (z.double() * copies(mix, weights).double()).sum().backward()
             assert_close(x.grad, same.grad, 1e-11, 4)  # sums of up to three rounded gradients
             assert weighted.num_batches_tracked == (0 if isinstance(source, Running) else step + 1)
-            assert_equal_layers(weighted, repeated)
+            assert_equal_layers(weighted, repeated, 2e-2 if dtype.itemsize == 2 else 1e-6)
         y, z = weighted.eval()(x, weights=weights), repeated.eval()(copies(x, weights))
         assert_close(copies(y, weights), z, 1e-12, 1.01)
 
@@ -157,9 +165,9 @@ def assert_close(value, expected, wide, ulps):
         assert_ulps(str(value.dtype), value, exact, ulps)
 
 
-def assert_equal_layers(one, other):
+def assert_equal_layers(one, other, of_gradients=1e-6):
     for name, value in one.state_dict().items():
-        tolerance = 2e-2 if "gradient" in name else 1e-6  # of gradients that were rounded to half precision
+        tolerance = of_gradients if "gradient" in name else 1e-6  # windows of gradients that were rounded
         torch.testing.assert_close(value, other.state_dict()[name], rtol=tolerance, atol=tolerance)
     for name, parameter in one.named_parameters():
         if parameter.grad is not None:
@@ -480,8 +488,9 @@ def test_sources_that_take_no_weights():
     layer(X)
     with pytest.raises(ArgumentError, match="a statistics source that takes them"):
         layer(X, weights=torch.ones(4))
-    with pytest.raises(ArgumentError, match="does not"):
-        bn.BatchNorm1d(3, statistics=Domains(("a",), within=source))(X, weights=torch.ones(4))
+    for other in (Domains(("a",), within=source), TaskNorm()):
+        with pytest.raises(ArgumentError, match="does not"):
+            bn.BatchNorm1d(3, statistics=other)(X, weights=torch.ones(4))
     average = bn.BatchNorm1d(3, statistics=MovingAverage())
     with pytest.raises(StateError, match="require a gradient"):
         average(X, weights=torch.ones(4, requires_grad=True))

@@ -39,8 +39,8 @@ namespace {
 using batchnorm::Task;
 using batchnorm::Verb;
 
-INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
+constexpr INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+constexpr INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
 INLINE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // The mask of a call that computes sums; null for a map alone, which needs no list of the positions that count. Listing them takes 20 ms
@@ -205,8 +205,10 @@ class Channels {
         if (c < c1) body(c, Partial{(int)(c1 - c)});
     }
 
+    // A NaN among the numbers of half precision is that of the processor: conversions to bfloat16 rely on its lower half (generic.h).
     template <class Lanes>
     void set(int number, int64_t c, Doubles values, Lanes lanes) {
+        if constexpr (sizeof(typename T::Element) == 2) values = values == values ? values : Doubles{} + __builtin_nan("");
         for (int64_t copy = 0; copy < copies; ++copy) Stored::store(&table.at(number, copy * task.C + c), values, lanes);
     }
     template <class Lanes>

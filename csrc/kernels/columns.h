@@ -66,33 +66,42 @@ void sum_columns(const Task& task, const Table<T>& table, const Rows& all, const
     }
 }
 
-// Maps columns `begin` ... `end` - 1, and prefetches `ahead` elements ahead. If they are not whole vectors, the last vector overlaps the
-// one before it: a map may write an element twice. The last of an odd number of rows is mapped twice.
+// Maps `vectors` vectors of `rows_of_map` rows from column `j` on, and prefetches `ahead` elements ahead.
+template <bool stream, int64_t vectors, class T, class Map, class Out>
+INLINE void map_tile(const Table<T>& table, int64_t first, int64_t stride, int64_t j, int64_t ahead, const Map& map, const Out& out) {
+    UNROLLED
+    for (int64_t row = 0; row < rows_of_map; ++row) map.prefetch(first + j + row * stride + ahead, vectors);
+    UNROLLED
+    for (int64_t column = j; column < j + vectors * T::width; column += T::width) {
+        const Channel<typename T::Vector> channel = table.from(column);
+        UNROLLED
+        for (int64_t row = 0; row < rows_of_map; ++row) {
+            const int64_t i = first + column + row * stride;
+            const auto values = map(i, column, channel, Whole{});
+            if constexpr (stream) {
+                out.stream(i, values);
+            } else {
+                out.store(i, values, Whole{});
+            }
+        }
+    }
+}
+
+// Maps columns `begin` ... `end` - 1. If they are not whole vectors, the last vector overlaps the one before it: a map may write an element
+// twice. The last of an odd number of rows is mapped twice.
 template <bool stream, class T, class Map, class Out>
 NOINLINE void map_whole_columns(const Table<T>& table, const Rows& all, int64_t begin, int64_t end, int64_t ahead, const Map& given,
                                 const Out& given_out) {
     const Map map = given;
     const Out out = given_out;
+    constexpr int64_t together = Map::unrolled * T::width;
     for (int64_t j0 = begin; j0 < end; j0 += tile_columns) {
-        const int64_t last = at_most(j0 + tile_columns, end) - T::width;
+        const int64_t j1 = at_most(j0 + tile_columns, end), last = j1 - T::width;
         for (int64_t row = 0; row < all.count; row += rows_of_map) {
             const int64_t first = all.first + row * all.stride, stride = row + 1 < all.count ? all.stride : 0;
-            for (int64_t j = at_most(j0, last);; j = at_most(j + T::width, last)) {
-                const Channel<typename T::Vector> channel = table.from(j);
-                UNROLLED
-                for (int64_t second = 0; second < rows_of_map; ++second) map.prefetch(first + j + second * stride + ahead, 1);
-                UNROLLED
-                for (int64_t second = 0; second < rows_of_map; ++second) {
-                    const int64_t i = first + j + second * stride;
-                    const auto values = map(i, j, channel, Whole{});
-                    if constexpr (stream) {
-                        out.stream(i, values);
-                    } else {
-                        out.store(i, values, Whole{});
-                    }
-                }
-                if (j >= last) break;
-            }
+            int64_t j = at_most(j0, last);
+            for (; j + together <= j1; j += together) map_tile<stream, Map::unrolled>(table, first, stride, j, ahead, map, out);
+            for (; j < j1; j += T::width) map_tile<stream, 1>(table, first, stride, at_most(j, last), ahead, map, out);
         }
     }
 }

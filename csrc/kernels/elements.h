@@ -14,6 +14,10 @@ using batchnorm::parallel;
 constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, in a sum that one thread computes
 constexpr int64_t most_chunks = 64;        // of rows of channels
 
+// How many vectors of elements lie in one cache line.
+template <class T>
+constexpr int64_t vectors_of_line = at_least(cache_line / (T::width * (int64_t)sizeof(typename T::Element)), 1);
+
 enum class Residual { none, given, optional };  // known at compile time, or checked for each vector
 
 // Copies of x, dy and the residual, in this order; each begins `stride` elements after the one before.
@@ -61,11 +65,11 @@ struct Elements {
         return {copies.first, copies.first + copies.stride, residual ? copies.first + 2 * copies.stride : nullptr, activation};
     }
 
-    // Prefetches `count` vectors of each tensor from `i` on.
+    // Prefetches the lines of `count` vectors of each tensor from `i` on.
     template <bool of_x_alone>
     INLINE void prefetch_vectors(int64_t i, int count) const {
         UNROLLED
-        for (int vector = 0; vector < count; ++vector) {
+        for (int vector = 0; vector < count; vector += vectors_of_line<T>) {
             const int64_t at = i + vector * T::width;
             prefetch(x + at);
             if constexpr (!of_x_alone) prefetch(dy + at);
@@ -166,6 +170,7 @@ struct Written {
 template <class E>
 struct NormalizeMap {
     static constexpr bool has_mask = E::has_mask, writes_two = false;
+    static constexpr int64_t unrolled = at_most(vectors_of_line<typename E::T>, E::Activation::unrolled);
     const E elements;
 
     static NormalizeMap of(const Task& task) { return {E(task)}; }
@@ -183,6 +188,7 @@ struct NormalizeMap {
 template <class E>
 struct InputGradMap {
     static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual;
+    static constexpr int64_t unrolled = at_most(vectors_of_line<typename E::T>, E::Activation::unrolled);
     const E elements;
 
     static InputGradMap of(const Task& task) { return {E(task)}; }

@@ -358,6 +358,15 @@ class Planar {
             step = last;
             if (head == 0 && j == count) return;
             j = head ? 0 : last;
+        } else if constexpr (Map::unrolled > 1) {
+            for (; j + Map::unrolled * width <= count; j += Map::unrolled * width) {
+                map.prefetch(i + j + next, Map::unrolled);
+                UNROLLED
+                for (int64_t k = j; k < j + Map::unrolled * width; k += width)
+                    out.store(i + k, map(i + k, m + k, channel, Whole{}), Whole{});
+            }
+            if (j == count) return;
+            j = at_most(j, last);
         }
         for (;; j = at_most(j + step, last)) {
             map_vector<false>(i + j, m + j, channel, next, map, out);

@@ -39,6 +39,7 @@ from batchnorm.paired import joint_values as joint_values
 from batchnorm.paired import jointly as jointly
 from batchnorm.paired import shuffled as shuffled
 from batchnorm.population import recalibrate as recalibrate
+from batchnorm.statistics import Episode as Episode
 from batchnorm.statistics import accumulate as accumulate
 from batchnorm.statistics import as_one_batch as as_one_batch
 from batchnorm.statistics import domain as domain

@@ -8,7 +8,7 @@ subclasses and copies of modules have to know anyway, and what one experiment of
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Variable, forward_ad
 
 __all__ = [
+    "RecordedLinear",
     "compiler_is_loaded",
     "constant_while_compiling",
     "differentiated_by_torch",
@@ -34,6 +35,7 @@ __all__ = [
     "only_gradient_levels",
     "outside_transforms",
     "queue_callback",
+    "recorded_linear",
     "saved_tensors_hooks",
     "static_address",
     "tangent_level",
@@ -109,3 +111,81 @@ def constant_while_compiling(function: Any) -> Any:
     """`torch.compiler.assume_constant_result` without loading the compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+class RecordedLinear(NamedTuple):
+    """A convolution or a matrix product, as autograd's graph records it.
+
+    Attributes:
+        input: (N, inputs, *S).
+        weight: (outputs, inputs / groups, *kernel); of a transposed convolution (inputs, outputs / groups, *kernel), of a product
+            (inputs, outputs).
+        bias: (outputs,), or None.
+        options: stride, padding, dilation, transposed, output padding and groups of a convolution; None for a product.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    options: tuple[Any, ...] | None
+
+
+def recorded_linear(output: Tensor) -> RecordedLinear | str:
+    """The convolution or matrix product whose output this is, or why it is none whose place another node can take.
+
+    Inputs, weight and bias are the tensors of the graph, so gradients flow through them.
+    """
+    node: Any = output.grad_fn
+    if type(output) is not Tensor:
+        return f"its input is a {type(output).__name__}"
+    if node is None:
+        return "its input needs no gradient"
+    if output._backward_hooks or output.retains_grad:
+        return "its input has hooks, or retains its gradient"
+    if output._version:
+        return "its input was modified in place"
+    try:
+        edges = [owner for owner, _ in node.next_functions]
+        if node.name() == "ConvolutionBackward0":
+            options = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed)
+            options = *options, node._saved_output_padding, node._saved_groups
+            biased = node._saved_bias_sym_sizes_opt not in (None, (0,))
+            of_input, of_weight, of_bias = edges
+            x, weight = node._saved_input, node._saved_weight
+        elif node.name() == "AddmmBackward0" and node._saved_alpha == node._saved_beta == 1:
+            of_bias, of_input, of_weight = edges
+            x, weight, biased, options = node._saved_mat1, node._saved_mat2, True, None
+        elif node.name() == "MmBackward0":
+            of_input, of_weight, of_bias = *edges, None
+            x, weight, biased, options = node._saved_self, node._saved_mat2, False, None
+        else:
+            return f"its input comes from {node.name()}, not from a convolution or linear layer"
+    except RuntimeError:  # modified in place, or freed
+        return "what its input was computed from is no longer what it was"
+    except AttributeError as error:
+        return f"this version of torch records the layer before it differently ({error})"
+    if x is None or weight is None:
+        return "the linear layer before it has frozen weights, or input that needs no gradient"
+    if not (_is_from(x, of_input) and _is_from(weight, of_weight)):
+        return "what the layer before it saved is held by hooks of saved tensors"
+    if output.is_complex() or not (x.dtype is weight.dtype is output.dtype):
+        return f"the linear layer before it computes in {weight.dtype}"
+    bias = _leaf_of(of_bias, output.dtype) if biased else None
+    if biased and (bias is None or bias.shape != output.shape[1:2]):
+        return "the bias of the layer before it is frozen or computed"
+    return RecordedLinear(x, weight, bias, options)
+
+
+def _is_from(value: Tensor, node: Any) -> bool:
+    """Whether a saved tensor is that of the graph, whose gradient flows into this node."""
+    if node is None:
+        return not value.requires_grad
+    return value.grad_fn is node if value.grad_fn is not None else getattr(node, "variable", None) is value
+
+
+def _leaf_of(node: Any, dtype: torch.dtype) -> Tensor | None:
+    """The leaf that accumulates its gradient in this node, or behind the cast that autocast has made; None if it is neither."""
+    if node is not None and node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    value = getattr(node, "variable", None)
+    return None if value is None else value.to(dtype)

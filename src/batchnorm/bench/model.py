@@ -17,13 +17,16 @@ from batchnorm.bench.row import Row, circumstances
 from batchnorm.bench.run import settled
 from batchnorm.errors import InputError
 from batchnorm.measure import Effort, digits, percentile, saved_bytes
-from batchnorm.surgery import convert, fuse
+from batchnorm.surgery import convert, freeze, fuse
 
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
     "ours": lambda model: convert(model),
     "fused": lambda model: fuse(convert(model)),
     "save memory": lambda model: fuse(convert(model, save_memory=True)),
+    "eval": lambda model: model.eval(),
+    "frozen": lambda model: freeze(model),
+    "frozen statistics": lambda model: freeze(model, affine=False, save_memory=True),
     "compile": lambda model: torch.compile(model, dynamic=False),
     "compile ours": lambda model: torch.compile(convert(model), dynamic=False),
     "compile fused": lambda model: torch.compile(fuse(convert(model)), dynamic=False),

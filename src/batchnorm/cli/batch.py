@@ -81,7 +81,9 @@ def read(name: str) -> Batch:
         MissingExtraError: a .npy file without NumPy.
     """
     if name == "-":
-        return parsed(sys.stdin.read(), "standard input")
+        return parsed(
+            sys.stdin.read().removeprefix("\ufeff"), "standard input"
+        )  # the mark that Windows puts before UTF-8
     path = Path(name)
     try:
         return _array(path) if path.suffix.lower() == ".npy" else parsed(path.read_text(encoding="utf-8-sig"), name)
@@ -97,11 +99,15 @@ def parsed(text: str, source: str) -> Batch:
     """Rows of numbers, one per line, with commas, semicolons or spaces between; `#` begins a comment, and a first line of words names.
 
     Raises:
-        InputError: a word is no number, or rows differ in length.
+        InputError: a word is no number, rows differ in length, or a line has commas beside semicolons, which may be decimal commas.
     """
     rows, names = list[list[float]](), tuple[str, ...]()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].strip()
+        if "," in line and ";" in line:
+            raise InputError(
+                f"{source} must have one separator, but line {number} has commas and semicolons; write decimal points and one of them"
+            )
         words = [word.strip("\"'") for word in _SEPARATOR.split(line)] if line else []
         numbers = [row(word) for word in words]
         if words and not rows and not names and not any(numbers):

@@ -72,6 +72,7 @@ def several(
 @click.option("--compile", "compiled", is_flag=True, help="For a model: compiled too, torch's layers and ours.")
 @click.option("--fuse", "fused", is_flag=True, help="For a model: after bn.fuse too.")
 @click.option("--memory", is_flag=True, help="For a model: with save_memory too.")
+@click.option("--frozen", is_flag=True, help="For a model: with frozen batch norms too, torch's and ours.")
 @click.option("--batch", type=click.IntRange(min=2), help="Batch size.  [default: the suite's, or the model's]")
 @click.option(
     "--rounds",
@@ -178,6 +179,7 @@ def _variants(ctx: click.Context, options: dict[str, Any]) -> list[str]:
         "ours",
         *["fused"] * options["fused"],
         *["save memory"] * options["memory"],
+        *["eval", "frozen", "frozen statistics"] * options["frozen"],
         *compiled * options["compiled"],
     ]
 

@@ -15,7 +15,7 @@ from batchnorm.cli.language import lang_option
 from batchnorm.cli.text import print_json
 from batchnorm.errors import InputError
 from batchnorm.explain import Explanation, explain
-from batchnorm.language import tr
+from batchnorm.language import tr, wrapped
 
 MOST_ROWS = 24  # of a table on a terminal
 MOST_CHANNELS = 4  # shown in full, if no channel is chosen
@@ -85,6 +85,8 @@ def explain_command(
     be one file (.npy, or text with a row per line, such as .csv and .txt), or - for such text on standard input.
     """
     _refuse_options(ctx, values)
+    if as_json and html is not None:
+        raise click.UsageError("--json prints and --html writes a page: leave out one of them", ctx)
     batch = typed(values)
     if batch is None and len(values) == 1:
         batch = read(values[0])
@@ -118,7 +120,8 @@ def _refuse_options(ctx: click.Context, values: tuple[str, ...]) -> None:
     for value in values:
         if value.startswith("-") and value != "-" and row(value) is None:
             name = value.partition("=")[0]
-            raise click.NoSuchOption(name, possibilities=difflib.get_close_matches(name, known), ctx=ctx)
+            near = [each for each in difflib.get_close_matches(name, known) if each != name]  # -- --gamma is a value
+            raise click.NoSuchOption(name, possibilities=near, ctx=ctx)
 
 
 def _chosen(batch: Batch, channel: int | None) -> dict[int, tuple[float, ...]]:
@@ -156,6 +159,7 @@ def _text(batch: Batch, found: dict[int, Explanation], chosen: bool, width: int 
         sizes=sizes,
         channels=len(batch.channels()),
     )
+    head = head if width is None else "\n".join(wrapped(head, width))
     if len(found) > MOST_CHANNELS and not chosen:
         lines = [head, "", tr("channel: mean, biased variance, running mean, running variance")]
         lines += [

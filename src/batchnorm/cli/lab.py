@@ -70,12 +70,14 @@ def list_command(out: Path, as_json: bool) -> None:
             mark = " *" if experiment.name in experiments.FIRST else ""
             row = (experiment.name + mark, tr(experiment.question), _time(experiment, known), _state(experiment, known))
             table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
     estimates = _estimates([each for each, _ in found])
-    click.echo(tr("Time is that of one core: divide it by the number of cores. {estimates}", estimates=estimates))
-    first = [name for name in experiments.FIRST if name in experiments.NAMES]
-    if first:
-        click.echo(tr("* Start here: {command}", command=f"batchnorm lab run {' '.join(first)} --quick"))
+    notes = [tr("Time is that of one core: divide it by the number of cores. {estimates}", estimates=estimates)]
+    if first := [name for name in experiments.FIRST if name in experiments.NAMES]:
+        notes.append(tr("* Start here: {command}", command=f"batchnorm lab run {' '.join(first)} --quick"))
+    for note in notes:
+        console.print(note, soft_wrap=not console.is_terminal)
 
 
 def _estimates(listed: Sequence[Experiment]) -> str:

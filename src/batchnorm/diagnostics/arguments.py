@@ -36,6 +36,8 @@ class Arguments:
 
 def is_pair(item: Any) -> bool:
     """Whether an item is an input and a target with a row for each sample."""
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        return False
     return all(isinstance(value, Tensor) and value.dim() for value in item) and len(item[0]) == len(item[1])
 
 

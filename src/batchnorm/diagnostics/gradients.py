@@ -22,13 +22,18 @@ class Gradients:
 
     Attributes:
         parameters: by name.
-        outputs: norm of the gradient at the output of each batch norm, in the order of calls.
+        outputs: norm of the gradient at the output of each batch norm, in float64, in the order of calls.
         in_backward: by layer, calls within the backward that changed running statistics.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, float] = field(default_factory=dict)
     in_backward: dict[str, int] = field(default_factory=dict)
+
+
+def euclidean_norm(values: Tensor) -> float:
+    """The Euclidean norm in float64: in float32 the square of a number under 1e-23 is 0, and so is the norm of a vanishing gradient."""
+    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64))
 
 
 def gradients_of(
@@ -58,7 +63,7 @@ def gradients_of(
                     found.in_backward[norm.name] = found.in_backward.get(norm.name, 0) + 1
             elif isinstance(output, Tensor) and output.requires_grad:
                 found.outputs.setdefault(norm.name, 0.0)
-                output.register_hook(lambda grad: found.outputs.__setitem__(norm.name, float(grad.norm())))
+                output.register_hook(lambda grad: found.outputs.__setitem__(norm.name, euclidean_norm(grad)))
 
         return hook
 

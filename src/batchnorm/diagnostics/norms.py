@@ -159,7 +159,7 @@ class Norm(NamedTuple):
             value = hand_written_tensors(self.module).get(role)
         else:
             name = {"mean": "running_mean", "var": "running_var"}.get(role, role)
-            value = getattr(in_domain(self.module) if name.startswith("running") else self.module, name, None)
+            value = getattr(in_domain(self.module), name, None)
         return value if isinstance(value, Tensor) and has_values(value) else None
 
     def name_of(self, role: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchnorm import memory
 from batchnorm.functional import reduction
+from batchnorm.functional.checks import in_kernel_layout
 from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Normalized, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
@@ -74,6 +75,9 @@ class Call(NamedTuple):
     groups: Groups | None = None
 
 
+_NO_ACTIVATION = (0, 0.0)  # as `Step.activation_code` returns it
+
+
 class StepCall(NamedTuple):
     """A call of `Normalize` that one operator computes.
 
@@ -97,7 +101,7 @@ class Saved(NamedTuple):
     """The tensors that `Normalize` saves for backward, in this order; (C,) unless stated otherwise.
 
     Attributes:
-        x: (N, C, *S).
+        x: (N, C, *S); None if no gradient depends on it (`_depends_on_input`).
         mean, rstd: the statistics that x was normalized with.
         weight: or None.
         bias: or None, also without an activation, since no gradient depends on it then.
@@ -109,7 +113,7 @@ class Saved(NamedTuple):
         reserve: of the kernel's forward, or None.
     """
 
-    x: Tensor
+    x: Tensor | None
     mean: Tensor
     rstd: Tensor
     weight: Tensor | None
@@ -140,12 +144,12 @@ class Normalize(torch.autograd.Function):
             y, statistics = call.step.forward(x, weight, bias, *call.arguments)
             if not y.numel():
                 return None
-            ctx.to_save = (
-                x,
-                statistics,
-                weight,
-                None if call.activation is None else bias,
-            )  # `save_for_backward`, likewise
+            activation = call.activation
+            # `save_for_backward`, likewise
+            if call.step.constant_statistics and not _depends_on_input(ctx, activation):
+                ctx.to_save = (None, statistics, weight, None, None if activation is None else y)
+            else:
+                ctx.to_save = (x, statistics, weight, None if activation is None else bias, None)
             return y
         assert type(call) is Call
         ctx.set_materialize_grads(False)
@@ -156,6 +160,10 @@ class Normalize(torch.autograd.Function):
         if call.constants is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, *call.constants, call.eps, epilogue)
+            if not _depends_on_input(ctx, call.activation):
+                output = None if call.activation is None else y
+                ctx.save_for_backward(*Saved(None, mean, rstd, weight, None, None, output, call.mask))
+                return y, None, None, None
             _record(y, x, epilogue, lambda x, given: kernel.normalize(x, mean, rstd, given))
             ctx.save_for_backward(*Saved(x, mean, rstd, weight, bias, *saved_of_residual(epilogue, y), call.mask))
             return y, None, None, None
@@ -197,15 +205,21 @@ class Normalize(torch.autograd.Function):
         if type(call) is StepCall:
             if not (torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling()):
                 wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
-                x, statistics, weight, bias = ctx.saved_tensors
-                dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *call.code, wants_dx)
+                x, statistics, weight, bias, output = ctx.saved_tensors
+                code = call.code
+                if x is None:
+                    x = dy = in_kernel_layout(_before_activation(dy, call.activation, output))
+                    code = _NO_ACTIVATION
+                dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
                 return dx, dweight, dbias if wants_dbias else None, None, None
             saved = _saved_of_step(*ctx.saved_tensors)
             ctx.kernel = call.step.kernel
-            ctx.count = None if call.step.constant_statistics else values_per_channel(saved.x)
+            ctx.count = None if call.step.constant_statistics else values_per_channel(dy)
         else:
             saved = Saved(*ctx.saved_tensors)
+        if saved.x is None:
+            return *_gradients_without_input(ctx, dy, saved), None
         activation = call.activation
         beside = (saved.residual, saved.mask, activation, saved.output, saved.sample_weights)
         epilogue = Epilogue(saved.weight, saved.bias, *beside)
@@ -218,10 +232,45 @@ class Normalize(torch.autograd.Function):
         return dx, dweight, dbias, dresidual, None
 
 
-def _saved_of_step(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Saved:
+def _saved_of_step(
+    x: Tensor | None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor | None
+) -> Saved:
     """The saved tensors of a step in the form of the general path."""
     mean, rstd, *r_and_d = statistics.unbind()
-    return Saved(x, mean, rstd, weight, bias, None, None, None, None, None, *(r_and_d or (None, None)))
+    return Saved(x, mean, rstd, weight, bias, None, output, None, None, None, *(r_and_d or (None, None)))
+
+
+def _depends_on_input(ctx: Any, activation: Activation | None) -> bool:
+    """Whether a gradient depends on x if the statistics are constants: that of weight does, and an activation's may.
+
+    Without them dx = weight · rstd · g, so x need not be saved. While compiling, the compiler finds this out.
+    """
+    from_output = activation is None or activation.derivative_from_output
+    return ctx.needs_input_grad[1] or not from_output or torch.compiler.is_compiling()
+
+
+def _before_activation(dy: Tensor, activation: Activation | None, output: Tensor | None) -> Tensor:
+    """g, the gradient before the activation, whose output was saved."""
+    return dy if activation is None or output is None else dy * activation.derivative(output.detach())
+
+
+def _gradients_without_input(ctx: Any, dy: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and residual of a call that did not save x. Kernels get g in its place; dx does not depend on it."""
+    wants_dx, _, wants_dbias, wants_dresidual, *_ = ctx.needs_input_grad
+    g = _before_activation(dy, ctx.call.activation, saved.output)
+    epilogue = Epilogue(saved.weight, mask=saved.mask)
+    dx = dbias = None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wants_dx:
+            dx = eager.normalize(g, torch.zeros_like(saved.mean), saved.rstd, epilogue)
+        if wants_dbias:
+            dbias = counted(g, saved.mask).sum([0, *range(2, g.dim())], dtype=saved.mean.dtype).to(ctx.bias_dtype)
+    else:
+        kernel = eager if differentiated_by_torch() else ctx.kernel
+        g, by = g if kernel is eager else in_kernel_layout(g), Normalized(saved.mean, saved.rstd, None)
+        dx, _, sum_grad, _ = reduction.backward(kernel, g, g, by, epilogue, wants_dx, None)
+        dbias = sum_grad.to(ctx.bias_dtype) if wants_dbias else None
+    return dx, None, dbias, counted(g, saved.mask) if wants_dresidual else None
 
 
 def _record(y: Tensor, x: Tensor, epilogue: Epilogue, again: Callable[[Tensor, Epilogue], Tensor]) -> None:

@@ -101,7 +101,7 @@ def infer(
 
 def _infer_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running) -> Tensor | None:
     mean, variance = running.mean, running.variance
-    if not _fits_cpu(x, weight, bias, mean, variance) or not eps >= 0.0 or x.numel() == 0:
+    if not _fits_cpu(x, weight, bias, mean, variance) or not eps >= 0.0 or x.numel() == 0 or _saves_in_vain(x, weight):
         return None
     if torch.is_grad_enabled():  # later updates must not change what is saved for backward
         mean, variance = mean.clone(), variance.clone()
@@ -118,10 +118,21 @@ def _infer_on_device(
         return None
     if running.mean.dtype is not running.variance.dtype or running.mean.dtype not in (x.dtype, torch.float32):
         return None
+    if not torch.compiler.is_compiling() and _saves_in_vain(x, weight):
+        return None
     mean, variance = running.mean.detach(), running.variance.detach()
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # likewise
         mean, variance = mean.clone(), variance.clone()
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+
+def _saves_in_vain(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch's operator would save a large x for the backward although no gradient depends on it: the general path does not.
+
+    For a small x the general path's calls cost more than the memory is worth.
+    """
+    learns = weight is not None and weight.requires_grad
+    return not learns and x.numel() >= _LARGE and x.requires_grad and torch.is_grad_enabled()
 
 
 def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor) -> bool:
@@ -138,6 +149,8 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
         and aten in kernels.KERNELS
     )
 
+
+_LARGE = 2**16  # values of x
 
 # The dtype in which torch computes, by that of the input.
 _WIDE = {

@@ -83,8 +83,9 @@ def check_writable(buffer: Tensor, value: Tensor) -> None:
     if is_batched(_below_gradient_levels(value)) > is_batched(_below_gradient_levels(buffer)):
         raise StateError(
             "under vmap each slice has statistics of its own, but the running statistics are shared by all slices; map over "
-            "the buffers too (torch.func.stack_module_state and functional_call), use track_running_stats=False, or "
-            "call batchnorm.functional.normalize, which returns the moments"
+            "the buffers too (torch.func.stack_module_state and functional_call), freeze the layers (batchnorm.freeze), use "
+            "track_running_stats=False (torch.func.replace_all_batch_norm_modules_ sets it), or call batchnorm.functional.normalize, "
+            "which returns the moments"
         )
 
 

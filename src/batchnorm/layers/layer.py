@@ -127,6 +127,7 @@ class BatchNorm(LayerState):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if affine and not bias:
             self.bias = None
+        self._match_parameters_to_source(statistics, device, dtype)
         self._set_options(
             activation=parse(activation),
             statistics=Batch() if statistics is None else statistics,
@@ -149,6 +150,8 @@ class BatchNorm(LayerState):
         return self.bias
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "statistics":
+            self._match_parameters_to_source(value)
         super().__setattr__({"gamma": "weight", "beta": "bias"}.get(name, name), value)
         if name == "statistics":
             self._match_buffers_to_source()
@@ -243,6 +246,7 @@ class BatchNorm(LayerState):
             init.ones_(self.weight)
         if self.bias is not None:
             init.zeros_(self.bias)
+        self._reset_source_parameters()
 
     def extra_repr(self) -> str:
         """Torch's, and our options where they differ from the default."""

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm.layers.layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.layers.state import STATISTICS
-from batchnorm.statistics import buffers_of
+from batchnorm.statistics import buffers_of, parameters_of
 
 
 class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
@@ -42,6 +42,7 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
             self.weight = UninitializedParameter(device=device, dtype=dtype)
             if bias:
                 self.bias = UninitializedParameter(device=device, dtype=dtype)
+        self._match_parameters_to_source(self.statistics, device, dtype)
         if track_running_stats:
             for name in STATISTICS:
                 self.register_buffer(name, UninitializedBuffer(device=device, dtype=dtype))
@@ -70,6 +71,13 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
                 value.materialize((self.num_features,))
                 with torch.no_grad():
                     value.fill_(start)
+        for name, own in parameters_of(self.statistics).items():
+            parameter = getattr(self, name, None)
+            if own.like is not None and isinstance(parameter, UninitializedParameter):
+                source = getattr(self, own.like)
+                parameter.materialize(source.shape)
+                with torch.no_grad():
+                    parameter.copy_(own.start(source))
         for name, own in buffers_of(self.statistics).items():
             buffer, source = getattr(self, name), getattr(self, own.like)
             if isinstance(buffer, UninitializedBuffer):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from batchnorm.functional import counter_on
 from batchnorm.logs import logger
-from batchnorm.statistics import Batch, Statistics, buffers_of
+from batchnorm.statistics import Batch, Statistics, buffers_of, parameters_of
 
 STATISTICS = ("running_mean", "running_var")
 _OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # prefixes of the names of a source's buffers
+_LEARNED_BY_SOURCES = "statistics_"  # and of its parameters
 
 
 class LayerState(_BatchNorm):
@@ -58,6 +59,13 @@ class LayerState(_BatchNorm):
             if buffer is not None:
                 buffer.copy_(own.start(self._buffers[own.like]))  # pyright: ignore[reportArgumentType] (both exist or neither)
 
+    def _reset_source_parameters(self) -> None:
+        with torch.no_grad():
+            for name, own in parameters_of(self.statistics).items():
+                parameter = self._parameters.get(name)
+                if parameter is not None:
+                    parameter.copy_(own.start(parameter if own.like is None else getattr(self, own.like)))
+
     def _prepare_buffers(self) -> None:
         """Create what torch's layer lacks: wide running statistics, the source's buffers, the counter of skipped batches."""
         self._match_buffers_to_source()
@@ -81,6 +89,40 @@ class LayerState(_BatchNorm):
                 self.register_buffer(name, UninitializedBuffer(device=source.device, dtype=source.dtype))  # pyright: ignore[reportCallIssue]
             else:
                 self.register_buffer(name, own.start(source).clone())
+
+    def _match_parameters_to_source(
+        self, statistics: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Register the parameters of a source with initial values, and remove those of other sources.
+
+        Device and dtype are for numbers; without them they are those of the layer's first tensor.
+        """
+        wanted = parameters_of(statistics)
+        for name in [name for name in self._parameters if name.startswith(_LEARNED_BY_SOURCES) and name not in wanted]:
+            del self._parameters[name]
+        for name, own in wanted.items():
+            source = None if own.like is None else getattr(self, own.like, None)
+            before = self._parameters.get(name)
+            if own.like is None:
+                if before is None:
+                    self.register_parameter(name, nn.Parameter(own.start(self._number(device, dtype))))
+            elif source is None or (before is not None and _fits(before, source)):
+                continue
+            elif isinstance(source, UninitializedParameter):
+                like: Any = UninitializedParameter(source.requires_grad, device=source.device, dtype=source.dtype)  # pyright: ignore[reportCallIssue]
+                self.register_parameter(name, like)
+            else:
+                trainable = source.requires_grad or not source.is_leaf  # one that is computed, as by pruning
+                self.register_parameter(name, nn.Parameter(own.start(source).clone(), trainable))
+
+    def _number(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+        """A tensor of the device and dtype for numbers that a source learns; always real."""
+        known = (*self._parameters.values(), *(self._buffers.get(name) for name in STATISTICS))
+        like = next((value for value in known if value is not None), None)
+        if like is not None:
+            device, dtype = device or like.device, dtype or like.dtype
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        return torch.empty((), device=device, dtype=dtype.to_real())
 
     def _widen_statistics(self, originals: dict[str, Tensor]) -> None:
         """Convert running statistics of fewer than 32 bits per component to float32, from `originals` if it has them.
@@ -152,9 +194,16 @@ class LayerState(_BatchNorm):
             other_window = given is not None and own.rows is not None and given.shape[:1] != (own.rows,)
             if source is not None and (given is None or other_window):
                 state_dict[prefix + name] = own.start(source).clone()  # with assign=True it becomes the buffer itself
-        more = [key for key in state_dict if key.startswith(tuple(prefix + start for start in _OF_SOURCES))]
-        for key in more:
-            if key.removeprefix(prefix) not in wanted:
+        learned = parameters_of(self.statistics)
+        for name, own in learned.items():
+            parameter, source = self._parameters.get(name), self._parameters.get(name)
+            if own.like is not None:
+                source = state_dict.get(prefix + own.like, getattr(self, own.like, None))
+            if parameter is not None and source is not None and prefix + name not in state_dict:
+                state_dict[prefix + name] = own.start(source).clone()
+        prefixes = tuple(prefix + start for start in (*_OF_SOURCES, _LEARNED_BY_SOURCES))
+        for key in [key for key in state_dict if key.startswith(prefixes)]:
+            if key.removeprefix(prefix) not in wanted | learned:
                 del state_dict[key]
                 logger.info(
                     "%s: not loaded, because it belongs to a statistics source that this layer does not have",

@@ -57,7 +57,7 @@ def render(rows: Sequence[Row], command: str) -> str:
     body.append(Section("protocol", "How it was measured", [_protocol(rows, command)]))
     judged = [summary.verdict for summary in summaries if summary.verdict]
     noisy = judged.count("too noisy")
-    unclear = f" The spread of {noisy} is too large for a verdict: measure again on a quiet machine." if noisy else ""
+    unclear = f" Another {noisy} scattered too much for a verdict: measure again on a quiet machine." if noisy else ""
     lead = "Everything compared ran in turns, in the same rounds."
     if judged:
         lead = (

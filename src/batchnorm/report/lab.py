@@ -52,6 +52,8 @@ def _lead(claims: int, answers: Sequence[Answer]) -> str:
         return tr("Of {claims} claims none is measured to the end.", claims=claims)
     if len(answers) == 1:
         return tr("Of {claims} claims 1 is measured to the end: {counted}.", claims=claims, counted=counted)
+    if len(answers) == claims:
+        return tr("All {claims} claims are measured: {counted}.", claims=claims, counted=counted)
     return tr(
         "Of {claims} claims {measured} are measured to the end: {counted}.",
         claims=claims,
@@ -90,7 +92,10 @@ def _anchor(experiment: Experiment) -> str:
 
 
 def _summary(known: Sequence[Known]) -> str:
-    """A table of all claims, in groups: the verdict, the claim, and the experiment, with a link to its section if it has results."""
+    """A table of all claims, in groups: the verdict, the claim, and the experiment, with a link to its section if it has results.
+
+    An experiment that was not measured has one row with its question.
+    """
     groups = list[str]()
     for kind, title in KINDS.items():
         rows = [row for experiment, outcome in known if experiment.kind == kind for row in _rows(experiment, outcome)]
@@ -105,12 +110,13 @@ def _summary(known: Sequence[Known]) -> str:
 def _rows(experiment: Experiment, outcome: Outcome | Damaged | None) -> Iterator[str]:
     has_section = isinstance(outcome, Outcome)
     name = f'<a href="#{_anchor(experiment)}">{experiment.name}</a>' if has_section else experiment.name
-    for css, words, claim, evidence in _judged(experiment, outcome):
+    judged = _judged(experiment, outcome) if outcome else [("open", tr("not measured"), experiment.question, "")]
+    for css, words, claim, evidence in judged:
         note = f'<p class="note">{evidence}</p>' if evidence and not has_section else ""
         yield f'<tr><td class="verdict {css}">{words}</td><td>{escape(claim)}{note}</td><td>{name}</td></tr>'
 
 
-def _judged(experiment: Experiment, outcome: Outcome | Damaged | None) -> Iterator[tuple[str, str, str, str]]:
+def _judged(experiment: Experiment, outcome: Outcome | Damaged) -> Iterator[tuple[str, str, str, str]]:
     """For each claim the class and words of its verdict, the claim, and the evidence, or a note why there is no verdict."""
     verdicts = outcome.verdicts(experiment) if isinstance(outcome, Outcome) else {}
     words, note = _open(experiment, outcome)
@@ -131,10 +137,8 @@ def _claims(experiment: Experiment, outcome: Outcome) -> str:
     return "\n".join(['<ol class="claims">', *items, "</ol>"])
 
 
-def _open(experiment: Experiment, outcome: Outcome | Damaged | None) -> tuple[str, str]:
+def _open(experiment: Experiment, outcome: Outcome | Damaged) -> tuple[str, str]:
     """The reason why an experiment has no verdicts, as a label and as a sentence."""
-    if outcome is None:
-        return tr("not measured"), ""
     if isinstance(outcome, Damaged):
         return tr("run it again"), tr("Its results are damaged.")
     if not outcome.fits(experiment):

@@ -51,5 +51,5 @@ def spread(metric: Metric, values: Sequence[float]) -> str:
         return MISSING
     if metric.each or not all(map(math.isfinite, measured)):
         return ", ".join(map(metric, measured))
-    deviation = f"\u00a0±\u00a0{metric(stdev(measured))}" if len(measured) > 1 else ""
+    deviation = f" ±\u00a0{metric(stdev(measured))}" if len(measured) > 1 else ""
     return f"{metric(fmean(measured))}{deviation}"

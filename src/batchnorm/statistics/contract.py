@@ -31,6 +31,23 @@ class SourceBuffer(NamedTuple):
         return values if self.rows is None else values.expand(self.rows, *source.shape)
 
 
+class SourceParameter(NamedTuple):
+    """A parameter that a statistics source adds to its layer.
+
+    Attributes:
+        like: the parameter of the layer whose values it starts with, and is reset to, in its shape; a layer without this one does not
+            get the new one either. None is a single number, (1,), since sharding refuses parameters without an axis.
+        number: the initial value of a single number.
+    """
+
+    like: str | None = None
+    number: float = 0.0
+
+    def start(self, source: Tensor) -> Tensor:
+        """The initial value; `source` is the parameter `like`, or gives dtype and device of a number. May be a view of it."""
+        return source.detach() if self.like is not None else source.new_full((1,), self.number)
+
+
 class Layer(Protocol):
     """The attributes of a layer that a source reads; named as in `torch.nn.BatchNorm2d` and `layers.BatchNorm`."""
 
@@ -60,7 +77,8 @@ class Layer(Protocol):
 class Statistics(Protocol):
     """A statistics source: normalizes x (N, C, *S) for a layer, and may update the layer's buffers.
 
-    A source may also have `layer_buffers` (`HasBuffers`), and these attributes, which the functions below read:
+    A source may also have `layer_buffers` (`HasBuffers`), `layer_parameters` (`HasParameters`), and these attributes, which the functions
+    below read:
 
         frozen: True if training normalizes by the running statistics, and does not update them.
         infers_by_running_statistics: True if inference is an affine function with the layer's running statistics.
@@ -82,9 +100,23 @@ class HasBuffers(Protocol):
         ...
 
 
+@runtime_checkable
+class HasParameters(Protocol):
+    """A statistics source that adds parameters to its layer."""
+
+    def layer_parameters(self) -> dict[str, SourceParameter]:
+        """These parameters by name. Names begin with `statistics_`; checkpoints rely on it."""
+        ...
+
+
 def buffers_of(statistics: Statistics) -> dict[str, SourceBuffer]:
     """The buffers that this source adds to a layer, by name."""
     return statistics.layer_buffers() if isinstance(statistics, HasBuffers) else {}
+
+
+def parameters_of(statistics: Statistics) -> dict[str, SourceParameter]:
+    """The parameters that this source adds to a layer, by name."""
+    return statistics.layer_parameters() if isinstance(statistics, HasParameters) else {}
 
 
 def is_frozen(layer: nn.Module) -> bool:

@@ -34,6 +34,7 @@ _OF_BATCH_NORM = (  # attributes that the alternatives do not have
     *("_nonfinite_batches", "_dtypes_before_conversion", "_statistics_before_conversion", *OPTIONS),
 )
 _BUFFERS = ("running_", "num_batches_tracked")  # what their names begin with
+_PARAMETERS = "statistics_"  # likewise those of a statistics source
 _OF_INSTANCE_NORM = ("running_mean", "running_var", "num_batches_tracked")  # buffers that its forward asks for
 _INSTANCE: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: nn.InstanceNorm1d,
@@ -121,7 +122,8 @@ class Alternative:
         moved = {name: layer.__dict__.pop(name) for name in _OF_BATCH_NORM if name in layer.__dict__}
         empty = {name: type(value)() for name, value in vars(layer).items() if isinstance(value, dict)}
         buffers = {name: layer._buffers.pop(name) for name in [*layer._buffers] if name.startswith(_BUFFERS)}
-        before.__dict__ |= {**empty, "training": layer.training, **moved, "_buffers": buffers}
+        learned = {name: layer._parameters.pop(name) for name in [*layer._parameters] if name.startswith(_PARAMETERS)}
+        before.__dict__ |= {**empty, "training": layer.training, **moved, "_buffers": buffers, "_parameters": learned}
         dtype = None if layer.weight is None else layer.weight.dtype
         become(layer, mapped(type(layer), lambda _: cls))
         layer.__dict__[_BEFORE] = _Before(before, type(layer).__name__, dtype)
@@ -186,6 +188,7 @@ def restore(slots: list[Slot]) -> None:
             layer.__dict__.pop(name)
         become(layer, type(before))
         layer._buffers |= before._buffers
+        layer._parameters |= before._parameters
         layer.__dict__ |= {name: before.__dict__[name] for name in _OF_BATCH_NORM if name in before.__dict__}
         logger.info("revert: %s is a batch norm again", slot.path or "the model")
 

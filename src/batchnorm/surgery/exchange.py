@@ -8,6 +8,8 @@ If anything raises, the model is restored (`transaction`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -145,7 +147,7 @@ def _set_source(layer: BatchNorm, statistics: Statistics | None) -> None:
     frozen = layer.statistics if isinstance(layer.statistics, Running) else None
     before = layer.statistics if frozen is None else frozen.before or Batch()
     layer.__dict__.setdefault(_STATISTICS, before)
-    layer.statistics = statistics if frozen is None else Running(statistics, frozen.learned)
+    layer.statistics = statistics if frozen is None else replace(frozen, before=statistics)
 
 
 def become_ours(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -21,7 +21,7 @@ from batchnorm.surgery.walker import layers_of, slots_of
 
 
 @transactional()
-def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
+def freeze(model: nn.Module, *, affine: bool = True, save_memory: bool = False) -> nn.Module:
     """Make every batch norm of a model normalize by its running statistics, in training too, in place, and return the model.
 
     Unlike `.eval()`, it survives the next `.train()`. Unlike `requires_grad=False`, it freezes the buffers too, counters included.
@@ -29,10 +29,17 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     that cannot be converted stay in inference mode, also after `.train()`. Layers without running statistics do not change. The logger
     `batchnorm` says how many layers were frozen and which were not; as a warning if there are any, or if nothing changed.
 
+    A frozen layer whose weight is frozen too saves no input for the backward, unless an activation that it applies needs it. With
+    `affine=False` and `save_memory`, layers save none either where their input is the output of a convolution or a linear layer: both
+    become one node of autograd's graph ("Tune mode", You et al. 2023, arXiv:2305.11624). Outputs stay the same to the last bit, gradients
+    to rounding, and the modules as they are. At its first call, a layer that saves its input all the same says why in a warning.
+
     Args:
         model: changed in place; may be a single layer.
         affine: freeze weight and bias too, by `requires_grad = False`; in pruned and parametrized layers, the parameters that they are
             computed from.
+        save_memory: with affine=False, save no input of the batch norms for the gradient of weight. The outputs of the layers
+            before them are then no longer part of the graph: `torch.autograd.grad` with respect to one, after the call, raises.
 
     Raises:
         ArgumentError: if model is not a module.
@@ -50,10 +57,12 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
             before = layer.statistics
             if isinstance(before, Running):  # already frozen: `unfreeze` still restores the first source
                 before, learned = before.before, before.learned + learned
-            layer.statistics = Running(before, learned)
+            layer.statistics = Running(before, learned, save_memory=save_memory, name=paths)
         else:
             reason = converted.left[paths]
             logger.info("freeze: %s stays in inference mode: %s", paths, reason)
+            if save_memory:
+                logger.warning("freeze: %s saves its input for the backward: %s", paths, reason)
             _hold(layer, learned)
         report.changed.append(paths)
         logger.info("freeze: froze %s", paths)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.diagnostics import thresholds as at
 from batchnorm.diagnostics.case import Case
+from batchnorm.diagnostics.gradients import euclidean_norm
 from batchnorm.diagnostics.rule import Found, Rule, worst_first
 
 _FEWEST_NORMS = 10
@@ -20,12 +21,12 @@ def _update(group: dict[str, Any], state: dict[str, Any], grad: Tensor) -> float
     """The length of an update in the long run; None for optimizers other than SGD and Adam's family, and before Adam's first step."""
     rate = float(group["lr"])
     if "betas" not in group:
-        return rate * float(grad.norm()) / (1 - group["momentum"]) if group.get("momentum", 1) < 1 else None
+        return rate * euclidean_norm(grad) / (1 - group["momentum"]) if group.get("momentum", 1) < 1 else None
     if "exp_avg" not in state or "exp_avg_sq" not in state:
         return None
     steps, (first, second) = float(state["step"]), group["betas"]
     mean = state["exp_avg"] / (1 - first**steps)
-    return rate * float((mean / ((state["exp_avg_sq"] / (1 - second**steps)).sqrt() + group["eps"])).norm())
+    return rate * euclidean_norm(mean / ((state["exp_avg_sq"] / (1 - second**steps)).sqrt() + group["eps"]))
 
 
 def _angle(case: Case) -> Iterator[Found]:
@@ -41,7 +42,7 @@ def _angle(case: Case) -> Iterator[Found]:
         if weight is None or group is None or grad is None or not layer.trained:
             continue
         length = _update(group, optimizer.state.get(weight, {}), grad)
-        size = float(weight.detach().norm())
+        size = euclidean_norm(weight)
         if length is not None and size > 0:
             angles[name] = length / size
     new = {norm.name for norm in case.norms if not norm.started}  # whose first gradients say little about a training
