@@ -37,6 +37,7 @@ struct Task {
     const void* residual;     // x's layout, or null
     bool residual_is_output;  // in backward: `residual` holds y, from which the derivative is computed
     const uint8_t* mask;      // (N, S), or null
+    const double* weights;    // of the samples, in moments and input_grad; (N, S), or null; see kernels/weighted.h
     int64_t counted;          // how many of the N · S positions the mask counts; set by `run`
     void* output;             // y or dx; null if dx is not needed
     void* dresidual;          // or null
@@ -65,7 +66,7 @@ struct Task {
     double* r;  // (C,), written, likewise the next
     double* d;
 
-    double count;  // values per channel that the mask counts; 0 in backward: the statistics are constants
+    double count;  // values per channel that the mask counts, or the sum of the weights; 0 in backward: the statistics are constants
     double eps;
     Activation activation;
     double slope;  // of leaky_relu

@@ -114,6 +114,7 @@ Task group_of(const Task& task, int64_t number) {
     group.N = number + 1 < task.groups ? task.group_size : task.N - first;
     advance(group.x, values), advance(group.dy, values), advance(group.residual, values);
     advance(group.output, values), advance(group.dresidual, values), advance(group.mask, first * task.S);
+    advance(group.weights, first * task.S * (int64_t)sizeof(double));
     advance(group.mean, channels), advance(group.m2, channels), advance(group.rstd, channels);
     advance(group.sum_grad, channels), advance(group.sum_grad_xhat, channels);
     advance(group.mean_grad, channels), advance(group.mean_grad_xhat, channels);

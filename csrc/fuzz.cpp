@@ -96,6 +96,10 @@ uint64_t fuzz_one() {
     task.from_memory = numbers() % 2;
     task.group_size = one_of({1, 2, 5});
     task.groups = numbers() % 3 ? 0 : task.N / task.group_size;
+    Block weights(task.N * task.S * 8, 0);
+    for (int64_t i = 0; i < task.N * task.S; ++i) ((double*)weights.data())[i] = (double)(numbers() % 16) / 4.0 - 1.0;
+    const bool takes_weights = task.verb == Verb::moments || task.verb == Verb::input_grad;
+    if (takes_weights && !task.mask && task.groups <= 1 && numbers() % 2) task.weights = (double*)weights.data();
     const int64_t vectors = task.C * (task.groups > 1 ? task.groups : 1);
     const bool renormalized = task.verb == Verb::forward && task.groups <= 1 && numbers() % 2;
 

@@ -63,6 +63,8 @@ def fitting(name: str, chosen: random.Random) -> torch.Tensor:
         return torch.randn(5, 3, 7)
     if name == "mask":
         return torch.rand(5, 1, 7) < 0.7
+    if name == "weights":
+        return torch.rand(5, 1, 7, dtype=torch.float64) - 0.2
     if name in ("updates", "nonfinite_batches"):
         return torch.zeros((), dtype=torch.int64)
     if name in ("count", "masked_count", "r_max", "d_max"):

@@ -31,7 +31,7 @@ def close(what, found, wanted, tolerance):
     assert error <= tolerance * scale + 1e-300, f"{what}: off by {error / max(scale, 1e-300):.2g} of {scale:.2g}"
 
 
-def compare(rank, sizes, layer, x, mask=None, residual=None, group=None):
+def compare(rank, sizes, layer, x, mask=None, residual=None, group=None, weights=None):
     """One step of a synchronized copy on this rank's part of x, beside one of the layer itself on all of x."""
     single, ours = layer, bn.synchronize(copy.deepcopy(layer), group)
     start = sum(sizes[:rank])
@@ -44,9 +44,9 @@ def compare(rank, sizes, layer, x, mask=None, residual=None, group=None):
     def cut(value):
         return None if value is None else value[part]
 
-    y = single(whole, mask=mask, residual=residual)
+    y = single(whole, mask=mask, residual=residual, weights=weights)
     y.backward(dy)
-    z = ours(mine, mask=cut(mask), residual=cut(residual))
+    z = ours(mine, mask=cut(mask), residual=cut(residual), weights=cut(weights))
     z.backward(dy[part])
     close("output", z, y[part], tolerance)
     close("dx", mine.grad, whole.grad[part], tolerance)
@@ -68,6 +68,8 @@ def equal_to_one_process(rank, size):
                 compare(rank, sizes, bn.BatchNorm2d(5, dtype=wide), x.contiguous(memory_format=layout))
             mask = torch.rand(8, 4, 3) > 0.3
             compare(rank, sizes, bn.BatchNorm2d(5, dtype=wide, activation="relu"), x, mask, torch.randn_like(x))
+            weights = torch.rand(8)
+            compare(rank, sizes, bn.BatchNorm2d(5, dtype=wide, activation="relu"), x, mask, weights=weights)
             compare(rank, sizes, bn.BatchNorm2d(5, affine=False, dtype=wide, activation="silu"), x)
             compare(rank, sizes, bn.BatchNorm2d(5, momentum=None, dtype=wide), x)
     group_of = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])] if size == 4 else [dist.new_group([0, 1])]

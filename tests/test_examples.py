@@ -34,6 +34,7 @@ SHOWN = {
     "torchrl_policy.py": r"running statistics of 200 updates, none of them of a rollout",
     "test_time.py": r"mixed: as trained 0\.1\d statistics 0\.9\d tent with guard 0\.9\d\n"
     r".*one class: as trained 0\.9\d statistics 0\.[012]\d tent with guard 0\.9\d",
+    "weighted_samples.py": r"node counts once: .*at -1\.2\d\n.*graph counts once: .*at \+0\.00",
     "train_ddp.py": r"2 processes: accuracy 0\.9\d\d; all replicas agree",
 }
 LAUNCHED = {  # in processes of their own: by a launcher, or because a framework changes the process it runs in

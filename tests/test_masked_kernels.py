@@ -98,11 +98,25 @@ def at_a_border(values: Tensor, at_end: bool) -> Tensor:
 
 
 def check_borders(dtype: torch.dtype, at_end: bool) -> None:
+    for N, C, S in ((3, 2, 5), (2, 3, 523), (5, 33, 1), (1, 1, 7)):
+        check_weights_at_borders([torch.randn(N, C, S).to(dtype) for _ in "123"], at_end)
     for (N, C, S), gaps, activation in product([(3, 2, 5), (9, 3, 21), (2, 3, 523), (1, 1, 7)], (1, 9), ACTIVATIONS):
         mask = (torch.arange(N * S) % (gaps + 1) != 1).view(N, S)
         tensors = [torch.randn(N, C, S).to(dtype) for _ in "123"]
         found = results(tuple(at_a_border(x, at_end) for x in tensors), at_a_border(mask, at_end), activation)
         assert_all_same_bits(found, results(tuple(tensors), mask, activation))
+
+
+def check_weights_at_borders(tensors: list[Tensor], at_end: bool) -> None:
+    N, _, S = tensors[0].shape
+    weights = torch.rand(N, 1, S, dtype=torch.float64)
+    found = []
+    for place in (lambda values: values, lambda values: at_a_border(values, at_end)):
+        x, dy, residual = (place(values) for values in tensors)
+        e = Epilogue(residual=residual, sample_weights=place(weights), activation=Activation("silu"))
+        batch = cpu.weighted_moments(x, e.sample_weights)
+        found.append([batch.mean, batch.m2, *cpu.input_grad(dy, x, batch.mean, batch.m2, e, (batch.mean, batch.m2))])
+    assert_all_same_bits(*found)
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)

@@ -22,11 +22,25 @@ def buffers(channels):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: OPERATORS.moments(torch.ones(3), None, None), r"x must be \(N, C, \*S\)"),
-        (lambda: OPERATORS.moments(X, torch.ones(5, 1, 6, dtype=torch.bool), None), r"mask must be \(N, 1, \*S\)"),
-        (lambda: OPERATORS.moments(X, torch.ones(5, 1, 7), None), "mask must be bool"),
-        (lambda: OPERATORS.moments(X.to(torch.complex64), None, None), "take float32, float64, bfloat16 and float16"),
-        (lambda: OPERATORS.moments(X, None, torch.ones(2)), "one floating number"),
+        (lambda: OPERATORS.moments(torch.ones(3), *(None,) * 3), r"x must be \(N, C, \*S\)"),
+        (
+            lambda: OPERATORS.moments(X, torch.ones(5, 1, 6, dtype=torch.bool), None, None),
+            r"mask must be \(N, 1, \*S\)",
+        ),
+        (lambda: OPERATORS.moments(X, torch.ones(5, 1, 7), None, None), "mask must be bool"),
+        (lambda: OPERATORS.moments(X.to(torch.complex64), *(None,) * 3), "take float32, float64, bfloat16 and float16"),
+        (lambda: OPERATORS.moments(X, None, torch.ones(2), None), "one floating number"),
+        (lambda: OPERATORS.moments(X, None, None, torch.ones(5, 1, 7)), "sample weights must be float64, without gaps"),
+        (lambda: OPERATORS.moments(X, None, None, C.expand(5, 7, 3).mT.mT), "sample weights must be float64"),
+        (lambda: OPERATORS.moments(X, None, None, C), r"sample weights must be \(N, 1, \*S\)"),
+        (
+            lambda: OPERATORS.moments(X, torch.ones(5, 1, 7, dtype=torch.bool), None, X[:, :1].double().contiguous()),
+            "without a mask",
+        ),
+        (
+            lambda: OPERATORS.input_grad(X, X, *(C,) * 4, C, *(None,) * 4, 0, 0.0, False, False),
+            r"sample weights must be \(N, 1, \*S\)",
+        ),
         (lambda: OPERATORS.normalize(X, C[:2], C, *(None,) * 4, 0, 0.0), r"must be \(C,\)"),
         (lambda: OPERATORS.normalize(X, C, C, *(None,) * 4, len(cpu._library.activations), 0.0), "no such activation"),
         (lambda: OPERATORS.normalize(X, C, C, None, None, X[:1], None, 0, 0.0), "must be as x"),
@@ -57,7 +71,7 @@ def test_a_tensor_whose_storage_was_freed_raises():
     x = torch.randn(5, 3, 7)
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="storage must not be smaller"):
-        OPERATORS.moments(x, None, None)
+        OPERATORS.moments(x, None, None, None)
 
 
 def test_hostile_arguments_raise_or_run():

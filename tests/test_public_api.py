@@ -14,11 +14,11 @@ SIGNATURES = {
     bn.BatchNorm: "(num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, device=None, dtype=None, *, "
     "bias=True, activation=None, statistics=None, channel_axis=1, running_variance='unbiased', on_single='error', "
     "on_nonfinite='skip', padded='zero')",
-    bn.BatchNorm.forward: "(self, input, residual=None, mask=None, lengths=None, *, activation=None)",
+    bn.BatchNorm.forward: "(self, input, residual=None, mask=None, lengths=None, *, activation=None, weights=None)",
     bn.functional.batch_norm: "(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
-    "eps=1e-05, *, activation=None, residual=None, mask=None, lengths=None, reducer=None)",
+    "eps=1e-05, *, activation=None, residual=None, mask=None, lengths=None, weights=None, reducer=None)",
     bn.functional.normalize: "(input, weight=None, bias=None, eps=1e-05, *, activation=None, residual=None, mask=None, "
-    "lengths=None, reducer=None, group_size=None, moments=None, renormalization=None)",
+    "lengths=None, weights=None, reducer=None, group_size=None, moments=None, renormalization=None)",
     bn.functional.normalize_with: "(input, mean, variance, weight=None, bias=None, eps=1e-05, *, activation=None, "
     "residual=None, mask=None, lengths=None)",
     bn.convert: "(model, *, to=None, channels_per_group=8, standardize_weights=False, statistics=None, fuse=False, "

@@ -283,7 +283,7 @@ class Channels {
     template <class Lanes>
     bool finish_moments(int64_t c, Doubles sum, Doubles squares, bool again, Lanes lanes) {
         const Doubles shift = Sums<T>::about_zero && !again ? Doubles{} : Stored::load(&table.at(Numbers::mean, c), lanes);
-        const double count = task.count > 1.0 ? task.count : 1.0;
+        const double count = task.count > 0.0 ? task.count : 1.0;
         const Doubles distance = sum / count, mean = shift + distance;
         Doubles m2 = squares - sum * distance;
         m2 = m2 < 0.0 ? Doubles{} : m2;

@@ -12,6 +12,7 @@ using batchnorm::is_balanced;
 using batchnorm::parallel;
 
 constexpr int64_t chunk_values = 1 << 16;  // of a channel, or of rows of channels, in a sum that one thread computes
+constexpr int64_t most_chunks = 64;        // of rows of channels
 
 // How many vectors of elements lie in one cache line.
 template <class T>

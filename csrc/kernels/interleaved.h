@@ -16,7 +16,6 @@ namespace {
 
 using batchnorm::Run;
 
-constexpr int64_t most_chunks = 64;
 constexpr int64_t shortest_row = 64;
 constexpr int64_t longest_joint_row = 4096;
 

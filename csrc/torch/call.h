@@ -93,6 +93,14 @@ class Call {
         expect(!positions || mask.values() == positions, "the mask must be (N, 1, *S)");
         task.mask = mask.data<uint8_t>();
     }
+    void set_weights(const Tensor& weights) {
+        if (!weights) return;
+        const int64_t positions = x.sizes[1] ? x.values() / x.sizes[1] : 0;
+        expect(weights.dtype == dtypes[(int)Dtype::float64] && weights.is_contiguous(), "sample weights must be float64, without gaps");
+        expect(!positions || weights.values() == positions, "sample weights must be (N, 1, *S)");
+        expect(!task.mask, "sample weights come without a mask: below 0 they mask");
+        task.weights = weights.data<double>();
+    }
     void set_activation(Arguments& arguments) {
         const int64_t code = arguments.integer();
         expect(code >= 0 && code < activations, "there is no such activation");

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr double several = 1.5;  // as in moments.py
+
 // The statistics of a batch: (C,) each, of `count` values per channel.
 struct Batch {
     const double *mean, *m2;
@@ -63,7 +65,7 @@ struct Running {
   private:
     template <class Real>
     bool update_values(const Batch& batch, const Update& update, bool enabled) const {
-        const double count = update.unbiased ? batch.count - 1.0 : batch.count, divisor = count > 1.0 ? count : 1.0;
+        const double count = update.unbiased ? batch.count - 1.0 : batch.count, divisor = count > 0.0 ? count : 1.0;
         const Scratch variances = scratch(batch.C);
         double* variance_of = variances.get();
         int bad = 0;
@@ -104,7 +106,7 @@ OPERATOR(update_running, RUNNING_ARGUMENTS ", Tensor mean, Tensor m2, Tensor? ma
     running.check(C);
     const double count = masked_count ? ChannelValues::number(masked_count) : whole_count;
     Tensor finite = Tensor::empty(0, nullptr, nullptr, boolean);
-    *finite.data<bool>() = running.update_by({means, m2s, C, count}, update, !masked_count || count > 1.0);
+    *finite.data<bool>() = running.update_by({means, m2s, C, count}, update, !masked_count || count > several);
     stack[0] = finite.release();
 }
 

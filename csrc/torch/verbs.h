@@ -5,12 +5,14 @@
 
 namespace {
 
-OPERATOR(moments, "Tensor x, Tensor? mask, Tensor? count", "(Tensor, Tensor)") {
+OPERATOR(moments, "Tensor x, Tensor? mask, Tensor? count, Tensor? weights", "(Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), mask = arguments.optional_tensor(), count = arguments.optional_tensor();
+    const Tensor weights = arguments.optional_tensor();
     Call call(Verb::moments, x);
     Tensor mean = channel_vector(x), m2 = channel_vector(x);
     call.set_mask(mask);
+    call.set_weights(weights);
     call.task.count = count_of(x, count);
     call.task.mean = mean.data<double>(), call.task.m2 = m2.data<double>();
     call.run();
@@ -140,17 +142,19 @@ OPERATOR(reduce_grad, "Tensor dy, Tensor x, Tensor mean, Tensor rstd, " EPILOGUE
 }
 
 OPERATOR(input_grad,
-         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, " EPILOGUE_ARGUMENTS
+         "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, Tensor? weights, " EPILOGUE_ARGUMENTS
          ", bool residual_is_output, bool wants_dresidual",
          "(Tensor, Tensor)") {
     Arguments arguments(stack);
     BackwardCall backward(Verb::input_grad, arguments);
     const Tensor& x = backward.x;
     const Tensor mean_grad = arguments.optional_tensor(), mean_grad_xhat = arguments.optional_tensor();
+    const Tensor weights = arguments.optional_tensor();
     const ChannelValues mean_grads(mean_grad, x.sizes[1]), mean_grad_xhats(mean_grad_xhat, x.sizes[1]);
     Task& task = backward.call.task;
     task.mean_grad = mean_grads, task.mean_grad_xhat = mean_grad_xhats;
     const Epilogue epilogue(arguments, x.sizes[1], backward.call);
+    backward.call.set_weights(weights);
     task.residual_is_output = arguments.flag();
     const bool wants_dresidual = arguments.flag();
     Tensor dx = backward.call.output(), dresidual = wants_dresidual ? backward.call.output() : nothing(x);

@@ -19,12 +19,15 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 
+# A larger count is of several values. It is a whole number, or the sum of sample weights, which rounding may leave above 1 or below 2.
+SEVERAL = 1.5
+
 
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations (M2) of each channel.
 
     Attributes:
-        count: values per channel; an int, or a 0-d float64 tensor if it depends on a mask.
+        count: values per channel; an int, or a 0-d float64 tensor if it depends on a mask. With sample weights, their sum.
         mean: (C,), float64 if the device has it; complex for complex input.
         m2: (C,), the same dtype: the sum of (x - mean)^2; for complex input, of each component.
     """
@@ -37,9 +40,14 @@ class Moments(NamedTuple):
         """Variance of each channel, (C,): M2 / n, or M2 / (n - 1) with Bessel's correction.
 
         The paper normalizes with the biased variance (Algorithm 1) and infers with the unbiased one (section 3.1).
-        The variance of no values is 0; the unbiased variance of one value is 0 too, where torch has NaN.
+        The variance of no values is 0; the unbiased variance of one value is 0 too, where torch has NaN. Sample weights are frequencies
+        here: a weight of 2 counts as the sample twice, so M2 is divided by their sum, or their sum - 1.
         """
-        return self.m2 / at_least_one(self.count - 1 if unbiased else self.count)
+        return self.m2 / divisor_of(self.count - 1 if unbiased else self.count)
+
+    def has_variance(self) -> bool | Tensor:
+        """Whether they are of several values; 0-d bool if only the device knows."""
+        return self.count > SEVERAL
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(biased variance + eps), (C,), the factor in the paper's Algorithm 1."""
@@ -86,7 +94,7 @@ class Moments(NamedTuple):
             merged = self._components().merge(other._components())
             return Moments(merged.count, torch.view_as_complex(merged.mean), torch.view_as_complex(merged.m2))
         count = self.count + other.count
-        share = other.count / at_least_one(count)
+        share = other.count / divisor_of(count)
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * (self.count * share))
 
@@ -112,7 +120,7 @@ class Moments(NamedTuple):
             m2s: (W, C).
         """
         count = counts.sum()
-        shares = (counts / at_least_one(count)).unsqueeze(1)  # (W, 1)
+        shares = (counts / divisor_of(count)).unsqueeze(1)  # (W, 1)
         mean = (shares * means).sum(0)
         mean = mean + (shares * (means - mean)).sum(0)
         return Moments(count, mean, m2s.sum(0) + (counts.unsqueeze(1) * (means - mean).square()).sum(0))
@@ -122,6 +130,6 @@ class Moments(NamedTuple):
         return Moments(self.count, torch.view_as_real(self.mean), torch.view_as_real(self.m2))
 
 
-def at_least_one(count: int | Tensor) -> int | Tensor:
-    """A count to divide by: for no values every sum is 0, so any divisor gives 0."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+def divisor_of(count: int | Tensor) -> int | Tensor:
+    """A count to divide by: for no values every sum is 0, so any divisor gives 0. The sum of sample weights may lie below 1."""
+    return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else max(count, 1)

@@ -266,6 +266,7 @@ def test_what_it_refuses(monkeypatch):
         (x[:, :, ::2], Epilogue()),
         (x[:0], Epilogue()),
         (x, Epilogue(wide)),
+        (x, Epilogue(sample_weights=torch.ones(8, 1, 1, dtype=torch.float64, device=DEVICE))),
         (x, Epilogue(residual=x.half())),
         (nn.Parameter(x), Epilogue()),
     ):

@@ -324,13 +324,15 @@ def test_running_statistics(buffers, finite, unbiased):
     assert [int(results[0][3]), int(results[0][4])] == [finite, not finite]
 
 
-@pytest.mark.parametrize("count", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("count", [0.0, 1.0, 1.0001, 1.6, 2.0])
 def test_a_count_that_only_the_device_knows(count):
     running = Running(torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE))
     ones = torch.ones(3, dtype=torch.float64, device=DEVICE)
     batch = Moments(torch.tensor(count, dtype=torch.float64, device=DEVICE), ones, ones)
     assert gpu.update_running(running, batch, Update(0.5)) is None
-    assert running.mean.eq(0.5 if count > 1 else 0.0).all()
+    assert running.mean.eq(0.5 if count > 1.5 else 0.0).all()
+    variance = 0.5 + 0.5 / (count - 1) if count > 1.5 else 1.0  # of a sum of weights too, which is no whole number
+    torch.testing.assert_close(running.variance, torch.full((3,), variance, device=DEVICE))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[12], CASES[9]], ids=lambda case: case.name)

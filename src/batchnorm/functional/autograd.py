@@ -55,6 +55,7 @@ class Call(NamedTuple):
         eps: added to the variance.
         activation: applied last, or None.
         mask: bool, (N, 1, *S), or None.
+        sample_weights: of the `Epilogue`.
         constants: the mean and variance to normalize x with, (C,) each; None for the statistics of the batch.
         known: the moments of the batch, if they were computed before.
         renormalization: the correction toward running statistics, or None.
@@ -66,6 +67,7 @@ class Call(NamedTuple):
     eps: float
     activation: Activation | None = None
     mask: Tensor | None = None
+    sample_weights: Tensor | None = None
     constants: tuple[Tensor, Tensor] | None = None
     known: Moments | None = None
     renormalization: Renormalization | None = None
@@ -102,6 +104,7 @@ class Saved(NamedTuple):
         bias: or None, also without an activation, since no gradient depends on it then.
         residual, output: of the `Epilogue`.
         mask: of the call.
+        sample_weights: of the call.
         counted: values per channel if only the device knows the number, 0-d or (G,), or None.
         r, d: of batch renormalization, or None.
         reserve: of the kernel's forward, or None.
@@ -115,6 +118,7 @@ class Saved(NamedTuple):
     residual: Tensor | None
     output: Tensor | None
     mask: Tensor | None
+    sample_weights: Tensor | None = None
     counted: Tensor | None = None
     r: Tensor | None = None
     d: Tensor | None = None
@@ -146,7 +150,8 @@ class Normalize(torch.autograd.Function):
             return y
         assert type(call) is Call
         ctx.set_materialize_grads(False)
-        epilogue = Epilogue(weight, bias, residual, call.mask, call.activation)
+        weights = call.sample_weights
+        epilogue = Epilogue(weight, bias, residual, call.mask, call.activation, None, weights)
         ctx.kernel = kernel = call.kernel
         bias = None if call.activation is None else bias
         if call.constants is not None:
@@ -170,6 +175,7 @@ class Normalize(torch.autograd.Function):
                 renormalization = renormalization.copy()
 
             def again(x: Tensor, given: Epilogue) -> Tensor:
+                given = given._replace(sample_weights=weights)
                 return reduction.forward(kernel, x, call.eps, given, None, call.groups, None, renormalization)[0]
         else:
 
@@ -181,7 +187,9 @@ class Normalize(torch.autograd.Function):
         ctx.count = None if count is not None else moments.count
         r, d = correction or (None, None)
         beside = saved_of_residual(epilogue, y)
-        ctx.save_for_backward(*Saved(x, moments.mean, rstd, weight, bias, *beside, call.mask, count, r, d, reserve))
+        ctx.save_for_backward(
+            *Saved(x, moments.mean, rstd, weight, bias, *beside, call.mask, weights, count, r, d, reserve)
+        )
         ctx.mark_non_differentiable(*(value for value in moments if isinstance(value, Tensor)))
         return y, moments.count, moments.mean, moments.m2
 
@@ -211,7 +219,8 @@ class Normalize(torch.autograd.Function):
         if saved.x is None:
             return *_gradients_without_input(ctx, dy, saved), None
         activation = call.activation
-        epilogue = Epilogue(saved.weight, saved.bias, saved.residual, saved.mask, activation, saved.output)
+        beside = (saved.residual, saved.mask, activation, saved.output, saved.sample_weights)
+        epilogue = Epilogue(saved.weight, saved.bias, *beside)
         count = ctx.count if saved.counted is None else saved.counted
         correction = None if saved.r is None or saved.d is None else Correction(saved.r, saved.d)
         by = Normalized(saved.mean, saved.rstd, count, saved.reserve)
@@ -226,7 +235,7 @@ def _saved_of_step(
 ) -> Saved:
     """The saved tensors of a step in the form of the general path."""
     mean, rstd, *r_and_d = statistics.unbind()
-    return Saved(x, mean, rstd, weight, bias, None, output, None, None, *(r_and_d or (None, None)))
+    return Saved(x, mean, rstd, weight, bias, None, output, None, None, None, *(r_and_d or (None, None)))
 
 
 def _depends_on_input(ctx: Any, activation: Activation | None) -> bool:
@@ -356,7 +365,7 @@ def _differentiable_backward(
     if activation is not None and output is not None:
         dy = dy * activation.derivative(output.detach())
         activation = None
-    epilogue = Epilogue(weight, bias, residual, mask, activation).corrected(correction)
+    epilogue = Epilogue(weight, bias, residual, mask, activation, None, epilogue.sample_weights).corrected(correction)
     y = (
         reduction.forward(eager, x, eps, epilogue, reducer, groups)[0]
         if given is None

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from batchnorm import kernels
 from batchnorm.errors import ArgumentError, DTypeError, InputError, ShapeError
-from batchnorm.kernels import Activation, Epilogue, Groups
+from batchnorm.kernels import Activation, Epilogue, Groups, eager
+from batchnorm.moments import SEVERAL
+from batchnorm.torch_state import differentiated_by_torch, is_fake, is_tracing
 
 
 def check_input(input: Tensor, channel_values: dict[str, Tensor | None]) -> None:
@@ -158,12 +160,87 @@ def epilogue_of(
     activation: str | nn.Module | Activation | None,
     residual: Tensor | None,
     mask: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Epilogue:
     if residual is not None:
         check_residual(residual, input)
     if mask is not None:
         mask = mask_along_channels(mask, input)
-    return Epilogue(weight, bias, residual, mask, kernels.parse(activation))
+    if weights is not None:
+        weights = _weights_along_channels(weights, mask, input)
+    return Epilogue(weight, bias, residual, mask, kernels.parse(activation), None, weights)
+
+
+def check_weights(weights: Tensor, input: Tensor) -> None:
+    """Refuse sample weights of another kind, shape or device than the input (N, C, *S) allows; does not look at their values.
+
+    Raises:
+        ArgumentError, DTypeError, ShapeError: saying what came.
+    """
+    if not isinstance(weights, Tensor):
+        raise ArgumentError(
+            f"weights must be a tensor, but got {type(weights).__name__}; convert it with torch.as_tensor"
+        )
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise DTypeError(
+            f"weights must be floating or integers, how often each sample counts, but got {weights.dtype}; for what counts or not, "
+            "use mask="
+        )
+    wanted = (input.shape[0], *input.shape[2:])
+    shape = tuple(weights.shape)
+    of_samples = len(shape) == 1 and shape[0] == wanted[0]
+    if not of_samples and (
+        len(shape) != len(wanted) or any(m != 1 and m != w for m, w in zip(shape, wanted, strict=True))
+    ):
+        raise ShapeError(
+            f"weights must be (N,) or broadcast to (N, *S), the input without its channel axis, {tuple(wanted)}, but have shape {shape}"
+        )
+    if weights.device != input.device:
+        raise ArgumentError(
+            f"weights must be on the input's device, {input.device}, but are on {weights.device}; move them with weights.to(input.device)"
+        )
+
+
+def check_sum_of_weights(count: int | Tensor) -> None:
+    """Refuse to learn statistics from weights that add up to one sample, unless that would wait for the device.
+
+    Raises:
+        InputError: saying what to do about it.
+    """
+    if not isinstance(count, Tensor) or not _shows_values(count):
+        return
+    total = float(count)
+    if 0 < total <= SEVERAL:
+        raise InputError(
+            f"weights count samples, so those of a training batch must sum to more than {SEVERAL} over its positions, but they sum to "
+            f'{total:g}: one sample has no variance. Scale them, for example to a mean of 1, or give the layer on_single="skip"'
+        )
+
+
+def _weights_along_channels(weights: Tensor, mask: Tensor | None, input: Tensor) -> Tensor:
+    """Sample weights as `Epilogue` takes them. Where looking at them would wait for the device, what is no weight becomes NaN."""
+    check_weights(weights, input)
+    spatial = input.dim() - 2
+    along = weights.to(eager.wide_dtype(input))
+    along = along.reshape(-1, *[1] * (1 + spatial)) if along.dim() == 1 else along.unsqueeze(1)
+    if mask is not None:  # (N, 1, *S)
+        along = torch.where(mask, along, 0)
+    are_weights = (along >= 0) & (along < torch.inf)
+    if not _shows_values(along):
+        return torch.where(are_weights, along, torch.nan)
+    if not bool(are_weights.all()):
+        wrong = along[~are_weights][0].item()
+        raise InputError(
+            f"weights must be non-negative and finite, but one is {wrong}; to leave a sample out, give it 0"
+        )
+    return along
+
+
+def _shows_values(tensor: Tensor) -> bool:
+    """Whether code may read values of the tensor without waiting for a device, tracing or transforms."""
+    return tensor.is_cpu and not (
+        torch.compiler.is_compiling() or is_tracing() or differentiated_by_torch() or is_fake(tensor)
+    )
 
 
 def in_kernel_layout(input: Tensor) -> Tensor:

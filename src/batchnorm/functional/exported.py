@@ -22,6 +22,8 @@ def beyond_torch(input: Tensor, mean: Tensor | None, variance: Tensor | None, ep
     """
     if epilogue.mask is not None:
         return "its call has a mask"
+    if epilogue.sample_weights is not None:
+        return "its call has sample weights"
     if input.is_complex():
         return "its input is complex"
     statistics = {value.dtype for value in (mean, variance) if value is not None}

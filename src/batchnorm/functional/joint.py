@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 from batchnorm import kernels
 from batchnorm.errors import StateError
 from batchnorm.functional.autograd import counted, saved_of_residual
-from batchnorm.functional.reduction import Reducer, rstd_for_input_grad
-from batchnorm.kernels import Correction, Epilogue, Kernel, Renormalization
-from batchnorm.moments import Moments, at_least_one
+from batchnorm.functional.reduction import Reducer, input_grad, moments_of
+from batchnorm.kernels import Correction, Epilogue, Kernel, Normalized, Renormalization
+from batchnorm.moments import Moments
 
 
 class Joint(ABC):
@@ -61,11 +61,12 @@ class Call:
         all: the moments of all micro-batches, as a row.
         rstd: 1 / sqrt(variance + eps) of all micro-batches, (C,).
         correction: r and d of batch renormalization, or None.
+        sample_weights: of the micro-batch, or None.
         epilogue: passed from the backward of `_Leave` to that of `_Enter`.
     """
 
-    def __init__(self, kernel: Kernel, own: Tensor) -> None:
-        self.kernel, self.own = kernel, own
+    def __init__(self, kernel: Kernel, own: Tensor, sample_weights: Tensor | None) -> None:
+        self.kernel, self.own, self.sample_weights = kernel, own, sample_weights
         self.all: Tensor = own
         self.rstd: Tensor | None = None
         self.correction: Correction | None = None
@@ -76,10 +77,10 @@ def normalize(
     x: Tensor, eps: float, epilogue: Epilogue, joint: Joint, renormalization: Renormalization | None
 ) -> tuple[Tensor, Moments] | None:
     """`functional.normalize` with the moments of all micro-batches, if a gradient is needed; None if the call is not of a micro-batch."""
-    weight, bias, residual, mask, activation, _ = epilogue
+    weight, bias, residual, mask, activation, *_ = epilogue
     kernel = kernels.select(x, epilogue, plain=False)
     with torch.no_grad():
-        call = Call(kernel, kernel.moments(x, mask).row())
+        call = Call(kernel, moments_of(kernel, x, epilogue).row(), epilogue.sample_weights)
         if not joint.accepts(call.own):
             return None
     constant = None if weight is None else weight.detach()  # the other node computes its gradient
@@ -127,10 +128,10 @@ class _Enter(torch.autograd.Function):
             dy, epilogue = torch.zeros_like(x), Epilogue(weight, None, None, mask).corrected(call.correction)
         count, mean, _m2 = Moments.of_row(call.all)
         sums = Moments.of_row(total)
-        means = sums.mean / at_least_one(count), sums.m2 / at_least_one(count)
         assert call.rstd is not None
-        rstd = rstd_for_input_grad(call.rstd, count)
-        dx, dresidual = call.kernel.input_grad(dy, x, mean, rstd, epilogue, means)
+        epilogue = epilogue._replace(sample_weights=call.sample_weights)
+        by = Normalized(mean, call.rstd, count)
+        dx, dresidual = input_grad(call.kernel, dy, x, by, epilogue, (sums.mean, sums.m2))
         if ctx.linear and ctx.needs_input_grad[1]:
             dresidual = counted(dy, mask)
         return dx, dresidual if ctx.needs_input_grad[1] else None, None, None, None, None

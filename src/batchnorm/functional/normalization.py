@@ -27,6 +27,8 @@ from batchnorm.functional.checks import (
     check_input,
     check_residual,
     check_several_values,
+    check_sum_of_weights,
+    check_weights,
     epilogue_of,
     groups_of,
     in_kernel_layout,
@@ -62,6 +64,7 @@ def batch_norm(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    weights: Tensor | None = None,
     reducer: Reducer | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with its signature and effects, and more in the same pass.
@@ -79,6 +82,8 @@ def batch_norm(
         residual: added before the activation; input's shape.
         mask: bool, (N, *S) or broadcastable to it; True counts. Where False, the output is 0 and no gradient flows.
         lengths: (N,), integers: so many positions of the last axis count, as a mask would say; beside a mask both have to.
+        weights: (N,) or broadcastable to (N, *S), floating or integers, at least 0: how often each sample, or position, counts in the
+            statistics of a training batch, and so in their gradients. No output is multiplied by them. Differentiable.
         reducer: merges the statistics of several replicas in training, such as `distributed.Replicas`. Of one value per channel
             here the others may have more, so it is no error then.
 
@@ -86,11 +91,13 @@ def batch_norm(
         activation(weight · (input - mean) / sqrt(variance + eps) + bias + residual), of input's shape and dtype.
 
     Raises:
-        InputError: on one value per channel in training, on eps out of range, on running statistics missing in inference.
+        InputError: on one value per channel in training, on eps out of range, on running statistics missing in inference; on weights
+            that are negative or not finite, or sum to at most 1.5 where there are running statistics to update. On a device other than
+            the CPU the output is NaN instead, or nothing is updated.
         ShapeError: on sizes that do not fit together.
         DTypeError: on an integer or boolean input.
     """
-    whole_batch = residual is None and mask is None and lengths is None and reducer is None
+    whole_batch = residual is None and mask is None and lengths is None and weights is None and reducer is None
     if whole_batch and (not training or type(momentum) is float):
         running = running_mean, running_var
         output = _on_fast_path(input, running, weight, bias, momentum if training else None, eps, activation)
@@ -105,15 +112,27 @@ def batch_norm(
             check_several_values(input)
             if exporting() and not exported.to_onnx() and isinstance(momentum, (int, float)):
                 check_eps(eps)
-                epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
+                epilogue = epilogue_of(input, weight, bias, activation, residual, mask, weights)
                 if exported.beyond_torch(input, running_mean, running_var, epilogue) is None:
                     return exported.by_torch(input, running_mean, running_var, eps, epilogue, True, momentum)
         output, moments = normalize(
-            input, weight, bias, eps, activation=activation, residual=residual, mask=mask, reducer=reducer
+            input,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            residual=residual,
+            mask=mask,
+            weights=weights,
+            reducer=reducer,
         )
         if running_mean is not None and running_var is not None:
+            if weights is not None and reducer is None:
+                check_sum_of_weights(moments.count)
             update_running_statistics(running_mean, running_var, moments, momentum)
         return output
+    if weights is not None:
+        check_weights(weights, input)
     if running_mean is None or running_var is None:
         raise StateError(
             "running_mean must be defined in evaluation mode, and so must running_var, but got None; "
@@ -159,6 +178,7 @@ def normalize(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    weights: Tensor | None = None,
     reducer: Reducer | None = None,
     group_size: int | None = None,
     moments: Moments | None = None,
@@ -194,6 +214,7 @@ def normalize(
             activation=activation,
             residual=None if residual is None else _residual_components(residual, input),
             mask=mask,
+            weights=weights,
             reducer=reducer,
             group_size=group_size,
             moments=None if moments is None else _components_of_moments(moments),
@@ -203,19 +224,24 @@ def normalize(
         )
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return input.clone(), Moments(0, input.new_zeros(0), input.new_zeros(0))
-    epilogue = epilogue_of(input, weight, bias, activation, residual, mask)
+    epilogue = epilogue_of(input, weight, bias, activation, residual, mask, weights)
+    differentiates_weights = weights is not None and weights.requires_grad and torch.is_grad_enabled()
     groups = groups_of(input, group_size)
     if isinstance(reducer, Joint) and groups is None:
         if differentiated_by_torch() or exporting():
             raise StateError(
                 "micro-batches are merged in autograd's graph, which torch.func and exporters do not record; call the model without them"
             )
+        if differentiates_weights:
+            raise StateError(
+                "the weights of micro-batches are constants, but these require a gradient; pass weights.detach() under as_one_batch"
+            )
         if torch.is_grad_enabled():  # if this micro-batch needs no gradient, another may
             found = joint.normalize(input, eps, epilogue, reducer, renormalization)
             if found is not None:
                 return found
             reducer = reducer.replicas
-    if differentiated_by_torch() or exporting():  # known moments would be constants to torch
+    if differentiates_weights or differentiated_by_torch() or exporting():  # known moments would be constants to torch
         output, found, *_ = reduction.forward(
             eager, input, eps, epilogue, reducer, groups, renormalization=renormalization
         )
@@ -225,14 +251,16 @@ def normalize(
         kernel = kernels.select(x, epilogue, groups is None and renormalization is None)
         fused = epilogue if kernel.fuses else epilogue.affine()
         if needs_grad(x, fused):
-            call = Call(kernel, eps, fused.activation, fused.mask, None, moments, renormalization, reducer, groups)
+            given = (fused.activation, fused.mask, fused.sample_weights)
+            call = Call(kernel, eps, *given, None, moments, renormalization, reducer, groups)
             output, *values = memory.recorded(Normalize.apply, x, *distinct(x, *fused[:3]), call)
             found = Moments(*values)
         else:
             output, found, *_ = reduction.forward(kernel, x, eps, fused, reducer, groups, moments, renormalization)
         if fused is not epilogue:
             output = epilogue.after(output)
-    return output, found if groups is None else _pooled(found, mask, groups, input)
+    counted_by_device = mask is not None or weights is not None
+    return output, found if groups is None else _pooled(found, counted_by_device, groups, input)
 
 
 def normalize_with(
@@ -286,7 +314,7 @@ def normalize_with(
     kernel = kernels.select(x, epilogue)
     fused = epilogue if kernel.fuses else epilogue.affine()
     if needs_grad(x, fused):
-        call = Call(kernel, eps, fused.activation, fused.mask, (mean, variance))
+        call = Call(kernel, eps, fused.activation, fused.mask, None, (mean, variance))
         output = memory.recorded(Normalize.apply, x, *distinct(x, *fused[:3]), call)[0]
     else:
         output = kernel.infer(x, mean, variance, eps, fused)[0]
@@ -294,8 +322,15 @@ def normalize_with(
 
 
 @torch.no_grad()
-def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Moments:
+def moments(
+    input: Tensor,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Moments:
     """Count, mean and M2 of each channel of `input` (N, C, *S), or of what a mask lets through; constants, no gradient flows.
+
+    With `weights`, as in `batch_norm`, the count is their sum.
 
     Raises:
         InputError, ShapeError, DTypeError: as `batch_norm`.
@@ -303,26 +338,26 @@ def moments(input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = 
     check_input(input, {})
     mask = mask_of(lengths, mask, input)
     if input.is_complex():
-        count, mean, m2 = moments(components_as_channels(input), mask)
+        count, mean, m2 = moments(components_as_channels(input), mask, None, weights)
         return Moments(count, vector_as_complex(mean), vector_as_complex(m2))
     if input.dim() < 2:  # numel 0: `check_input` lets nothing else through
         return Moments(0, input.new_zeros(0), input.new_zeros(0))
-    epilogue = epilogue_of(input, None, None, None, None, mask)
+    epilogue = epilogue_of(input, None, None, None, None, mask, weights)
     if differentiated_by_torch() or exporting():
-        return exported.constants(eager.moments(input, epilogue.mask))
+        return exported.constants(reduction.moments_of(eager, input, epilogue))
     x = in_kernel_layout(input)
-    return kernels.select(x, epilogue, plain=False).moments(x, epilogue.mask)
+    return reduction.moments_of(kernels.select(x, epilogue, plain=False), x, epilogue)
 
 
 def _components_of_moments(moments: Moments) -> Moments:
     return Moments(moments.count, components_of_buffer(moments.mean), components_of_buffer(moments.m2))
 
 
-def _pooled(moments: Moments, mask: Tensor | None, groups: Groups, input: Tensor) -> Moments:
-    """Those of all groups; how many values there are is known where no mask decides it."""
+def _pooled(moments: Moments, counted_by_device: bool, groups: Groups, input: Tensor) -> Moments:
+    """Those of all groups; how many values there are is known where no mask or weights decide it."""
     assert isinstance(moments.count, Tensor), f"the counts of {groups.number} groups are a tensor"
     pooled = Moments.pooled(moments.count, moments.mean, moments.m2)
-    return pooled if mask is not None else pooled._replace(count=values_per_channel(input))
+    return pooled if counted_by_device else pooled._replace(count=values_per_channel(input))
 
 
 def _check_renormalization(renormalization: Renormalization, input: Tensor, group_size: int | None) -> None:

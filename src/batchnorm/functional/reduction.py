@@ -3,7 +3,8 @@
     x ─moments─▶ (count, mean, M2) ─merge─▶ mean, rstd ─normalize─▶ y
     dy ─reduce_grad─▶ (Σg, Σg·x̂) ─sum─▶ ─input_grad─▶ dx
 
-Without a reducer, the kernels run each line fused.
+Without a reducer, the kernels run each line fused. With sample weights the lines are composed here too: between their verbs the count
+becomes the sum of the weights.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from batchnorm.kernels import Backward, Epilogue, Forward, Groups, Kernel, Normalized, Renormalization
-from batchnorm.moments import Moments, at_least_one
+from batchnorm.kernels import Backward, Epilogue, Forward, Groups, Kernel, Normalized, Renormalization, eager
+from batchnorm.moments import Moments, divisor_of
 
 
 class Reducer(Protocol):
@@ -47,12 +48,17 @@ def forward(
 
     Groups are not merged with those of replicas. `known` moments are of all replicas already, so nothing is reduced.
     """
+    weighted = epilogue.sample_weights is not None
     if known is None and (groups is not None or reducer is None):
-        if renormalization is not None:
+        if weighted and groups is not None:
+            return eager.forward_groups(x, epilogue, groups, lambda x, given: forward(kernel, x, eps, given, None))
+        if not weighted and renormalization is not None:
             return kernel.forward_renormalized(x, eps, epilogue, renormalization)
-        return kernel.forward(x, eps, epilogue, groups)
-    moments = known if known is not None or reducer is None else reducer.merge(kernel.moments(x, epilogue.mask))
-    assert moments is not None
+        if not weighted:
+            return kernel.forward(x, eps, epilogue, groups)
+    moments = moments_of(kernel, x, epilogue) if known is None else known
+    if known is None and reducer is not None:
+        moments = reducer.merge(moments)
     rstd = moments.rstd(eps)
     correction = None if renormalization is None else renormalization.of(moments, eps)
     y = kernel.normalize(x, moments.mean, rstd, epilogue.corrected(correction))
@@ -73,16 +79,36 @@ def backward(
 
     The sums, which become dweight and dbias, are of this replica only: data-parallel training adds those of all replicas.
     """
-    if groups is not None or reducer is None or not needs_input_grad:
+    weighted = epilogue.sample_weights is not None and needs_input_grad
+    if weighted and groups is not None:
+
+        def of_group(dy: Tensor, x: Tensor, by: Normalized, epilogue: Epilogue) -> Backward:
+            return backward(kernel, dy, x, by, epilogue, needs_input_grad, None)
+
+        return eager.backward_groups(dy, x, by, epilogue, groups, of_group)
+    if not weighted and (groups is not None or reducer is None or not needs_input_grad):
         return kernel.backward(dy, x, by, epilogue, needs_input_grad, groups)
     sums = kernel.reduce_grad(dy, x, by.mean, by.rstd, epilogue)
-    divisor = at_least_one(0 if by.count is None else by.count)
-    total, total_xhat = reducer.sum(*sums)
-    means = total / divisor, total_xhat / divisor
-    dx, dresidual = kernel.input_grad(dy, x, by.mean, rstd_for_input_grad(by.rstd, by.count), epilogue, means)
+    total = sums if reducer is None else reducer.sum(*sums)
+    dx, dresidual = input_grad(kernel, dy, x, by, epilogue, total)
     return Backward(dx, dresidual, *sums)
 
 
-def rstd_for_input_grad(rstd: Tensor, count: int | Tensor | None) -> Tensor:
-    """rstd, or 0 if there is one value per channel: it equals the mean, so dx is 0, where the formula would give rounding errors."""
-    return rstd if count is None else rstd * (count != 1)
+def moments_of(kernel: Kernel, x: Tensor, epilogue: Epilogue) -> Moments:
+    """`Kernel.moments`, or `Kernel.weighted_moments` where there are sample weights."""
+    weights = epilogue.sample_weights
+    return kernel.moments(x, epilogue.mask) if weights is None else kernel.weighted_moments(x, weights)
+
+
+def input_grad(
+    kernel: Kernel, dy: Tensor, x: Tensor, by: Normalized, epilogue: Epilogue, sums: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """`Kernel.input_grad` given Σg and Σg·x̂ of all values that were normalized together."""
+    divisor = divisor_of(0 if by.count is None else by.count)
+    weights = epilogue.sample_weights
+    if weights is not None:  # shares, so that weights of any scale stay within float32's range
+        shares = epilogue._replace(sample_weights=weights / divisor)
+        return kernel.input_grad(dy, x, by.mean, by.rstd, shares, sums)
+    # A single value per channel equals the mean, so dx is 0, where the formula would give rounding errors.
+    rstd = by.rstd if by.count is None else by.rstd * (by.count != 1)
+    return kernel.input_grad(dy, x, by.mean, rstd, epilogue, (sums[0] / divisor, sums[1] / divisor))

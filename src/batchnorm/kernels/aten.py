@@ -24,10 +24,14 @@ from batchnorm.kernels.contract import (
     Update,
     values_per_channel,
 )
-from batchnorm.kernels.eager import forward_renormalized, update_running  # never asked for: `refuses`, `takes_update`
+from batchnorm.kernels.eager import (  # never asked for: `refuses`, `takes_update`
+    forward_renormalized,
+    update_running,
+    weighted_moments,
+)
 from batchnorm.moments import Moments
 
-__all__ = ["forward_renormalized", "update_running"]
+__all__ = ["forward_renormalized", "update_running", "weighted_moments"]
 
 name = "aten"
 fuses = False
@@ -48,6 +52,8 @@ def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
         return "its statistics are not those of the batch alone"
     if epilogue.mask is not None:
         return "there is a mask"
+    if epilogue.sample_weights is not None:
+        return "there are sample weights"
     if not x.is_floating_point() or x.element_size() < 2:
         return f"x is {x.dtype}"
     if values_per_channel(x) < 2:

@@ -17,6 +17,13 @@ with, channel by channel,
 Shapes: x, y, residual and their gradients (N, C, *S) in any strides; channel values (C,). Channel values are float64 (float32 on
 devices without it): at mean 1e4 a float32 mean alone costs 5e-4 of the deviation.
 A mask is boolean and broadcasts against (N, 1, *S); where it is False nothing is counted, y is 0 and no gradient flows, whatever x holds.
+
+With sample weights w, of sum W, in place of the count:
+
+    mean = Σ w·x / W        M2 = Σ w·(x - mean)²        dx = weight · rstd · (g - w · Σg / W - w · x̂ · Σg·x̂ / W)
+
+Only two verbs know of them, `weighted_moments` and `input_grad`: y is normalized as without them, and Σg and Σg·x̂ are the plain sums,
+because a sample has one output, whatever its weight. The fused pairs never get sample weights (`functional.reduction`).
 """
 
 from __future__ import annotations
@@ -43,6 +50,8 @@ class Epilogue(NamedTuple):
         activation: applied last, or None.
         output: y, in the backward only, instead of the residual: with `Activation.derivative_from_output` the derivative can be
             computed from y, which the next layer saves anyway.
+        sample_weights: how often each position counts, (N, 1, *S) or broadcastable to it, in the wide dtype; 0 where the mask is
+            False. In `input_grad`, their shares w / W. None counts each once.
     """
 
     weight: Tensor | None = None
@@ -51,6 +60,7 @@ class Epilogue(NamedTuple):
     mask: Tensor | None = None
     activation: Activation | None = None
     output: Tensor | None = None
+    sample_weights: Tensor | None = None
 
     @property
     def has_residual(self) -> bool:
@@ -66,11 +76,9 @@ class Epilogue(NamedTuple):
 
     def elsewhere(self, x: Tensor) -> str | None:
         """Which operand is on another device than x, or None."""
-        weight, bias, residual, mask, _, output = self
-        operands = {"weight": weight, "bias": bias, "residual": residual, "mask": mask, "output": output}
-        for what, value in operands.items():
-            if value is not None and value.device != x.device:
-                return f"x is on {x.device}, and the {what} on {value.device}"
+        for what, value in self._asdict().items():
+            if isinstance(value, Tensor) and value.device != x.device:
+                return f"x is on {x.device}, and the {what.replace('_', ' ')} on {value.device}"
         return None
 
     def affine(self) -> Epilogue:
@@ -228,6 +236,12 @@ def values_per_channel(x: Tensor) -> int:
     return x.numel() // x.shape[1] if x.shape[1] else 0
 
 
+def sum_of_weights(x: Tensor, sample_weights: Tensor) -> Tensor:
+    """The sum of sample weights over all positions of x, 0-d."""
+    positions = values_per_channel(x)
+    return sample_weights.sum() * (positions / max(sample_weights.numel(), 1))
+
+
 class Kernel(Protocol):
     """An implementation of the verbs. `kernels.select` returns the first kernel that accepts a call."""
 
@@ -244,6 +258,10 @@ class Kernel(Protocol):
 
     def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
         """Count, mean and M2 of each channel."""
+        ...
+
+    def weighted_moments(self, x: Tensor, sample_weights: Tensor) -> Moments:
+        """`moments` with sample weights, as in `Epilogue`; where they are 0 nothing is counted. The count is their sum."""
         ...
 
     def normalize(self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
@@ -271,7 +289,10 @@ class Kernel(Protocol):
         epilogue: Epilogue,
         mean_grads: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None if the statistics are constants."""
+        """dx and dresidual; `mean_grads` is (Σg / count, Σg·x̂ / count), or None if the statistics are constants.
+
+        With `sample_weights`, which are shares of their sum here, it is (Σg, Σg·x̂).
+        """
         ...
 
     def forward(self, x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> Forward:
@@ -303,7 +324,7 @@ class Kernel(Protocol):
     def update_running(self, running: Running, moments: Moments, update: Update) -> Tensor | None:
         """Update the running statistics in place, and count the batch.
 
-        Computed in the moments' dtype and rounded once. A count of less than 2 that only the device knows updates nothing. Returns a
+        Computed in the moments' dtype and rounded once. A count of one value that only the device knows updates nothing. Returns a
         0-d bool, whether the batch's statistics were finite; None without `skip_nonfinite`.
         """
         ...

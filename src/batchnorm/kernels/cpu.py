@@ -29,6 +29,7 @@ from batchnorm.kernels.contract import (
     Step,
     Steps,
     Update,
+    sum_of_weights,
     values_per_channel,
 )
 from batchnorm.kernels.correction import Correction, Renormalization
@@ -62,8 +63,14 @@ def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:  #
 def moments(x: Tensor, mask: Tensor | None) -> Moments:
     mask = _whole(mask, x)
     count = None if mask is None else _counted_by(mask)
-    mean, m2 = torch.ops.batchnorm.moments.default(x, mask, count)
+    mean, m2 = torch.ops.batchnorm.moments.default(x, mask, count, None)
     return Moments(values_per_channel(x) if count is None else count, mean, m2)
+
+
+def weighted_moments(x: Tensor, sample_weights: Tensor) -> Moments:
+    count = sum_of_weights(x, sample_weights)
+    mean, m2 = torch.ops.batchnorm.moments.default(x, None, count, _whole(sample_weights, x))
+    return Moments(count, mean, m2)
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
@@ -90,8 +97,12 @@ def input_grad(
     mean_grads: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     wants_dresidual, is_output = epilogue.has_residual, epilogue.output is not None
+    weights, mask = epilogue.sample_weights, epilogue.mask
+    if weights is not None:
+        weights = _whole(weights if mask is None else torch.where(mask, weights, -1.0), x)
+        epilogue = epilogue._replace(mask=None)
     dx, dresidual = torch.ops.batchnorm.input_grad.default(
-        dy, x, mean, rstd, *(mean_grads or (None, None)), *_arguments(x, epilogue), is_output, wants_dresidual
+        dy, x, mean, rstd, *(mean_grads or (None, None)), weights, *_arguments(x, epilogue), is_output, wants_dresidual
     )
     return dx, dresidual if wants_dresidual else None
 
@@ -212,7 +223,7 @@ def builds() -> tuple[str, ...]:
 def _arguments(
     x: Tensor, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
-    weight, bias, residual, mask, activation, output = epilogue
+    weight, bias, residual, mask, activation, output, _ = epilogue
     mask = _whole(mask, x)
     residual = residual if output is None else output
     known = code(activation)
@@ -229,7 +240,7 @@ def code(activation: Activation | None) -> tuple[int, float] | None:
 
 
 def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask as (N, 1, *S) without gaps."""
+    """The mask, or sample weights, as (N, 1, *S) without gaps."""
     return None if mask is None else mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
 
 

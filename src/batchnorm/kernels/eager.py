@@ -6,6 +6,8 @@ the deviations (two passes, Neumaier's remark in Chan et al. 1983), so that a la
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,11 @@ from batchnorm.kernels.contract import (
     Running,
     Steps,
     Update,
+    sum_of_weights,
     values_per_channel,
 )
 from batchnorm.kernels.correction import Renormalization
-from batchnorm.moments import Moments, at_least_one
+from batchnorm.moments import SEVERAL, Moments, divisor_of
 from batchnorm.torch_state import is_fake, transforms_active
 
 name = "eager"
@@ -45,7 +48,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Moments:
         if _can_gather(x):
             x, mask = _gathered(x, mask), None
     wide, axes = _masked(x.to(wide_dtype(x)), mask), _reduced_axes(x)
-    divisor = at_least_one(count)
+    divisor = divisor_of(count)
     mean = wide.sum(axes) / divisor  # (C,)
     deviation = _masked(wide - _along_channels(mean, x), mask)
     if x.dtype == wide.dtype:
@@ -53,6 +56,21 @@ def moments(x: Tensor, mask: Tensor | None) -> Moments:
         mean = mean + correction
         deviation = _masked(deviation - _along_channels(correction, x), mask)
     return Moments(count, mean, deviation.square().sum(axes))
+
+
+def weighted_moments(x: Tensor, sample_weights: Tensor) -> Moments:
+    wide, axes = x.to(wide_dtype(x)), _reduced_axes(x)
+    # A product with 0 would let NaN through; and where x is finite, this one's derivative by the weight is not 0.
+    wide = torch.where((sample_weights == 0) & ~wide.isfinite(), 0, wide)
+    count = sum_of_weights(x, sample_weights)
+    divisor = divisor_of(count)
+    mean = (sample_weights * wide).sum(axes) / divisor  # (C,)
+    deviation = wide - _along_channels(mean, x)
+    if x.dtype == wide.dtype:
+        correction = (sample_weights * deviation).sum(axes) / divisor
+        mean = mean + correction
+        deviation = deviation - _along_channels(correction, x)
+    return Moments(count, mean, (sample_weights * deviation.square()).sum(axes))
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue) -> Tensor:
@@ -88,7 +106,7 @@ def input_grad(
 
 def forward(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups | None = None) -> Forward:
     if groups is not None:
-        return _forward_groups(x, eps, epilogue, groups)
+        return forward_groups(x, epilogue, groups, lambda x, epilogue: forward(x, eps, epilogue))
     batch = moments(x, epilogue.mask)
     rstd = batch.rstd(eps)
     return Forward(normalize(x, batch.mean, rstd, epilogue), batch, rstd)
@@ -109,13 +127,17 @@ def backward(
     groups: Groups | None = None,
 ) -> Backward:
     if groups is not None:
-        return _backward_groups(dy, x, by, epilogue, needs_input_grad, groups)
+
+        def of_group(dy: Tensor, x: Tensor, by: Normalized, epilogue: Epilogue) -> Backward:
+            return backward(dy, x, by, epilogue, needs_input_grad)
+
+        return backward_groups(dy, x, by, epilogue, groups, of_group)
     mean, rstd, count, _ = by
     grad, normalized = _pre_activation_grad(dy, x, mean, rstd, epilogue)
     sums = _reduce(grad, normalized, epilogue.mask)
     if not needs_input_grad:
         return Backward(None, _residual_grad(grad, epilogue), *sums)
-    mean_grads = None if count is None else (sums[0] / at_least_one(count), sums[1] / at_least_one(count))
+    mean_grads = None if count is None else (sums[0] / divisor_of(count), sums[1] / divisor_of(count))
     return Backward(*_input_grad(x, grad, normalized, rstd, epilogue, mean_grads), *sums)
 
 
@@ -126,7 +148,7 @@ def takes_update(running: Running, moments: Moments, update: Update) -> bool:  #
 
 @torch.no_grad()
 def update_running(running: Running, moments: Moments, update: Update) -> Tensor | None:
-    happens = None if isinstance(moments.count, int) else moments.count > 1
+    happens = None if isinstance(moments.count, int) else moments.count > SEVERAL
     return buffers.update_statistics(running, moments.mean, moments.variance(unbiased=update.unbiased), update, happens)
 
 
@@ -187,8 +209,11 @@ def _reduce(grad: Tensor, normalized: Tensor, mask: Tensor | None) -> tuple[Tens
     return grad.sum(axes), (grad * normalized).sum(axes)
 
 
-def _forward_groups(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups) -> Forward:
-    found = [forward(x[cut], eps, _of_group(epilogue, x, cut)) for cut in _cuts(groups, x)]
+def forward_groups(
+    x: Tensor, epilogue: Epilogue, groups: Groups, of_group: Callable[[Tensor, Epilogue], Forward]
+) -> Forward:
+    """The results of `of_group` for x and the epilogue of each group, as those of one call."""
+    found = [of_group(x[cut], _of_group(epilogue, x, cut)) for cut in _cuts(groups, x)]
     counts = [torch.as_tensor(batch.count, dtype=batch.mean.dtype, device=x.device) for _, batch, *_ in found]
     means, m2s = (
         torch.stack(values) for values in zip(*((batch.mean, batch.m2) for _, batch, *_ in found), strict=True)
@@ -197,18 +222,19 @@ def _forward_groups(x: Tensor, eps: float, epilogue: Epilogue, groups: Groups) -
     return Forward(y, Moments(torch.stack(counts), means, m2s), torch.stack([rstd for _, _, rstd, *_ in found]))
 
 
-def _backward_groups(
+def backward_groups(
     dy: Tensor,
     x: Tensor,
     by: Normalized,
     epilogue: Epilogue,
-    needs_input_grad: bool,
     groups: Groups,
+    of_group: Callable[[Tensor, Tensor, Normalized, Epilogue], Backward],
 ) -> Backward:
+    """The results of `of_group` for dy, x, the statistics and the epilogue of each group, as those of one call."""
     means, rstds, counts, _ = by
     assert isinstance(counts, Tensor), "of groups the counts are (G,)"
     found = [
-        backward(dy[cut], x[cut], Normalized(mean, rstd, count), _of_group(epilogue, x, cut), needs_input_grad)
+        of_group(dy[cut], x[cut], Normalized(mean, rstd, count), _of_group(epilogue, x, cut))
         for cut, mean, rstd, count in zip(_cuts(groups, x), means, rstds, counts, strict=True)
     ]
     dx, dresidual = (
@@ -224,11 +250,11 @@ def _cuts(groups: Groups, x: Tensor) -> list[slice]:
 
 
 def _of_group(epilogue: Epilogue, x: Tensor, cut: slice) -> Epilogue:
-    beside = (epilogue.residual, epilogue.mask, epilogue.output)
-    residual, mask, output = (
+    beside = (epilogue.residual, epilogue.mask, epilogue.output, epilogue.sample_weights)
+    residual, mask, output, weights = (
         None if value is None else value.expand(x.shape[0], *value.shape[1:])[cut] for value in beside
     )
-    return epilogue._replace(residual=residual, mask=mask, output=output)
+    return epilogue._replace(residual=residual, mask=mask, output=output, sample_weights=weights)
 
 
 def _can_gather(x: Tensor) -> bool:
@@ -254,8 +280,12 @@ def _input_grad(
     scale = rstd if epilogue.weight is None else rstd * epilogue.weight.to(rstd.dtype)
     centered = grad
     if mean_grads is not None:
-        mean_grad, mean_grad_xhat = mean_grads
-        centered = grad - _along_channels(mean_grad, x) - normalized * _along_channels(mean_grad_xhat, x)
+        mean_grad, mean_grad_xhat = (_along_channels(value, x) for value in mean_grads)
+        weights = epilogue.sample_weights
+        if weights is None:
+            centered = grad - mean_grad - normalized * mean_grad_xhat
+        else:
+            centered = grad - weights * (mean_grad + normalized * mean_grad_xhat)
     dx = _masked(centered * _along_channels(scale, x), epilogue.mask).to(x.dtype)
     return dx, _residual_grad(grad, epilogue)
 

@@ -16,11 +16,12 @@ from torch.nn import init
 from batchnorm import memory
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.functional import Reducer, check_residual, mask_of
-from batchnorm.functional.checks import mask_along_channels
+from batchnorm.functional.checks import check_weights, mask_along_channels
 from batchnorm.kernels import Activation, parse
 from batchnorm.layers.nested import normalize_nested
 from batchnorm.layers.state import LayerState
 from batchnorm.statistics import Applying, Batch, Statistics
+from batchnorm.statistics.contract import takes_weights
 
 _CHOICES = {
     "running_variance": ("unbiased", "biased"),
@@ -79,11 +80,15 @@ class BatchNorm(LayerState):
     Shape:
         input (N, C, *S) with the channels on `channel_axis`; output the same. residual: input's shape. mask: bool, (N, *S) or
         broadcastable to it, True counts; where False, output and gradient are 0 (see `padded`). lengths: (N,), integers: the number
-        of valid positions along the last non-channel axis. A nested tensor of torch.jagged layout has no padding; gaps between its
-        samples (`torch.nested.narrow`) do not count. Its residual is a nested tensor with the same offsets.
+        of valid positions along the last non-channel axis. weights: (N,) or broadcastable to (N, *S), floating or integers, at
+        least 0: how often each sample, or position, counts in the statistics and their gradients; no output is multiplied by them.
+        A nested tensor of torch.jagged layout has no padding; gaps between its samples (`torch.nested.narrow`) do not count. Its
+        residual is a nested tensor with the same offsets, its weights are (N,).
 
     Raises:
-        InputError: on a rank or an option out of range; on one value per channel in training.
+        InputError: on a rank or an option out of range; on one value per channel in training; on weights that are negative or not
+            finite, or that sum to at most 1.5 in training, on the CPU (on other devices see `functional.batch_norm`).
+        ArgumentError: on weights for a statistics source that takes none, or on another device.
         ShapeError: on sizes that do not fit together.
         DTypeError: on integer input.
     """
@@ -162,19 +167,20 @@ class BatchNorm(LayerState):
         lengths: Tensor | None = None,
         *,
         activation: Activation | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
         if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
-            named = (("residual", residual), ("mask", mask), ("lengths", lengths))
+            named = (("residual", residual), ("mask", mask), ("lengths", lengths), ("weights", weights))
             given = {name: value for name, value in named if value is not None}
             proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
             return proxy if activation is None else activation(proxy)
         self._check_input_dim(input)
         if not self.save_memory and memory.skips():
             with memory.skipping():
-                return self._normalize(input, residual, mask, lengths, activation)
-        return self._normalize(input, residual, mask, lengths, activation)
+                return self._normalize(input, residual, mask, lengths, activation, weights)
+        return self._normalize(input, residual, mask, lengths, activation, weights)
 
     def _normalize(
         self,
@@ -183,23 +189,28 @@ class BatchNorm(LayerState):
         mask: Tensor | None,
         lengths: Tensor | None,
         activation: Activation | None,
+        weights: Tensor | None,
     ) -> Tensor:
         if input.is_nested:
             if mask is not None or lengths is not None:
                 raise ArgumentError("a nested input has no padding, but a mask or lengths came with it; leave them out")
             return normalize_nested(
-                lambda x, beside, counted: self._normalize_dense(x, beside, counted, None, activation),
+                lambda x, beside, counted, weights: self._normalize_dense(
+                    x, beside, counted, None, activation, weights
+                ),
                 input,
                 residual,
+                weights,
                 self._axis(input),
             )
         if self.channel_axis == 1:
-            return self._normalize_dense(input, residual, mask, lengths, activation)
+            return self._normalize_dense(input, residual, mask, lengths, activation, weights)
         axis = self._axis(input)
         if residual is not None:
             check_residual(residual, input)
             residual = residual.movedim(axis, 1)
-        return self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths, activation).movedim(1, axis)
+        y = self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths, activation, weights)
+        return y.movedim(1, axis)
 
     def _normalize_dense(
         self,
@@ -208,14 +219,25 @@ class BatchNorm(LayerState):
         mask: Tensor | None,
         lengths: Tensor | None,
         activation: Activation | None,
+        weights: Tensor | None,
     ) -> Tensor:
         if lengths is not None:
             mask = mask_of(lengths, mask, x)
         seen: Any = self if activation is None else Applying(self, activation)
-        y = self.statistics(seen, x, residual, mask)
+        given = (seen, x, residual, mask)
+        y = self.statistics(*given) if weights is None else self._weighted(weights, x)(*given, weights)
         if mask is None or self.padded == "zero":
             return y
         return torch.where(mask_along_channels(mask, x), y, x)
+
+    def _weighted(self, weights: Tensor, x: Tensor) -> Any:
+        """The source, for a call with these sample weights."""
+        check_weights(weights, x)
+        if not takes_weights(self.statistics):
+            raise ArgumentError(
+                f"weights need a statistics source that takes them, but {self.statistics!r} does not; leave them out, or use Batch()"
+            )
+        return self.statistics
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as new."""

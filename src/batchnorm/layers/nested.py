@@ -12,23 +12,25 @@ from batchnorm.errors import ArgumentError, InputError, ShapeError
 
 
 def normalize_nested(
-    normalize: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    normalize: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor],
     input: Tensor,
     residual: Tensor | None,
+    weights: Tensor | None,
     channel_axis: int,
 ) -> Tensor:
     """Normalize a nested tensor as one batch (M, C, *rest) of its positions.
 
     Args:
-        normalize: takes x, the residual and a mask (M, *rest) or None, and returns y, of x's shape.
+        normalize: takes x, the residual, a mask (M, *rest) or None and weights (M,) or None, and returns y, of x's shape.
         input: nested, of jagged layout.
         residual: nested, with the same offsets, or None.
+        weights: of the samples, (N,), or None.
         channel_axis: counted from the front of the nested shape.
 
     Raises:
         ArgumentError: on another layout.
         InputError: if the channel axis is the ragged one.
-        ShapeError: if the residual has other offsets.
+        ShapeError: if the residual has other offsets, or the weights are not (N,).
     """
     if input.layout != torch.jagged:
         raise ArgumentError(
@@ -53,8 +55,21 @@ def normalize_nested(
         residual = as_batch(residual)
     x, offsets, held = as_batch(input), jagged.offsets(), jagged.lengths()  # (M, C, *rest)
     between = None if held is None else _within(offsets, held, x.shape[0]).view(-1, *[1] * (x.dim() - 2))
-    y = normalize(x, residual, between).movedim((0, 1), (ragged, axis))
+    if weights is not None:
+        if not isinstance(weights, Tensor) or weights.shape != input.shape[:1]:
+            raise ShapeError(
+                f"the weights of a nested input must be a tensor (N,) = ({input.shape[0]},), one for each sample, but "
+                f"{getattr(weights, 'shape', weights)!r} came"
+            )
+        weights = weights[_sample_of_each(offsets, x.shape[0])]
+    y = normalize(x, residual, between, weights).movedim((0, 1), (ragged, axis))
     return torch.nested.nested_tensor_from_jagged(y, offsets, held, jagged_dim=ragged + 1)
+
+
+def _sample_of_each(offsets: Tensor, positions: int) -> Tensor:
+    """The sample to which each position belongs, or which ends before it, (M,); the first for what lies before all."""
+    each = torch.arange(positions, dtype=offsets.dtype, device=offsets.device)
+    return (torch.searchsorted(offsets[:-1], each, right=True) - 1).clamp(min=0)
 
 
 def _within(offsets: Tensor, lengths: Tensor, positions: int) -> Tensor:

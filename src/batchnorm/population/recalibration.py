@@ -30,12 +30,12 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.distributed import Replicas
 from batchnorm.errors import InputError, StateError
-from batchnorm.functional import is_single_value, moments
+from batchnorm.functional import is_single_value, mask_of, moments
 from batchnorm.functional.compiled import eager
 from batchnorm.functional.components import components_as_channels, components_of_buffer
 from batchnorm.layers import BatchNorm
 from batchnorm.logs import logger
-from batchnorm.moments import Moments
+from batchnorm.moments import SEVERAL, Moments
 from batchnorm.population.items import Forward, call, check_loader
 from batchnorm.population.lineage import Lineage
 from batchnorm.statistics.contract import in_domain, is_frozen
@@ -76,9 +76,10 @@ def recalibrate(
     """Give every batch norm of a model the population statistics of a data set, in place, and return the model.
 
     Mean and variance of each channel become those of all inputs of the layer, pooled exactly in float64 over batches, ranks and the
-    calls of a layer that is called several times; masked values do not count. The layer's `running_variance` says whether the variance
-    is unbiased, as in torch's layers. It works for torch's layers and ours. It does not change frozen layers (`bn.freeze`, or in
-    inference mode while the model is in training mode), layers without running statistics, and layers that are not called.
+    calls of a layer that is called several times; masked values do not count, and sample weights count as in training. The layer's
+    `running_variance` says whether the variance is unbiased, as in torch's layers. It works for torch's layers and ours. It does
+    not change frozen layers (`bn.freeze`, or in inference mode while the model is in training mode), layers without running
+    statistics, and layers that are not called.
 
     In layers with `Domains` it changes the statistics of the current domain, `with bn.domain(...)`.
 
@@ -175,11 +176,11 @@ class _Recorder:
         self.calls = self.skipped = 0
         self.waits = False  # whether an input came from a layer that is not final
 
-    def record(self, x: Tensor, mask: Tensor | None) -> None:
+    def record(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
         """Pool one call's input (N, C, *S)."""
         if x.is_complex():
             x = components_as_channels(x)
-        batch = moments(x, mask)
+        batch = moments(x, mask, weights=weights)
         policy = getattr(self.layer, "on_nonfinite", "error")
         if policy != "propagate" and not bool((batch.mean.isfinite() & batch.m2.isfinite()).all()):
             if policy == "error":
@@ -200,11 +201,11 @@ class _Recorder:
 
     def write(self, pooled: Moments, calls: int, skipped: int) -> None:
         """Write pooled moments into the running statistics of the layer."""
-        layer, count = self.target, int(pooled.count)
-        if count == 1:
+        layer, count = self.target, float(pooled.count)
+        if 0 < count <= SEVERAL:
             raise InputError(
-                f"{self.name}: population statistics need at least two values per channel, since one has no variance, but got 1; "
-                "give the loader more data"
+                f"{self.name}: population statistics need at least two values per channel, since one has no variance, but got "
+                f"{count:g}; give the loader more data, or scale its weights"
             )
         if count == 0:
             logger.warning("recalibrate: left %s: it got no values", self.name)
@@ -219,7 +220,7 @@ class _Recorder:
             counter.add_(skipped)
         if skipped:
             logger.warning("recalibrate: %s: left out %d batches that were not finite", self.name, skipped)
-        logger.info("recalibrate: %s has the statistics of %d values", self.name, count)
+        logger.info("recalibrate: %s has the statistics of %.15g values", self.name, count)
 
 
 def _recorders(model: nn.Module) -> list[_Recorder]:
@@ -310,7 +311,7 @@ def _before(one: _Recorder, recorders: list[_Recorder], lineage: Lineage | None,
         if one.final:
             return
         one.order = min(one.order, next(order))
-        x, mask = _input(layer, args, kwargs)
+        x, mask, weights = _input(layer, args, kwargs)
         if lineage is not None:
             pending = sum(other.bit for other in recorders if not other.final)
             one.waits |= bool(lineage.of((args, kwargs)) & pending)
@@ -318,7 +319,7 @@ def _before(one: _Recorder, recorders: list[_Recorder], lineage: Lineage | None,
         if shared is None or lineage is None or one.forced:
             layer.training = not is_single_value(x) or (shared is not None and shared.size > 1)
         if one.forced or not one.waits:
-            one.record(x, mask)
+            one.record(x, mask, weights)
 
     return hook
 
@@ -331,13 +332,17 @@ def _after(one: _Recorder, lineage: Lineage) -> Any:
     return hook
 
 
-def _input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The input of a call, as (N, C, *S), and its mask."""
+def _input(
+    layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The input of a call, as (N, C, *S), its mask and its sample weights."""
     x = args[0] if args else kwargs["input"]
     if not isinstance(layer, BatchNorm):
-        return x, None
+        return x, None, None
     mask = args[2] if len(args) > 2 else kwargs.get("mask")
-    return x.movedim(layer._axis(x), 1), mask
+    lengths = args[3] if len(args) > 3 else kwargs.get("lengths")
+    x = x.movedim(layer._axis(x), 1)
+    return x, mask_of(lengths, mask, x), kwargs.get("weights")
 
 
 @torch.no_grad()

@@ -19,8 +19,13 @@ class Batch:
     """
 
     infers_by_running_statistics: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def __call__(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        if weights is not None:
+            return train_or_infer(layer, x, residual, mask, by_replicas, weights=weights)
         fast = train_on_fast_path if layer.training else infer_on_fast_path
         y = fast(layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, by_replicas) if y is None else y

@@ -21,7 +21,13 @@ from batchnorm.functional import (
     update_running_statistics,
 )
 from batchnorm.functional.autograd import exporting
-from batchnorm.functional.checks import check_eps, check_input, check_momentum, epilogue_of
+from batchnorm.functional.checks import (
+    check_eps,
+    check_input,
+    check_momentum,
+    check_sum_of_weights,
+    epilogue_of,
+)
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
 from batchnorm.kernels import Renormalization, Running, Update
 from batchnorm.moments import Moments
@@ -32,7 +38,7 @@ from batchnorm.statistics.one_batch import in_one_batch, joint_reducer, updates_
 from batchnorm.statistics.thread import thread
 from batchnorm.torch_state import differentiated_by_torch
 
-_Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
+_Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
 
 
 def train_or_infer(
@@ -43,6 +49,7 @@ def train_or_infer(
     normalized: _Normalized,
     size: int | None = None,
     accumulates: bool = True,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Normalize by `normalized` in training, else by running statistics; handle single values, and update the running statistics.
 
@@ -65,17 +72,23 @@ def train_or_infer(
         if size is None:
             normalized = by_batch
     if exporting() and not to_onnx():
-        y = _by_torchs_operator(layer, x, residual, mask, normalized is by_replicas, updates)
+        y = None
+        if weights is None:
+            y = _by_torchs_operator(layer, x, residual, mask, normalized is by_replicas, updates)
+        else:
+            warn_of_plain_operations("its call has sample weights")
         if y is not None:
             return y
-    y, moments = normalized(layer, x, residual, mask)
+    y, moments = normalized(layer, x, residual, mask, weights)
     running_mean, running_var = layer.running_mean, layer.running_var
     if inferred is not None:
         y = inferred
-    elif mask is not None and layer.on_single == "running" and running_mean is not None:
-        several = moments.count > 1  # over all replicas; known on the device only, so both outputs are computed
+    elif (mask is not None or weights is not None) and layer.on_single == "running" and running_mean is not None:
+        several = moments.has_variance()  # over all replicas; known on the device only, so both outputs are computed
         y = torch.where(torch.as_tensor(several, device=y.device), y, by_running_statistics(layer, x, residual, mask))
     if updates and running_mean is not None and running_var is not None and updates_here():
+        if weights is not None and alone and layer.on_single == "error":
+            check_sum_of_weights(moments.count)
         if accumulates and accumulating() and not recomputing():
             add(running_mean, moments, lambda merged: _update(layer, running_mean, running_var, merged))
         else:
@@ -83,7 +96,7 @@ def train_or_infer(
     return y
 
 
-def check_call(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> None:
+def check_call(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None) -> None:
     """Check the arguments of a call in training, for a source that writes buffers before it normalizes.
 
     Raises:
@@ -92,7 +105,7 @@ def check_call(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | 
     mean, variance = layer.running_mean, layer.running_var
     check_input(x, {"running_mean": mean, "running_var": variance, "weight": layer.gamma, "bias": layer.beta})
     check_eps(layer.eps)
-    epilogue_of(x, layer.gamma, layer.beta, layer.activation, residual, mask)
+    epilogue_of(x, layer.gamma, layer.beta, layer.activation, residual, mask, weights)
     if layer.momentum is not None:
         check_momentum(layer.momentum)
 
@@ -190,8 +203,10 @@ def _tensors_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor,
     return None if mean is None or variance is None else (weight, bias, mean, variance, batches)
 
 
-def by_replicas(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
-    return by_batch(layer, x, residual, mask, reducer_of(layer))
+def by_replicas(
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Moments]:
+    return by_batch(layer, x, residual, mask, weights, reducer_of(layer))
 
 
 def by_batch(
@@ -199,6 +214,7 @@ def by_batch(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
+    weights: Tensor | None,
     reducer: Reducer | None = None,
     group_size: int | None = None,
     renormalization: Renormalization | None = None,
@@ -211,6 +227,7 @@ def by_batch(
         activation=layer.activation,
         residual=residual,
         mask=mask,
+        weights=weights,
         reducer=reducer,
         group_size=group_size,
         renormalization=renormalization,

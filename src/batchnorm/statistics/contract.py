@@ -83,6 +83,7 @@ class Statistics(Protocol):
         frozen: True if training normalizes by the running statistics, and does not update them.
         infers_by_running_statistics: True if inference is an affine function with the layer's running statistics.
         in_domain: a function of the layer that returns a stand-in with the buffers that the source uses now.
+        takes_weights: True if the source may be called with `weights` besides, the sample weights of `functional.batch_norm`.
     """
 
     def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -121,6 +122,11 @@ def parameters_of(statistics: Statistics) -> dict[str, SourceParameter]:
 def is_frozen(layer: nn.Module) -> bool:
     """Whether the layer normalizes by its running statistics in training too."""
     return getattr(getattr(layer, "statistics", None), "frozen", False)
+
+
+def takes_weights(statistics: Statistics) -> bool:
+    """Whether this source may be called with sample weights."""
+    return getattr(statistics, "takes_weights", False)
 
 
 def infers_by_running_statistics(layer: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from batchnorm.statistics.contract import (
     buffers_of,
     check_buffers,
     parameters_of,
+    takes_weights,
 )
 from batchnorm.statistics.thread import thread
 
@@ -106,8 +107,19 @@ class Domains:
                 f"the buffers of a domain must not have the names of those of {self.within}, but got {taken[0]!r}; choose another name"
             )
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        return self.within(self.in_domain(layer), x, residual, mask)
+    def __call__(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        layer, within = self.in_domain(layer), self.within
+        if weights is None:
+            return within(layer, x, residual, mask)
+        given: Any = within  # it takes them, or the layer would have refused them
+        return given(layer, x, residual, mask, weights)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the source within does."""
+        return takes_weights(self.within)
 
     def layer_buffers(self) -> dict[str, SourceBuffer]:
         within = buffers_of(self.within)

@@ -32,6 +32,7 @@ class Ghost:
     """
 
     infers_by_running_statistics: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
 
     size: int
 
@@ -39,14 +40,16 @@ class Ghost:
         if self.size < 1:
             raise InputError(f"size must be at least 1, the number of samples per group, but got {self.size}")
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        return train_or_infer(layer, x, residual, mask, self._by_replicas, self.size)
+    def __call__(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        return train_or_infer(layer, x, residual, mask, self._by_replicas, self.size, weights=weights)
 
     def _by_replicas(
-        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Moments]:
         """Normalize the groups of this replica; replicas merge only the moments that update the running statistics."""
-        y, pooled = by_batch(layer, x, residual, mask, group_size=self.size)
+        y, pooled = by_batch(layer, x, residual, mask, weights, group_size=self.size)
         reducer = reducer_of(layer)
         if reducer is None or layer.running_mean is None:
             return y, pooled

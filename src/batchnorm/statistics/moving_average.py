@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 from batchnorm import kernels
 from batchnorm.errors import DTypeError, InputError, ShapeError, StateError
 from batchnorm.functional import Reducer, moments, normalize_with, recomputing
-from batchnorm.functional.checks import mask_along_channels
+from batchnorm.functional.checks import epilogue_of
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.recompute import recomputing_now
 from batchnorm.kernels import Epilogue
 from batchnorm.kernels.correction import saved
-from batchnorm.moments import Moments, at_least_one
+from batchnorm.moments import Moments, divisor_of
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.common import check_call, reducer_of, train_or_infer
 from batchnorm.statistics.contract import Layer, SourceBuffer, check_buffers
@@ -63,6 +63,7 @@ class MovingAverage:
     """
 
     infers_by_running_statistics: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
 
     window: int = 16
     r_max: float = 5.0
@@ -73,8 +74,10 @@ class MovingAverage:
         if not (self.window >= 1 and self.r_max >= 1 and self.warmup >= 0):
             raise InputError(f"window and r_max must be at least 1, warmup at least 0, but got {self}")
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        return train_or_infer(layer, x, residual, mask, self._by_windows, accumulates=False)
+    def __call__(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        return train_or_infer(layer, x, residual, mask, self._by_windows, accumulates=False, weights=weights)
 
     def layer_buffers(self) -> dict[str, SourceBuffer]:
         # The gradient windows start blank: copies of the running mean would be taken for <g>.
@@ -82,7 +85,7 @@ class MovingAverage:
         return forward | {name: SourceBuffer("running_mean", self.window, blank=True) for name in _BACKWARD}
 
     def _by_windows(
-        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Moments]:
         running_var, counter = layer.running_var, layer.num_batches_tracked
         if running_var is None or counter is None:
@@ -96,14 +99,18 @@ class MovingAverage:
             raise StateError(
                 "the backward of moving averages writes buffers, which torch.func cannot follow; use Batch() or Running() there"
             )
-        check_call(layer, x, residual, mask)
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            raise StateError(
+                "moving averages treat weights as constants, but these require a gradient; pass weights.detach(), or use Batch()"
+            )
+        check_call(layer, x, residual, mask, weights)
         self._check_windows(layer, x.shape[1])
         reducer = reducer_of(layer)
         if isinstance(reducer, Joint):
             raise StateError(
                 "MovingAverage averages whole batches, but as_one_batch forwards micro-batches; use Batch() or Renorm() there"
             )
-        batch = moments(x, mask)
+        batch = moments(x, mask, weights=weights)
         batch = batch if reducer is None else reducer.merge(batch).detach()
         with torch.no_grad():
             used = self._used(layer, x, batch, running_var, counter)
@@ -115,13 +122,14 @@ class MovingAverage:
                     recomputed.store(layer, *key, used)
             mean, variance, r, averaged, use, before = used
             sigma = (variance + layer.eps).sqrt()
-        several = batch.count > 1  # if not, nothing is updated and the count stays as it is
+        several = batch.has_variance()  # if not, nothing is updated and the count stays as it is
         count = batch.count * torch.where(use & several, self.window, 1).double()
         place = self._place(before) & several
         mean_g, mean_gz = (getattr(layer, name) for name in _BACKWARD)
         windows = _Windows(mean_g, mean_gz, place, averaged, self.centered)
         if torch.is_grad_enabled() and x.requires_grad:
-            x = _Corrected.apply(x, mask, mean, sigma, batch.count, windows, reducer)
+            sample = epilogue_of(x, None, None, None, None, mask, weights)
+            x = _Corrected.apply(x, sample.mask, sample.sample_weights, mean, sigma, batch.count, windows, reducer)
         dtype = torch.promote_types(x.dtype, torch.float32)
         for parameter in (layer.gamma, layer.beta):
             dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
@@ -129,7 +137,7 @@ class MovingAverage:
         y = normalize_with(
             x, mean, variance, weight, layer.beta, layer.eps, activation=layer.activation, residual=residual, mask=mask
         )
-        return y, Moments(count, mean, variance * at_least_one(count))
+        return y, Moments(count, mean, variance * divisor_of(count))
 
     def _check_windows(self, layer: Layer, channels: int) -> None:
         for name in (*_FORWARD, *_BACKWARD):
@@ -149,7 +157,7 @@ class MovingAverage:
         variance = batch.variance()
         finite = _is_finite(batch.mean, means) & _is_finite(variance, variances)
         counts = finite if layer.on_nonfinite != "propagate" else torch.ones_like(finite)
-        learns = self._place(before) & counts & ~again & (batch.count > 1)
+        learns = self._place(before) & counts & ~again & batch.has_variance()
         if not layer.track_running_stats:
             learns = torch.zeros_like(learns)
         _put(means, learns, batch.mean)
@@ -193,20 +201,24 @@ class _Windows(NamedTuple):
 
 
 class _Corrected(torch.autograd.Function):
-    """Return x, and in the backward turn its gradient g / sigma into (g - <g> - z · <g · z>) / sigma, with <> from the windows."""
+    """Return x, and in the backward turn its gradient g / sigma into (g - <g> - z · <g · z>) / sigma, with <> from the windows.
+
+    With sample weights w, which make the averages weighted ones: (g - w · <g> - w · z · <g · z>) / sigma.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         mask: Tensor | None,
+        weights: Tensor | None,
         mean: Tensor,
         sigma: Tensor,
         count: int | Tensor,
         windows: _Windows,
         reducer: Reducer | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, mask, mean, sigma)
+        ctx.save_for_backward(x, mask, weights, mean, sigma)
         ctx.count, ctx.windows, ctx.reducer = count, windows, reducer
         return x.view_as(x)
 
@@ -215,12 +227,10 @@ class _Corrected(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the name of ctx)
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, mask, mean, sigma = ctx.saved_tensors
+        x, mask, weights, mean, sigma = ctx.saved_tensors
         windows: _Windows = ctx.windows
         dtype = torch.promote_types(x.dtype, torch.float32)
         along = (1, -1, *[1] * (x.dim() - 2))
-        if mask is not None:
-            mask = mask_along_channels(mask, x)
         epilogue = Epilogue(mask=mask)
         kernel = kernels.select(x, epilogue, plain=False)  # its sums do not depend on the amount of padding
         sums = kernel.reduce_grad(grads[0], x, mean, sigma.reciprocal(), epilogue)  # of g / sigma, (C,) each
@@ -232,7 +242,7 @@ class _Corrected(torch.autograd.Function):
         g = grads[0].to(dtype) * wide_sigma
         if ctx.reducer is not None:
             sums = ctx.reducer.sum(*sums)
-        mean_g, mean_gz = (value / at_least_one(ctx.count) for value in sums)
+        mean_g, mean_gz = (value / divisor_of(ctx.count) for value in sums)
         learns = windows.place & _is_finite(mean_g, windows.g) & _is_finite(mean_gz, windows.gz)
         if not windows.centered:
             _put(windows.g, learns, mean_g)
@@ -244,9 +254,11 @@ class _Corrected(torch.autograd.Function):
             for window, value in ((windows.g, mean_g), (windows.gz, mean_gz))
         )
         through = z * mean_gz if windows.centered else mean_g + z * mean_gz
+        if weights is not None:
+            through = through * weights.to(dtype)
         if mask is not None:
             through = through.masked_fill(~mask, 0.0)
-        return ((g - through) / wide_sigma).to(x.dtype), *[None] * 6
+        return ((g - through) / wide_sigma).to(x.dtype), *[None] * 7
 
 
 def _is_finite(row: Tensor, window: Tensor) -> Tensor:

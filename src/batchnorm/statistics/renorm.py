@@ -48,6 +48,7 @@ class Renorm:
     """
 
     infers_by_running_statistics: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
 
     r_max: float = 3.0
     d_max: float = 5.0
@@ -59,11 +60,13 @@ class Renorm:
         if self.warmup and not (math.isfinite(self.r_max) and math.isfinite(self.d_max)):
             raise InputError(f"with a warmup, r_max and d_max must be finite, but got {self}; or use warmup=0")
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def __call__(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
         if self.r_max == 1 and self.d_max == 0:
-            return train_or_infer(layer, x, residual, mask, by_replicas)
-        y = self._on_fast_path(layer, x, residual, mask)
-        return train_or_infer(layer, x, residual, mask, self._corrected) if y is None else y
+            return train_or_infer(layer, x, residual, mask, by_replicas, weights=weights)
+        y = self._on_fast_path(layer, x, residual, mask) if weights is None else None
+        return train_or_infer(layer, x, residual, mask, self._corrected, weights=weights) if y is None else y
 
     def _on_fast_path(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
         call = partial(
@@ -93,7 +96,7 @@ class Renorm:
         return (1 + after * r_step).clamp(1, self.r_max), (after * d_step).clamp(0, self.d_max)
 
     def _corrected(
-        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Moments]:
         mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
         if mean is None or variance is None or batches is None:
@@ -105,7 +108,7 @@ class Renorm:
 
         def normalized(buffers: Buffers) -> tuple[Tensor, Moments]:
             toward = Renormalization(*buffers[:2], *self.bounds(buffers.num_batches_tracked))
-            return by_batch(layer, x, residual, mask, reducer_of(layer), renormalization=toward)
+            return by_batch(layer, x, residual, mask, weights, reducer_of(layer), renormalization=toward)
 
         def key(batch: Moments) -> tuple[Tensor, Tensor]:
             return batch.mean, (batch.variance() + layer.eps).rsqrt()
@@ -119,7 +122,7 @@ class Renorm:
                 recomputed.store(layer, *key(batch), before)
             return y, batch
         with torch.no_grad():
-            batch, reducer = moments(x, mask), reducer_of(layer)
+            batch, reducer = moments(x, mask, weights=weights), reducer_of(layer)
             batch = batch if reducer is None else reducer.merge(batch)
             now = recomputed.look_up(layer, *key(batch), now)
         return normalized(now)

@@ -41,6 +41,7 @@ class Running:
     """
 
     frozen: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = True
     save_memory: bool = field(default=False, kw_only=True)
     before: Statistics | None = field(default=None, repr=False)
     learned: tuple[str, ...] = field(default=(), repr=False)
@@ -49,7 +50,14 @@ class Running:
     def __repr__(self) -> str:
         return f"Running({'save_memory=True' if self.save_memory else ''})"
 
-    def __call__(self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        layer: Layer,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        weights: Tensor | None = None,  # noqa: ARG002 (they count in statistics of the batch alone)
+    ) -> Tensor:
         chosen = self.in_domain(layer)
         if self.save_memory and chosen.running_mean is not None and chosen.running_var is not None:
             y = normalize_linear(

@@ -16,7 +16,7 @@ from batchnorm.functional.exported import constants
 from batchnorm.functional.joint import Joint
 from batchnorm.kernels import Epilogue
 from batchnorm.kernels.eager import wide_dtype
-from batchnorm.moments import Moments, at_least_one
+from batchnorm.moments import Moments, divisor_of
 from batchnorm.statistics.common import reducer_of, train_or_infer
 from batchnorm.statistics.contract import Layer, SourceParameter
 from batchnorm.statistics.episode import Support, current_pass
@@ -94,7 +94,12 @@ class TaskNorm:
             )
 
     def _of_support(
-        self, layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None
+        self,
+        layer: Layer,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        weights: Tensor | None = None,  # noqa: ARG002 (always None: this source takes none)
     ) -> tuple[Tensor, Moments]:
         """Normalize a support set, and store its moments if there is an episode."""
         episode, reducer = current_pass(), reducer_of(layer)
@@ -151,7 +156,7 @@ def _moments(x: Tensor, mask: Tensor | None, axes: list[int]) -> Moments:
         count = count * x.shape[axis]
     if mask is not None:
         count = mask.expand_as(x).to(x.dtype).sum(axes, keepdim=True)
-    mean = x.sum(axes, keepdim=True) / at_least_one(count)
+    mean = x.sum(axes, keepdim=True) / divisor_of(count)
     return Moments(count, mean, _masked(x - mean, mask).square().sum(axes, keepdim=True))
 
 

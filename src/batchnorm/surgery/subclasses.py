@@ -57,9 +57,10 @@ class WithRest(BatchNorm):
         lengths: Tensor | None = None,
         *,
         activation: Activation | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Normalize, and call the submodules."""
-        y = super().forward(input, residual, mask, lengths, activation=activation)
+        y = super().forward(input, residual, mask, lengths, activation=activation, weights=weights)
         if isinstance(input, fx.Proxy):  # one node stands for the layer with its submodules
             return y
         for name in self.rest:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from batchnorm.kernels import eager
 from batchnorm.kernels.contract import Running, Steps, Update
+from batchnorm.kernels.eager import weighted_moments  # never asked for: `refuses`
 from batchnorm.kernels.gpu import dispatch, self_check, trust
 from batchnorm.kernels.gpu.dispatch import cut_of, is_traced, launch, left_to_torch, refuses, status, unavailable
 from batchnorm.kernels.gpu.steps import are_buffers, steps_of
@@ -49,6 +50,7 @@ __all__ = [
     "refuses",
     "status",
     "unavailable",
+    "weighted_moments",
 ]
 
 name = "gpu"

@@ -54,6 +54,8 @@ def refuses(x: Tensor, epilogue: Epilogue, plain: bool = True) -> str | None:
         return f"x is on {x.device.type}"
     if (elsewhere := epilogue.elsewhere(x)) is not None:
         return elsewhere
+    if epilogue.sample_weights is not None:
+        return "there are sample weights"
     for beside in (epilogue.residual, epilogue.output):
         if beside is not None and beside.dtype is not x.dtype:
             return f"the residual is {beside.dtype} and x is {x.dtype}"

@@ -66,7 +66,7 @@ class Given(NamedTuple):
 
 
 def operands(x: Tensor, epilogue: Epilogue, cut: Cut, wrap: Wrap = directly) -> Given:
-    weight, bias, residual, mask, activation, output = epilogue
+    weight, bias, residual, mask, activation, output, _ = epilogue
     beside = residual if output is None else output
     return Given(
         cut,

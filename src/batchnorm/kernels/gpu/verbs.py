@@ -185,7 +185,7 @@ def _activation(epilogue: Epilogue) -> tuple[str, float]:
 
 def _beside(epilogue: Epilogue) -> tuple[Tensor | None, ...]:
     """Weight, bias, the residual or the output, and the mask."""
-    weight, bias, residual, mask, _, output = epilogue
+    weight, bias, residual, mask, _, output, _ = epilogue
     return weight, bias, residual if output is None else output, mask
 
 

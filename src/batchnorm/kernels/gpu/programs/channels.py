@@ -83,7 +83,9 @@ def _batch(mean, m2, count, c, ok, UNBIASED: tl.constexpr):
     divisor = count
     if UNBIASED:
         divisor = count - 1.0
-    variance = tl.load(m2 + c, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float64) / tl.maximum(divisor, 1.0)
+    variance = tl.load(m2 + c, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float64) / tl.where(
+        divisor > 0.0, divisor, 1.0
+    )
     return tl.load(mean + c, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float64), variance
 
 
