@@ -428,13 +428,16 @@ def operator_calls():
     x, dy, residual = tensors((4, 3, 5), torch.float32)
     mean, rstd = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     e = (torch.rand(3), None, residual, None, 1, 0.0)
+    weights = torch.rand(4, 1, 5, dtype=torch.float64)
     ops = torch.ops.batchnorm
-    yield ops.moments.default, (x, None, None)
+    yield ops.moments.default, (x, None, None, None)
+    yield ops.moments.default, (x, None, torch.tensor(9.0), weights)
     yield ops.forward.default, (x, None, 1e-5, *e)
     yield ops.forward.default, (arranged(x, "interleaved"), None, 1e-5, *e)
     yield ops.normalize.default, (x, mean, rstd, *e)
     yield ops.reduce_grad.default, (dy, x, mean, rstd, *e, False)
-    yield ops.input_grad.default, (dy, x, mean, rstd, mean, rstd, *e, False, True)
+    yield ops.input_grad.default, (dy, x, mean, rstd, mean, rstd, None, *e, False, True)
+    yield ops.input_grad.default, (dy, x, mean, rstd, mean, rstd, weights, *e, False, True)
     yield ops.backward.default, (dy, x, mean, rstd, None, False, *e, False, True, True)
     counters = torch.tensor(1), torch.tensor(0)
     yield ops.infer.default, (x, mean, rstd, 1e-5, *e)
@@ -456,7 +459,7 @@ def operator_calls():
     yield ops.inference_step_backward.default, (dy, x, torch.ones(2, 3).double(), None, None, 0, 0.0, False)
 
 
-@pytest.mark.parametrize("call", range(16))
+@pytest.mark.parametrize("call", range(18))
 def test_operators_keep_torchs_rules(call):
     operator, arguments = list(operator_calls())[call]
     torch.library.opcheck(operator, arguments)

@@ -127,6 +127,8 @@ class BatchNorm(LayerState):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if affine and not bias:
             self.bias = None
+        if statistics is not None:
+            check_statistics(statistics)
         self._match_parameters_to_source(statistics, device, dtype)
         self._set_options(
             activation=parse(activation),
