@@ -88,7 +88,13 @@ def run(check: Check, deadline: float) -> str:
     with log.open("w") as file:
         try:
             process = subprocess.Popen(
-                check.command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                check.command,
+                cwd=ROOT,
+                env=variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_takes_interrupts,
             )
         except OSError as error:
             return f"FAILED: it does not start: {error}"
@@ -101,6 +107,11 @@ def run(check: Check, deadline: float) -> str:
         return f"not finished in {seconds:.0f} s (see {log.name}): {tail}"
     code = process.returncode
     return f"{'passed' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - start:.0f} s: {tail}"
+
+
+def _takes_interrupts() -> None:
+    """A shell starts what runs in the background with interrupts ignored, and so would be all that is started from it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ended(process: subprocess.Popen[Any], seconds: float) -> bool:
