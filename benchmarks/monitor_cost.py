@@ -9,9 +9,8 @@ process's own time. share = (look - step + every * count) / (every * step).
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -19,6 +18,7 @@ from statistics import median
 import torch
 from torch import nn
 
+import rows
 from batchnorm import env
 from batchnorm.bench.networks import NETWORKS
 from batchnorm.diagnostics import Monitor
@@ -105,19 +105,13 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=["mlp", "resnet18", "mobilenet"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
+    found = [
         measure(name, NETWORKS[name].batch[0], arguments.rounds, compiled=compiled)
         for name in arguments.networks
         for compiled in (False, True)
     ]
-    with arguments.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
-            for row in rows
-        )
-    for row in rows:
+    rows.write(arguments.csv, found)
+    for row in found:
         kind = "compiled" if row.compiled else "eager"
         print(
             f"{row.network:<10} {kind:<8} {row.norms:>3} norms  step {row.step_ms:8.2f} ms  look {row.look_ms:8.2f} ms  "

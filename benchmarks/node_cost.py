@@ -10,9 +10,8 @@ thread alone.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import quantiles
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+import rows
 from batchnorm import env
 
 RESULTS = Path(__file__).parent / "results" / "node_cost.csv"
@@ -102,18 +102,12 @@ def main() -> None:
     percentiles = {arm: quantiles(values, n=10)[1::3] for arm, values in times.items()}
     base = percentiles["torch's layer"][1]
     machine, today = env.machine().cpu, datetime.now(UTC).date().isoformat()
-    rows = [
+    found = [
         Row(arm, p20, p50, p80, base / p50, machine, torch.__version__, today)
         for arm, (p20, p50, p80) in percentiles.items()
     ]
-    with arguments.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
-            for row in rows
-        )
-    for row in rows:
+    rows.write(arguments.csv, found)
+    for row in found:
         print(
             f"{row.arm:<38} {row.p50_us:6.1f} µs ({row.p20_us:.1f} to {row.p80_us:.1f})  {row.vs_torch:.2f} of torch's speed"
         )

@@ -1,5 +1,6 @@
-// Runs the verbs of kernels/contract.py on both layouts; those with sample weights are in weighted.h. kernels_float.cpp and kernels_half.cpp call it for their storage types; each of
-// them is compiled once for every instruction set, with BATCHNORM_ISA as the namespace of its entry.
+// Runs the verbs of kernels/contract.py on both layouts; those with sample weights are in weighted.h. kernels_float.cpp and
+// kernels_half.cpp call it for their storage types; each of them is compiled once for every instruction set, with BATCHNORM_ISA as the
+// namespace of its entry.
 #pragma once
 
 #include "kernels/interleaved.h"

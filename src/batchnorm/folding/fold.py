@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.folding.flow import CONSTANT_PADS, Refused, shape_of
+from batchnorm.folding.flow import CONSTANT_PADS, Refused
 from batchnorm.folding.modules import ChannelPad
-from batchnorm.folding.norms import Affine, channel_axis_of, is_norm, not_foldable, rest_of
+from batchnorm.folding.norms import Affine, is_norm, rest_of
 from batchnorm.folding.record import Record
 from batchnorm.folding.report import Folded
-from batchnorm.folding.rules import End, Scene, ahead, back, check_replaceable, check_stays, padding_of
+from batchnorm.folding.rules import End, Scene, ahead, back, check_replaceable, check_stays, foldable_axis, padding_of
 from batchnorm.folding.weights import Weights
 from batchnorm.surgery import walk
 from batchnorm.surgery.tracing import TracedModule
@@ -75,14 +75,7 @@ class Folding:
         check_replaceable(scene, name, norm)
         if len(node.args) != 1 or set(node.kwargs) - {"residual"}:
             raise Refused("it is called with more than its input")
-        value = node.args[0]
-        shape = shape_of(value)
-        if shape is None:
-            raise Refused("its input is not a tensor")
-        axis = channel_axis_of(norm, len(shape))
-        reason = not_foldable(norm, shape, axis)
-        if reason is not None:
-            raise Refused(reason)
+        axis = foldable_axis(norm, node.args[0])
         affine = Affine.of(norm)
         rest = rest_of(norm, residual="residual" in node.kwargs)
         ends, kind = self._ends(scene, node, axis, affine, rest)

@@ -9,11 +9,11 @@ from torch import fx, nn
 
 from batchnorm.folding.flow import Refused, shape_of
 from batchnorm.folding.fold import replace_modules, scene_of
-from batchnorm.folding.norms import Affine, channel_axis_of, is_norm, not_foldable
+from batchnorm.folding.norms import Affine, is_norm
 from batchnorm.folding.pairs import FoldedPair, joined
 from batchnorm.folding.record import Record
 from batchnorm.folding.report import Folded
-from batchnorm.folding.rules import Scene, check_replaceable, end_at
+from batchnorm.folding.rules import Scene, check_replaceable, end_at, foldable_axis
 from batchnorm.folding.weights import LINEAR, can_fold_after, kind_of
 from batchnorm.surgery.graphs import in_place, readers, uses
 from batchnorm.surgery.tracing import TracedModule
@@ -50,13 +50,7 @@ class Pairing:
         if id(norm) in scene.shared:
             raise Refused(f"it {scene.shared[id(norm)]}")
         check_replaceable(scene, name, norm)
-        shape = shape_of(node.args[0]) if node.args else None
-        if shape is None:
-            raise Refused("its input is not a tensor")
-        axis = channel_axis_of(norm, len(shape))
-        reason = not_foldable(norm, shape, axis)
-        if reason is not None:
-            raise Refused(reason)
+        axis = foldable_axis(norm, node.args[0] if node.args else None)
         producer = _producer(scene, node)
         end = end_at(scene, producer, axis, Affine.of(norm))
         check_replaceable(scene, end.name, end.module)

@@ -24,7 +24,7 @@ from batchnorm.folding.flow import (
     operands,
     shape_of,
 )
-from batchnorm.folding.norms import Affine
+from batchnorm.folding.norms import Affine, channel_axis_of, not_foldable
 from batchnorm.folding.weights import CONVOLUTIONS, TRANSPOSED, can_fold_after, channel_axis, kind_of, not_writable
 from batchnorm.surgery.graphs import in_place, readers, uses
 
@@ -216,6 +216,22 @@ def _preimage(affine: Affine, value: float | Tensor, name: str) -> Tensor:
 def padding_of(convolution: Any) -> tuple[int, ...]:
     """The padding of a convolution, as `torch.nn.functional.pad` expects it."""
     return tuple(convolution._reversed_padding_repeated_twice)
+
+
+def foldable_axis(norm: Any, value: Any) -> int:
+    """The axis of the channels in the input of a batch norm that can be folded.
+
+    Raises:
+        Refused: if it cannot be.
+    """
+    shape = shape_of(value)
+    if shape is None:
+        raise Refused("its input is not a tensor")
+    axis = channel_axis_of(norm, len(shape))
+    reason = not_foldable(norm, shape, axis)
+    if reason is not None:
+        raise Refused(reason)
+    return axis
 
 
 def check_replaceable(scene: Scene, name: str, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from batchnorm.statistics import Batch, Statistics, buffers_of, parameters_of
 
 STATISTICS = ("running_mean", "running_var")
 _OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # prefixes of the names of a source's buffers
-_LEARNED_BY_SOURCES = "statistics_"  # and of its parameters
+LEARNED_BY_SOURCES = "statistics_"  # and of its parameters
 
 
 class LayerState(_BatchNorm):
@@ -98,7 +98,7 @@ class LayerState(_BatchNorm):
         Device and dtype are for numbers; without them they are those of the layer's first tensor.
         """
         wanted = parameters_of(statistics)
-        for name in [name for name in self._parameters if name.startswith(_LEARNED_BY_SOURCES) and name not in wanted]:
+        for name in [name for name in self._parameters if name.startswith(LEARNED_BY_SOURCES) and name not in wanted]:
             del self._parameters[name]
         for name, own in wanted.items():
             source = None if own.like is None else getattr(self, own.like, None)
@@ -201,7 +201,7 @@ class LayerState(_BatchNorm):
                 source = state_dict.get(prefix + own.like, getattr(self, own.like, None))
             if parameter is not None and source is not None and prefix + name not in state_dict:
                 state_dict[prefix + name] = own.start(source).clone()
-        prefixes = tuple(prefix + start for start in (*_OF_SOURCES, _LEARNED_BY_SOURCES))
+        prefixes = tuple(prefix + start for start in (*_OF_SOURCES, LEARNED_BY_SOURCES))
         for key in [key for key in state_dict if key.startswith(prefixes)]:
             if key.removeprefix(prefix) not in wanted | learned:
                 del state_dict[key]

@@ -19,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.kernels import Activation
 from batchnorm.layers import OPTIONS, BatchNorm
+from batchnorm.layers.state import LEARNED_BY_SOURCES
 from batchnorm.logs import logger
 from batchnorm.statistics import Running
 from batchnorm.surgery.classes import become, remade
@@ -34,7 +35,6 @@ _OF_BATCH_NORM = (  # attributes that the alternatives do not have
     *("_nonfinite_batches", "_dtypes_before_conversion", "_statistics_before_conversion", *OPTIONS),
 )
 _BUFFERS = ("running_", "num_batches_tracked")  # what their names begin with
-_PARAMETERS = "statistics_"  # likewise those of a statistics source
 _OF_INSTANCE_NORM = ("running_mean", "running_var", "num_batches_tracked")  # buffers that its forward asks for
 _INSTANCE: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: nn.InstanceNorm1d,
@@ -122,7 +122,9 @@ class Alternative:
         moved = {name: layer.__dict__.pop(name) for name in _OF_BATCH_NORM if name in layer.__dict__}
         empty = {name: type(value)() for name, value in vars(layer).items() if isinstance(value, dict)}
         buffers = {name: layer._buffers.pop(name) for name in [*layer._buffers] if name.startswith(_BUFFERS)}
-        learned = {name: layer._parameters.pop(name) for name in [*layer._parameters] if name.startswith(_PARAMETERS)}
+        learned = {
+            name: layer._parameters.pop(name) for name in [*layer._parameters] if name.startswith(LEARNED_BY_SOURCES)
+        }
         before.__dict__ |= {**empty, "training": layer.training, **moved, "_buffers": buffers, "_parameters": learned}
         dtype = None if layer.weight is None else layer.weight.dtype
         become(layer, mapped(type(layer), lambda _: cls))
