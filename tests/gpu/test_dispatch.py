@@ -54,7 +54,9 @@ class Alone(Reducer):
         return sum_grad, sum_grad_xhat
 
 
-HOW = ["compile", "launch", "garbage"]
+# How a program fails, and what is said of it.
+SAID = {"compile": "PassManager::run failed", "launch": "shared memory", "garbage": "its self-check found"}
+HOW = list(SAID)
 
 
 class Broken:
@@ -89,6 +91,15 @@ def step(layer: nn.Module, x: torch.Tensor, **beside: torch.Tensor) -> list[torc
     return [y.detach(), given.grad, *(p.grad for p in layer.parameters()), *(b.clone() for b in layer.buffers())]
 
 
+def said_by_env(monkeypatch) -> str:
+    """The line of `batchnorm env` on the programs, as on a machine with a GPU."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(env, "choices", list)
+    return env.environment().kernels["gpu"]
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(("module", "name", "way"), PROGRAMS, ids=[name for _, name, _ in PROGRAMS])
 def test_a_program_that_fails_costs_only_speed(module, name, way, how, monkeypatch):
@@ -109,22 +120,15 @@ def test_a_program_that_fails_costs_only_speed(module, name, way, how, monkeypat
     for one, other in zip(found, expected, strict=True):
         for value, exact in zip(one, other, strict=True):
             assert_same_bits("the layer's result", value, exact)
-    said = {"compile": "PassManager::run failed", "launch": "shared memory", "garbage": "its self-check found"}[how]
+    said = SAID[how]
     reason = gpu.refuses(x, Epilogue())
     assert reason is not None
     assert said in reason
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        monkeypatch.setattr(env, "choices", list)
-    assert said in env.environment().kernels["gpu"]
+    assert said in said_by_env(monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "how"),
-    [(module, name, how) for module, name, _ in VERBS for how in (HOW if name == "prepare" else ["garbage"])],
-    ids=str,
-)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("module", "name"), [verb[:2] for verb in VERBS], ids=[name for _, name, _ in VERBS])
 def test_a_verb_that_fails_costs_only_speed(module, name, how, monkeypatch):
     """The pairs of the plan, which are other programs, still run."""
     use(monkeypatch, WHOLE)
@@ -149,6 +153,9 @@ def test_a_verb_that_fails_costs_only_speed(module, name, how, monkeypatch):
     for value, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
     assert gpu.refuses(x, Epilogue()) is None
+    why = said_by_env(monkeypatch)
+    assert "verb by verb" in why
+    assert SAID[how] in why
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -164,6 +171,9 @@ def test_running_statistics_whose_program_fails(how, monkeypatch):
     assert len(caught) == 1
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2)) * 0.19)
     assert gpu.refuses(x, Epilogue()) is None
+    why = said_by_env(monkeypatch)
+    assert "running statistics" in why
+    assert SAID[how] in why
 
 
 def test_every_program_is_broken_by_a_test():
