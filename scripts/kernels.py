@@ -145,7 +145,7 @@ def common_flags() -> tuple[str, ...]:
 
 
 def units(sets: tuple[InstructionSet, ...], caller: str = OPERATORS) -> list[Unit]:
-    """Everything to compile, the slowest first: the kernels and the two files on top of them."""
+    """Everything to compile, the slowest first: the kernels and the files on top of them."""
     common = common_flags()
     kernels = [
         Unit(file, f"{each.name}, {'float32 and float64' if file is FLOAT else 'bfloat16 and float16'}", flags)
@@ -154,7 +154,7 @@ def units(sets: tuple[InstructionSet, ...], caller: str = OPERATORS) -> list[Uni
         if file in each.files
         for flags in [(*common, *each.flags, f"-DBATCHNORM_ISA={each.namespace}")]
     ]
-    return [*kernels, Unit(caller, Path(caller).stem, common), Unit("dispatch.cpp", "dispatch", common)]
+    return [*kernels, *(Unit(file, Path(file).stem, common) for file in (caller, "dispatch.cpp", "threads.cpp"))]
 
 
 def compile_all(sets: tuple[InstructionSet, ...], caller: str = OPERATORS) -> list[Path]:

@@ -78,11 +78,15 @@ class Interleaved {
             for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
     }
 
+    // A map may be cut anywhere, so it has work for every thread.
     void map_backwards() const {
-        parallel(task.threads, chunks, [&](int64_t number) {
-            map_chunk(chunks - 1 - number);
+        const int64_t joint = channels.copies, shared = divide_up(divide_up(M, task.threads), joint) * joint;
+        const int64_t length = at_most(rows, shared);
+        const auto map = [&](int64_t piece) {
+            map_rows(piece * length, at_most((piece + 1) * length, M));
             if (Simd::streams && task.from_memory) Simd::flush();
-        });
+        };
+        parallel(task.threads, divide_up(M, length), map, batchnorm::Order::backwards);
     }
 
     // A typical value of each channel of a vector, taken from four rows.
@@ -183,10 +187,10 @@ class Interleaved {
         free(copies.first);
     }
 
-    void map_chunk(int64_t chunk) const {
+    void map_rows(int64_t begin, int64_t end) const {
         const Outputs<T, true> out(task);
         const bool aligned = C * channels.copies * sizeof(Element) % cache_line == 0;
-        for_counted_and_not(chunk * rows, at_most((chunk + 1) * rows, M), [&](int64_t m0, int64_t m1, bool counted) {
+        for_counted_and_not(begin, end, [&](int64_t m0, int64_t m1, bool counted) {
             if (!counted) return out.clear(m0 * C, m1 * C);
             const bool stream = Simd::streams && task.from_memory && aligned && out.to_alignment(m0 * C) == 0;
             for_rows(m0, m1, [&](const Rows& taken) { loops.map(task, channels.table, taken, stream, rows_of_map * taken.stride); });

@@ -67,7 +67,7 @@ class Planar {
         }
         parallel(task.threads, tasks, [&](int64_t number) {
             const int64_t c0 = number * block, c1 = at_most(c0 + block, C);
-            const int64_t next = from_memory && number + task.threads < tasks ? block * S * task.threads : 0;
+            const int64_t next = from_memory && number + 1 < tasks ? block * S : 0;
             reduce_block(c0, c1);
             map_span(c0, c1, {0, N, 0, S}, next);
             if (streams) Simd::flush();
