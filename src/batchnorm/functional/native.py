@@ -27,37 +27,61 @@ def train(
     activation: Activation | None,
     running: Running,
     update: Update,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
     """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path."""
+    if residual is not None and not _can_be_added(residual, x):
+        return None
     if x.is_cpu and not torch.compiler.is_compiling():
         y = _train_on_cpu(x, weight, bias, eps, running, update)
     else:
         y = _train_on_device(x, weight, bias, eps, running, update)
-    return y if activation is None or y is None else activation(y)
+    return None if y is None else _finished(y, residual, activation)
+
+
+def _can_be_added(residual: Tensor, x: Tensor) -> bool:
+    """Whether the residual can be added in the memory of y. In compiled code the general path adds it."""
+    alike = type(residual) is Tensor and residual.dtype is x.dtype and residual.device == x.device
+    return alike and residual.shape == x.shape and not torch.compiler.is_compiling()
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
+    """activation(y + residual), in the memory of y: a tensor that the first write fills costs more than the arithmetic."""
+    if residual is not None:
+        y = y.add_(residual)
+    if activation is None:
+        return y
+    return activation(y) if torch.compiler.is_compiling() else activation.overwriting(y)
 
 
 def _train_on_cpu(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update
 ) -> Tensor | None:
-    """Torch updates the running statistics. If they are not finite then, they are put back, and the general path takes the call.
+    """Torch updates the running statistics. If the variance is not finite then, they are put back, and the general path takes the call.
 
-    On the CPU it costs little to look at them. They are put back without a new version: an earlier graph holds them, but does not use them.
+    A mean beyond the dtype of the statistics comes with such a variance. They are put back without a new version: an earlier graph holds
+    them, but does not use them. Copying them costs a small x more than a look at x itself.
     """
     mean, variance, momentum = running.mean, running.variance, update.momentum
     if not (update.unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
         return None
     if not eps > 0.0 or x.numel() <= x.shape[1]:
         return None
-    before = mean.clone(), variance.clone()
     again = recomputing()
-    written = before if again else (mean, variance)
+    looks = update.skip_nonfinite and not again
+    if looks and x.numel() <= _SMALL:
+        if not math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=_WIDE[x.dtype]).item()):
+            return None
+        looks = False
+    before = (mean.clone(), variance.clone()) if again or looks else None
+    written = before if again and before is not None else (mean, variance)
     try:
         y = torch.batch_norm(x, weight, bias, *written, True, momentum, eps, False)
     except RuntimeError:  # of sizes that do not fit; the general path names them
         return None
     if again:
         return y
-    if update.skip_nonfinite and not math.isfinite((mean.sum() + variance.sum()).item()):
+    if looks and before is not None and not math.isfinite(variance.sum().item()):
         mean.data.copy_(before[0])
         variance.data.copy_(before[1])
         return None
@@ -89,14 +113,22 @@ def _train_on_device(
 
 
 def infer(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: Activation | None, running: Running
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    running: Running,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
+    if residual is not None and not _can_be_added(residual, x):
+        return None
     if x.is_cpu and not torch.compiler.is_compiling():
         y = _infer_on_cpu(x, weight, bias, eps, running)
     else:
         y = _infer_on_device(x, weight, bias, eps, running)
-    return y if activation is None or y is None else activation(y)
+    return None if y is None else _finished(y, residual, activation)
 
 
 def _infer_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running) -> Tensor | None:
@@ -150,7 +182,7 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
     )
 
 
-_LARGE = 2**16  # values of x
+_LARGE, _SMALL = 2**16, 2**12  # values of x
 
 # The dtype in which torch computes, by that of the input.
 _WIDE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Row(NamedTuple):
         options: attributes of the module that it needs to have these values.
         derivative_from_output: whether the derivative at z is the derivative at y: no kink is crossed between them.
         has_slope: whether it has a slope for negative z.
+        in_place: when z may be overwritten: always, if no gradient is recorded ("without gradient"), since the derivative needs z, or
+            never, since torch has no such function.
     """
 
     module: type[nn.Module]
@@ -34,6 +36,7 @@ class Row(NamedTuple):
     options: Mapping[str, Any] = {}
     derivative_from_output: bool = False
     has_slope: bool = False
+    in_place: Literal["always", "without gradient", "never"] = "without gradient"
 
 
 def _silu_derivative(z: Tensor) -> Tensor:
@@ -61,15 +64,23 @@ ROWS = {
         lambda z: (~(z <= 0)).to(z.dtype),
         (F.relu, torch.relu, torch.relu_, F.relu_),
         derivative_from_output=True,
+        in_place="always",
     ),
     # relu6 has a kink between z and y: z just below 6 may be rounded to a y of 6.
-    "relu6": Row(nn.ReLU6, F.relu6, lambda z: (~((z <= 0) | (z >= 6))).to(z.dtype), (F.relu6,)),
+    "relu6": Row(
+        nn.ReLU6,
+        F.relu6,
+        lambda z: (~((z <= 0) | (z >= 6))).to(z.dtype),
+        (F.relu6,),
+        in_place="always",
+    ),
     "leaky_relu": Row(
         nn.LeakyReLU,
         F.leaky_relu,
         lambda z, slope: torch.full_like(z, slope).masked_fill_(z > 0, 1.0),
         derivative_from_output=True,
         has_slope=True,
+        in_place="always",
     ),
     "silu": Row(nn.SiLU, F.silu, _silu_derivative, (F.silu,)),
     "hardswish": Row(
@@ -78,9 +89,13 @@ ROWS = {
         lambda z: torch.where(z <= -3, 0.0, torch.where(z < 3, z / 3 + 0.5, 1.0)),
         (F.hardswish,),
     ),
-    "gelu": Row(nn.GELU, F.gelu, _gelu_derivative, options={"approximate": "none"}),
+    "gelu": Row(nn.GELU, F.gelu, _gelu_derivative, options={"approximate": "none"}, in_place="never"),
     "gelu_tanh": Row(
-        nn.GELU, lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_derivative, options={"approximate": "tanh"}
+        nn.GELU,
+        lambda z: F.gelu(z, approximate="tanh"),
+        _gelu_tanh_derivative,
+        options={"approximate": "tanh"},
+        in_place="never",
     ),
 }
 NAMES = tuple(name for name in ROWS if name != "gelu_tanh")  # which is said by its module
@@ -100,6 +115,13 @@ class Activation:
 
     def __call__(self, z: Tensor) -> Tensor:
         return ROWS[self.name].function(z, *self._slope)
+
+    def overwriting(self, z: Tensor) -> Tensor:
+        """The value, in z's memory where torch's backward allows that; no other graph may hold z."""
+        row = ROWS[self.name]
+        sloped_up = row.has_slope and not self.negative_slope > 0  # torch's backward then needs z
+        overwrites = row.in_place != "never" if not z.requires_grad else row.in_place == "always" and not sloped_up
+        return row.function(z, *self._slope, inplace=True) if overwrites else self(z)
 
     def derivative(self, z: Tensor) -> Tensor:
         """d activation / dz, of z's shape and dtype. At a kink it is torch's choice."""

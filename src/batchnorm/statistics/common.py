@@ -152,7 +152,7 @@ def train_on_fast_path(
     Args:
         layer: the layer that the source received.
         x: (N, C, *S).
-        residual: must be None; the general path takes it.
+        residual: the general path takes it, unless torch's operator computes the call.
         mask: must be None; the general path takes it.
         kind: the name of the step in `kernels.Steps`.
         bounds: further arguments of the step.
@@ -161,7 +161,7 @@ def train_on_fast_path(
     activation = layer.activation
     if isinstance(layer, Applying):
         layer = layer.owner
-    if not (layer.training and layer.track_running_stats) or residual is not None or mask is not None:
+    if not (layer.training and layer.track_running_stats) or mask is not None:
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
     if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
@@ -176,7 +176,7 @@ def train_on_fast_path(
     if steps is None:
         if kind != "training" or in_one_batch():
             return None
-    elif thread.micro_batch is not None or one_batch.calls:  # `in_one_batch` without its frames
+    elif residual is not None or thread.micro_batch is not None or one_batch.calls:  # `in_one_batch` without its frames
         return None
     skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
@@ -184,7 +184,7 @@ def train_on_fast_path(
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     if steps is None:
         buffers, update = Running(mean, variance, batches, skipped), Update(momentum, unbiased, skip_nonfinite)
-        return native.train(x, weight, bias, layer.eps, activation, buffers, update)
+        return native.train(x, weight, bias, layer.eps, activation, buffers, update, residual)
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
     return fast_path.call(getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
 
@@ -268,7 +268,7 @@ def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: T
     activation = layer.activation
     if isinstance(layer, Applying):
         layer = layer.owner
-    if residual is not None or mask is not None or not isinstance(layer, nn.Module):
+    if mask is not None or not isinstance(layer, nn.Module):
         return None
     found = _tensors_of(layer)
     if found is None:
@@ -276,7 +276,9 @@ def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: T
     weight, bias, mean, variance, _ = found
     steps = fast_path.steps_for(x, mean)
     if steps is None:
-        return native.infer(x, weight, bias, layer.eps, activation, Running(mean, variance))
+        return native.infer(x, weight, bias, layer.eps, activation, Running(mean, variance), residual)
+    if residual is not None:
+        return None
     return fast_path.call(steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
 
 
