@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import exported, fast_path, joint, reduction
+from batchnorm.functional import exported, fast_path, joint, native, reduction
 from batchnorm.functional.autograd import Call, Normalize, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
     check_eps,
@@ -44,7 +44,7 @@ from batchnorm.functional.components import (
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.reduction import Reducer
 from batchnorm.functional.running import update_running_statistics
-from batchnorm.kernels import Activation, Groups, Renormalization, eager
+from batchnorm.kernels import Activation, Groups, Renormalization, Running, Update, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch
@@ -97,10 +97,10 @@ def batch_norm(
         ShapeError: on sizes that do not fit together.
         DTypeError: on an integer or boolean input.
     """
-    whole_batch = residual is None and mask is None and lengths is None and weights is None and reducer is None
+    whole_batch = mask is None and lengths is None and weights is None and reducer is None
     if whole_batch and (not training or type(momentum) is float):
-        running = running_mean, running_var
-        output = _on_fast_path(input, running, weight, bias, momentum if training else None, eps, activation)
+        running, affine = (running_mean, running_var), (weight, bias)
+        output = _on_fast_path(input, running, affine, momentum if training else None, eps, activation, residual)
         if output is not None:
             return output
     if (running_mean is None) != (running_var is None):
@@ -146,20 +146,28 @@ def batch_norm(
 def _on_fast_path(
     input: Tensor,
     running: tuple[Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
+    affine: tuple[Tensor | None, Tensor | None],
     momentum: float | Tensor | None,
     eps: float,
     activation: str | nn.Module | Activation | None,
+    residual: Tensor | None,
 ) -> Tensor | None:
-    """The output, computed by one operator, or None if the call takes the general path. `momentum` None is inference."""
+    """The output, computed by one operator or by torch's, or None if the call takes the general path. `momentum` None is inference."""
     mean, variance = running
+    weight, bias = affine
     if not (isinstance(mean, Tensor) and isinstance(variance, Tensor) and isinstance(eps, float)):
         return None
-    if not (isinstance(weight, Tensor | None) and isinstance(bias, Tensor | None)):
+    if not (isinstance(weight, Tensor | None) and isinstance(bias, Tensor | None)) or input.is_nested:
         return None
     steps = fast_path.steps_for(input, mean)
-    if steps is None or input.is_nested:
+    if steps is None:
+        if torch.compiler.is_compiling():
+            return None
+        buffers, parsed = Running(mean, variance), kernels.parse(activation)
+        if momentum is None:
+            return native.infer(input, weight, bias, eps, parsed, buffers, residual)
+        return native.train(input, weight, bias, eps, parsed, buffers, Update(momentum, True, False), residual)
+    if residual is not None:
         return None
     if momentum is None:
         step, arguments = steps.inference, (mean, variance)
