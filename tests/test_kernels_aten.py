@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm import kernels
 from batchnorm.kernels import Epilogue, Normalized, aten, eager
+from batchnorm.measure import peak_bytes
 from tests.layer_table import ACTIVATIONS, ROWS, Row
 
 SHAPES = [(8, 3), (4, 3, 7), (4, 5, 6, 3), (2, 3, 2, 3, 4)]
@@ -182,9 +183,10 @@ def test_a_compiled_step_is_that_of_torch(last):
 
 
 @pytest.mark.usefixtures("forced")
-def test_a_batch_that_is_not_finite_is_skipped_and_counted():
+@pytest.mark.parametrize("samples", [8, 2000], ids=["looked at before", "looked at afterwards"])
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(samples):
     layer, plain = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    x = torch.randn(8, 3)
+    x = torch.randn(samples, 3)
     layer(x), plain(x)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     before = [buffer.clone() for buffer in layer.buffers()]
@@ -222,6 +224,49 @@ class TestOnTheCPU:
             y.square().sum().backward()
             results.append([y, given.grad, layer.weight.grad, layer.bias.grad, *layer.buffers(), layer.eval()(x)])
         assert all(map(torch.equal, *results))
+
+    @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+    @pytest.mark.parametrize("name", [None, "relu", "leaky_relu", "relu6", "hardswish"])
+    def test_the_output_is_the_only_new_tensor(self, name, training):
+        layer = bn.BatchNorm1d(3, activation=name).train(training)
+        x, residual = torch.randn(64, 3, 500), torch.randn(64, 3, 500)
+        kept = residual.clone()
+        with torch.no_grad():
+            layer(x, residual)
+            peak = peak_bytes(lambda: layer(x, residual))
+        assert x.nbytes <= peak < 1.1 * x.nbytes
+        assert torch.equal(residual, kept)
+
+    @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.5])
+    @pytest.mark.parametrize("residual", [False, True], ids=["alone", "add"])
+    def test_a_leaky_relu_has_every_slope(self, slope, residual):
+        layer, x = bn.BatchNorm1d(3, activation=nn.LeakyReLU(slope)), torch.randn(8, 3, requires_grad=True)
+        beside = torch.randn(8, 3) if residual else None
+        z = F.batch_norm(x, None, None, layer.weight, layer.bias, True)
+        exact = F.leaky_relu(z if beside is None else z + beside, slope)
+        y = layer(x, beside)
+        assert torch.equal(y, exact)
+        assert torch.equal(*(torch.autograd.grad(value.square().sum(), x)[0] for value in (y, exact)))
+
+    @pytest.mark.parametrize("other", ["dtype", "shape"])
+    def test_another_residual_takes_the_general_path(self, other):
+        layer, x = bn.BatchNorm1d(3), torch.randn(8, 3)
+        before = [buffer.clone() for buffer in layer.buffers()]
+        if other == "dtype":
+            y = layer(x, torch.ones(8, 3, dtype=torch.float64))
+            torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True) + 1)
+        else:
+            with pytest.raises(bn.errors.ShapeError, match="residual"):
+                layer(x, torch.ones(8, 1))
+            assert all(map(torch.equal, before, layer.buffers()))
+
+    @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+    def test_the_function_is_that_of_torch(self, training):
+        x, weight, bias = torch.randn(8, 3, 5), torch.rand(3), torch.randn(3)
+        found, exact = [torch.zeros(3), torch.ones(3)], [torch.zeros(3), torch.ones(3)]
+        y = bn.functional.batch_norm(x, *found, weight, bias, training, activation="relu", residual=x)
+        assert torch.equal(y, F.relu(F.batch_norm(x, *exact, weight, bias, training) + x))
+        assert all(map(torch.equal, found, exact))
 
     def test_a_checkpoint_updates_once(self):
         layer, plain, x = bn.BatchNorm1d(3), bn.BatchNorm1d(3), torch.randn(8, 3, requires_grad=True)
