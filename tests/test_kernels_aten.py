@@ -268,6 +268,15 @@ class TestOnTheCPU:
         assert torch.equal(y, F.relu(F.batch_norm(x, *exact, weight, bias, training) + x))
         assert all(map(torch.equal, found, exact))
 
+    @pytest.mark.parametrize(
+        "x", [torch.ones(3), torch.ones(()), torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 2)]
+    )
+    def test_the_function_refuses_what_it_always_refuses(self, x):
+        found = [torch.zeros(3), torch.ones(3)]
+        with pytest.raises(bn.errors.BatchNormError):
+            bn.functional.batch_norm(x, *found, training=True)
+        assert [value.sum() for value in found] == [0, 3]
+
     def test_a_checkpoint_updates_once(self):
         layer, plain, x = bn.BatchNorm1d(3), bn.BatchNorm1d(3), torch.randn(8, 3, requires_grad=True)
         y = checkpoint(layer, x, use_reentrant=False)

@@ -173,6 +173,7 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
     return (
         "cpu" in aten.DEVICES
         and type(x) is Tensor
+        and x.dim() >= 2
         and (weight is None or weight.dtype is wide)
         and (bias is None or bias.dtype is wide)
         and mean.dtype is wide
