@@ -91,7 +91,8 @@ INLINE void map_tile(const Table<T>& table, const int64_t (&first)[rows_of_map],
 // twice, and maps the last row again if the number of rows is no multiple of `rows_of_map`.
 //
 // Rows that are mapped together lie far apart, each in a run of rows of its own: the processor foresees long runs, but not neighboring rows
-// that take turns (from the last-level cache those took 1.1 to 1.9 times as long).
+// that take turns (from the last-level cache those took 1.1 to 1.9 times as long). Four rows of half the vectors take no longer than of
+// all, in less code.
 template <bool stream, class T, class Map, class Out>
 NOINLINE void map_whole_columns(const Table<T>& table, const Rows& all, int64_t begin, int64_t end, int64_t ahead, const Map& given,
                                 const Out& given_out) {

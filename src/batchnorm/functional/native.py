@@ -67,27 +67,41 @@ def _train_on_cpu(
         return None
     if not eps > 0.0 or x.numel() <= x.shape[1]:
         return None
-    again = recomputing()
-    looks = update.skip_nonfinite and not again
-    if looks and x.numel() <= _SMALL:
-        if not math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=_WIDE[x.dtype]).item()):
+    if recomputing():
+        return _by_torch(x, weight, bias, mean.clone(), variance.clone(), True, momentum, eps)
+    before = None
+    if update.skip_nonfinite:
+        if x.numel() > _SMALL:
+            before = mean.clone(), variance.clone()
+        elif not math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=_WIDE[x.dtype]).item()):
             return None
-        looks = False
-    before = (mean.clone(), variance.clone()) if again or looks else None
-    written = before if again and before is not None else (mean, variance)
-    try:
-        y = torch.batch_norm(x, weight, bias, *written, True, momentum, eps, False)
-    except RuntimeError:  # of sizes that do not fit; the general path names them
+    y = _by_torch(x, weight, bias, mean, variance, True, momentum, eps)
+    if y is None:
         return None
-    if again:
-        return y
-    if looks and before is not None and not math.isfinite(variance.sum().item()):
+    if before is not None and not math.isfinite(variance.sum().item()):
         mean.data.copy_(before[0])
         variance.data.copy_(before[1])
         return None
     if running.batches is not None:
         running.batches.add_(1)
     return y
+
+
+def _by_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor | None:
+    """Torch's operator; None for sizes that do not fit, which the general path names."""
+    try:
+        return torch.batch_norm(x, weight, bias, mean, variance, training, momentum, eps, False)
+    except RuntimeError:
+        return None
 
 
 def _train_on_device(
@@ -137,10 +151,7 @@ def _infer_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
         return None
     if torch.is_grad_enabled():  # later updates must not change what is saved for backward
         mean, variance = mean.clone(), variance.clone()
-    try:
-        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
-    except RuntimeError:  # of sizes that do not fit; the general path names them
-        return None
+    return _by_torch(x, weight, bias, mean, variance, False, 0.0, eps)
 
 
 def _infer_on_device(

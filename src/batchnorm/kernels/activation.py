@@ -119,8 +119,8 @@ class Activation:
     def overwriting(self, z: Tensor) -> Tensor:
         """The value, in z's memory where torch's backward allows that; no other graph may hold z."""
         row = ROWS[self.name]
-        sloped_up = row.has_slope and not self.negative_slope > 0  # torch's backward then needs z
-        overwrites = row.in_place != "never" if not z.requires_grad else row.in_place == "always" and not sloped_up
+        with_gradient = row.in_place == "always" and self._keeps_signs
+        overwrites = with_gradient if z.requires_grad else row.in_place != "never"
         return row.function(z, *self._slope, inplace=True) if overwrites else self(z)
 
     def derivative(self, z: Tensor) -> Tensor:
@@ -134,8 +134,12 @@ class Activation:
     @property
     def derivative_from_output(self) -> bool:
         """Whether the derivative at z is the derivative at y: no kink is crossed between them."""
-        row = ROWS[self.name]
-        return row.derivative_from_output and (not row.has_slope or self.negative_slope > 0)
+        return ROWS[self.name].derivative_from_output and self._keeps_signs
+
+    @property
+    def _keeps_signs(self) -> bool:
+        """Whether y is positive just where z is, so that its sign tells which slope was taken."""
+        return not ROWS[self.name].has_slope or self.negative_slope > 0
 
     def __str__(self) -> str:
         return f"{self.name}({self.negative_slope:g})" if ROWS[self.name].has_slope else self.name
