@@ -39,22 +39,24 @@ def layer_of(channels, training=True, **options):
     return layer
 
 
-def outcome(layer, x, dy):
+def outcome(layer, x, dy, residual=None):
     """How it went, y, all gradients, all buffers, and the counter of skipped batches."""
-    y = layer(x)
-    inputs = [value for value in (x, *layer.parameters()) if value.requires_grad]
+    y = layer(x, residual=residual)
+    inputs = [
+        value for value in (x, *layer.parameters(), residual) if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
     path = type(y.grad_fn.call) if inputs else None
     grads = torch.autograd.grad(y, inputs, dy) if inputs else ()
     skipped = [] if layer.num_nonfinite_batches is None else [layer.num_nonfinite_batches]
     return path, [y.detach(), *grads, *layer.buffers(), *skipped]
 
 
-def both_paths(monkeypatch, make, x, dy):
+def both_paths(monkeypatch, make, x, dy, residual=None):
     """The outcomes of the fast path and of the general path, of layers made alike."""
-    fast = outcome(make(), x, dy)
+    fast = outcome(make(), x, dy, residual)
     with monkeypatch.context() as patch:
         patch.setattr(fast_path, "steps_for", lambda *_: None)
-        general = outcome(make(), x, dy)
+        general = outcome(make(), x, dy, residual)
     return fast, general
 
 
@@ -72,11 +74,13 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "channels last"])
-def test_to_the_same_bits(monkeypatch, options, training, last):
+@pytest.mark.parametrize("added", [False, True], ids=["", "residual"])
+def test_to_the_same_bits(monkeypatch, options, training, last, added):
     dtypes = [(dtype, torch.float32) for dtype in cpu.DTYPES if dtype != torch.float64] + [(torch.float64,) * 2]
     for shape, (dtype, own) in product(SHAPES, dtypes):
         make = partial(layer_of, shape[1], training, dtype=own, **options)
-        (path, found), (other_path, expected) = both_paths(monkeypatch, make, *data(shape, dtype, last))
+        residual = data(shape, dtype, last, seed=2)[0] if added else None
+        (path, found), (other_path, expected) = both_paths(monkeypatch, make, *data(shape, dtype, last), residual)
         assert (path, other_path) == (FAST, GENERAL)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.dtype == theirs.dtype
@@ -94,21 +98,35 @@ def test_nothing_recorded(monkeypatch, context):
     assert_same_bits("y", found[0], expected[0])
 
 
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
-def test_gradients_of_one_alone(monkeypatch, wanted):
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+def test_gradients_of_one_alone(monkeypatch, wanted, activation, training):
     x, dy = data((8, 5, 3))
+    residual = data((8, 5, 3), seed=2)[0].requires_grad_(wanted == "residual")
     x.requires_grad_(wanted == "x")
 
     def make():
-        layer = layer_of(5, activation="relu")
+        layer = layer_of(5, training, activation=activation)
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(name == wanted)
         return layer
 
-    (path, found), (_, expected) = both_paths(monkeypatch, make, x, dy)
+    (path, found), (_, expected) = both_paths(monkeypatch, make, x, dy, residual)
     assert path == FAST
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_bits(path, ours, theirs)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_residual_in_any_layout(monkeypatch, activation):
+    x, dy = data((8, 5, 4))
+    for residual in (torch.randn(4, 5, 8).transpose(0, 2), torch.ones(1).expand(8, 5, 4), torch.randn(16, 5, 4)[::2]):
+        make = partial(layer_of, 5, activation=activation)
+        (path, found), (_, expected) = both_paths(monkeypatch, make, x, dy, residual.requires_grad_())
+        assert path == FAST
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same_bits(path, ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +173,8 @@ X = data((4, 3, 6))[0].detach()
 UNUSUAL = {
     "momentum=None": (partial(layer_of, 3, momentum=None), X, {}),
     "on_nonfinite='error'": (partial(layer_of, 3, on_nonfinite="error"), X, {}),
-    "a residual": (partial(layer_of, 3), X, {"residual": X}),
+    "a wider residual": (partial(layer_of, 3), X, {"residual": X.double()}),
+    "a residual of a subclass": (partial(layer_of, 3), X, {"residual": X.as_subclass(Tagged)}),
     "a mask": (partial(layer_of, 3), X, {"mask": torch.ones(4, 6, dtype=torch.bool)}),
     "gaps": (partial(layer_of, 3), data((4, 3, 12))[0].detach()[..., ::2], {}),
     "half-precision parameters": (lambda: layer_of(3).bfloat16(), X.bfloat16(), {}),
@@ -172,7 +191,7 @@ def test_what_is_unusual_goes_the_long_way(case):
     assert type(make()(x, **given).grad_fn.call) is GENERAL
 
 
-@pytest.mark.parametrize("case", ["a residual", "a mask", "gaps", "wider parameters", "a pruned weight"])
+@pytest.mark.parametrize("case", ["a wider residual", "a mask", "gaps", "wider parameters", "a pruned weight"])
 def test_what_is_unusual_in_inference_goes_the_long_way(case):
     make, x, given = UNUSUAL[case]
     assert type(make().eval()(x, **given).grad_fn.call) is GENERAL
@@ -214,18 +233,19 @@ def test_refusals_leave_the_buffers_alone(break_it, error):
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_differentiated_twice(activation, training):
     layer = layer_of(3, training, dtype=torch.float64, activation=activation)
-    x = data((4, 3, 2), torch.float64)[0]
-    assert type(layer(x).grad_fn.call) is FAST
+    x, residual = (data((4, 3, 2), torch.float64, seed=seed)[0] for seed in (0, 2))
+    assert type(layer(x, residual=residual).grad_fn.call) is FAST
 
-    def run(x, weight, bias):
+    def run(x, weight, bias, residual=None):
         layer.weight, layer.bias = None, None
         del layer.weight, layer.bias
         layer.register_parameter("weight", weight), layer.register_parameter("bias", bias)
-        return layer(x)
+        return layer(x, residual=residual)
 
     given = x, nn.Parameter(torch.rand(3, dtype=torch.float64)), nn.Parameter(torch.rand(3, dtype=torch.float64))
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(run, given)
+    for inputs in (given, (*given, residual)):
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -249,6 +269,18 @@ def test_what_is_saved(activation):
     assert x.data_ptr() == X.data_ptr()
     assert statistics.shape == (2, 3)
     assert parameters == [layer.weight] if activation is None else [layer.weight, layer.bias]
+
+
+@pytest.mark.parametrize(("activation", "kept"), [(None, 3), ("relu", 5), ("silu", 5)])
+def test_what_is_saved_of_a_residual(activation, kept):
+    """Nothing, the output, which the next layer saves too, or the residual."""
+    saved = list[torch.Tensor]()
+    layer, residual = layer_of(3, activation=activation), torch.randn(X.shape)
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
+        y = layer(X, residual=residual)
+    assert len(saved) == kept
+    beside = {"relu": y, "silu": residual}.get(activation)
+    assert beside is None or beside.data_ptr() == saved[-1].data_ptr()
 
 
 def test_what_was_changed_in_place_is_refused():

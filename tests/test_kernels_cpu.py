@@ -446,20 +446,25 @@ def operator_calls():
         (torch.zeros(3), torch.ones(3), *counters, mean, rstd, None, 20.0, 0.1, True, True),
     )
     buffers = (torch.zeros(3), torch.ones(3), torch.tensor(1), torch.tensor(0))
-    yield ops.training_step.default, (x, torch.rand(3), None, *buffers, 0.1, True, True, 1e-5, 1, 0.0)
-    yield ops.training_step_backward.default, (dy, x, torch.ones(2, 3).double(), torch.rand(3), None, 1, 0.0, True)
+    step, last = (torch.rand(3), None, residual), arranged(residual, "interleaved")
+    yield ops.training_step.default, (x, *step, *buffers, 0.1, True, True, 1e-5, 1, 0.0)
+    yield ops.training_step.default, (x, torch.rand(3), None, last, *buffers, 0.1, True, True, 1e-5, 1, 0.0)
+    statistics = torch.ones(2, 3).double(), torch.ones(4, 3).double()
+    yield ops.training_step_backward.default, (dy, x, statistics[0], *step, 1, 0.0, True, True, True)
+    yield ops.training_step_backward.default, (dy, x, statistics[0], *step, 1, 0.0, False, True, False)
     bounds = torch.tensor(1.5), torch.tensor(0.5)
     yield ops.forward_renormalized.default, (x, None, 1e-5, torch.zeros(3), torch.ones(3), *bounds, *e)
     yield (
         ops.renormalization_step.default,
-        (x, torch.rand(3), None, *buffers, 0.1, True, True, 1.5, 0.5, 0.0, 1e-5, 1, 0.0),
+        (x, *step, *buffers, 0.1, True, True, 1.5, 0.5, 0.0, 1e-5, 1, 0.0),
     )
-    yield ops.training_step_backward.default, (dy, x, torch.ones(4, 3).double(), torch.rand(3), None, 1, 0.0, True)
-    yield ops.inference_step.default, (x, torch.rand(3), None, *buffers[:2], 1e-5, 1, 0.0)
-    yield ops.inference_step_backward.default, (dy, x, torch.ones(2, 3).double(), None, None, 0, 0.0, False)
+    wants_dx = False, False, True
+    yield ops.training_step_backward.default, (dy, x, statistics[1], torch.rand(3), None, None, 1, 0.0, *wants_dx)
+    yield ops.inference_step.default, (x, *step, *buffers[:2], 1e-5, 1, 0.0)
+    yield ops.inference_step_backward.default, (dy, x, statistics[0], *(None,) * 3, 0, 0.0, *(False,) * 3)
 
 
-@pytest.mark.parametrize("call", range(18))
+@pytest.mark.parametrize("call", range(20))
 def test_operators_keep_torchs_rules(call):
     operator, arguments = list(operator_calls())[call]
     torch.library.opcheck(operator, arguments)

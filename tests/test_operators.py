@@ -48,7 +48,7 @@ def buffers(channels):
         (lambda: OPERATORS.forward_groups(X, 9, 1, 1e-5, *(None,) * 4, 0, 0.0), "groups must divide"),
         (
             lambda: OPERATORS.training_step_backward(
-                X, X, torch.ones(3, 3, dtype=torch.float64), None, None, 0, 0.0, True
+                X, X, torch.ones(3, 3, dtype=torch.float64), *(None,) * 3, 0, 0.0, *(False, False, True)
             ),
             "statistics of a step",
         ),

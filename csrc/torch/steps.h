@@ -16,9 +16,10 @@ inline bool is_float32_or_float64(const Tensor& tensor) {
 }
 
 // Whether the fast path takes these arguments. The general path takes all others, and raises the errors.
-inline bool takes_fast_path(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
+inline bool takes_fast_path(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual, const Tensor& running_mean,
                             const Tensor& running_var) {
     if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
+    if (residual && !(residual.has_sizes_of(x) && residual.dtype == x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
     const auto is_vector = [&](const Tensor& tensor, const Tensor& of_dtype) {
@@ -41,7 +42,7 @@ struct LayerCall {
     Call call;
     Tensor y, statistics;
 
-    LayerCall(Verb verb, const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, Arguments& arguments,
+    LayerCall(Verb verb, const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor& residual, double eps, Arguments& arguments,
               bool renormalized = false)
         : C(x.sizes[1]), weights(weight, C), biases(bias, C), call(verb, x), y(call.output()) {
         const int64_t sizes[] = {renormalized ? 4 : 2, C}, strides[] = {C, 1};
@@ -49,6 +50,7 @@ struct LayerCall {
         Task& task = call.task;
         task.eps = eps;
         task.weight = weights, task.bias = biases;
+        task.residual = call.in_layout_of_x(residual);
         call.set_activation(arguments);
         task.output = y.data<void>();
         task.mean = statistics.data<double>(), task.rstd = task.mean + C;
@@ -79,15 +81,16 @@ template <bool renormalized>
 void run_training_step(StableIValue* stack) {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
+    Tensor residual = arguments.optional_tensor();
     const Running running(arguments);
     const Update update(arguments);
     std::optional<Bounds> bounds;
     if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
-    if (!takes_fast_path(x, weight, bias, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
+    if (!takes_fast_path(x, weight, bias, residual, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
         !is_counter(running.updates) || !is_counter(running.nonfinite_batches) || (renormalized && !running.updates))
         return decline(stack, x);
-    LayerCall layer(Verb::forward, x, weight, bias, eps, arguments, renormalized);
+    LayerCall layer(Verb::forward, x, weight, bias, residual, eps, arguments, renormalized);
     const Scratch m2 = scratch(layer.C);
     Task& task = layer.call.task;
     const Tensor none;
@@ -104,7 +107,7 @@ void run_training_step(StableIValue* stack) {
     layer.return_on(stack);
 }
 
-#define STEP_ARGUMENTS "Tensor x, Tensor? weight, Tensor? bias, " RUNNING_ARGUMENTS ", " UPDATE_ARGUMENTS ", "
+#define STEP_ARGUMENTS "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, " RUNNING_ARGUMENTS ", " UPDATE_ARGUMENTS ", "
 
 OPERATOR(training_step, STEP_ARGUMENTS "float eps, " ACTIVATION_ARGUMENTS, "(Tensor, Tensor)") { run_training_step<false>(stack); }
 
@@ -113,15 +116,17 @@ OPERATOR(renormalization_step, STEP_ARGUMENTS "float r_max, float d_max, float w
     run_training_step<true>(stack);
 }
 
-OPERATOR(inference_step,
-         "Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, " ACTIVATION_ARGUMENTS,
-         "(Tensor, Tensor)") {
+OPERATOR(
+    inference_step,
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, float eps, " ACTIVATION_ARGUMENTS,
+    "(Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
+    Tensor residual = arguments.optional_tensor();
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
-    if (!takes_fast_path(x, weight, bias, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
-    LayerCall layer(Verb::normalize, x, weight, bias, eps, arguments);
+    if (!takes_fast_path(x, weight, bias, residual, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
+    LayerCall layer(Verb::normalize, x, weight, bias, residual, eps, arguments);
     const Constants constants(layer.call.task, running_mean, running_var, eps, layer.C);
     layer.call.run();
     layer.return_on(stack);
@@ -138,13 +143,14 @@ inline Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
     return tensor;
 }
 
-// The backward of both operators: dx, dweight and dbias.
+// The backward of both operators: dx, dweight, dbias and dresidual. Without an activation dresidual is dy, and is not asked for.
 template <bool constant_statistics>
 void run_step_backward(StableIValue* stack) {
     Arguments arguments(stack);
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), statistics = arguments.tensor();
     const Tensor weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
+    Tensor residual = arguments.optional_tensor();
     Call call(Verb::backward, x);
     const int64_t C = x.sizes[1], rows = statistics.rank == 2 ? statistics.sizes[0] : 0;
     const ChannelValues weights(weight, C), biases(bias, C);
@@ -154,10 +160,13 @@ void run_step_backward(StableIValue* stack) {
     expect(!weight || is_float32_or_float64(weight), "the parameters of a step must be float32 or float64");
     Task& task = call.task;
     call.set_activation(arguments);
-    const bool wants_dx = arguments.flag();
+    task.residual_is_output = arguments.flag();
+    const bool wants_dresidual = arguments.flag(), wants_dx = arguments.flag();
     Tensor dx = wants_dx ? call.output() : nothing(x);
+    Tensor dresidual = wants_dresidual ? call.output() : nothing(x);
     const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
     task.dy = call.in_layout_of_x(dy);
+    task.residual = call.in_layout_of_x(residual);
     task.mean = statistics.data<double>(), task.rstd = task.mean + C;
     task.count = constant_statistics ? 0.0 : count_of(x, {});
     task.weight = weights, task.bias = biases;
@@ -173,18 +182,21 @@ void run_step_backward(StableIValue* stack) {
     if (r) task.weight = corrected_weight.get(), task.bias = corrected_bias.get();
     task.sum_grad = sum_grad.get(), task.sum_grad_xhat = sum_grad_xhat.get();
     task.output = wants_dx ? dx.data<void>() : nullptr;
-    if (!wants_dx) task.verb = Verb::reduce_grad;
+    task.dresidual = wants_dresidual ? dresidual.data<void>() : nullptr;
+    if (!wants_dx && !wants_dresidual) task.verb = Verb::reduce_grad;
     call.run();
     for (int64_t c = 0; r && c < C; ++c) sum_grad_xhat[c] = r[c] * sum_grad_xhat[c] + d[c] * sum_grad[c];
     stack[0] = dx.release();
     stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
     stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();
+    stack[3] = dresidual.release();
 }
 
-#define STEP_BACKWARD_ARGUMENTS \
-    "Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, " ACTIVATION_ARGUMENTS ", bool wants_dx"
+#define STEP_BACKWARD_ARGUMENTS                                                                                     \
+    "Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? residual, " ACTIVATION_ARGUMENTS \
+    ", bool residual_is_output, bool wants_dresidual, bool wants_dx"
 
-OPERATOR(training_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor)") { run_step_backward<false>(stack); }
-OPERATOR(inference_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor)") { run_step_backward<true>(stack); }
+OPERATOR(training_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") { run_step_backward<false>(stack); }
+OPERATOR(inference_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") { run_step_backward<true>(stack); }
 
 }  // namespace

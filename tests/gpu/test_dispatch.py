@@ -160,14 +160,15 @@ def test_a_verb_that_fails_costs_only_speed(module, name, how, monkeypatch):
 
 @pytest.mark.parametrize("how", HOW)
 def test_running_statistics_whose_program_fails(how, monkeypatch):
-    """Another plan never launches `update`; the general path does, with a residual or a mask."""
+    """Another plan never launches `update`; the general path does, with a mask."""
     use(monkeypatch, SPLIT)
     monkeypatch.setattr(channel_programs, "update", Broken(how))
     layer = bn.BatchNorm1d(3).to(DEVICE)
     x = torch.randn(8, 3, 7, device=DEVICE)
+    mask = torch.ones(8, 7, dtype=torch.bool, device=DEVICE)
     with pytest.warns(RuntimeWarning, match='the plan "running statistics" would') as caught:
-        layer(x, residual=x)
-    layer(x, residual=x)  # a warning would be an error here
+        layer(x, mask=mask)
+    layer(x, mask=mask)  # a warning would be an error here
     assert len(caught) == 1
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2)) * 0.19)
     assert gpu.refuses(x, Epilogue()) is None

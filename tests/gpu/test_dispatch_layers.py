@@ -88,6 +88,20 @@ def test_a_training_step_is_fused(way, dtype, exact, monkeypatch):
     assert layer.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_adds_a_residual(way, activation, training, exact, monkeypatch):
+    use(monkeypatch, WAYS[way])
+    layer = bn.BatchNorm2d(3, activation=activation).train(training).to(DEVICE)
+    other, x = copy.deepcopy(layer), torch.randn(4, 3, 4, 2, device=DEVICE)
+    ours, theirs = (torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) for _ in range(2))
+    found = step(layer, x, residual=ours.requires_grad_())
+    with exact():
+        compare(found, step(other, x, residual=theirs.requires_grad_()))
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_batch_that_is_not_finite_is_skipped_and_counted(way, monkeypatch):
     """So an overflow in mixed precision, which GradScaler finds later, does not spoil the running statistics."""

@@ -80,7 +80,7 @@ class StepCall(NamedTuple):
 
     Attributes:
         step: the operator, and that of its backward.
-        arguments: of the operator, after x, weight and bias.
+        arguments: of the operator, after x, weight, bias and the residual.
         code: the activation as the operators take it.
         eps, activation: as in `Call`, for a backward that is itself differentiated.
     """
@@ -138,15 +138,19 @@ class Normalize(torch.autograd.Function):
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
         if type(call) is StepCall:
             ctx.materialize_grads = False  # `set_materialize_grads` without its frame
-            y, statistics = call.step.forward(x, weight, bias, *call.arguments)
+            y, statistics = call.step.forward(x, weight, bias, residual, *call.arguments)
             if not y.numel():
                 return None
             activation = call.activation
             # `save_for_backward`, likewise
             if call.step.constant_statistics and not _depends_on_input(ctx, activation):
-                ctx.to_save = (None, statistics, weight, None, None if activation is None else y)
+                ctx.to_save = (None, statistics, weight, None, None, None if activation is None else y)
+            elif activation is None:
+                ctx.to_save = (x, statistics, weight, None, None, None)
+            elif residual is not None and activation.derivative_from_output:
+                ctx.to_save = (x, statistics, weight, bias, None, y)
             else:
-                ctx.to_save = (x, statistics, weight, None if activation is None else bias, None)
+                ctx.to_save = (x, statistics, weight, bias, residual, None)
             return y
         assert type(call) is Call
         ctx.set_materialize_grads(False)
@@ -201,16 +205,24 @@ class Normalize(torch.autograd.Function):
         call = ctx.call
         if type(call) is StepCall:
             if not (torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling()):
-                wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
-                x, statistics, weight, bias, output = ctx.saved_tensors
-                code = call.code
+                wants_dx, wants_dweight, wants_dbias, wants_dresidual, _ = ctx.needs_input_grad
+                x, statistics, weight, bias, residual, output = ctx.saved_tensors
+                code, dresidual = call.code, None
                 if x is None:
                     x = dy = in_kernel_layout(_before_activation(dy, call.activation, output))
-                    code = call.step.activation_code(None)
+                    code, output = call.step.activation_code(None), None
                     assert code is not None, "every kernel has no activation"
-                dx, dweight, dbias = call.step.backward(dy, x, statistics, weight, bias, *code, wants_dx)
+                    dresidual = dy
+                elif call.activation is None:
+                    dresidual = dy
+                is_output = output is not None
+                beside, computes = (output if is_output else residual), wants_dresidual and dresidual is None
+                dx, dweight, dbias, computed = call.step.backward(
+                    dy, x, statistics, weight, bias, beside, *code, is_output, computes, wants_dx
+                )
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
-                return dx, dweight, dbias if wants_dbias else None, None, None
+                dresidual = (computed if computes else dresidual) if wants_dresidual else None
+                return dx, dweight, dbias if wants_dbias else None, dresidual, None
             saved = _saved_of_step(*ctx.saved_tensors)
             ctx.kernel = call.step.kernel
             ctx.count = None if call.step.constant_statistics else values_per_channel(dy)
@@ -231,11 +243,16 @@ class Normalize(torch.autograd.Function):
 
 
 def _saved_of_step(
-    x: Tensor | None, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor | None
+    x: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
 ) -> Saved:
     """The saved tensors of a step in the form of the general path."""
     mean, rstd, *r_and_d = statistics.unbind()
-    return Saved(x, mean, rstd, weight, bias, None, output, None, None, None, *(r_and_d or (None, None)))
+    return Saved(x, mean, rstd, weight, bias, residual, output, None, None, None, *(r_and_d or (None, None)))
 
 
 def _depends_on_input(ctx: Any, activation: Activation | None) -> bool:

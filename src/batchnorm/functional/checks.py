@@ -105,6 +105,12 @@ def check_several_values(input: Tensor) -> None:
         )
 
 
+def is_like(residual: Tensor, x: Tensor) -> bool:
+    """Whether a residual can be added in the memory of y: a plain tensor of x's dtype, shape and device."""
+    alike = type(residual) is Tensor and residual.dtype is x.dtype and residual.device == x.device
+    return alike and residual.shape == x.shape
+
+
 def check_residual(residual: Tensor, input: Tensor) -> None:
     """Refuse a residual that cannot be added to the normalized input.
 

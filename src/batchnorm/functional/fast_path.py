@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import Normalize, StepCall
+from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Step, Steps
 from batchnorm.torch_state import differentiated_by_torch, is_tracing
@@ -33,8 +34,8 @@ def call(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     activation: Activation | None,
-    eps: float,
     running: tuple[Any, ...],
     observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
@@ -45,23 +46,26 @@ def call(
         x: (N, C, *S).
         weight: gamma, (C,).
         bias: beta, (C,).
+        residual: added before the activation, like x.
         activation: applied last.
-        eps: added to the variance.
-        running: the layer's buffers and how a batch updates them, in the order of the operator's schema.
+        running: the layer's buffers, how a batch updates them, and eps last, in the order of the operator's schema.
         observe: receives the batch's statistics if no gradient is recorded.
     """
     if recomputing():
         # A checkpoint expects the same tensors to be saved, so the recomputation takes the same path, on copies of the buffers.
         running = tuple(value.clone() if isinstance(value, Tensor) else value for value in running)
     code = step.activation_code(activation)
-    if code is None:
+    if code is None or (residual is not None and not is_like(residual, x)):
         return None
-    arguments = (*running, eps, *code)
+    arguments = (*running, *code)
     if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
-        return _apply(x, weight, bias, None, _new(StepCall, (step, arguments, code, eps, activation)))
-    y, statistics = step.forward(x, weight, bias, *arguments)
+        return _apply(x, weight, bias, residual, _new(StepCall, (step, arguments, code, running[-1], activation)))
+    y, statistics = step.forward(x, weight, bias, residual, *arguments)
     if not y.numel():
         return None
     if observe is not None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import exporting
+from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import Activation, Epilogue, Running, Update, aten, buffers
 from batchnorm.torch_state import differentiated_by_torch, is_tracing
@@ -30,19 +31,13 @@ def train(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path."""
-    if residual is not None and not _can_be_added(residual, x):
+    if residual is not None and (torch.compiler.is_compiling() or not is_like(residual, x)):
         return None
     if x.is_cpu and not torch.compiler.is_compiling():
         y = _train_on_cpu(x, weight, bias, eps, running, update)
     else:
         y = _train_on_device(x, weight, bias, eps, running, update)
     return None if y is None else _finished(y, residual, activation)
-
-
-def _can_be_added(residual: Tensor, x: Tensor) -> bool:
-    """Whether the residual can be added in the memory of y. In compiled code the general path adds it."""
-    alike = type(residual) is Tensor and residual.dtype is x.dtype and residual.device == x.device
-    return alike and residual.shape == x.shape and not torch.compiler.is_compiling()
 
 
 def _finished(y: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
@@ -136,7 +131,7 @@ def infer(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
-    if residual is not None and not _can_be_added(residual, x):
+    if residual is not None and (torch.compiler.is_compiling() or not is_like(residual, x)):
         return None
     if x.is_cpu and not torch.compiler.is_compiling():
         y = _infer_on_cpu(x, weight, bias, eps, running)

@@ -167,13 +167,11 @@ def _on_fast_path(
         if momentum is None:
             return native.infer(input, weight, bias, eps, parsed, buffers, residual)
         return native.train(input, weight, bias, eps, parsed, buffers, Update(momentum, True, False), residual)
-    if residual is not None:
-        return None
     if momentum is None:
-        step, arguments = steps.inference, (mean, variance)
+        step, arguments = steps.inference, (mean, variance, eps)
     else:
-        step, arguments = steps.training, (mean, variance, None, None, momentum, True, False)
-    return fast_path.call(step, input, weight, bias, kernels.parse(activation), eps, arguments)
+        step, arguments = steps.training, (mean, variance, None, None, momentum, True, False, eps)
+    return fast_path.call(step, input, weight, bias, residual, kernels.parse(activation), arguments)
 
 
 def normalize(

@@ -201,10 +201,11 @@ class Step(NamedTuple):
     """A layer's call as one operator, and its backward as another: a tensor of a few kilobytes costs little more than its calls.
 
     Attributes:
-        forward: takes x, weight, bias, the buffers and options of the layer, eps, and the activation as `activation_code` returns it.
-            Returns y and the statistics saved for backward: mean and rstd, (2, C), or mean, rstd, r and d, (4, C). If it does not accept
-            the call, both are empty and nothing was written.
-        backward: takes dy, x, the statistics, weight, bias, the activation and whether dx is wanted; returns dx, dweight and dbias.
+        forward: takes x, weight, bias, a residual like x, the buffers and options of the layer, eps, and the activation as
+            `activation_code` returns it. Returns y and the statistics saved for backward: mean and rstd, (2, C), or mean, rstd, r
+            and d, (4, C). If it does not accept the call, both are empty and nothing was written.
+        backward: takes dy, x, the statistics, weight, bias, the residual or y, the activation, whether it was y, and whether dresidual
+            and dx are wanted; returns dx, dweight, dbias and dresidual.
         constant_statistics: whether the statistics are constants in the backward.
         activation_code: the number and the slope of an activation, as the operators take them; None if they do not have it.
         kernel: the kernel whose verbs compute the backward if it is differentiated again.

@@ -321,11 +321,12 @@ def _step(x: Tensor, rows: int = 2) -> tuple[Tensor, Tensor]:
     return _like(x), x.new_empty((rows, x.shape[1]), dtype=torch.float64)
 
 
-def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _like(x) if rest[-1] else x.new_empty(0)
+def _step_backward(x: Tensor, _: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wants_dresidual, wants_dx = rest[-2:]
+    dx, dresidual = (_like(x) if wanted else x.new_empty(0) for wanted in (wants_dx, wants_dresidual))
     if weight is None:
-        return dx, x.new_empty(0), x.new_empty(0)
-    return dx, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
+        return dx, x.new_empty(0), x.new_empty(0), dresidual
+    return dx, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1]), dresidual
 
 
 # What the operators return, for tracing: shapes, strides and dtypes without values. Their schemas stand in csrc/torch/, beside their

@@ -152,7 +152,7 @@ def train_on_fast_path(
     Args:
         layer: the layer that the source received.
         x: (N, C, *S).
-        residual: the general path takes it, unless torch's operator computes the call.
+        residual: added before the activation; the general path takes one that is not like x.
         mask: must be None; the general path takes it.
         kind: the name of the step in `kernels.Steps`.
         bounds: further arguments of the step.
@@ -176,7 +176,7 @@ def train_on_fast_path(
     if steps is None:
         if kind != "training" or in_one_batch():
             return None
-    elif residual is not None or thread.micro_batch is not None or one_batch.calls:  # `in_one_batch` without its frames
+    elif thread.micro_batch is not None or one_batch.calls:  # `in_one_batch` without its frames
         return None
     skipped: Any = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
@@ -185,8 +185,8 @@ def train_on_fast_path(
     if steps is None:
         buffers, update = Running(mean, variance, batches, skipped), Update(momentum, unbiased, skip_nonfinite)
         return native.train(x, weight, bias, layer.eps, activation, buffers, update, residual)
-    running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds)
-    return fast_path.call(getattr(steps, kind), x, weight, bias, activation, layer.eps, running, observe)
+    running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds, layer.eps)
+    return fast_path.call(getattr(steps, kind), x, weight, bias, residual, activation, running, observe)
 
 
 def _tensors_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
@@ -277,9 +277,7 @@ def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: T
     steps = fast_path.steps_for(x, mean)
     if steps is None:
         return native.infer(x, weight, bias, layer.eps, activation, Running(mean, variance), residual)
-    if residual is not None:
-        return None
-    return fast_path.call(steps.inference, x, weight, bias, activation, layer.eps, (mean, variance))
+    return fast_path.call(steps.inference, x, weight, bias, residual, activation, (mean, variance, layer.eps))
 
 
 def _update(layer: Layer, running_mean: Tensor, running_var: Tensor, moments: Moments) -> None:

@@ -40,11 +40,13 @@ def are_buffers(running: Running, x: Tensor, channels: int) -> bool:
     ) and all(each is None or (each.device == x.device and each.dtype is torch.int64) for each in counters)
 
 
-def training(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+def training(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     """`Kernel.forward` and `Kernel.update_running`; `arguments` are the buffers, the fields of `Update`, eps and the activation's code."""
     *buffers, momentum, unbiased, skip_nonfinite, eps, number, slope = arguments
     running, update = Running(*buffers), Update(momentum, unbiased, skip_nonfinite)
-    epilogue, cut = _epilogue(x, weight, bias, number, slope), cut_of(x)
+    epilogue, cut = _epilogue(x, weight, bias, residual, number, slope), cut_of(x)
     fits = are_buffers(running, x, x.shape[1]) and values_per_channel(x) > 1 and eps > 0.0
     if epilogue is None or isinstance(cut, str) or not fits:
         return _declined(x)
@@ -75,11 +77,17 @@ def renormalization(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def inference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, *arguments: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """`Kernel.infer`; `arguments` are eps and the activation's code."""
     eps, number, slope = arguments
-    epilogue = _epilogue(x, weight, bias, number, slope)
+    epilogue = _epilogue(x, weight, bias, residual, number, slope)
     if epilogue is None or not are_buffers(Running(mean, variance), x, x.shape[1]) or not eps >= 0.0:
         return _declined(x)
 
@@ -91,44 +99,60 @@ def inference(
 
 
 def _backward(constant: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """dx, and dweight and dbias in the parameters' dtype."""
+    """dx, dweight and dbias in the parameters' dtype, and dresidual."""
 
     def backward(
-        dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any
+        dy: Tensor,
+        x: Tensor,
+        statistics: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        beside: Tensor | None,
+        *arguments: Any,
     ) -> tuple[Tensor, ...]:
-        number, slope, wants_dx = arguments
-        epilogue = Epilogue(weight, bias, activation=_decoded(number, slope))
+        number, slope, is_output, wants_dresidual, wants_dx = arguments
+        residual, output = (None, beside) if is_output else (beside, None)
+        epilogue = Epilogue(weight, bias, residual, activation=_decoded(number, slope), output=output)
         count = None if constant else values_per_channel(x)
+        nothing = x.new_empty(0)
 
         def call(cut: Cut) -> tuple[Tensor, ...]:
-            dx = memory.like(x) if wants_dx else None
+            dx, dresidual = (memory.like(x) if wanted else None for wanted in (wants_dx, wants_dresidual))
             dtype = torch.float32 if weight is None else weight.dtype
             dweight, dbias = memory.empty(x, 2, x.shape[1], dtype=dtype).unbind()
             sums = memory.empty(x, 2, x.shape[1], dtype=torch.float64)
-            wanted = launch().Wanted(dx, None, dweight, dbias)
+            wanted = launch().Wanted(dx, dresidual, dweight, dbias)
             given, by = launch().operands(x, epilogue, cut), statistics.unbind()
             launch().backward(memory.laid_out_as(x, dy), x, sums, given, by, count, wanted)
-            return x.new_empty(0) if dx is None else dx, dweight, dbias
+            return nothing if dx is None else dx, dweight, dbias, nothing if dresidual is None else dresidual
 
         found = attempt(x, call)
         if found is not None:
             return found
         mean, rstd = statistics.unbind()
-        dx, _, sum_grad, sum_grad_xhat = fallback.backward(dy, x, Normalized(mean, rstd, count), epilogue, wants_dx)
+        by = Normalized(mean, rstd, count)
+        dx, dresidual, sum_grad, sum_grad_xhat = fallback.backward(dy, x, by, epilogue, wants_dx)
         dtype = torch.float32 if weight is None else weight.dtype
-        return x.new_empty(0) if dx is None else dx, sum_grad_xhat.to(dtype), sum_grad.to(dtype)
+        return (
+            nothing if dx is None else dx,
+            sum_grad_xhat.to(dtype),
+            sum_grad.to(dtype),
+            nothing if dresidual is None else dresidual,
+        )
 
     return backward
 
 
-def _epilogue(x: Tensor, weight: Tensor | None, bias: Tensor | None, number: int, slope: float) -> Epilogue | None:
+def _epilogue(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, number: int, slope: float
+) -> Epilogue | None:
     """The epilogue of a step; None if its parameters do not fit x."""
     for values in (weight, bias):
         if values is not None and not (
             values.device == x.device and values.shape == x.shape[1:2] and values.is_floating_point()
         ):
             return None
-    epilogue = Epilogue(weight, bias, activation=_decoded(number, slope))
+    epilogue = Epilogue(weight, bias, residual, activation=_decoded(number, slope))
     return epilogue if epilogue.wider_than(x) is None else None
 
 
