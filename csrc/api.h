@@ -25,6 +25,17 @@ constexpr int activations = ACTIVATIONS(PLUS_ONE);
 
 enum class Verb : int32_t { moments, normalize, reduce_grad, input_grad, forward, backward };
 
+// Values of the channels, (C,), which are float64, or float32 where a tensor of torch is used as it is; or none.
+struct ChannelVector {
+    const void* values = nullptr;
+    bool is_float32 = false;
+
+    ChannelVector() = default;
+    ChannelVector(const double* values) : values(values) {}
+    ChannelVector(const float* values) : values(values), is_float32(true) {}
+    explicit operator bool() const { return values; }
+};
+
 // One call of one verb; names and formulas are those of kernels/contract.py.
 struct Task {
     Verb verb;
@@ -42,8 +53,8 @@ struct Task {
     void* output;             // y or dx; null if dx is not needed
     void* dresidual;          // or null
 
-    const double* weight;          // (C,), or null for 1
-    const double* bias;            // (C,), or null for 0
+    ChannelVector weight;          // none for 1
+    ChannelVector bias;            // none for 0
     double* mean;                  // (C,), written by moments and forward, read by the others; see `running_mean`
     double* m2;                    // (C,), written by moments and forward
     double* rstd;                  // (C,), written by forward, read by the others
@@ -57,9 +68,8 @@ struct Task {
     int64_t groups, group_size;
     double* counts;  // (groups,), written: the values per channel that each group counts, instead of `count`
 
-    // In normalize, if they are not null, mean and rstd are computed from these, and written.
-    const double* running_mean;  // (C,), likewise the next
-    const double* running_var;
+    // In normalize, if there are any, mean and rstd are computed from these, and written.
+    ChannelVector running_mean, running_var;
 
     // Batch renormalization, in forward if r is not null: x̂ · r + d replaces x̂, see kernels/channels.h. It reads the running statistics.
     double r_max, d_max;

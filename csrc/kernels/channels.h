@@ -212,8 +212,13 @@ class Channels {
         for (int64_t copy = 0; copy < copies; ++copy) Stored::store(&table.at(number, copy * task.C + c), values, lanes);
     }
     template <class Lanes>
+    static Doubles load(const batchnorm::ChannelVector& from, int64_t c, Lanes lanes) {
+        return from.is_float32 ? ExactFloat32::load((const float*)from.values + c, lanes)
+                               : Float64::load((const double*)from.values + c, lanes);
+    }
+    template <class Lanes>
     Doubles given_weight(int64_t c, Lanes lanes) const {
-        return task.weight ? Float64::load(task.weight + c, lanes) : Doubles{} + 1.0;
+        return task.weight ? load(task.weight, c, lanes) : Doubles{} + 1.0;
     }
     // The weight and the bias, renormalized where r and d are given: r · weight and d · weight + bias.
     template <class Lanes>
@@ -223,7 +228,7 @@ class Channels {
     }
     template <class Lanes>
     Doubles bias_of(int64_t c, Lanes lanes) const {
-        const Doubles bias = task.bias ? Float64::load(task.bias + c, lanes) : Doubles{};
+        const Doubles bias = task.bias ? load(task.bias, c, lanes) : Doubles{};
         return task.d ? Float64::load(task.d + c, lanes) * given_weight(c, lanes) + bias : bias;
     }
     template <class Lanes>
@@ -244,8 +249,8 @@ class Channels {
     // Takes mean and rstd from the running statistics.
     template <class Lanes>
     void set_constants(int64_t c, Lanes lanes) {
-        Float64::store(task.mean + c, Float64::load(task.running_mean + c, lanes), lanes);
-        Float64::store(task.rstd + c, 1.0 / Simd::square_root(Float64::load(task.running_var + c, lanes) + task.eps), lanes);
+        Float64::store(task.mean + c, load(task.running_mean, c, lanes), lanes);
+        Float64::store(task.rstd + c, 1.0 / Simd::square_root(load(task.running_var, c, lanes) + task.eps), lanes);
     }
 
     // Stores K in place of the mean; 0 if K is not finite.
@@ -313,8 +318,8 @@ class Channels {
             const Doubles raised = value < low ? Doubles{} + low : value;
             return raised > high ? Doubles{} + high : raised;
         };
-        const Doubles running_rstd = 1.0 / Simd::square_root(Float64::load(task.running_var + c, lanes) + task.eps);
-        const Doubles distance = mean - Float64::load(task.running_mean + c, lanes);
+        const Doubles running_rstd = 1.0 / Simd::square_root(load(task.running_var, c, lanes) + task.eps);
+        const Doubles distance = mean - load(task.running_mean, c, lanes);
         Float64::store(task.r + c, clip(sigma * running_rstd, 1.0 / task.r_max, task.r_max), lanes);
         Float64::store(task.d + c, clip(distance * running_rstd, -task.d_max, task.d_max), lanes);
     }

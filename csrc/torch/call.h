@@ -140,7 +140,7 @@ class Call {
 // EPILOGUE_ARGUMENTS, which all verbs but `moments` take.
 struct Epilogue {
     Tensor weight, bias, residual, mask;
-    ChannelValues weights, biases;
+    ChannelOperand weights, biases;
 
     Epilogue(Arguments& arguments, int64_t C, Call& call)
         : weight(arguments.optional_tensor()),
@@ -181,7 +181,7 @@ inline Tensor group_vectors(const Tensor& x, int64_t groups) {
 
 // Makes running statistics the constants of a task, whose mean and rstd the kernels then write. They must outlive its run.
 struct Constants {
-    const ChannelValues means, variances;
+    const ChannelOperand means, variances;
 
     Constants(Task& task, const Tensor& running_mean, const Tensor& running_var, double eps, int64_t C)
         : means(running_mean, C), variances(running_var, C) {

@@ -38,7 +38,7 @@ inline bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values(
 // renormalization.
 struct LayerCall {
     const int64_t C;
-    const ChannelValues weights, biases;
+    const ChannelOperand weights, biases;
     Call call;
     Tensor y, statistics;
 
@@ -94,8 +94,8 @@ void run_training_step(StableIValue* stack) {
     const Scratch m2 = scratch(layer.C);
     Task& task = layer.call.task;
     const Tensor none;
-    const ChannelValues means(renormalized ? running.mean : none, layer.C);
-    const ChannelValues variances(renormalized ? running.variance : none, layer.C);
+    const ChannelOperand means(renormalized ? running.mean : none, layer.C);
+    const ChannelOperand variances(renormalized ? running.variance : none, layer.C);
     if (renormalized) {
         task.running_mean = means, task.running_var = variances;
         bounds->set(task, *running.updates.data<int64_t>());
@@ -153,7 +153,7 @@ void run_step_backward(StableIValue* stack) {
     Tensor residual = arguments.optional_tensor();
     Call call(Verb::backward, x);
     const int64_t C = x.sizes[1], rows = statistics.rank == 2 ? statistics.sizes[0] : 0;
-    const ChannelValues weights(weight, C), biases(bias, C);
+    const ChannelOperand weights(weight, C), biases(bias, C);
     expect(statistics.dtype == dtypes[(int)Dtype::float64] && statistics.is_contiguous() && (rows == 2 || rows == 4) &&
                statistics.sizes[1] == C,
            "the statistics of a step must be (2, C) or (4, C) in float64");
@@ -173,11 +173,13 @@ void run_step_backward(StableIValue* stack) {
     // Batch renormalization: x̂ · r + d replaces x̂, see kernels/correction.py.
     const double* const r = rows == 4 ? task.rstd + C : nullptr;
     const double* const d = r ? r + C : nullptr;
+    const Tensor none;
+    const ChannelValues gammas(r ? weight : none, C), betas(r ? bias : none, C);
     const Scratch corrected_weight = scratch(r ? C : 0), corrected_bias = scratch(r ? C : 0);
     for (int64_t c = 0; r && c < C; ++c) {
-        const double gamma = weight ? task.weight[c] : 1.0;
+        const double gamma = weight ? gammas[c] : 1.0;
         corrected_weight[c] = r[c] * gamma;
-        corrected_bias[c] = d[c] * gamma + (bias ? task.bias[c] : 0.0);
+        corrected_bias[c] = d[c] * gamma + (bias ? betas[c] : 0.0);
     }
     if (r) task.weight = corrected_weight.get(), task.bias = corrected_bias.get();
     task.sum_grad = sum_grad.get(), task.sum_grad_xhat = sum_grad_xhat.get();

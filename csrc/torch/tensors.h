@@ -261,4 +261,22 @@ class ChannelValues {
     Scratch own;
 };
 
+// The same as the kernels take parameters and running statistics: float32 is not copied either.
+class ChannelOperand {
+  public:
+    ChannelOperand(const Tensor& tensor, int64_t C) {
+        const bool fits = tensor && tensor.rank == 1 && tensor.sizes[0] == C && (tensor.strides[0] == 1 || C == 1);
+        if (fits && tensor.dtype == dtypes[(int)Dtype::float32]) {
+            values = tensor.data<float>();
+        } else {
+            values = static_cast<const double*>(copy.emplace(tensor, C));
+        }
+    }
+    operator batchnorm::ChannelVector() const { return values; }
+
+  private:
+    batchnorm::ChannelVector values;
+    std::optional<ChannelValues> copy;
+};
+
 }  // namespace

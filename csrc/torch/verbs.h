@@ -52,7 +52,7 @@ OPERATOR(forward_renormalized,
     ForwardCall forward(arguments);
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
     const Tensor r_max = arguments.tensor(), d_max = arguments.tensor();
-    const ChannelValues means(running_mean, forward.x.sizes[1]), variances(running_var, forward.x.sizes[1]);
+    const ChannelOperand means(running_mean, forward.x.sizes[1]), variances(running_var, forward.x.sizes[1]);
     Tensor r = channel_vector(forward.x), d = channel_vector(forward.x);
     Task& task = forward.call.task;
     task.running_mean = means, task.running_var = variances;
