@@ -93,6 +93,16 @@ class TestWithFrozenWeight:
         for found, wanted in zip(torch.autograd.grad(layer(x, **given), inputs, dy), expected, strict=False):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+    def test_a_slope_does_not_round_the_gradient_of_a_wider_bias(self, one_kernel, dtype, wide):
+        layer = settled(bn.BatchNorm1d(3, activation=nn.LeakyReLU(0.3), statistics=Running(), dtype=wide))
+        layer.weight.requires_grad_(False)
+        x, dy = torch.randn(50, 3).to(dtype), torch.randn(50, 3).to(dtype)
+        (found,) = torch.autograd.grad(layer(x), layer.bias, dy)
+        layer.weight.requires_grad_(True)
+        exact, _ = torch.autograd.grad(layer(x), (layer.bias, layer.weight), dy)
+        torch.testing.assert_close(found, exact, rtol=0, atol=64 * torch.finfo(wide).eps)
+
     @pytest.mark.parametrize("activation", [None, "relu"])
     @pytest.mark.parametrize("residual", [False, True])
     def test_derivatives_of_any_order(self, activation, residual):

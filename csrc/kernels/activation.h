@@ -11,77 +11,85 @@ namespace {
 using batchnorm::Activation;
 using batchnorm::Task;
 
-// e^x = 2^n · e^r, |r| <= ln(2) / 2, with the polynomial of Cephes' expf: the error is below 2 ulp of float32. x is clamped at 88.3, before
-// the result overflows. The result is 0 for x below -87.3, before it becomes subnormal. NaN stays NaN.
+// e^x for |x| <= `exponent_limit`; what lies beyond is undefined, and so is NaN. e^x = 2^n · e^r, |r| <= ln(2) / 2, with a minimax
+// polynomial of relative error 3e-9; the result is off by less than 1 ulp. 2^n · p is p with n added to its exponent.
 INLINE Floats exponential(Floats x) {
-    const auto vanishes = x < -87.3f;
-    x = x > 88.3f ? Floats{} + 88.3f : x;
-    x = vanishes ? Floats{} : x;
     const float magic = 0x1.8p23f;  // added to a number, this leaves the nearest integer in the low bits
     const Floats shifted = x * 0x1.715476p0f + magic;
     const Floats n = shifted - magic;
     Floats r = x - n * 0x1.62e4p-1f;
     r = r - n * 0x1.7f7d1cp-20f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    p = p * bits_as<Floats>((bits_as<Words>(shifted) << 23) + 0x3f800000u);
-    return vanishes ? Floats{} : p;
+    Floats p = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
+    p = p * r + 0x1.5558f2p-5f;
+    p = p * r + 0x1.555492p-3f;
+    p = p * r + 0x1.fffffcp-2f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return bits_as<Floats>(bits_as<Words>(p) + (bits_as<Words>(shifted) << 23));
 }
-
-// erf to 1 ulp of float32: an odd polynomial up to 475/512, 1 - e^polynomial beyond (after N. Juffa, public domain).
-INLINE Floats error_function(Floats x) {
-    const Floats magnitude = bits_as<Floats>(bits_as<Words>(x) & 0x7fffffffu);
-    const Floats square = x * x;
-    Floats far = magnitude * -1.72853470e-5f + 3.83197126e-4f;
-    far = far * square + (magnitude * -3.88396438e-3f + 2.42546219e-2f);
-    far = far * magnitude - 1.06777877e-1f;
-    far = far * magnitude - 6.34846687e-1f;
-    far = far * magnitude - 1.28717512e-1f;
-    far = far * magnitude - magnitude;
-    far = 1.0f - exponential(far);
-    far = bits_as<Floats>(bits_as<Words>(far) | (bits_as<Words>(x) & 0x80000000u));
-    far = magnitude > 4.0f ? bits_as<Floats>((bits_as<Words>(x) & 0x80000000u) | 0x3f800000u) : far;
-    Floats near = square * -5.96761703e-4f + 4.99119423e-3f;
-    near = near * square - 2.67681349e-2f;
-    near = near * square + 1.12819925e-1f;
-    near = near * square - 3.76125336e-1f;
-    near = near * square + 1.28379166e-1f;
-    near = near * x + x;
-    return magnitude > 0.927734375f ? far : near;
-}
-
-// float64 calls the C library for each lane, which is slow. x is clamped for the same reasons.
+// float64 calls the C library for each lane, which is slow.
 INLINE Doubles exponential(Doubles x) {
-    const auto vanishes = x < -708.0;
-    x = x > 708.0 ? Doubles{} + 708.0 : x;
     for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = exp(x[lane]);
-    return vanishes ? Doubles{} : x;
-}
-INLINE Doubles error_function(Doubles x) {
-    for (int lane = 0; lane < vector_bytes / 8; ++lane) x[lane] = erf(x[lane]);
     return x;
 }
 
 template <class Vector>
 using LaneOf = __typeof__(Vector{}[0] + 0);
 
-// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. They are set to 0 and 1 where
-// e^-z is clamped, since z times the clamped value would grow again.
+// Neither e^limit nor e^-limit overflows, or is subnormal.
+template <class Vector>
+constexpr LaneOf<Vector> exponent_limit = sizeof(LaneOf<Vector>) == sizeof(float) ? 86.6f : 708.0;
+
+// The normal distribution Φ(z), and e^(-z²/2), from which float32 gets both: Φ(-|z|) = e^(-z²/2) · P(u), u = |z| / (4 + |z|), where P is a
+// minimax polynomial: Φ is off by less than 4e-9 before rounding. From 13 on the power is 0. For NaN they are any numbers, as below.
+template <class Vector>
+struct Normal;
+
+template <>
+struct Normal<Floats> {
+    Floats distribution, power;
+
+    INLINE explicit Normal(Floats z) {
+        const Floats near = Simd::bounded(z, 13.0f), magnitude = bits_as<Floats>(bits_as<Words>(near) & 0x7fffffffu);
+        const Floats u = magnitude / (magnitude + 4.0f), e = exponential(near * -0.5f * near);
+        power = near == z ? e : Floats{};
+        Floats p = u * 0x1.6d9e08p-4f - 0x1.2eb710p-2f;
+        p = p * u + 0x1.1bc52ep-3f;
+        p = p * u + 0x1.badcd0p-1f;
+        p = p * u - 0x1.0d8a14p+1f;
+        p = p * u + 0x1.33bc90p+1f;
+        p = p * u - 0x1.988448p+0f;
+        p = p * u + 0.5f;
+        const Floats tail = power * p;
+        distribution = z < 0 ? tail : 1.0f - tail;
+    }
+};
+
+template <>
+struct Normal<Doubles> {
+    Doubles distribution, power;
+
+    INLINE explicit Normal(Doubles z) {
+        for (int lane = 0; lane < vector_bytes / 8; ++lane) {
+            distribution[lane] = 0.5 + 0.5 * erf(z[lane] * 0.70710678118654752);
+            power[lane] = exp(-0.5 * z[lane] * z[lane]);
+        }
+    }
+};
+
+// sigmoid(z) and 1 - sigmoid(z), each to full precision, because the derivatives multiply the latter by z. Where e^-z is clamped they are
+// set to 0 and 1, or 1 and 0, since z times the clamped value would grow again. For NaN they are any numbers: all formulas multiply by z.
 template <class Vector>
 struct Sigmoid {
     typedef LaneOf<Vector> Real;
     Vector value, rest;
 
     INLINE explicit Sigmoid(Vector z) {
-        const Vector e = exponential(-z);
-        const auto far = z < Real(sizeof(Real) == 4 ? -88.3 : -708);
-        value = Real(1) / (Real(1) + e);
-        rest = far ? Vector{} + Real(1) : e * value;
-        value = far ? Vector{} : value;
+        const Real limit = exponent_limit<Vector>;
+        const Vector e = exponential(-Simd::bounded(z, limit)), inverse = Real(1) / (Real(1) + e);
+        value = z < -limit ? Vector{} : inverse;
+        const Vector below = z < -limit ? Vector{} + Real(1) : e * inverse;
+        rest = z > limit ? Vector{} : below;
     }
 };
 
@@ -154,18 +162,15 @@ struct Formula<Activation::hardswish, Vector> {
     }
 };
 
-// z · Φ(z), with the normal distribution Φ(z) = 0.5 (1 + erf(z / sqrt(2)))
+// z · Φ(z)
 template <class Vector>
 struct Formula<Activation::gelu, Vector> {
     typedef LaneOf<Vector> Real;
-    static INLINE Vector value(Vector z, Real) { return z * distribution(z); }
+    static INLINE Vector value(Vector z, Real) { return z * Normal<Vector>(z).distribution; }
     static INLINE Vector grad(Vector dy, Vector z, Real) {
-        const Vector density = exponential(Real(-0.5) * z * z) * Real(0.39894228040143268);
-        return dy * (distribution(z) + z * density);
+        const Normal<Vector> normal(z);
+        return dy * (normal.distribution + z * normal.power * Real(0.39894228040143268));
     }
-
-  private:
-    static INLINE Vector distribution(Vector z) { return Real(0.5) + Real(0.5) * error_function(z * Real(0.70710678118654752)); }
 };
 
 // z · 0.5 (1 + tanh(u)) = z · sigmoid(2u), u = sqrt(2/π) (z + 0.044715 z³)

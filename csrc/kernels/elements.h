@@ -95,7 +95,10 @@ struct Elements {
     template <class Lanes>
     INLINE Vector pre_activation(int64_t i, Vector d, const Channel<Vector>& channel, Lanes lanes) const {
         Vector offset = channel.offset;
-        if constexpr (T::rounds_scale) offset = Simd::multiply_add(Simd::bounded(d), channel.scale_rest, offset);  // infinity · 0 is NaN
+        if constexpr (T::rounds_scale) {
+            const Vector finite = Simd::bounded(d, 0x1.fffffep127f);  // infinity · 0 is NaN
+            offset = Simd::multiply_add(finite, channel.scale_rest, offset);
+        }
         Vector z = Simd::multiply_add(d, channel.scale, offset);
         if (with_residual == Residual::given || (with_residual == Residual::optional && residual)) z += T::load(residual + i, lanes);
         return z;

@@ -24,9 +24,10 @@ struct Avx2 : Generic<Avx2> {
     }
 
     static INLINE Doubles square_root(Doubles values) { return bits_as<Doubles>(_mm256_sqrt_pd(bits_as<__m256d>(values))); }
-    static INLINE Floats bounded(Floats values) {
-        const __m256 below = _mm256_min_ps(bits_as<__m256>(values), _mm256_set1_ps(largest));
-        return bits_as<Floats>(_mm256_max_ps(below, _mm256_set1_ps(-largest)));
+    using Generic::bounded;
+    static INLINE Floats bounded(Floats values, float limit) {
+        const __m256 below = _mm256_min_ps(bits_as<__m256>(values), _mm256_set1_ps(limit));
+        return bits_as<Floats>(_mm256_max_ps(below, _mm256_set1_ps(-limit)));
     }
 
     // Masked stores take as long as the stack.

@@ -44,9 +44,10 @@ struct Avx512 : Generic<Avx512> {
         return multiply_add(a, one, b);
     }
     static INLINE Doubles square_root(Doubles values) { return bits_as<Doubles>(_mm512_sqrt_pd(bits_as<__m512d>(values))); }
-    static INLINE Floats bounded(Floats values) {
+    using Generic::bounded;
+    static INLINE Floats bounded(Floats values, float limit) {
         constexpr int smaller_magnitude_with_the_first_sign = 2;
-        return bits_as<Floats>(_mm512_range_ps(bits_as<__m512>(values), _mm512_set1_ps(largest), smaller_magnitude_with_the_first_sign));
+        return bits_as<Floats>(_mm512_range_ps(bits_as<__m512>(values), _mm512_set1_ps(limit), smaller_magnitude_with_the_first_sign));
     }
 
     // Masked instructions: 7x7 planes end in one odd element.

@@ -39,11 +39,11 @@ struct Generic {
         for (int lane = 0; lane < vector_bytes / 8; ++lane) values[lane] = sqrt(values[lane]);
         return values;
     }
-    // The largest float32 in place of infinity. The result for NaN depends on the processor.
-    static constexpr float largest = 0x1.fffffep127f;
-    static INLINE Floats bounded(Floats values) {
-        const Floats below = values > largest ? Floats{} + largest : values;
-        return below < -largest ? Floats{} - largest : below;
+    // The limit, with the sign of the value, in place of values beyond it. The result for NaN depends on the processor.
+    template <class Vector, class Real>
+    static INLINE Vector bounded(Vector values, Real limit) {
+        const Vector below = values > limit ? Vector{} + limit : values;
+        return below < -limit ? Vector{} - limit : below;
     }
 
     // Partial loads and stores go through the stack.

@@ -143,7 +143,7 @@ class Normalize(torch.autograd.Function):
                 return None
             activation = call.activation
             # `save_for_backward`, likewise
-            if call.step.constant_statistics and not _depends_on_input(ctx, activation):
+            if call.step.constant_statistics and not _depends_on_input(ctx, activation, x):
                 ctx.to_save = (None, statistics, weight, None, None, None if activation is None else y)
             elif activation is None:
                 ctx.to_save = (x, statistics, weight, None, None, None)
@@ -161,7 +161,7 @@ class Normalize(torch.autograd.Function):
         if call.constants is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, *call.constants, call.eps, epilogue)
-            if not _depends_on_input(ctx, call.activation):
+            if not _depends_on_input(ctx, call.activation, x):
                 output = None if call.activation is None else y
                 ctx.save_for_backward(*Saved(None, mean, rstd, weight, None, None, output, call.mask))
                 return y, None, None, None
@@ -255,13 +255,15 @@ def _saved_of_step(
     return Saved(x, mean, rstd, weight, bias, residual, output, None, None, None, *(r_and_d or (None, None)))
 
 
-def _depends_on_input(ctx: Any, activation: Activation | None) -> bool:
+def _depends_on_input(ctx: Any, activation: Activation | None, x: Tensor) -> bool:
     """Whether a gradient depends on x if the statistics are constants: that of weight does, and an activation's may.
 
-    Without them dx = weight · rstd · g, so x need not be saved. While compiling, the compiler finds this out.
+    Without them dx = weight · rstd · g, so x need not be saved. While compiling, the compiler finds this out. A slope times dy would be
+    rounded to x's dtype, which the gradient of a wider bias shows; then a kernel computes it, and needs x.
     """
     from_output = activation is None or activation.derivative_from_output
-    return ctx.needs_input_grad[1] or not from_output or torch.compiler.is_compiling()
+    rounded = activation is not None and activation.has_slope and ctx.needs_input_grad[2] and ctx.bias_dtype != x.dtype
+    return ctx.needs_input_grad[1] or not from_output or rounded or torch.compiler.is_compiling()
 
 
 def _before_activation(dy: Tensor, activation: Activation | None, output: Tensor | None) -> Tensor:

@@ -128,8 +128,13 @@ class Activation:
         return ROWS[self.name].derivative(z, *self._slope)
 
     @property
+    def has_slope(self) -> bool:
+        """Whether it multiplies negative values by `negative_slope`."""
+        return ROWS[self.name].has_slope
+
+    @property
     def _slope(self) -> tuple[float, ...]:
-        return (self.negative_slope,) if ROWS[self.name].has_slope else ()
+        return (self.negative_slope,) if self.has_slope else ()
 
     @property
     def derivative_from_output(self) -> bool:
@@ -139,10 +144,10 @@ class Activation:
     @property
     def _keeps_signs(self) -> bool:
         """Whether y is positive just where z is, so that its sign tells which slope was taken."""
-        return not ROWS[self.name].has_slope or self.negative_slope > 0
+        return not self.has_slope or self.negative_slope > 0
 
     def __str__(self) -> str:
-        return f"{self.name}({self.negative_slope:g})" if ROWS[self.name].has_slope else self.name
+        return f"{self.name}({self.negative_slope:g})" if self.has_slope else self.name
 
 
 WITHOUT_SLOPE = {name: Activation(name) for name, row in ROWS.items() if not row.has_slope}
