@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -180,6 +181,40 @@ def test_a_compiled_step_is_that_of_torch(last):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     for name, buffer in torchs.named_buffers():
         torch.testing.assert_close(dict(ours.named_buffers())[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize(
+    ("activation", "residual", "dtype"),
+    [("relu", False, torch.float32), (nn.LeakyReLU(0.3), True, torch.float64), ("gelu", True, torch.bfloat16)],
+    ids=str,
+)
+def test_compiled_code_calls_one_operator(activation, residual, dtype, training):
+    """So it checks few Python objects; the operator computes what the eager layer does."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.graph)
+        return aot_eager(graph, inputs)
+
+    own = torch.promote_types(dtype, torch.float32)
+    layer = bn.BatchNorm1d(3, activation=activation, dtype=own).train(training)
+    other = copy.deepcopy(layer)
+    given = [torch.randn(9, 3).to(dtype).requires_grad_() for _ in range(1 + residual)]
+    torch._dynamo.reset()
+    y, exact = torch.compile(layer, fullgraph=True, backend=backend)(*given), other(*given)
+    dy = torch.randn(9, 3).to(dtype)
+    found, expected = (
+        [each.detach(), *torch.autograd.grad(each, [*given, *of.parameters()], dy), *of.buffers()]
+        for each, of in ((y, layer), (exact, other))
+    )
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5  # torch rounds between its operations
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    (graph,) = graphs
+    calls = [node.target for node in graph.nodes if str(node.target).startswith("batchnorm.")]
+    operators = torch.ops.batchnorm
+    assert calls == [operators.train_in_graph.default if training else operators.infer_in_graph.default]
 
 
 @pytest.mark.usefixtures("forced")

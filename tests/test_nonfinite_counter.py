@@ -172,11 +172,10 @@ def test_compiled_code_writes_to_fixed_addresses_alone():
     torch.compile(layer, fullgraph=True, backend=backend)(BAD)
     assert layer.num_nonfinite_batches == 1
     (graph,) = graphs
-    written = {
-        node.args[0]
-        for node in graph.nodes
-        if node.op == "call_method" and str(node.target) in ("copy_", "add_") and node.args[0].op == "placeholder"
-    }
+    operator = torch.ops.batchnorm.train_in_graph.default
+    (call,) = (node for node in graph.nodes if node.target is operator)
+    arguments = zip(operator._schema.arguments, call.args, strict=True)
+    written = {node for argument, node in arguments if argument.alias_info is not None and argument.alias_info.is_write}
     assert len(written) == 4  # mean, variance, both counters
     for node in written:
         assert node.meta["tensor_dict"].get("_dynamo_static_input_type"), node

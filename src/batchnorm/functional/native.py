@@ -1,8 +1,4 @@
-"""Calls of torch's own operator: in compiled code, on GPUs, and on a CPU without the C++ library.
-
-A compiler fuses the operator with its neighbors, and compiled code checks at each call every Python object that was read while it was
-traced. So these functions read few, and call the operator itself, whose backward is torch's too.
-"""
+"""Calls of torch's own operator, whose backward is torch's too: on GPUs, and on a CPU without the C++ library."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from torch.nn import functional as F
 from batchnorm import kernels, memory
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import is_like
-from batchnorm.functional.recompute import recomputing, recomputing_now
+from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Epilogue, Running, Update, aten, buffers
 from batchnorm.torch_state import differentiated_by_torch, is_tracing
 
@@ -31,12 +27,10 @@ def train(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path."""
-    if residual is not None and (torch.compiler.is_compiling() or not is_like(residual, x)):
+    if residual is not None and not is_like(residual, x):
         return None
-    if x.is_cpu and not torch.compiler.is_compiling():
-        y = _train_on_cpu(x, weight, bias, eps, running, update)
-    else:
-        y = _train_on_device(x, weight, bias, eps, running, update)
+    train = _train_on_cpu if x.is_cpu else _train_on_device
+    y = train(x, weight, bias, eps, running, update)
     return None if y is None else _finished(y, residual, activation)
 
 
@@ -44,9 +38,7 @@ def _finished(y: Tensor, residual: Tensor | None, activation: Activation | None)
     """activation(y + residual), in the memory of y: a tensor that the first write fills costs more than the arithmetic."""
     if residual is not None:
         y = y.add_(residual)
-    if activation is None:
-        return y
-    return activation(y) if torch.compiler.is_compiling() else activation.overwriting(y)
+    return y if activation is None else activation.overwriting(y)
 
 
 def _train_on_cpu(
@@ -111,10 +103,7 @@ def _train_on_device(
     statistics = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device)
     mean, variance = statistics[0], statistics[1]
     y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        update = update._replace(unless=recomputing_now(mean))
-    if compiling or not recomputing():
+    if not recomputing():
         with torch.no_grad():
             variance = variance if update.unbiased else variance * ((count - 1) / count)
             buffers.update_statistics(running, mean, variance, update)
@@ -131,12 +120,10 @@ def infer(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
-    if residual is not None and (torch.compiler.is_compiling() or not is_like(residual, x)):
+    if residual is not None and not is_like(residual, x):
         return None
-    if x.is_cpu and not torch.compiler.is_compiling():
-        y = _infer_on_cpu(x, weight, bias, eps, running)
-    else:
-        y = _infer_on_device(x, weight, bias, eps, running)
+    infer = _infer_on_cpu if x.is_cpu else _infer_on_device
+    y = infer(x, weight, bias, eps, running)
     return None if y is None else _finished(y, residual, activation)
 
 
@@ -156,10 +143,10 @@ def _infer_on_device(
         return None
     if running.mean.dtype is not running.variance.dtype or running.mean.dtype not in (x.dtype, torch.float32):
         return None
-    if not torch.compiler.is_compiling() and _saves_in_vain(x, weight):
+    if _saves_in_vain(x, weight):
         return None
     mean, variance = running.mean.detach(), running.variance.detach()
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # likewise
+    if torch.is_grad_enabled():  # likewise
         mean, variance = mean.clone(), variance.clone()
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
@@ -212,6 +199,4 @@ def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: R
     for values in (running.mean, running.variance):
         if values.dim() != 1 or values.shape[0] != x.shape[1] or values.is_complex():
             return True
-    if torch.compiler.is_compiling():
-        return False
     return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not aten

@@ -64,9 +64,9 @@ def _(like: Tensor) -> Tensor:
 
 
 # All layers on the CPU ask with the same tensor, so a compiler finds one question where there are many.
-_ANYWHERE = torch.zeros(())
+ANYWHERE = torch.zeros(())
 
 
 def recomputing_now(like: Tensor) -> Tensor:
     """`recomputing` as a 0-d bool on the device of `like`, evaluated at each call of compiled code too."""
-    return torch.ops.batchnorm.recomputing.default(_ANYWHERE if like.is_cpu else like)
+    return torch.ops.batchnorm.recomputing.default(ANYWHERE if like.is_cpu else like)

@@ -172,14 +172,14 @@ class BatchNorm(LayerState):
         weights: Tensor | None = None,
     ) -> Tensor:
         """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
-        if isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             named = (("residual", residual), ("mask", mask), ("lengths", lengths), ("weights", weights))
             given = {name: value for name, value in named if value is not None}
             proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
             return proxy if activation is None else activation(proxy)
         self._check_input_dim(input)
-        if not self.save_memory and memory.skips():
+        if not self.save_memory and not torch.compiler.is_compiling() and memory.skips():
             with memory.skipping():
                 return self._normalize(input, residual, mask, lengths, activation, weights)
         return self._normalize(input, residual, mask, lengths, activation, weights)

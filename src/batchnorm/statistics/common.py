@@ -31,9 +31,9 @@ from batchnorm.functional.checks import (
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
 from batchnorm.kernels import Renormalization, Running, Update
 from batchnorm.moments import Moments
-from batchnorm.statistics import one_batch
+from batchnorm.statistics import compiled, one_batch
 from batchnorm.statistics.accumulate import accumulating, add
-from batchnorm.statistics.contract import Applying, Layer
+from batchnorm.statistics.contract import Applying, Layer, tensors_of
 from batchnorm.statistics.one_batch import in_one_batch, joint_reducer, updates_here
 from batchnorm.statistics.thread import thread
 from batchnorm.torch_state import differentiated_by_torch
@@ -168,7 +168,7 @@ def train_on_fast_path(
         return None
     if layer.reducer is not None or thread.window is not None:
         return None
-    found = _tensors_of(layer)
+    found = tensors_of(layer)
     if found is None:
         return None
     weight, bias, mean, variance, batches = found
@@ -187,20 +187,6 @@ def train_on_fast_path(
         return native.train(x, weight, bias, layer.eps, activation, buffers, update, residual)
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds, layer.eps)
     return fast_path.call(getattr(steps, kind), x, weight, bias, residual, activation, running, observe)
-
-
-def _tensors_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
-    """The layer's weight, bias, running mean, running variance and counter; None if it has no running statistics, or computes these.
-
-    They are read from the module's dictionaries: an attribute look-up of each would cost half a microsecond.
-    """
-    parameters, buffers = layer._parameters, layer._buffers
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, variance, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    except KeyError:  # pruned or parametrized: attributes that are computed
-        return None
-    return None if mean is None or variance is None else (weight, bias, mean, variance, batches)
 
 
 def by_replicas(
@@ -265,12 +251,14 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
 
 def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """The layer's output by its running statistics, computed by one operator, or None if the call takes the general path."""
+    if torch.compiler.is_compiling():
+        return compiled.infer(layer, x, residual, mask)
     activation = layer.activation
     if isinstance(layer, Applying):
         layer = layer.owner
     if mask is not None or not isinstance(layer, nn.Module):
         return None
-    found = _tensors_of(layer)
+    found = tensors_of(layer)
     if found is None:
         return None
     weight, bias, mean, variance, _ = found

@@ -172,3 +172,17 @@ def owner_of(layer: Layer) -> Layer:
     while not isinstance(layer, nn.Module) and (owner := getattr(layer, "owner", None)) is not None:
         layer = owner
     return layer
+
+
+def tensors_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
+    """The layer's weight, bias, running mean, running variance and counter; None if it has no running statistics, or computes these.
+
+    They are read from the module's dictionaries: an attribute look-up of each would cost half a microsecond.
+    """
+    parameters, buffers = layer._parameters, layer._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, variance, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # pruned or parametrized: attributes that are computed
+        return None
+    return None if mean is None or variance is None else (weight, bias, mean, variance, batches)
