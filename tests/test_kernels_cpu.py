@@ -1,5 +1,6 @@
 """The C++ kernels against plain torch: every verb, layout, dtype and epilogue; any shape, any number of threads."""
 
+import math
 import os
 import sys
 import threading
@@ -422,6 +423,22 @@ def test_running_statistics(dtype, unbiased, skip, masked_count, monkeypatch):
         assert found is None or found.equal(expected)
         for values in zip(buffers, plain, strict=True):
             torch.testing.assert_close(*values, rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [F.silu, F.gelu], ids=["silu", "gelu"])
+def test_activations_where_their_exponentials_end(activation, dtype):
+    """Around the numbers at which e^x is clamped, and where z times a clamped value would grow again."""
+    ends = [0.0, 1e-30, 12.9, 13.0, 13.1, 86.5, 86.7, 88.5, 1e10, 1e30, 3e38, math.inf]
+    z = torch.tensor([*ends, *(-end for end in ends), math.nan]).repeat(200).to(dtype)  # few values are computed in float64
+    layer = bn.BatchNorm1d(1, activation=activation.__name__).eval()
+    layer.eps = 0.0
+    x, exact_x = z[:, None].clone().requires_grad_(), z[:, None].double().requires_grad_()
+    y, exact = layer(x), activation(exact_x)
+    dx, exact_dx = (torch.autograd.grad(value.sum(), given)[0] for value, given in ((y, x), (exact, exact_x)))
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-7, "equal_nan": True}
+    torch.testing.assert_close(y.double(), exact, **tolerance)
+    torch.testing.assert_close(dx.double(), exact_dx, **tolerance)
 
 
 def operator_calls():
