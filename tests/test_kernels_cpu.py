@@ -430,7 +430,8 @@ def test_running_statistics(dtype, unbiased, skip, masked_count, monkeypatch):
 def test_activations_where_their_exponentials_end(activation, dtype):
     """Around the numbers at which e^x is clamped, and where z times a clamped value would grow again."""
     ends = [0.0, 1e-30, 12.9, 13.0, 13.1, 86.5, 86.7, 88.5, 1e10, 1e30, 3e38, math.inf]
-    z = torch.tensor([*ends, *(-end for end in ends), math.nan]).repeat(200).to(dtype)  # few values are computed in float64
+    few = torch.tensor([*ends, *(-end for end in ends), math.nan])
+    z = few.repeat(200).to(dtype)  # few values alone would be computed in float64
     layer = bn.BatchNorm1d(1, activation=activation.__name__).eval()
     layer.eps = 0.0
     x, exact_x = z[:, None].clone().requires_grad_(), z[:, None].double().requires_grad_()
