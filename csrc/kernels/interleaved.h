@@ -78,7 +78,7 @@ class Interleaved {
             for (int64_t c = 0; c < 2 * C; ++c) sums[c] += sums[2 * C * chunk + c];
     }
 
-    // A map can be cut at any row, so its pieces are small enough for every thread to get one.
+    // A map can be cut at any row, so every thread has a piece.
     void map_backwards() const {
         const int64_t joint = channels.copies, shared = divide_up(divide_up(M, task.threads), joint) * joint;
         const int64_t length = at_most(rows, shared);

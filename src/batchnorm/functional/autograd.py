@@ -207,22 +207,19 @@ class Normalize(torch.autograd.Function):
             if not (torch.is_grad_enabled() or differentiated_by_torch() or torch.compiler.is_compiling()):
                 wants_dx, wants_dweight, wants_dbias, wants_dresidual, _ = ctx.needs_input_grad
                 x, statistics, weight, bias, residual, output = ctx.saved_tensors
-                code, dresidual = call.code, None
+                code, activation = call.code, call.activation
                 if x is None:
-                    x = dy = in_kernel_layout(_before_activation(dy, call.activation, output))
-                    code, output = call.step.activation_code(None), None
+                    x = dy = in_kernel_layout(_before_activation(dy, activation, output))
+                    code, activation, output = call.step.activation_code(None), None, None
                     assert code is not None, "every kernel has no activation"
-                    dresidual = dy
-                elif call.activation is None:
-                    dresidual = dy
-                is_output = output is not None
-                beside, computes = (output if is_output else residual), wants_dresidual and dresidual is None
+                is_output, computes = output is not None, wants_dresidual and activation is not None
+                beside = output if is_output else residual
                 dx, dweight, dbias, computed = call.step.backward(
                     dy, x, statistics, weight, bias, beside, *code, is_output, computes, wants_dx
                 )
                 dx, dweight = dx if wants_dx else None, dweight if wants_dweight else None
-                dresidual = (computed if computes else dresidual) if wants_dresidual else None
-                return dx, dweight, dbias if wants_dbias else None, dresidual, None
+                dresidual = computed if computes else dy  # without an activation they are the same
+                return dx, dweight, dbias if wants_dbias else None, dresidual if wants_dresidual else None, None
             saved = _saved_of_step(*ctx.saved_tensors)
             ctx.kernel = call.step.kernel
             ctx.count = None if call.step.constant_statistics else values_per_channel(dy)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import ANYWHERE
 from batchnorm.kernels import Activation, Running, Update, buffers
 from batchnorm.version import __version__
@@ -75,10 +76,7 @@ def accepts(
     for values in (mean, variance):
         if values.dim() != 1 or values.shape[0] != C or values.is_complex():
             return False
-    if residual is None:
-        return True
-    alike = residual.dtype is x.dtype and residual.device == x.device and residual.shape == x.shape
-    return type(residual) is Tensor and alike
+    return residual is None or is_like(residual, x)
 
 
 def train(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm import kernels, memory
+from batchnorm.functional import in_graph
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing
@@ -189,14 +190,7 @@ _WIDE = {
 
 def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
     """Whether the call takes the general path: another kernel computes it, torch's operator does not accept it, or it must raise."""
-    if type(x) is not Tensor or x.dim() < 2 or x.dtype not in _WIDE or differentiated_by_torch() or exporting():
+    accepted = in_graph.accepts(x, weight, bias, running.mean, running.variance, None)
+    if not accepted or differentiated_by_torch() or exporting():
         return True
-    # Beside half-precision input torch computes in the parameters' dtype: half-precision parameters would round the statistics.
-    dtype = _WIDE[x.dtype]
-    for values in (weight, bias):
-        if values is not None and (values.dim() != 1 or values.shape[0] != x.shape[1] or values.dtype is not dtype):
-            return True
-    for values in (running.mean, running.variance):
-        if values.dim() != 1 or values.shape[0] != x.shape[1] or values.is_complex():
-            return True
     return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not aten
