@@ -189,49 +189,75 @@ struct Formula<Activation::gelu_tanh, Vector> {
     static INLINE Sigmoid<Vector> gate_of(Vector z) { return Sigmoid<Vector>(z * (twice + twice * Real(0.044715) * (z * z))); }
 };
 
+// The formulas on each vector of a group.
+template <Activation kind, class Vector, int count, class Real>
+INLINE Group<Vector, count> values_of(Group<Vector, count> z, Real slope) {
+    UNROLLED
+    for (int number = 0; number < count; ++number) z.at[number] = Formula<kind, Vector>::value(z.at[number], slope);
+    return z;
+}
+template <Activation kind, class Vector, int count, class Real>
+INLINE Group<Vector, count> grads_of(Group<Vector, count> dy, Group<Vector, count> z, Real slope) {
+    UNROLLED
+    for (int number = 0; number < count; ++number) dy.at[number] = Formula<kind, Vector>::grad(dy.at[number], z.at[number], slope);
+    return dy;
+}
+
 // An activation that is known at compile time.
 template <Activation kind>
 struct Known {
-    static constexpr int64_t unrolled = 8;  // vectors per iteration of a sum's loop, an even number
+    static constexpr int unrolled = 8;  // vectors per iteration of a sum's loop
+    static constexpr int together = 1;  // vectors in a group
     static constexpr bool needs_z = kind != Activation::identity;
 
     explicit Known(const Task&) {}
-    template <class Vector>
-    INLINE Vector value(Vector z) const {
-        return Formula<kind, Vector>::value(z, 0);
+    template <class Vector, int count>
+    INLINE Group<Vector, count> values(Group<Vector, count> z) const {
+        return values_of<kind>(z, LaneOf<Vector>(0));
     }
-    template <class Vector>
-    INLINE Vector grad(Vector dy, Vector z) const {
-        return Formula<kind, Vector>::grad(dy, z, 0);
+    template <class Vector, int count>
+    INLINE Group<Vector, count> grads(Group<Vector, count> dy, Group<Vector, count> z) const {
+        return grads_of<kind>(dy, z, LaneOf<Vector>(0));
     }
 };
 
-// Any activation, chosen by a switch whose branch never changes within a call. Those with e^x or erf are not inlined: in every loop they
-// would take minutes to compile. A call writes all vector registers to memory, so the others would take up to 1.7 times as long by it.
-template <class Vector>
+// Any activation, chosen by branches that never change within a call. GELU, and SiLU of single vectors, are not inlined, because in every
+// loop they would be most of the code. A call writes all vector registers to memory: by one, SiLU takes up to 1.4 times as long, and the
+// short activations 1.7 times.
+template <class Vector, int vectors_together>
 struct AnyActivation {
-    static constexpr int64_t unrolled = 2;
+    static constexpr int together = vectors_together, unrolled = together > 2 ? together : 2;
     static constexpr bool needs_z = true;
     const Activation kind;
     const LaneOf<Vector> slope;
 
     explicit AnyActivation(const Task& task) : kind(task.activation), slope((LaneOf<Vector>)task.slope) {}
 
-    INLINE Vector value(Vector z) const {
-        if (kind == Activation::identity) return Formula<Activation::identity, Vector>::value(z, slope);
-        if (kind == Activation::relu) return Formula<Activation::relu, Vector>::value(z, slope);
-        if (kind == Activation::relu6) return Formula<Activation::relu6, Vector>::value(z, slope);
-        if (kind == Activation::leaky_relu) return Formula<Activation::leaky_relu, Vector>::value(z, slope);
-        if (kind == Activation::hardswish) return Formula<Activation::hardswish, Vector>::value(z, slope);
-        return other_value(z);
+    template <int count>
+    INLINE Group<Vector, count> values(Group<Vector, count> z) const {
+        if (kind == Activation::identity) return z;
+        if (kind == Activation::relu) return values_of<Activation::relu>(z, slope);
+        if (kind == Activation::relu6) return values_of<Activation::relu6>(z, slope);
+        if (kind == Activation::leaky_relu) return values_of<Activation::leaky_relu>(z, slope);
+        if (kind == Activation::hardswish) return values_of<Activation::hardswish>(z, slope);
+        if constexpr (count > 1)
+            if (kind == Activation::silu) return values_of<Activation::silu>(z, slope);
+        UNROLLED
+        for (int number = 0; number < count; ++number) z.at[number] = other_value(z.at[number]);
+        return z;
     }
-    INLINE Vector grad(Vector dy, Vector z) const {
-        if (kind == Activation::identity) return Formula<Activation::identity, Vector>::grad(dy, z, slope);
-        if (kind == Activation::relu) return Formula<Activation::relu, Vector>::grad(dy, z, slope);
-        if (kind == Activation::relu6) return Formula<Activation::relu6, Vector>::grad(dy, z, slope);
-        if (kind == Activation::leaky_relu) return Formula<Activation::leaky_relu, Vector>::grad(dy, z, slope);
-        if (kind == Activation::hardswish) return Formula<Activation::hardswish, Vector>::grad(dy, z, slope);
-        return other_grad(dy, z);
+    template <int count>
+    INLINE Group<Vector, count> grads(Group<Vector, count> dy, Group<Vector, count> z) const {
+        if (kind == Activation::identity) return dy;
+        if (kind == Activation::relu) return grads_of<Activation::relu>(dy, z, slope);
+        if (kind == Activation::relu6) return grads_of<Activation::relu6>(dy, z, slope);
+        if (kind == Activation::leaky_relu) return grads_of<Activation::leaky_relu>(dy, z, slope);
+        if (kind == Activation::hardswish) return grads_of<Activation::hardswish>(dy, z, slope);
+        if constexpr (count > 1)
+            if (kind == Activation::silu) return grads_of<Activation::silu>(dy, z, slope);
+        UNROLLED
+        for (int number = 0; number < count; ++number) dy.at[number] = other_grad(dy.at[number], z.at[number]);
+        return dy;
     }
 
   private:

@@ -43,6 +43,10 @@ constexpr INLINE int64_t at_most(int64_t value, int64_t limit) { return value < 
 constexpr INLINE int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
 INLINE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+INLINE bool goes_forward(const Task& task) {
+    return task.verb == Verb::moments || task.verb == Verb::normalize || task.verb == Verb::forward;
+}
+
 // The mask of a call that computes sums; null for a map alone, which needs no list of the positions that count. Listing them takes 20 ms
 // for a mask of 1.3 million scattered positions, while the map of one channel takes 0.6 ms.
 INLINE const uint8_t* mask_of_sums(const Task& task) {

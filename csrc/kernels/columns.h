@@ -23,7 +23,7 @@ INLINE void sum_rows(const Table<T>& table, const Rows& rows, int64_t j, int64_t
     const Channel<typename T::Vector> channel = table.from(j);
     Sums<T> here = sums[j / T::width];
     typename Term::Block block = {here, here};
-    for (int64_t row = 0; row < count; ++row) block.add(term(rows.first + j + row * rows.stride, channel, lanes), channel.mean, 0);
+    for (int64_t row = 0; row < count; ++row) add_to(block, rows.first + j + row * rows.stride, channel, term, 0, lanes);
     block.flush();
     sums[j / T::width] = here;
 }
@@ -34,13 +34,10 @@ INLINE void sum_block_of_rows(const Table<T>& table, const Rows& rows, int64_t j
     const Channel<typename T::Vector> channel = table.from(j);
     Sums<T> here = sums[j / T::width];
     typename Term::Block block = {here, here};
-    int64_t i = rows.first + j;
+    const int64_t i = rows.first + j;
     UNROLLED
     for (int64_t row = 0; row < vectors_of_block; ++row) term.prefetch(i + (vectors_of_block + row) * rows.stride, 1);
-    for_block<Term>([&](int64_t row) INLINED {
-        block.add(term(i, channel, Whole{}), channel.mean, row);
-        i += rows.stride;
-    });
+    add_all_to(block, i, rows.stride, channel, term);
     block.flush();
     sums[j / T::width] = here;
 }
@@ -75,14 +72,11 @@ INLINE void map_tile(const Table<T>& table, const int64_t (&first)[rows_of_map],
     for (int64_t column = j; column < j + vectors * T::width; column += T::width) {
         const Channel<typename T::Vector> channel = table.from(column);
         UNROLLED
-        for (int64_t row = 0; row < rows_of_map; ++row) {
-            const int64_t i = first[row] + column;
-            const auto values = map(i, column, channel, Whole{});
-            if constexpr (stream) {
-                out.stream(i, values);
-            } else {
-                out.store(i, values, Whole{});
-            }
+        for (int64_t row = 0; row < rows_of_map; row += Map::together) {
+            Places<Map::together> i;
+            UNROLLED
+            for (int number = 0; number < Map::together; ++number) i.at[number] = first[row + number] + column;
+            map_whole<stream>(i, i, channel, map, out);
         }
     }
 }

@@ -104,11 +104,24 @@ struct Elements {
         return z;
     }
 
-    template <class Lanes>
-    INLINE Vector grad(int64_t i, Vector d, const Channel<Vector>& channel, Lanes lanes) const {
-        const Vector dy_here = T::load(dy + i, lanes);
+    template <int count, class Lanes>
+    INLINE Group<Vector, count> values(Places<count> i, const Channel<Vector>& channel, Lanes lanes) const {
+        Group<Vector, count> z;
+        UNROLLED
+        for (int number = 0; number < count; ++number)
+            z.at[number] = pre_activation(i.at[number], deviation(i.at[number], channel, lanes), channel, lanes);
+        return activation.values(z);
+    }
+
+    template <int count, class Lanes>
+    INLINE Group<Vector, count> grads(Places<count> i, Group<Vector, count> d, const Channel<Vector>& channel, Lanes lanes) const {
+        Group<Vector, count> dy_here, z;
+        UNROLLED
+        for (int number = 0; number < count; ++number) dy_here.at[number] = T::load(dy + i.at[number], lanes);
         if constexpr (!Act::needs_z) return dy_here;
-        return activation.grad(dy_here, pre_activation(i, d, channel, lanes));
+        UNROLLED
+        for (int number = 0; number < count; ++number) z.at[number] = pre_activation(i.at[number], d.at[number], channel, lanes);
+        return activation.grads(dy_here, z);
     }
 };
 
@@ -118,20 +131,20 @@ template <class E, bool again>
 struct MomentTerm {
     typedef typename BlockOfMoments<typename E::T, again>::Type Block;
     static constexpr bool has_mask = E::has_mask;
-    static constexpr int64_t unrolled = vectors_of_block;
+    static constexpr int unrolled = vectors_of_block, together = 1;
     const typename E::Unmasked elements;
 
     static MomentTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
     INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
     template <class Lanes>
-    INLINE auto operator()(int64_t i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+    INLINE auto operator()(Places<1> i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         typedef typename E::Vector Vector;
-        const Vector x = E::T::load(elements.x + i, lanes);
+        const Vector x = E::T::load(elements.x + i.at[0], lanes);
         if constexpr (Sums<typename E::T>::about_zero && !again) {
-            return SquareTermValues<Vector>{x};
+            return Group<SquareTermValues<Vector>, 1>{{{x}}};
         } else {
-            return DeviationTermValues<Vector>{within(x, channel.mean, lanes)};
+            return Group<DeviationTermValues<Vector>, 1>{{{within(x, channel.mean, lanes)}}};
         }
     }
 };
@@ -140,29 +153,54 @@ template <class E>
 struct GradTerm {
     typedef EvenAndOdd<typename E::T> Block;
     static constexpr bool has_mask = E::has_mask;
-    static constexpr int64_t unrolled = E::Activation::unrolled;
+    static constexpr int unrolled = E::Activation::unrolled, together = E::Activation::together;
     const typename E::Unmasked elements;
 
     static GradTerm of(const Task& task, const Copies<typename E::T>& copies = {}) { return {E(task).over(copies)}; }
     INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
-    template <class Lanes>
-    INLINE GradTermValues<typename E::Vector> operator()(int64_t i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
-        const auto x = E::T::load(elements.x + i, lanes);
-        const auto d = x - channel.mean;
-        const auto g = within(elements.grad(i, d, channel, lanes), typename E::Vector{}, lanes);
-        return {g, Sums<typename E::T>::grads_about_zero ? x : d};
+    template <int count, class Lanes>
+    INLINE auto operator()(Places<count> i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+        typedef typename E::Vector Vector;
+        Group<Vector, count> x, d;
+        UNROLLED
+        for (int number = 0; number < count; ++number) {
+            x.at[number] = E::T::load(elements.x + i.at[number], lanes);
+            d.at[number] = x.at[number] - channel.mean;
+        }
+        const Group<Vector, count> g = elements.grads(i, d, channel, lanes);
+        Group<GradTermValues<Vector>, count> terms;
+        UNROLLED
+        for (int number = 0; number < count; ++number) {
+            const Vector factor = Sums<typename E::T>::grads_about_zero ? x.at[number] : d.at[number];
+            terms.at[number] = {within(g.at[number], Vector{}, lanes), factor};
+        }
+        return terms;
     }
 };
 
-// body(number) for each vector of a block.
-template <class Term, class Body>
-INLINE void for_block(const Body& body) {
-    for (int64_t first = 0; first < vectors_of_block; first += Term::unrolled) {
+// Adds the terms of one vector to a block.
+template <class Term, class Vector, class Lanes>
+INLINE void add_to(typename Term::Block& block, int64_t i, const Channel<Vector>& channel, const Term& term, int64_t number, Lanes lanes) {
+    block.add(term(Places<1>{{i}}, channel, lanes).at[0], channel.mean, number);
+}
+// The same for a whole block, whose vectors begin `step` elements apart.
+template <class Term, class Vector>
+INLINE void add_all_to(typename Term::Block& block, int64_t i, int64_t step, const Channel<Vector>& channel, const Term& term) {
+    for (int first = 0; first < vectors_of_block; first += Term::unrolled) {
         UNROLLED
-        for (int64_t number = 0; number < Term::unrolled; ++number) body(first + number);
+        for (int number = first; number < first + Term::unrolled; number += Term::together) {
+            const auto terms = term(consecutive<Term::together>(i, step), channel, Whole{});
+            UNROLLED
+            for (int added = 0; added < Term::together; ++added) block.add(terms.at[added], channel.mean, number + added);
+            i += Term::together * step;
+        }
     }
 }
+
+// How many vectors each iteration of a map's loop takes: the lines of one vector, or a group.
+template <class E>
+constexpr int unrolled_in_maps = (int)at_least(at_most(vectors_of_line<typename E::T>, E::Activation::unrolled), E::Activation::together);
 
 // The results of a map for one vector: y, or dx and dresidual.
 template <class Vector>
@@ -173,38 +211,53 @@ struct Written {
 template <class E>
 struct NormalizeMap {
     static constexpr bool has_mask = E::has_mask, writes_two = false;
-    static constexpr int64_t unrolled = at_most(vectors_of_line<typename E::T>, E::Activation::unrolled);
+    static constexpr int together = E::Activation::together, unrolled = unrolled_in_maps<E>;
     const E elements;
 
     static NormalizeMap of(const Task& task) { return {E(task)}; }
     NormalizeMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<true>(i, count); }
 
-    template <class Lanes>
-    INLINE Written<typename E::Vector> operator()(int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
-        const auto z = elements.pre_activation(i, elements.deviation(i, channel, lanes), channel, lanes);
-        const auto y = elements.counted(elements.activation.value(z), typename E::Vector{}, m, lanes);
-        return {y, y};
+    template <int count, class Lanes>
+    INLINE auto operator()(Places<count> i, Places<count> m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+        typedef typename E::Vector Vector;
+        const Group<Vector, count> values = elements.values(i, channel, lanes);
+        Group<Written<Vector>, count> written;
+        UNROLLED
+        for (int number = 0; number < count; ++number) {
+            const Vector y = elements.counted(values.at[number], Vector{}, m.at[number], lanes);
+            written.at[number] = {y, y};
+        }
+        return written;
     }
 };
 
 template <class E>
 struct InputGradMap {
     static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual;
-    static constexpr int64_t unrolled = at_most(vectors_of_line<typename E::T>, E::Activation::unrolled);
+    static constexpr int together = E::Activation::together, unrolled = unrolled_in_maps<E>;
     const E elements;
 
     static InputGradMap of(const Task& task) { return {E(task)}; }
     InputGradMap under(const uint8_t* mask, const uint8_t* end) const { return {elements.under(mask, end)}; }
     INLINE void prefetch(int64_t i, int count) const { elements.template prefetch_vectors<false>(i, count); }
 
-    template <class Lanes>
-    INLINE Written<typename E::Vector> operator()(int64_t i, int64_t m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
-        const auto d = elements.deviation(i, channel, lanes);
-        const typename E::Vector nothing = {};
-        const auto g = elements.counted(elements.grad(i, d, channel, lanes), nothing, m, lanes);
-        const auto dx = Simd::multiply_add(g, channel.grad_scale, Simd::multiply_add(d * channel.rstd, channel.slope, channel.level));
-        return {elements.counted(dx, nothing, m, lanes), g};
+    template <int count, class Lanes>
+    INLINE auto operator()(Places<count> i, Places<count> m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
+        typedef typename E::Vector Vector;
+        Group<Vector, count> d;
+        UNROLLED
+        for (int number = 0; number < count; ++number) d.at[number] = elements.deviation(i.at[number], channel, lanes);
+        const Group<Vector, count> grads = elements.grads(i, d, channel, lanes);
+        Group<Written<Vector>, count> written;
+        UNROLLED
+        for (int number = 0; number < count; ++number) {
+            const Vector g = elements.counted(grads.at[number], Vector{}, m.at[number], lanes);
+            const Vector from_x = Simd::multiply_add(d.at[number] * channel.rstd, channel.slope, channel.level);
+            const Vector dx = Simd::multiply_add(g, channel.grad_scale, from_x);
+            written.at[number] = {elements.counted(dx, Vector{}, m.at[number], lanes), g};
+        }
+        return written;
     }
 };
 
@@ -241,7 +294,21 @@ struct Outputs {
 // Maps a partial vector.
 template <class Vector, class Map, class Out>
 NOINLINE void map_partial(int64_t i, int64_t m, const Channel<Vector>& channel, Partial lanes, const Map& map, const Out& out) {
-    out.store(i, map(i, m, channel, lanes), lanes);
+    out.store(i, map(Places<1>{{i}}, Places<1>{{m}}, channel, lanes).at[0], lanes);
+}
+
+// Maps whole vectors, around the cache with `stream`.
+template <bool stream, int count, class Vector, class Map, class Out>
+INLINE void map_whole(Places<count> i, Places<count> m, const Channel<Vector>& channel, const Map& map, const Out& out) {
+    const auto written = map(i, m, channel, Whole{});
+    UNROLLED
+    for (int number = 0; number < count; ++number) {
+        if constexpr (stream) {
+            out.stream(i.at[number], written.at[number]);
+        } else {
+            out.store(i.at[number], written.at[number], Whole{});
+        }
+    }
 }
 
 constexpr int tensors_of_a_sum = 3;  // x, dy and the residual

@@ -22,8 +22,6 @@ NOINLINE void run_loops(Task& task, const Loops& loops) {
     }
 }
 
-bool goes_forward(const Task& task) { return task.verb == Verb::moments || task.verb == Verb::normalize || task.verb == Verb::forward; }
-
 // Moments do not depend on the epilogue: all activations share their loops.
 template <class E>
 using Plain = Elements<typename E::T, Known<Activation::identity>, Residual::none, E::has_mask>;
@@ -70,7 +68,8 @@ void run_masked_planar(Task& task) {
 // masks in bfloat16. In the interleaved layout a mask leaves out whole rows, so it needs no loops of its own.
 template <class T>
 void run_storage(Task& task) {
-    typedef AnyActivation<typename T::Vector> Any;
+    typedef AnyActivation<typename T::Vector, T::is_common ? 4 : 1> Any;
+    typedef AnyActivation<typename T::Vector, 1> AnyUnderMask;
     typedef Known<Activation::identity> Identity;
     typedef Known<Activation::relu> Relu;
     const bool identity = task.activation == Activation::identity && !task.residual, relu = task.activation == Activation::relu;
@@ -79,7 +78,7 @@ void run_storage(Task& task) {
             if (identity) return run_masked_planar<Elements<T, Identity, Residual::none, true>>(task);
             if (relu && !task.residual) return run_masked_planar<Elements<T, Relu, Residual::none, true>>(task);
         }
-        return run_masked_planar<Elements<T, Any, Residual::optional, true>>(task);
+        return run_masked_planar<Elements<T, AnyUnderMask, Residual::optional, true>>(task);
     }
     if constexpr (T::is_common) {
         if (identity) return run_unmasked<Elements<T, Identity, Residual::none, false>>(task);

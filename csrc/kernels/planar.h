@@ -159,8 +159,8 @@ class Planar {
                         continue;
                     }
                     here.prefetch(plane + s + ahead, 1);
-                    const auto written = here(plane + s, s, channel, Whole{});
-                    stream ? out.stream(plane + s, written) : out.store(plane + s, written, Whole{});
+                    const Places<1> i = {{plane + s}}, m = {{s}};
+                    stream ? map_whole<true>(i, m, channel, here, out) : map_whole<false>(i, m, channel, here, out);
                 }
             }
         }
@@ -295,7 +295,7 @@ class Planar {
                                Sums<T> sums) const {
         const auto add = [&](int64_t i, auto lanes) INLINED {
             typename Term::Block block = {sums, sums};
-            block.add(term(i, channel, lanes), channel.mean, 0);
+            add_to(block, i, channel, term, 0, lanes);
             block.flush();
         };
         for (auto vectors = counted.begin(portion); vectors < counted.end(portion); ++vectors) {
@@ -317,16 +317,15 @@ class Planar {
         for (; j + vectors_of_block * width <= count; j += vectors_of_block * width) {
             term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), vectors_of_block);
             typename Term::Block block = {even, odd};
-            for_block<Term>([&](int64_t vector)
-                                INLINED { block.add(term(i + j + vector * width, channel, Whole{}), channel.mean, vector); });
+            add_all_to(block, i + j, width, channel, term);
             block.flush();
         }
         term.prefetch(i + j + ahead + (j + ahead < left ? 0 : jump), (int)divide_up(count - j, width));
         typename Term::Block block = {even, odd};
-        for (; j + width <= count; j += width) block.add(term(i + j, channel, Whole{}), channel.mean, 0);
+        for (; j + width <= count; j += width) add_to(block, i + j, channel, term, 0, Whole{});
         if (j < count) {
             const Partial rest = {(int)(count - j)};
-            block.add(term(i + j, channel, rest), channel.mean, 1);
+            add_to(block, i + j, channel, term, 1, rest);
         }
         block.flush();
         even_sums = even, odd_sums = odd;
@@ -342,7 +341,7 @@ class Planar {
         const bool aligned = rows.stride * sizeof(Element) % cache_line == 0 && Outputs<T, true>(task).to_alignment(rows.first) == 0;
         const int64_t ahead = next ? next : rows_of_map * rows.stride;
         if (task.mask) return (this->*loops.map_joined)(c0, c1, span, streams && aligned, ahead);
-        loops.columns.map(task, Table<T>(channels.table, c0, c1, S, true), rows, streams && aligned, ahead);
+        loops.columns.map(task, Table<T>(channels.table, c0, c1, S, !goes_forward(task)), rows, streams && aligned, ahead);
     }
 
     // If a row is not whole vectors, its last vector overlaps the one before it. When streaming, the first vector overlaps the second
@@ -362,8 +361,8 @@ class Planar {
             for (; j + Map::unrolled * width <= count; j += Map::unrolled * width) {
                 map.prefetch(i + j + next, Map::unrolled);
                 UNROLLED
-                for (int64_t k = j; k < j + Map::unrolled * width; k += width)
-                    out.store(i + k, map(i + k, m + k, channel, Whole{}), Whole{});
+                for (int64_t k = j; k < j + Map::unrolled * width; k += Map::together * width)
+                    map_whole<false>(consecutive<Map::together>(i + k, width), consecutive<Map::together>(m + k, width), channel, map, out);
             }
             if (j == count) return;
             j = at_most(j, last);
@@ -377,11 +376,7 @@ class Planar {
     template <bool stream, class Map, class Out>
     static INLINE void map_vector(int64_t i, int64_t m, const Channel<Vector>& channel, int64_t ahead, const Map& map, const Out& out) {
         map.prefetch(i + ahead, 1);
-        if constexpr (stream) {
-            out.stream(i, map(i, m, channel, Whole{}));
-        } else {
-            out.store(i, map(i, m, channel, Whole{}), Whole{});
-        }
+        map_whole<stream>(Places<1>{{i}}, Places<1>{{m}}, channel, map, out);
     }
 };
 

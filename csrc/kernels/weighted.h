@@ -41,7 +41,7 @@ class Weighted {
   private:
     typedef typename T::Element Element;
     typedef typename T::Vector Vector;
-    typedef Elements<T, AnyActivation<Vector>, Residual::optional, false> E;
+    typedef Elements<T, AnyActivation<Vector, 1>, Residual::optional, false> E;
     static constexpr int parts = T::width / Float64::width;  // vectors of float64 that hold the lanes of a Vector
     static constexpr int64_t rows_together = 8;
 
@@ -215,7 +215,8 @@ class Weighted {
     template <class Lanes>
     static NOINLINE void map(int64_t i, const Channel<Vector>& channel, const Vector& weight, Lanes lanes, const E& elements,
                              const Outputs<T, true>& out) {
-        const Vector d = elements.deviation(i, channel, lanes), g = elements.grad(i, d, channel, lanes);
+        const Vector d = elements.deviation(i, channel, lanes);
+        const Vector g = elements.grads(Places<1>{{i}}, Group<Vector, 1>{{d}}, channel, lanes).at[0];
         const Vector own = g * channel.grad_scale;
         const Vector through = weight * Simd::multiply_add(d * channel.rstd, channel.slope, channel.level);
         const Vector dx = weight == 0 ? own : own + through;

@@ -71,6 +71,22 @@ INLINE Vector within(Vector values, Vector, Whole) {
 INLINE Floats within(Floats values, Floats others, Partial lanes) { return lanes_within<Ints>(lanes) ? values : others; }
 INLINE Doubles within(Doubles values, Doubles others, Partial lanes) { return lanes_within<Longs>(lanes) ? values : others; }
 
+// Several vectors, or what belongs to each of them, for computations that are done side by side.
+template <class Item, int count>
+struct Group {
+    Item at[count];
+};
+template <int count>
+using Places = Group<int64_t, count>;  // indices of elements, at which vectors begin
+
+template <int count>
+INLINE Places<count> consecutive(int64_t first, int64_t step) {
+    Places<count> places;
+    UNROLLED
+    for (int number = 0; number < count; ++number) places.at[number] = first + number * step;
+    return places;
+}
+
 template <class To, class From>
 INLINE To bits_as(From from) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");
