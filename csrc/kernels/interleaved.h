@@ -135,17 +135,18 @@ class Interleaved {
         } else {
             for_rows(chunk * rows, at_most((chunk + 1) * rows, M), [&](const Rows& taken) { sum(task, channels.table, taken, {}, sums); });
         }
+        if (length == C && C % T::width == 0) {
+            for (int64_t vector = 0; vector < vectors; ++vector)
+                sums[vector].unpack(totals + vector * T::width, totals + C + vector * T::width);
+            return free(sums);
+        }
         double* columns = (double*)malloc(2 * vectors * T::width * sizeof(double));
         double* products = columns + vectors * T::width;
         for (int64_t vector = 0; vector < vectors; ++vector) sums[vector].unpack(columns + vector * T::width, products + vector * T::width);
-        if (length == C) {
-            memcpy(totals, columns, C * sizeof(double)), memcpy(totals + C, products, C * sizeof(double));
-        } else {
-            for (int64_t c = 0; c < C; ++c) {
-                CompensatedSum<double> value, product;
-                for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
-                totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
-            }
+        for (int64_t c = 0; c < C; ++c) {
+            CompensatedSum<double> value, product;
+            for (int64_t j = c; j < length; j += C) value.add(columns[j]), product.add(products[j]);
+            totals[c] = value.sum + value.lost, totals[C + c] = product.sum + product.lost;
         }
         free(columns);
         free(sums);

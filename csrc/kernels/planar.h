@@ -14,8 +14,7 @@ namespace {
 
 constexpr int64_t block_channels = 64;       // their sums, 16 KB on the stack, stay in the first-level cache
 constexpr int64_t block_bytes = 512 * 1024;  // of all tensors that both passes read: half of a 1 MB second-level cache
-constexpr int64_t short_plane = 128;         // values; blocks of shorter planes are processed as columns
-constexpr int64_t most_joined = 4 * short_plane;
+constexpr int64_t most_joined = 512;         // values of a plane
 constexpr int64_t most_columns = 4096;
 constexpr int64_t prefetch_bytes = 8192;  // how far ahead of the reads to prefetch
 
@@ -167,6 +166,9 @@ class Planar {
     }
 
   private:
+    // In values; blocks of shorter planes are processed as columns. With AVX2 the loops over rows take 8x8 and 10x10 planes of float32 in 1.1
+    // to 1.4 times less, of half precision in 1.1 to 1.6 times more.
+    static constexpr int64_t short_plane = vector_bytes == 32 && sizeof(Element) == sizeof(float) ? 64 : 128;
     static constexpr int64_t ahead = prefetch_bytes / sizeof(Element);
 
     Task& task;
