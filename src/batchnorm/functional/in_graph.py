@@ -6,14 +6,16 @@ operator reads is not among them. A compiler sees these as one call, then as the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm.functional.checks import is_like
+from batchnorm.functional import native
 from batchnorm.functional.recompute import ANYWHERE
-from batchnorm.kernels import Activation, Running, Update, buffers
+from batchnorm.kernels import Activation, Running, Update
+from batchnorm.torch_state import differentiated_by_torch, is_exporting
 from batchnorm.version import __version__
 
 # `version` makes the graphs of two releases differ: a compiler caches what it made of one by its operators and arguments.
@@ -32,16 +34,9 @@ torch.library.define(
 
 @torch.library.impl("batchnorm::train_in_graph", "CompositeImplicitAutograd")
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
-    """The statistics of the batch are computed by torch's operator, as in `kernels.aten`; the running ones are updated by them."""
     *running, anywhere, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope, _ = arguments
-    count = x.numel() // x.shape[1]
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    mean, variance = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device).unbind()
-    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, torch.backends.cudnn.enabled)
     update = Update(momentum, unbiased, skip_nonfinite, torch.ops.batchnorm.recomputing.default(anywhere))
-    with torch.no_grad():
-        variance = variance if unbiased else variance * ((count - 1) / count)
-        buffers.update_statistics(Running(*running), mean, variance, update)
+    y = native.train_and_update(x, weight, bias, eps, Running(*running), update)
     return _finished(y, residual, activation, slope)
 
 
@@ -61,24 +56,6 @@ def _finished(y: Tensor, residual: Tensor | None, activation: str | None, slope:
 _TRAIN, _INFER = torch.ops.batchnorm.train_in_graph.default, torch.ops.batchnorm.infer_in_graph.default
 
 
-def accepts(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, residual: Tensor | None
-) -> bool:
-    """Whether the operators accept these tensors. Beside half-precision input torch computes in the parameters' dtype, so half-precision
-    parameters would round the statistics.
-    """
-    if type(x) is not Tensor or x.dim() < 2 or not x.is_floating_point() or x.itemsize < 2 or x.numel() == 0:
-        return False
-    dtype, C = torch.float64 if x.dtype is torch.float64 else torch.float32, x.shape[1]
-    for values in (weight, bias):
-        if values is not None and (values.dim() != 1 or values.shape[0] != C or values.dtype is not dtype):
-            return False
-    for values in (mean, variance):
-        if values.dim() != 1 or values.shape[0] != C or values.is_complex():
-            return False
-    return residual is None or is_like(residual, x)
-
-
 def train(
     x: Tensor,
     weight: Tensor | None,
@@ -87,11 +64,11 @@ def train(
     update: tuple[Any, ...],
     residual: Tensor | None,
     activation: Activation | None,
-) -> Tensor:
-    """y in training, in compiled code.
+) -> Tensor | None:
+    """y in training, in compiled code, or None if the call takes the general path.
 
     Args:
-        x: (N, C, *S), as are the tensors that `accepts` has accepted.
+        x: (N, C, *S).
         weight: gamma, (C,).
         bias: beta, (C,).
         running: the fields of `Running`.
@@ -99,6 +76,9 @@ def train(
         residual: added before the activation.
         activation: applied last.
     """
+    *_, eps = update
+    if not _takes(x, weight, bias, running[0], running[1], residual) or not eps > 0.0 or x.numel() < 2 * x.shape[1]:
+        return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
     return _TRAIN(
         x, weight, bias, *running, ANYWHERE if x.is_cpu else running[0], *update, residual, name, slope, __version__
@@ -109,11 +89,25 @@ def infer(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: tuple[Tensor, Tensor],
+    running: Sequence[Tensor],
     eps: float,
     residual: Tensor | None,
     activation: Activation | None,
-) -> Tensor:
-    """y by running statistics, in compiled code."""
+) -> Tensor | None:
+    """y by running statistics, likewise."""
+    mean, variance = running
+    if not _takes(x, weight, bias, mean, variance, residual) or not eps >= 0.0:
+        return None
+    if mean.dtype is not variance.dtype or mean.dtype not in (x.dtype, torch.float32):
+        return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
     return _INFER(x, weight, bias, *running, eps, residual, name, slope, __version__)
+
+
+def _takes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, residual: Tensor | None
+) -> bool:
+    """Exporters get torch's operator itself, and torch's transforms plain operations."""
+    if is_exporting() or differentiated_by_torch():
+        return False
+    return native.accepts(x, weight, bias, mean, variance, residual)

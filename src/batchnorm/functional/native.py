@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm import kernels, memory
-from batchnorm.functional import in_graph
 from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing
@@ -98,13 +97,19 @@ def _train_on_device(
     """Torch's operator computes the statistics of the batch, as in `kernels.aten`; the running ones are updated by them."""
     if _is_beyond(x, weight, bias, running) or not eps > 0.0:
         return None
-    count = x.numel() // x.shape[1]
-    if count < 2:
+    if x.numel() < 2 * x.shape[1]:
         return None
-    statistics = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device)
-    mean, variance = statistics[0], statistics[1]
-    y = F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps)
-    if not recomputing():
+    return train_and_update(x, weight, bias, eps, running, None if recomputing() else update)
+
+
+def train_and_update(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update | None
+) -> Tensor:
+    """y by torch's operator, which computes the batch's statistics; the running ones are updated by them, unless `update` is None."""
+    count = x.numel() // x.shape[1]
+    mean, variance = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device).unbind()
+    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, torch.backends.cudnn.enabled)
+    if update is not None:
         with torch.no_grad():
             variance = variance if update.unbiased else variance * ((count - 1) / count)
             buffers.update_statistics(running, mean, variance, update)
@@ -152,6 +157,24 @@ def _infer_on_device(
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
 
+def accepts(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, residual: Tensor | None
+) -> bool:
+    """Whether torch's operator accepts these tensors. Beside half-precision input it computes in the parameters' dtype, so half-precision
+    parameters would round the statistics.
+    """
+    if type(x) is not Tensor or x.dim() < 2 or not x.is_floating_point() or x.itemsize < 2 or x.numel() == 0:
+        return False
+    dtype, C = torch.float64 if x.dtype is torch.float64 else torch.float32, x.shape[1]
+    for values in (weight, bias):
+        if values is not None and (values.dim() != 1 or values.shape[0] != C or values.dtype is not dtype):
+            return False
+    for values in (mean, variance):
+        if values.dim() != 1 or values.shape[0] != C or values.is_complex():
+            return False
+    return residual is None or is_like(residual, x)
+
+
 def _saves_in_vain(x: Tensor, weight: Tensor | None) -> bool:
     """Whether torch's operator would save a large x for the backward although no gradient depends on it: the general path does not.
 
@@ -190,7 +213,7 @@ _WIDE = {
 
 def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
     """Whether the call takes the general path: another kernel computes it, torch's operator does not accept it, or it must raise."""
-    accepted = in_graph.accepts(x, weight, bias, running.mean, running.variance, None)
+    accepted = accepts(x, weight, bias, running.mean, running.variance, None)
     if not accepted or differentiated_by_torch() or exporting():
         return True
     return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not aten

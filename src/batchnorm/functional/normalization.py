@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchnorm import kernels, memory
 from batchnorm.errors import DTypeError, InputError, StateError
-from batchnorm.functional import exported, fast_path, joint, native, reduction
+from batchnorm.functional import exported, fast_path, in_graph, joint, native, reduction
 from batchnorm.functional.autograd import Call, Normalize, distinct, exporting, needs_grad
 from batchnorm.functional.checks import (
     check_eps,
@@ -159,10 +159,14 @@ def _on_fast_path(
         return None
     if not (isinstance(weight, Tensor | None) and isinstance(bias, Tensor | None)) or input.is_nested:
         return None
+    if torch.compiler.is_compiling():
+        parsed = kernels.parse(activation)
+        if momentum is None:
+            return in_graph.infer(input, weight, bias, (mean, variance), eps, residual, parsed)
+        update = (momentum, True, False, eps)
+        return in_graph.train(input, weight, bias, (mean, variance, None, None), update, residual, parsed)
     steps = fast_path.steps_for(input, mean)
     if steps is None:
-        if torch.compiler.is_compiling():
-            return None
         buffers, parsed = Running(mean, variance), kernels.parse(activation)
         if momentum is None:
             return native.infer(input, weight, bias, eps, parsed, buffers, residual)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.functional import in_graph
 from batchnorm.statistics.contract import Applying, Layer, tensors_of
 from batchnorm.statistics.thread import thread
-from batchnorm.torch_state import differentiated_by_torch, is_exporting
 
 
 def train(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """y in training by torch's operator, or None if the call takes the general path."""
-    activation = layer.activation
-    owner: Any = layer.owner if isinstance(layer, Applying) else layer
-    found = _accepted(owner, x, residual, mask)
+    owner, found = _read(layer, mask)
     if found is None or not (owner.training and owner.track_running_stats):
         return None
-    momentum, on_nonfinite, eps = owner.momentum, owner.on_nonfinite, owner.eps
-    if type(momentum) is not float or on_nonfinite == "error" or not eps > 0.0 or x.numel() < 2 * x.shape[1]:
+    momentum, on_nonfinite = owner.momentum, owner.on_nonfinite
+    if type(momentum) is not float or on_nonfinite == "error":
         return None
     if owner.reducer is not None or thread.window is not None or thread.micro_batch is not None:
         return None
@@ -29,28 +25,20 @@ def train(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None)
     if skipped is None or not skipped.is_cpu:
         skipped = owner.num_nonfinite_batches
     weight, bias, *running = found
-    update = (momentum, owner.running_variance == "unbiased", on_nonfinite != "propagate", eps)
-    return in_graph.train(x, weight, bias, (*running, skipped), update, residual, activation)
+    update = (momentum, owner.running_variance == "unbiased", on_nonfinite != "propagate", owner.eps)
+    return in_graph.train(x, weight, bias, (*running, skipped), update, residual, layer.activation)
 
 
 def infer(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """y by running statistics, likewise."""
-    activation = layer.activation
-    owner: Any = layer.owner if isinstance(layer, Applying) else layer
-    found = _accepted(owner, x, residual, mask)
+    owner, found = _read(layer, mask)
     if found is None:
         return None
-    weight, bias, mean, variance, _ = found
-    if mean.dtype is not variance.dtype or mean.dtype not in (x.dtype, torch.float32) or not owner.eps >= 0.0:
-        return None
-    return in_graph.infer(x, weight, bias, (mean, variance), owner.eps, residual, activation)
+    weight, bias, *running, _ = found
+    return in_graph.infer(x, weight, bias, running, owner.eps, residual, layer.activation)
 
 
-def _accepted(
-    owner: Any, x: Tensor, residual: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
-    """Weight, bias, running mean, running variance and counter; None if torch's operators do not compute the call."""
-    if not isinstance(owner, nn.Module) or mask is not None or is_exporting() or differentiated_by_torch():
-        return None
-    found = tensors_of(owner)
-    return found if found is not None and in_graph.accepts(x, *found[:4], residual) else None
+def _read(layer: Layer, mask: Tensor | None) -> tuple[Any, Any]:
+    """The module that has the tensors, and those; None instead of them if torch's operators do not compute the call."""
+    owner: Any = layer.owner if isinstance(layer, Applying) else layer
+    return owner, tensors_of(owner) if mask is None and isinstance(owner, nn.Module) else None
