@@ -135,7 +135,8 @@ def _traced(function: Callable[[], Result]) -> tuple[Result, list[int]]:
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # With acc_events, torch 2.11 does not warn of events that only a second cycle would lose.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         result = function()
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
