@@ -189,7 +189,8 @@ def test_a_compiled_step_is_that_of_torch(last):
     [("relu", False, torch.float32), (nn.LeakyReLU(0.3), True, torch.float64), ("gelu", True, torch.bfloat16)],
     ids=str,
 )
-def test_compiled_code_calls_one_operator(activation, residual, dtype, training):
+@pytest.mark.parametrize("functional", [False, True], ids=["layer", "function"])
+def test_compiled_code_calls_one_operator(activation, residual, dtype, training, functional):
     """So it checks few Python objects; the operator computes what the eager layer does."""
     graphs = []
 
@@ -201,8 +202,17 @@ def test_compiled_code_calls_one_operator(activation, residual, dtype, training)
     layer = bn.BatchNorm1d(3, activation=activation, dtype=own).train(training)
     other = copy.deepcopy(layer)
     given = [torch.randn(9, 3).to(dtype).requires_grad_() for _ in range(1 + residual)]
+
+    def call(of):
+        if not functional:
+            return of
+        tensors = (of.running_mean, of.running_var, of.weight, of.bias)
+        return lambda x, *residual: bn.functional.batch_norm(
+            x, *tensors, training, activation=activation, residual=residual[0] if residual else None
+        )
+
     torch._dynamo.reset()
-    y, exact = torch.compile(layer, fullgraph=True, backend=backend)(*given), other(*given)
+    y, exact = torch.compile(call(layer), fullgraph=True, backend=backend)(*given), call(other)(*given)
     dy = torch.randn(9, 3).to(dtype)
     found, expected = (
         [each.detach(), *torch.autograd.grad(each, [*given, *of.parameters()], dy), *of.buffers()]
