@@ -189,15 +189,15 @@ struct Formula<Activation::gelu_tanh, Vector> {
     static INLINE Sigmoid<Vector> gate_of(Vector z) { return Sigmoid<Vector>(z * (twice + twice * Real(0.044715) * (z * z))); }
 };
 
-// The formulas on each vector of a group.
+// The formulas on each of several vectors.
 template <Activation kind, class Vector, int count, class Real>
-INLINE Group<Vector, count> values_of(Group<Vector, count> z, Real slope) {
+INLINE Several<Vector, count> values_of(Several<Vector, count> z, Real slope) {
     UNROLLED
     for (int number = 0; number < count; ++number) z.at[number] = Formula<kind, Vector>::value(z.at[number], slope);
     return z;
 }
 template <Activation kind, class Vector, int count, class Real>
-INLINE Group<Vector, count> grads_of(Group<Vector, count> dy, Group<Vector, count> z, Real slope) {
+INLINE Several<Vector, count> grads_of(Several<Vector, count> dy, Several<Vector, count> z, Real slope) {
     UNROLLED
     for (int number = 0; number < count; ++number) dy.at[number] = Formula<kind, Vector>::grad(dy.at[number], z.at[number], slope);
     return dy;
@@ -207,19 +207,21 @@ INLINE Group<Vector, count> grads_of(Group<Vector, count> dy, Group<Vector, coun
 template <Activation kind>
 struct Known {
     static constexpr int unrolled = 8;  // vectors per iteration of a sum's loop
-    static constexpr int together = 1;  // vectors in a group
+    static constexpr int together = 1;  // vectors that are activated together
     static constexpr bool needs_z = kind != Activation::identity;
 
     explicit Known(const Task&) {}
     template <class Vector, int count>
-    INLINE Group<Vector, count> values(Group<Vector, count> z) const {
+    INLINE Several<Vector, count> values(Several<Vector, count> z) const {
         return values_of<kind>(z, LaneOf<Vector>(0));
     }
     template <class Vector, int count>
-    INLINE Group<Vector, count> grads(Group<Vector, count> dy, Group<Vector, count> z) const {
+    INLINE Several<Vector, count> grads(Several<Vector, count> dy, Several<Vector, count> z) const {
         return grads_of<kind>(dy, z, LaneOf<Vector>(0));
     }
 };
+
+constexpr int activated_together = 4;  // vectors for which the general loops choose the activation once
 
 // Any activation, chosen by branches that never change within a call. GELU, and SiLU of single vectors, are not inlined, because in every
 // loop they would be most of the code. A call writes all vector registers to memory: by one, SiLU takes up to 1.4 times as long, and the
@@ -234,7 +236,7 @@ struct AnyActivation {
     explicit AnyActivation(const Task& task) : kind(task.activation), slope((LaneOf<Vector>)task.slope) {}
 
     template <int count>
-    INLINE Group<Vector, count> values(Group<Vector, count> z) const {
+    INLINE Several<Vector, count> values(Several<Vector, count> z) const {
         if (kind == Activation::identity) return z;
         if (kind == Activation::relu) return values_of<Activation::relu>(z, slope);
         if (kind == Activation::relu6) return values_of<Activation::relu6>(z, slope);
@@ -247,7 +249,7 @@ struct AnyActivation {
         return z;
     }
     template <int count>
-    INLINE Group<Vector, count> grads(Group<Vector, count> dy, Group<Vector, count> z) const {
+    INLINE Several<Vector, count> grads(Several<Vector, count> dy, Several<Vector, count> z) const {
         if (kind == Activation::identity) return dy;
         if (kind == Activation::relu) return grads_of<Activation::relu>(dy, z, slope);
         if (kind == Activation::relu6) return grads_of<Activation::relu6>(dy, z, slope);

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t rows_of_map = 4;
+static_assert(rows_of_map % activated_together == 0 && vectors_of_block % activated_together == 0, "whole fours");
 constexpr int64_t tile_columns = 1024;  // their numbers and sums stay in the first-level cache
 
 // `count` rows of `columns` elements; the first begins at element `first` of x, each next one `stride` elements later.

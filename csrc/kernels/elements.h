@@ -105,8 +105,8 @@ struct Elements {
     }
 
     template <int count, class Lanes>
-    INLINE Group<Vector, count> values(Places<count> i, const Channel<Vector>& channel, Lanes lanes) const {
-        Group<Vector, count> z;
+    INLINE Several<Vector, count> values(Places<count> i, const Channel<Vector>& channel, Lanes lanes) const {
+        Several<Vector, count> z;
         UNROLLED
         for (int number = 0; number < count; ++number)
             z.at[number] = pre_activation(i.at[number], deviation(i.at[number], channel, lanes), channel, lanes);
@@ -114,8 +114,8 @@ struct Elements {
     }
 
     template <int count, class Lanes>
-    INLINE Group<Vector, count> grads(Places<count> i, Group<Vector, count> d, const Channel<Vector>& channel, Lanes lanes) const {
-        Group<Vector, count> dy_here, z;
+    INLINE Several<Vector, count> grads(Places<count> i, Several<Vector, count> d, const Channel<Vector>& channel, Lanes lanes) const {
+        Several<Vector, count> dy_here, z;
         UNROLLED
         for (int number = 0; number < count; ++number) dy_here.at[number] = T::load(dy + i.at[number], lanes);
         if constexpr (!Act::needs_z) return dy_here;
@@ -142,9 +142,9 @@ struct MomentTerm {
         typedef typename E::Vector Vector;
         const Vector x = E::T::load(elements.x + i.at[0], lanes);
         if constexpr (Sums<typename E::T>::about_zero && !again) {
-            return Group<SquareTermValues<Vector>, 1>{{{x}}};
+            return Several<SquareTermValues<Vector>, 1>{{{x}}};
         } else {
-            return Group<DeviationTermValues<Vector>, 1>{{{within(x, channel.mean, lanes)}}};
+            return Several<DeviationTermValues<Vector>, 1>{{{within(x, channel.mean, lanes)}}};
         }
     }
 };
@@ -162,14 +162,14 @@ struct GradTerm {
     template <int count, class Lanes>
     INLINE auto operator()(Places<count> i, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         typedef typename E::Vector Vector;
-        Group<Vector, count> x, d;
+        Several<Vector, count> x, d;
         UNROLLED
         for (int number = 0; number < count; ++number) {
             x.at[number] = E::T::load(elements.x + i.at[number], lanes);
             d.at[number] = x.at[number] - channel.mean;
         }
-        const Group<Vector, count> g = elements.grads(i, d, channel, lanes);
-        Group<GradTermValues<Vector>, count> terms;
+        const Several<Vector, count> g = elements.grads(i, d, channel, lanes);
+        Several<GradTermValues<Vector>, count> terms;
         UNROLLED
         for (int number = 0; number < count; ++number) {
             const Vector factor = Sums<typename E::T>::grads_about_zero ? x.at[number] : d.at[number];
@@ -198,7 +198,7 @@ INLINE void add_all_to(typename Term::Block& block, int64_t i, int64_t step, con
     }
 }
 
-// How many vectors each iteration of a map's loop takes: the lines of one vector, or a group.
+// How many vectors each iteration of a map's loop takes: the lines of one vector, or those that are activated together.
 template <class E>
 constexpr int unrolled_in_maps = (int)at_least(at_most(vectors_of_line<typename E::T>, E::Activation::unrolled), E::Activation::together);
 
@@ -221,8 +221,8 @@ struct NormalizeMap {
     template <int count, class Lanes>
     INLINE auto operator()(Places<count> i, Places<count> m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         typedef typename E::Vector Vector;
-        const Group<Vector, count> values = elements.values(i, channel, lanes);
-        Group<Written<Vector>, count> written;
+        const Several<Vector, count> values = elements.values(i, channel, lanes);
+        Several<Written<Vector>, count> written;
         UNROLLED
         for (int number = 0; number < count; ++number) {
             const Vector y = elements.counted(values.at[number], Vector{}, m.at[number], lanes);
@@ -245,11 +245,11 @@ struct InputGradMap {
     template <int count, class Lanes>
     INLINE auto operator()(Places<count> i, Places<count> m, const Channel<typename E::Vector>& channel, Lanes lanes) const {
         typedef typename E::Vector Vector;
-        Group<Vector, count> d;
+        Several<Vector, count> d;
         UNROLLED
         for (int number = 0; number < count; ++number) d.at[number] = elements.deviation(i.at[number], channel, lanes);
-        const Group<Vector, count> grads = elements.grads(i, d, channel, lanes);
-        Group<Written<Vector>, count> written;
+        const Several<Vector, count> grads = elements.grads(i, d, channel, lanes);
+        Several<Written<Vector>, count> written;
         UNROLLED
         for (int number = 0; number < count; ++number) {
             const Vector g = elements.counted(grads.at[number], Vector{}, m.at[number], lanes);

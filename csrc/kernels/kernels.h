@@ -64,11 +64,12 @@ void run_masked_planar(Task& task) {
 }
 
 // The frequent epilogues have loops of their own in float32 and bfloat16: none, relu, and without a planar mask residual and relu. All
-// other calls share general loops, which check the activation for each vector: float64, float16, residuals under planar masks, and planar
-// masks in bfloat16. In the interleaved layout a mask leaves out whole rows, so it needs no loops of its own.
+// other calls share general loops, which choose the activation once for four vectors in float32 and bfloat16, else for each: float64,
+// float16, residuals under planar masks, and planar masks in bfloat16. In the interleaved layout a mask leaves out whole rows, so it needs
+// no loops of its own.
 template <class T>
 void run_storage(Task& task) {
-    typedef AnyActivation<typename T::Vector, T::is_common ? 4 : 1> Any;
+    typedef AnyActivation<typename T::Vector, T::is_common ? activated_together : 1> Any;
     typedef AnyActivation<typename T::Vector, 1> AnyUnderMask;
     typedef Known<Activation::identity> Identity;
     typedef Known<Activation::relu> Relu;

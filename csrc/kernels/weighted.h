@@ -216,7 +216,7 @@ class Weighted {
     static NOINLINE void map(int64_t i, const Channel<Vector>& channel, const Vector& weight, Lanes lanes, const E& elements,
                              const Outputs<T, true>& out) {
         const Vector d = elements.deviation(i, channel, lanes);
-        const Vector g = elements.grads(Places<1>{{i}}, Group<Vector, 1>{{d}}, channel, lanes).at[0];
+        const Vector g = elements.grads(Places<1>{{i}}, Several<Vector, 1>{{d}}, channel, lanes).at[0];
         const Vector own = g * channel.grad_scale;
         const Vector through = weight * Simd::multiply_add(d * channel.rstd, channel.slope, channel.level);
         const Vector dx = weight == 0 ? own : own + through;

@@ -73,11 +73,11 @@ INLINE Doubles within(Doubles values, Doubles others, Partial lanes) { return la
 
 // Several vectors, or what belongs to each of them, for computations that are done side by side.
 template <class Item, int count>
-struct Group {
+struct Several {
     Item at[count];
 };
 template <int count>
-using Places = Group<int64_t, count>;  // indices of elements, at which vectors begin
+using Places = Several<int64_t, count>;  // indices of elements, at which vectors begin
 
 template <int count>
 INLINE Places<count> consecutive(int64_t first, int64_t step) {
