@@ -129,5 +129,7 @@ def test_without_a_compiler_the_package_says_so(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "C++ kernels are left out: /bin/false" in done.stdout
+    file = [sys.executable, script, tmp_path / "_cpu.so"]  # who asks for a file must not go on with an older one
+    assert subprocess.run(file, env=environment, capture_output=True, check=False).returncode == 1
     environment["BATCHNORM_REQUIRE_KERNELS"] = "1"
     assert subprocess.run([sys.executable, script], env=environment, capture_output=True, check=False).returncode == 1

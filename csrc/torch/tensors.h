@@ -205,6 +205,7 @@ inline Scratch scratch(int64_t values) { return Scratch(new double[values + 1]);
 // The values of a (C,) tensor in float64: the tensor's own memory if it is float64 and contiguous, otherwise a copy.
 class ChannelValues {
   public:
+    ChannelValues() = default;
     ChannelValues(const Tensor& tensor, int64_t C) {
         if (!tensor) return;
         expect(tensor.rank == 1 && tensor.sizes[0] == C, "parameters and statistics must be (C,)");
@@ -269,14 +270,15 @@ class ChannelOperand {
         if (fits && tensor.dtype == dtypes[(int)Dtype::float32]) {
             values = tensor.data<float>();
         } else {
-            values = static_cast<const double*>(copy.emplace(tensor, C));
+            copy = ChannelValues(tensor, C);
+            values = static_cast<const double*>(copy);
         }
     }
     operator batchnorm::ChannelVector() const { return values; }
 
   private:
     batchnorm::ChannelVector values;
-    std::optional<ChannelValues> copy;
+    ChannelValues copy;
 };
 
 }  // namespace
