@@ -82,9 +82,13 @@ class Compile:
         return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "torch.compile needs a C++ compiler"
 
     def prepare(self, case: Case, given: Tensors) -> Timed:
+        from torch._inductor import config as inductor_config
+
         call, parameters = (_ours if self.ours else _torchs)(case, given)
         # The backward runs more than once, so it must not reuse the memory of saved tensors, as one from the cache might.
-        with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
+        # The cache of graphs does not know ATEN_CPU_CAPABILITY: code for vectors of AVX-512 ran over the ends of arrays with those of AVX2.
+        alone = functorch_config.patch(donated_buffer=False, enable_autograd_cache=False)
+        with alone, inductor_config.patch(fx_graph_cache=False):
             timed = _directed(case, given, torch.compile(call, dynamic=False), parameters)
             timed()
         return timed
