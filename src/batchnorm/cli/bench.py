@@ -108,10 +108,11 @@ def bench_command(
     command = command_line(ctx)
     measured, total = (_model if options["model"] else _suites)(ctx, options)
     rows, interrupted = _collect(measured, total)
+    if csv_file is not None:  # first: a second Ctrl-C, or an error that JSON cannot hold, must not lose the rows
+        write(csv_file, to_csv(rows))
+    if json_file is not None:
+        write(json_file, to_json(to_dict(rows, command)))
     _show(rows)
-    for path, text in ((json_file, to_json(to_dict(rows, command))), (csv_file, to_csv(rows))):
-        if path is not None:
-            write(path, text)
     if report is not None:
         from batchnorm.report.bench import render  # after the work, since matplotlib loads slowly
 
