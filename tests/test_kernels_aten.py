@@ -227,6 +227,23 @@ def test_compiled_code_calls_one_operator(activation, residual, dtype, training,
     assert calls == [operators.train_in_graph.default if training else operators.infer_in_graph.default]
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_compiled_code_compares_no_two_objects(training):
+    """An object that is read in two places is compared in Python at each call, which takes as long as a tiny layer."""
+    guards = []
+
+    def keep(entries):
+        guards.extend(entries)
+        return [True] * len(entries)
+
+    torch._dynamo.reset()
+    layer = bn.BatchNorm2d(3, activation="relu").train(training)
+    x = torch.randn(2, 3, 4, 4)
+    torch.compile(layer, backend="eager", options={"guard_filter_fn": keep})(x, x + 1)
+    assert guards
+    assert not [guard.name for guard in guards if guard.guard_type == "DUPLICATE_INPUT"]
+
+
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("samples", [8, 2000], ids=["looked at before", "looked at afterwards"])
 def test_a_batch_that_is_not_finite_is_skipped_and_counted(samples):

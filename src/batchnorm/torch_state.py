@@ -119,6 +119,12 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+@constant_while_compiling
+def takes_plain_operations() -> bool:
+    """Whether what is traced now is exported, differentiated or mapped by torch."""
+    return torch.compiler.is_exporting() or differentiated_by_torch()
+
+
 class RecordedLinear(NamedTuple):
     """A convolution or a matrix product, as autograd's graph records it.
 

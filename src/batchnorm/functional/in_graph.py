@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.functional import native
+from batchnorm.functional.native import accepts, train_and_update
 from batchnorm.functional.recompute import ANYWHERE
 from batchnorm.kernels import Activation, Running, Update
-from batchnorm.torch_state import differentiated_by_torch, is_exporting
+from batchnorm.torch_state import takes_plain_operations
 from batchnorm.version import __version__
 
 # `version` makes the graphs of two releases differ: a compiler caches what it made of one by its operators and arguments.
@@ -36,7 +36,7 @@ torch.library.define(
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
     *running, anywhere, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope, _ = arguments
     update = Update(momentum, unbiased, skip_nonfinite, torch.ops.batchnorm.recomputing.default(anywhere))
-    y = native.train_and_update(x, weight, bias, eps, Running(*running), update)
+    y = train_and_update(x, weight, bias, eps, Running(*running), update)
     return _finished(y, residual, activation, slope)
 
 
@@ -77,7 +77,9 @@ def train(
         activation: applied last.
     """
     *_, eps = update
-    if not _takes(x, weight, bias, running[0], running[1], residual) or not eps > 0.0 or x.numel() < 2 * x.shape[1]:
+    if takes_plain_operations() or not accepts(x, weight, bias, running[0], running[1], residual):
+        return None
+    if not eps > 0.0 or x.numel() < 2 * x.shape[1]:
         return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
     return _TRAIN(
@@ -96,18 +98,11 @@ def infer(
 ) -> Tensor | None:
     """y by running statistics, likewise."""
     mean, variance = running
-    if not _takes(x, weight, bias, mean, variance, residual) or not eps >= 0.0:
+    if takes_plain_operations() or not accepts(x, weight, bias, mean, variance, residual) or not eps >= 0.0:
         return None
-    if mean.dtype is not variance.dtype or mean.dtype not in (x.dtype, torch.float32):
+    if mean.dtype is not variance.dtype or not (
+        mean.dtype is x.dtype or (mean.is_floating_point() and mean.itemsize == 4)
+    ):
         return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
     return _INFER(x, weight, bias, *running, eps, residual, name, slope, __version__)
-
-
-def _takes(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, residual: Tensor | None
-) -> bool:
-    """Exporters get torch's operator itself, and torch's transforms plain operations."""
-    if is_exporting() or differentiated_by_torch():
-        return False
-    return native.accepts(x, weight, bias, mean, variance, residual)

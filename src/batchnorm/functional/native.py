@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_tensor
 from torch.nn import functional as F
 
 from batchnorm import kernels, memory
@@ -162,17 +162,25 @@ def accepts(
 ) -> bool:
     """Whether torch's operator accepts these tensors. Beside half-precision input it computes in the parameters' dtype, so half-precision
     parameters would round the statistics.
+
+    Compiled code compares what is read here at each call, and most slowly an object that another module reads too. So dtypes are compared
+    by their sizes, and `is_tensor`, a function, stands for the class.
     """
-    if type(x) is not Tensor or x.dim() < 2 or not x.is_floating_point() or x.itemsize < 2 or x.numel() == 0:
+    if x.dim() < 2 or not x.is_floating_point() or x.itemsize < 2 or x.numel() == 0:
         return False
-    dtype, C = torch.float64 if x.dtype is torch.float64 else torch.float32, x.shape[1]
+    C, itemsize = x.shape[1], 8 if x.itemsize == 8 else 4
     for values in (weight, bias):
-        if values is not None and (values.dim() != 1 or values.shape[0] != C or values.dtype is not dtype):
+        if values is None:
+            continue
+        if values.dim() != 1 or values.shape[0] != C or values.itemsize != itemsize or not values.is_floating_point():
             return False
     for values in (mean, variance):
         if values.dim() != 1 or values.shape[0] != C or values.is_complex():
             return False
-    return residual is None or is_like(residual, x)
+    if residual is None:
+        return True
+    alike = is_tensor(residual) and residual.dtype is x.dtype and residual.device == x.device
+    return alike and residual.shape == x.shape
 
 
 def _saves_in_vain(x: Tensor, weight: Tensor | None) -> bool:
@@ -213,7 +221,7 @@ _WIDE = {
 
 def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
     """Whether the call takes the general path: another kernel computes it, torch's operator does not accept it, or it must raise."""
-    accepted = accepts(x, weight, bias, running.mean, running.variance, None)
+    accepted = type(x) is Tensor and accepts(x, weight, bias, running.mean, running.variance, None)
     if not accepted or differentiated_by_torch() or exporting():
         return True
     return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not aten

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.nn import init
 
 from batchnorm import memory
@@ -172,6 +173,9 @@ class BatchNorm(LayerState):
         weights: Tensor | None = None,
     ) -> Tensor:
         """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
+        if is_compiling():  # which guards what is read here
+            self._check_input_dim(input)
+            return self._normalize(input, residual, mask, lengths, activation, weights)
         if type(input) is not Tensor and isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             named = (("residual", residual), ("mask", mask), ("lengths", lengths), ("weights", weights))
@@ -179,7 +183,7 @@ class BatchNorm(LayerState):
             proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
             return proxy if activation is None else activation(proxy)
         self._check_input_dim(input)
-        if not self.save_memory and not torch.compiler.is_compiling() and memory.skips():
+        if not self.save_memory and memory.skips():
             with memory.skipping():
                 return self._normalize(input, residual, mask, lengths, activation, weights)
         return self._normalize(input, residual, mask, lengths, activation, weights)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from batchnorm.statistics import compiled
 from batchnorm.statistics.common import by_replicas, infer_on_fast_path, train_on_fast_path, train_or_infer
+from batchnorm.statistics.compiled import infer_compiled, train_compiled
 from batchnorm.statistics.contract import Layer
 
 
@@ -28,8 +28,8 @@ class Batch:
     ) -> Tensor:
         if weights is not None:
             return train_or_infer(layer, x, residual, mask, by_replicas, weights=weights)
-        if torch.compiler.is_compiling():
-            y = (compiled.train if layer.training else compiled.infer)(layer, x, residual, mask)
+        if is_compiling():
+            y = (train_compiled if layer.training else infer_compiled)(layer, x, residual, mask)
         else:
             y = (train_on_fast_path if layer.training else infer_on_fast_path)(layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, by_replicas) if y is None else y
