@@ -22,6 +22,7 @@ from batchnorm.kernels import Activation, parse
 from batchnorm.layers.nested import normalize_nested
 from batchnorm.layers.state import LayerState
 from batchnorm.statistics import Applying, Batch, Statistics
+from batchnorm.statistics.compiled import infer_compiled, train_compiled
 from batchnorm.statistics.contract import takes_weights
 
 _CHOICES = {
@@ -173,9 +174,8 @@ class BatchNorm(LayerState):
         weights: Tensor | None = None,
     ) -> Tensor:
         """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
-        if is_compiling():  # which guards what is read here
-            self._check_input_dim(input)
-            return self._normalize(input, residual, mask, lengths, activation, weights)
+        if is_compiling():
+            return self._forward_compiled(input, residual, mask, lengths, activation, weights)
         if type(input) is not Tensor and isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
             path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             named = (("residual", residual), ("mask", mask), ("lengths", lengths), ("weights", weights))
@@ -186,6 +186,25 @@ class BatchNorm(LayerState):
         if not self.save_memory and memory.skips():
             with memory.skipping():
                 return self._normalize(input, residual, mask, lengths, activation, weights)
+        return self._normalize(input, residual, mask, lengths, activation, weights)
+
+    def _forward_compiled(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """The same in compiled code. At each call it compares what was read here while it was traced, so the usual call reads little."""
+        self._check_input_dim(input)
+        usual = mask is None and lengths is None and weights is None and self.channel_axis == 1 and not input.is_nested
+        if usual and type(self.statistics) is Batch:
+            call = train_compiled if self.training else infer_compiled
+            y = call(self, self.activation if activation is None else activation, input, residual)
+            if y is not None:
+                return y
         return self._normalize(input, residual, mask, lengths, activation, weights)
 
     def _normalize(

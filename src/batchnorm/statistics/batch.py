@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from batchnorm.statistics.common import by_replicas, infer_on_fast_path, train_on_fast_path, train_or_infer
-from batchnorm.statistics.compiled import infer_compiled, train_compiled
+from batchnorm.statistics.compiled import call_compiled
 from batchnorm.statistics.contract import Layer
 
 
@@ -29,7 +29,7 @@ class Batch:
         if weights is not None:
             return train_or_infer(layer, x, residual, mask, by_replicas, weights=weights)
         if is_compiling():
-            y = (train_compiled if layer.training else infer_compiled)(layer, x, residual, mask)
+            y = call_compiled(layer, x, residual, mask, training=layer.training)
         else:
             y = (train_on_fast_path if layer.training else infer_on_fast_path)(layer, x, residual, mask)
         return train_or_infer(layer, x, residual, mask, by_replicas) if y is None else y

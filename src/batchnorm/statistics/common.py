@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.errors import InputError, StateError
 from batchnorm.functional import (
@@ -33,7 +33,7 @@ from batchnorm.kernels import Renormalization, Running, Update
 from batchnorm.moments import Moments
 from batchnorm.statistics import one_batch
 from batchnorm.statistics.accumulate import accumulating, add
-from batchnorm.statistics.compiled import infer_compiled
+from batchnorm.statistics.compiled import call_compiled
 from batchnorm.statistics.contract import Applying, Layer, tensors_of
 from batchnorm.statistics.one_batch import in_one_batch, joint_reducer, updates_here
 from batchnorm.statistics.thread import thread
@@ -140,7 +140,7 @@ def _by_torchs_operator(
 
 
 def train_on_fast_path(
-    layer: Any,
+    layer: Layer,
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
@@ -165,7 +165,7 @@ def train_on_fast_path(
     if not (layer.training and layer.track_running_stats) or mask is not None:
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
-    if type(momentum) is not float or on_nonfinite == "error":
+    if type(momentum) is not float or on_nonfinite == "error" or not isinstance(layer, nn.Module):
         return None
     if layer.reducer is not None or thread.window is not None:
         return None
@@ -253,11 +253,13 @@ def by_running_statistics(layer: Layer, x: Tensor, residual: Tensor | None, mask
 def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """The layer's output by its running statistics, computed by one operator, or None if the call takes the general path."""
     if torch.compiler.is_compiling():
-        return infer_compiled(layer, x, residual, mask)
+        return call_compiled(layer, x, residual, mask, training=False)
     activation = layer.activation
     if isinstance(layer, Applying):
         layer = layer.owner
-    found = None if mask is not None else tensors_of(layer)
+    if mask is not None or not isinstance(layer, nn.Module):
+        return None
+    found = tensors_of(layer)
     if found is None:
         return None
     weight, bias, mean, variance, _ = found

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.functional.in_graph import infer as infer_in_graph
 from batchnorm.functional.in_graph import train as train_in_graph
-from batchnorm.statistics.contract import tensors_of
+from batchnorm.kernels import Activation
+from batchnorm.statistics.contract import Applying, Layer, tensors_of
 from batchnorm.statistics.thread import thread
 
 
-def train_compiled(layer: Any, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """y in training by torch's operator, or None if the call takes the general path."""
-    found = None if mask is not None else tensors_of(layer)
+def train_compiled(layer: Any, activation: Activation | None, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """y in training by torch's operator, or None if the call takes the general path. `layer` is a module, and so has the tensors."""
+    found = tensors_of(layer)
     if found is None or not (layer.training and layer.track_running_stats):
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
@@ -27,13 +28,23 @@ def train_compiled(layer: Any, x: Tensor, residual: Tensor | None, mask: Tensor 
         skipped = layer.num_nonfinite_batches
     weight, bias, *running = found
     update = (momentum, layer.running_variance == "unbiased", on_nonfinite != "propagate", layer.eps)
-    return train_in_graph(x, weight, bias, (*running, skipped), update, residual, layer.activation)
+    return train_in_graph(x, weight, bias, (*running, skipped), update, residual, activation)
 
 
-def infer_compiled(layer: Any, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def infer_compiled(layer: Any, activation: Activation | None, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """y by running statistics, likewise."""
-    found = None if mask is not None else tensors_of(layer)
+    found = tensors_of(layer)
     if found is None:
         return None
     weight, bias, *running, _ = found
-    return infer_in_graph(x, weight, bias, running, layer.eps, residual, layer.activation)
+    return infer_in_graph(x, weight, bias, running, layer.eps, residual, activation)
+
+
+def call_compiled(
+    layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, *, training: bool
+) -> Tensor | None:
+    """One of these for what a source received: the layer, or a stand-in for it."""
+    owner = layer.owner if isinstance(layer, Applying) else layer
+    if mask is not None or not isinstance(owner, nn.Module):
+        return None
+    return (train_compiled if training else infer_compiled)(owner, layer.activation, x, residual)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Module
 
 from batchnorm.errors import StateError
 from batchnorm.functional import Reducer
@@ -175,14 +174,11 @@ def owner_of(layer: Layer) -> Layer:
     return layer
 
 
-def tensors_of(layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
-    """The layer's weight, bias, running mean, running variance and counter; None if it has no running statistics, or computes these, as
-    a stand-in does.
+def tensors_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None] | None:
+    """The layer's weight, bias, running mean, running variance and counter; None if it has no running statistics, or computes these.
 
     They are read from the module's dictionaries: an attribute look-up of each would cost half a microsecond.
     """
-    if not isinstance(layer, Module):
-        return tensors_of(layer.owner) if isinstance(layer, Applying) else None
     parameters, buffers = layer._parameters, layer._buffers
     try:
         weight, bias = parameters["weight"], parameters["bias"]
