@@ -419,6 +419,30 @@ def test_one_value_that_a_mask_leaves_goes_by_the_running_statistics_on_request(
     assert_same_bits("several", layer(x, mask=several), other(x, mask=several))
 
 
+class Shifted:
+    """A source of somebody's own: `Batch` of a stand-in whose running mean is another."""
+
+    class StandIn:
+        def __init__(self, owner):
+            self.owner, self.running_mean = owner, owner.running_mean + 1
+
+        def __getattr__(self, name):
+            return getattr(self.owner, name)
+
+    def __call__(self, layer, x, residual, mask):
+        return Batch()(self.StandIn(layer), x, residual, mask)
+
+
+@pytest.mark.parametrize("activation", [None, bn.kernels.parse("relu")], ids=["its own", "of the call"])
+def test_compiled_code_reads_a_stand_in_for_the_layer(activation):
+    layer = bn.BatchNorm1d(3, statistics=Shifted()).eval()
+    x = torch.randn(4, 3)
+    expected = layer(x, activation=activation)
+    assert not torch.equal(expected, bn.BatchNorm1d(3).eval()(x, activation=activation))
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(x, activation=activation), expected)
+
+
 def test_ghost_batches_compile_for_any_number_of_samples():
     layer = bn.BatchNorm1d(3, statistics=Ghost(3))
     eager = copy.deepcopy(layer)
