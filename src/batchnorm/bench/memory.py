@@ -39,7 +39,7 @@ def outputs(kind: str) -> Iterator[None]:
     Above 32 MB, glibc maps new pages for each allocation and unmaps them afterwards, and the first write to each page is a page fault,
     which costs several times as much as copying the page. With "reused", freed memory stays in the heap and is allocated again.
 
-    Below 32 MB, glibc does likewise until a process has freed a tensor of that size, as every training does in its first step. So one is
+    Below 32 MB, glibc does likewise until a process has freed a tensor of that size, as most trainings do in their first step. So one is
     freed here: else two providers differ threefold because of what was allocated before them.
 
     Raises:
