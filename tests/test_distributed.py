@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import signal
+import threading
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import ReplicaError, StateError
+from batchnorm.functional import recompute
 from tests.replicas import impatient, on_replicas
 
 SPLITS = {2: [(3, 5), (7, 1), (0, 8)], 4: [(2, 2, 2, 2), (1, 4, 0, 3), (0, 0, 0, 8)]}
@@ -260,3 +262,37 @@ def test_whether_it_is_a_recomputation_can_be_said():
     x.register_hook(hook)
     x.sum().backward()
     assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("ask_now", [recompute.recomputing_now, recompute._recomputing], ids=["operator", "in Python"])
+def test_compiled_code_asks_the_same(ask_now):
+    """The C++ library answers where it is, Python elsewhere."""
+    found, other = [], []
+
+    def ask(answers=found):
+        now = ask_now(torch.zeros(3))
+        assert (now.shape, now.dtype) == ((), torch.bool)
+        assert now.item() is recompute.recomputing()
+        answers.append(now.item())
+
+    def hook(grad):
+        ask()
+        with bn.recomputation(False):
+            ask()
+        thread = threading.Thread(target=ask, args=(other,))
+        thread.start()
+        thread.join()
+        return grad
+
+    ask()
+    with bn.recomputation():
+        ask()
+        with bn.recomputation(False):
+            ask()
+        ask()
+    ask()
+    x = torch.zeros((), requires_grad=True)
+    x.register_hook(hook)
+    x.backward()
+    assert found == [False, True, False, True, False, True, False]
+    assert other == [False]

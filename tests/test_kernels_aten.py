@@ -166,7 +166,7 @@ def generated(model: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], li
 
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
 def test_a_compiled_step_is_that_of_torch(last):
-    """As many kernels, no copy of a layout around them; beside them one question whether it is a recomputation."""
+    """As many kernels, no copy of a layout around them; beside them each layer's question whether it is a recomputation."""
     torchs = network()
     ours = bn.convert(copy.deepcopy(torchs))
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -176,7 +176,7 @@ def test_a_compiled_step_is_that_of_torch(last):
     for one, other in zip(code, theirs, strict=True):
         assert len(re.findall(r"^ +cpp_fused\w*\(", one, re.M)) == len(re.findall(r"^ +cpp_fused\w*\(", other, re.M))
     calls = re.findall(r"= torch\.ops\.batchnorm\.(\w+)", "".join(code))
-    assert calls == ["recomputing"]
+    assert set(calls) == {"recomputing"}
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     for name, buffer in torchs.named_buffers():
@@ -222,9 +222,9 @@ def test_compiled_code_calls_one_operator(activation, residual, dtype, training,
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
     (graph,) = graphs
-    calls = [node.target for node in graph.nodes if str(node.target).startswith("batchnorm.")]
-    operators = torch.ops.batchnorm
-    assert calls == [operators.train_in_graph.default if training else operators.infer_in_graph.default]
+    calls = [str(node.target) for node in graph.nodes if str(node.target).startswith("batchnorm.")]
+    release = "v" + re.sub(r"\W", "_", bn.__version__)
+    assert calls == [f"batchnorm.{'train' if training else 'infer'}_in_graph.{release}"]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

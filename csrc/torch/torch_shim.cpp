@@ -5,6 +5,7 @@
 // library serves every torch from 2.11 and every Python.
 #include <dlfcn.h>
 
+#include "torch/recompute.h"
 #include "torch/steps.h"
 #include "torch/verbs.h"
 
@@ -39,8 +40,13 @@ EXPORT const char* batchnorm_register() {
         return "torch refused to extend the operator library";
     for (const Operator* each = Operator::first; each; each = each->next)
         if (aoti_torch_library_impl(library, each->name, each->run)) return "torch refused an operator";
+    *(void**)&current_graph_task = dlsym(torch, "_ZN5torch8autograd25get_current_graph_task_idEv");
+    if (current_graph_task && aoti_torch_library_impl(library, "recomputing", recomputing)) return "torch refused an operator";
     return nullptr;
 }
+
+// Sets what `bn.recomputation` says on this thread: 0, 1, or -1 for nothing.
+EXPORT void batchnorm_say_recomputation(int recomputation) { said = recomputation; }
 
 EXPORT const char* batchnorm_instruction_set() { return instruction_set(); }
 

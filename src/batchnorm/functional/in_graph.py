@@ -6,6 +6,7 @@ operator reads is not among them. A compiler sees these as one call, then as the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,36 +14,42 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional.native import accepts, train_and_update
-from batchnorm.functional.recompute import ANYWHERE
+from batchnorm.functional.recompute import recomputing_now
 from batchnorm.kernels import Activation, Running, Update
 from batchnorm.torch_state import takes_plain_operations
 from batchnorm.version import __version__
 
-# `version` makes the graphs of two releases differ: a compiler caches what it made of one by its operators and arguments.
-_EPILOGUE = "Tensor? residual, str? activation, float slope, str version"
+# It makes the graphs of two releases differ: a compiler caches what it made of one by its operators and arguments.
+_OVERLOAD = "v" + re.sub(r"\W", "_", __version__)
+
+_EPILOGUE = "Tensor? residual, str? activation, float slope"
 
 torch.library.define(
-    "batchnorm::train_in_graph",
+    f"batchnorm::train_in_graph.{_OVERLOAD}",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
-    f"Tensor(d!)? skipped, Tensor anywhere, float momentum, bool unbiased, bool skip_nonfinite, float eps, {_EPILOGUE}) -> Tensor",
+    f"Tensor(d!)? skipped, float momentum, bool unbiased, bool skip_nonfinite, float eps, {_EPILOGUE}) -> Tensor",
 )
 torch.library.define(
-    "batchnorm::infer_in_graph",
+    f"batchnorm::infer_in_graph.{_OVERLOAD}",
     f"(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, {_EPILOGUE}) -> Tensor",
 )
 
 
-@torch.library.impl("batchnorm::train_in_graph", "CompositeImplicitAutograd")
+@torch.library.impl(f"batchnorm::train_in_graph.{_OVERLOAD}", "CompositeImplicitAutograd")
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
-    *running, anywhere, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope, _ = arguments
-    update = Update(momentum, unbiased, skip_nonfinite, torch.ops.batchnorm.recomputing.default(anywhere))
-    y = train_and_update(x, weight, bias, eps, Running(*running), update)
+    *running, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope = arguments
+    update = Update(momentum, unbiased, skip_nonfinite, recomputing_now(running[0]))
+    wide = torch.float64 if x.itemsize == 8 else torch.float32
+    zeros = [
+        x.new_zeros(x.shape[1], dtype=wide) for _ in range(2)
+    ]  # halves of one tensor would be selected at each use
+    y = train_and_update(x, weight, bias, eps, zeros, Running(*running), update)
     return _finished(y, residual, activation, slope)
 
 
-@torch.library.impl("batchnorm::infer_in_graph", "CompositeImplicitAutograd")
+@torch.library.impl(f"batchnorm::infer_in_graph.{_OVERLOAD}", "CompositeImplicitAutograd")
 def _infer(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
-    mean, variance, eps, residual, activation, slope, _ = arguments
+    mean, variance, eps, residual, activation, slope = arguments
     enabled = torch.backends.cudnn.enabled
     y = torch.batch_norm(x, weight, bias, mean.detach(), variance.detach(), False, 0.0, eps, enabled)
     return _finished(y, residual, activation, slope)
@@ -53,7 +60,8 @@ def _finished(y: Tensor, residual: Tensor | None, activation: str | None, slope:
     return z if activation is None else Activation(activation, slope)(z)
 
 
-_TRAIN, _INFER = torch.ops.batchnorm.train_in_graph.default, torch.ops.batchnorm.infer_in_graph.default
+_TRAIN: Any = getattr(torch.ops.batchnorm.train_in_graph, _OVERLOAD)
+_INFER: Any = getattr(torch.ops.batchnorm.infer_in_graph, _OVERLOAD)
 
 
 def train(
@@ -82,9 +90,7 @@ def train(
     if not eps > 0.0 or x.numel() < 2 * x.shape[1]:
         return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
-    return _TRAIN(
-        x, weight, bias, *running, ANYWHERE if x.is_cpu else running[0], *update, residual, name, slope, __version__
-    )
+    return _TRAIN(x, weight, bias, *running, *update, residual, name, slope)
 
 
 def infer(
@@ -105,4 +111,4 @@ def infer(
     ):
         return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
-    return _INFER(x, weight, bias, *running, eps, residual, name, slope, __version__)
+    return _INFER(x, weight, bias, *running, eps, residual, name, slope)

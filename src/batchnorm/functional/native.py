@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, is_tensor
@@ -99,15 +100,22 @@ def _train_on_device(
         return None
     if x.numel() < 2 * x.shape[1]:
         return None
-    return train_and_update(x, weight, bias, eps, running, None if recomputing() else update)
+    zeros = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device).unbind()
+    return train_and_update(x, weight, bias, eps, zeros, running, None if recomputing() else update)
 
 
 def train_and_update(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    zeros: Sequence[Tensor],
+    running: Running,
+    update: Update | None,
 ) -> Tensor:
-    """y by torch's operator, which computes the batch's statistics; the running ones are updated by them, unless `update` is None."""
+    """y by torch's operator, which writes the batch's statistics over `zeros`; they update the running ones unless `update` is None."""
     count = x.numel() // x.shape[1]
-    mean, variance = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device).unbind()
+    mean, variance = zeros
     y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, torch.backends.cudnn.enabled)
     if update is not None:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from batchnorm.kernels import cpu
 from batchnorm.torch_state import graph_task, saved_tensors_hooks
 
 
@@ -41,21 +42,30 @@ def recomputation(active: bool = True) -> Iterator[None]:
     You need it only if the rule "a forward during a backward is a recomputation" is wrong: for code that recomputes outside of a
     backward and, with False, for a backward that runs a new forward, as that of a deep equilibrium model does.
     """
-    before, _said.active = _said.active, active
+    before = _said.active
+    _say(active)
     try:
         yield
     finally:
-        _said.active = before
+        _say(before)
+
+
+def _say(active: bool | None) -> None:
+    _said.active = active
+    cpu.say_recomputation(active)
 
 
 # The same for compiled code, which a checkpoint may call: as an operator, it is evaluated at each call. It takes a tensor because
-# compilers evaluate an operator without inputs only once.
+# compilers evaluate an operator without inputs only once. For tensors on the CPU the C++ library has it, csrc/torch/recompute.h: a call of
+# Python takes as long as the normalization of a small tensor.
 torch.library.define("batchnorm::recomputing", "(Tensor like) -> Tensor")
 
 
-@torch.library.impl("batchnorm::recomputing", "CompositeExplicitAutograd")
 def _recomputing(like: Tensor) -> Tensor:
     return torch.full((), recomputing(), dtype=torch.bool, device=like.device)
+
+
+torch.library.impl("batchnorm::recomputing", "CompositeExplicitAutograd", _recomputing)
 
 
 @torch.library.register_fake("batchnorm::recomputing")
@@ -63,10 +73,6 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
-# All layers on the CPU ask with the same tensor, so a compiler finds one question where there are many.
-ANYWHERE = torch.zeros(())
-
-
 def recomputing_now(like: Tensor) -> Tensor:
     """`recomputing` as a 0-d bool on the device of `like`, evaluated at each call of compiled code too."""
-    return torch.ops.batchnorm.recomputing.default(ANYWHERE if like.is_cpu else like)
+    return torch.ops.batchnorm.recomputing.default(like)

@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,6 +220,12 @@ def builds() -> tuple[str, ...]:
     return _library.builds
 
 
+def say_recomputation(active: bool | None) -> None:
+    """Tell the library what `bn.recomputation` says on this thread, or None: its operator `recomputing` asks no Python."""
+    if _library.say_recomputation is not None:
+        _library.say_recomputation(-1 if active is None else active)
+
+
 def _arguments(
     x: Tensor, epilogue: Epilogue
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, float]:
@@ -261,12 +267,14 @@ class _Library(NamedTuple):
         instruction_set: the build that runs here.
         builds: all builds that it has.
         activations: their numbers by name.
+        say_recomputation: its function behind the one of this module.
     """
 
     unavailable: str | None
     instruction_set: str | None = None
     builds: tuple[str, ...] = ()
     activations: Mapping[str, int] = {}
+    say_recomputation: Callable[[int], None] | None = None
 
 
 def _load() -> _Library:
@@ -300,7 +308,8 @@ def _load() -> _Library:
     for operator in schemas:
         torch.library.register_fake(f"batchnorm::{operator}", _FAKES[operator])
     activations = {name: number for number, name in enumerate(_texts(library.batchnorm_activation_name))}
-    return _Library(None, running.decode(), found, activations)
+    library.batchnorm_say_recomputation.restype = None
+    return _Library(None, running.decode(), found, activations, library.batchnorm_say_recomputation)
 
 
 def _texts(function: Any) -> tuple[str, ...]:

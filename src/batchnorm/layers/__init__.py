@@ -3,7 +3,15 @@
 `layer` computes, `state` holds buffers and reads checkpoints, `nested` takes nested tensors, `lazy` waits for the first input.
 """
 
-from batchnorm.layers.layer import OPTIONS, BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_statistics
+from batchnorm.layers.layer import (
+    OPTIONS,
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    check_statistics,
+    with_signature_of,
+)
 from batchnorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.layers.state import STATISTICS
 
@@ -18,6 +26,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "check_statistics",
+    "with_signature_of",
 ]
 
 # A pickled model names the room, so that it is read again wherever in it a class stands.

@@ -6,8 +6,10 @@ so that code asking `isinstance(module, nn.BatchNorm2d)` finds them.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +27,8 @@ from batchnorm.statistics import Applying, Batch, Statistics
 from batchnorm.statistics.compiled import infer_compiled, train_compiled
 from batchnorm.statistics.contract import takes_weights
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _CHOICES = {
     "running_variance": ("unbiased", "biased"),
     "on_single": ("error", "running", "skip"),
@@ -39,6 +43,28 @@ OPTIONS = (
     *_CHOICES,
     "save_memory",
 )  # what a layer of ours has beyond torch's
+
+
+def with_signature_of(other: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Show the signature of another function, where the function itself passes its arguments on."""
+
+    def decorate(function: Function) -> Function:
+        vars(function)["__signature__"] = inspect.signature(other)
+        return function
+
+    return decorate
+
+
+def _bound(
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    weights: Tensor | None = None,
+) -> dict[str, Any]:
+    """The arguments of a call beside the input, by name."""
+    return {"residual": residual, "mask": mask, "lengths": lengths, "activation": activation, "weights": weights}
 
 
 class BatchNorm(LayerState):
@@ -163,7 +189,7 @@ class BatchNorm(LayerState):
     def __delattr__(self, name: str) -> None:
         super().__delattr__({"gamma": "weight", "beta": "bias"}.get(name, name))
 
-    def forward(
+    def _normalize(
         self,
         input: Tensor,
         residual: Tensor | None = None,
@@ -172,49 +198,6 @@ class BatchNorm(LayerState):
         *,
         activation: Activation | None = None,
         weights: Tensor | None = None,
-    ) -> Tensor:
-        """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own."""
-        if is_compiling():
-            return self._forward_compiled(input, residual, mask, lengths, activation, weights)
-        if type(input) is not Tensor and isinstance(input, fx.Proxy):  # a leaf to torch.fx, as torch's own layers are
-            path = input.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
-            named = (("residual", residual), ("mask", mask), ("lengths", lengths), ("weights", weights))
-            given = {name: value for name, value in named if value is not None}
-            proxy: Any = input.tracer.create_proxy("call_module", path, (input,), given)  # pyright: ignore
-            return proxy if activation is None else activation(proxy)
-        self._check_input_dim(input)
-        if not self.save_memory and memory.skips():
-            with memory.skipping():
-                return self._normalize(input, residual, mask, lengths, activation, weights)
-        return self._normalize(input, residual, mask, lengths, activation, weights)
-
-    def _forward_compiled(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        activation: Activation | None,
-        weights: Tensor | None,
-    ) -> Tensor:
-        """The same in compiled code. At each call it compares what was read here while it was traced, so the usual call reads little."""
-        self._check_input_dim(input)
-        usual = mask is None and lengths is None and weights is None and self.channel_axis == 1 and not input.is_nested
-        if usual and type(self.statistics) is Batch:
-            call = train_compiled if self.training else infer_compiled
-            y = call(self, self.activation if activation is None else activation, input, residual)
-            if y is not None:
-                return y
-        return self._normalize(input, residual, mask, lengths, activation, weights)
-
-    def _normalize(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        activation: Activation | None,
-        weights: Tensor | None,
     ) -> Tensor:
         if input.is_nested:
             if mask is not None or lengths is not None:
@@ -236,6 +219,45 @@ class BatchNorm(LayerState):
             residual = residual.movedim(axis, 1)
         y = self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths, activation, weights)
         return y.movedim(1, axis)
+
+    @with_signature_of(_normalize)
+    def forward(self, input: Tensor, *given: Any, **named: Any) -> Tensor:
+        """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own.
+
+        It takes what `_normalize` does; compiled code compares each default of a parameter at each call of each layer.
+        """
+        if is_compiling():
+            return self._forward_compiled(input, given, named)
+        if type(input) is not Tensor:
+            if isinstance(input, fx.Proxy):
+                return self._traced(input, _bound(*given, **named))
+            check_tensor(input)
+        self._check_input_dim(input)
+        if not self.save_memory and memory.skips():
+            with memory.skipping():
+                return self._normalize(input, *given, **named)
+        return self._normalize(input, *given, **named)
+
+    def _traced(self, input: Any, beside: dict[str, Any]) -> Any:
+        """The node of a call in `torch.fx`, to which a layer is a leaf, as torch's own are."""
+        path, activation = input.tracer.path_of_module(self), beside.pop("activation")
+        given = {name: value for name, value in beside.items() if value is not None}
+        proxy = input.tracer.create_proxy("call_module", path, (input,), given)
+        return proxy if activation is None else activation(proxy)
+
+    def _forward_compiled(self, input: Tensor, given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        """The same in compiled code. At each call it compares what was read here while it was traced, so the usual call reads little."""
+        self._check_input_dim(input)
+        residual, activation, usual = None, None, self.channel_axis == 1 and not input.is_nested
+        if given or named:
+            residual, mask, lengths, activation, weights = _bound(*given, **named).values()
+            usual = usual and mask is None and lengths is None and weights is None
+        if usual and self.statistics.__class__ is Batch:
+            call = train_compiled if self.training else infer_compiled
+            y = call(self, self.activation if activation is None else activation, input, residual)
+            if y is not None:
+                return y
+        return self._normalize(input, *given, **named)
 
     def _normalize_dense(
         self,
@@ -294,7 +316,7 @@ class BatchNorm(LayerState):
         return axis
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor) or input.dim() < 2:
+        if input.dim() < 2:
             _refuse(input, "input of at least 2D, (N, C, *S)", "add the missing axis with unsqueeze")
 
     def _set_options(self, **options: Any) -> None:
@@ -313,7 +335,7 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
     """`BatchNorm` of (N, C) or (N, C, L) input."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor) or input.dim() not in (2, 3):
+        if input.dim() not in (2, 3):
             _refuse(input, "2D or 3D input")
 
 
@@ -321,7 +343,7 @@ class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
     """`BatchNorm` of (N, C, H, W) input."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor) or input.dim() != 4:
+        if input.dim() != 4:
             _refuse(input, "4D input")
 
 
@@ -329,7 +351,7 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     """`BatchNorm` of (N, C, D, H, W) input."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if not isinstance(input, Tensor) or input.dim() != 5:
+        if input.dim() != 5:
             _refuse(input, "5D input")
 
 
@@ -345,11 +367,19 @@ def check_statistics(statistics: Any) -> None:
         )
 
 
-def _refuse(
-    input: Any, wanted: str, remedy: str = "reshape it, or use batchnorm.BatchNorm, which takes any rank"
-) -> NoReturn:
+def check_tensor(input: Any) -> None:
+    """Check that the input is a tensor.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
     if not isinstance(input, Tensor):
         raise ArgumentError(f"input must be a tensor, but got {type(input).__name__}; convert it with torch.as_tensor")
+
+
+def _refuse(
+    input: Tensor, wanted: str, remedy: str = "reshape it, or use batchnorm.BatchNorm, which takes any rank"
+) -> NoReturn:
     raise InputError(f"expected {wanted} (got {input.dim()}D input); {remedy}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from batchnorm.layers.layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers.layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_tensor
 from batchnorm.layers.state import STATISTICS
 from batchnorm.statistics import buffers_of, parameters_of
 
@@ -62,6 +62,7 @@ class _LazyBatchNorm(LazyModuleMixin, BatchNorm):
         """
         if not self.has_uninitialized_params():
             return
+        check_tensor(input)
         self._check_input_dim(input)
         self.num_features = input.shape[self._axis(input)]
         initial = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}

@@ -9,35 +9,34 @@ from torch import Tensor, nn
 from batchnorm.functional.in_graph import infer as infer_in_graph
 from batchnorm.functional.in_graph import train as train_in_graph
 from batchnorm.kernels import Activation
-from batchnorm.statistics.contract import Applying, Layer, tensors_of
+from batchnorm.statistics.contract import Applying, Layer
 from batchnorm.statistics.thread import thread
 
 
 def train_compiled(layer: Any, activation: Activation | None, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """y in training by torch's operator, or None if the call takes the general path. `layer` is a module, and so has the tensors."""
-    found = tensors_of(layer)
-    if found is None or not (layer.training and layer.track_running_stats):
+    mean, variance = layer.running_mean, layer.running_var
+    if mean is None or variance is None or not (layer.training and layer.track_running_stats):
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
-    if type(momentum) is not float or on_nonfinite == "error":
+    if not isinstance(momentum, float) or on_nonfinite == "error":
         return None
     if layer.reducer is not None or thread.window is not None or thread.micro_batch is not None:
         return None
     skipped = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
         skipped = layer.num_nonfinite_batches
-    weight, bias, *running = found
+    running = (mean, variance, layer.num_batches_tracked, skipped)
     update = (momentum, layer.running_variance == "unbiased", on_nonfinite != "propagate", layer.eps)
-    return train_in_graph(x, weight, bias, (*running, skipped), update, residual, activation)
+    return train_in_graph(x, layer.weight, layer.bias, running, update, residual, activation)
 
 
 def infer_compiled(layer: Any, activation: Activation | None, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """y by running statistics, likewise."""
-    found = tensors_of(layer)
-    if found is None:
+    mean, variance = layer.running_mean, layer.running_var
+    if mean is None or variance is None:
         return None
-    weight, bias, *running, _ = found
-    return infer_in_graph(x, weight, bias, running, layer.eps, residual, activation)
+    return infer_in_graph(x, layer.weight, layer.bias, (mean, variance), layer.eps, residual, activation)
 
 
 def call_compiled(

@@ -14,6 +14,7 @@ from batchnorm.logs import logger
 from batchnorm.surgery.report import Report
 from batchnorm.surgery.subclasses import WithRest, does_more
 from batchnorm.surgery.walker import Slot, is_watched, sequential_pairs
+from batchnorm.torch_state import constant_while_compiling
 
 
 class Absorbed(nn.Module):
@@ -40,14 +41,22 @@ class Absorbed(nn.Module):
         Raises:
             StateError: if that layer is no longer there.
         """
-        _, parent, name, layer = self._layer
-        there = layer if parent is None else parent._modules.get(name)
-        if there is not layer and (there is None or all(module is not layer for module in there.modules())):
+        if not self._follows_layer():
+            there = type(self._there()).__name__
             raise StateError(
-                f"the batch norm that applies {self.original} must be in the place before it, but a {type(there).__name__} is there "
-                "now; call batchnorm.revert before you replace layers, and batchnorm.fuse afterwards"
+                f"the batch norm that applies {self.original} must be in the place before it, but a {there} is there now; call "
+                "batchnorm.revert before you replace layers, and batchnorm.fuse afterwards"
             )
         return input
+
+    @constant_while_compiling  # code for another layer is compiled anew
+    def _follows_layer(self) -> bool:
+        there, layer = self._there(), self._layer.module
+        return there is layer or (there is not None and any(module is layer for module in there.modules()))
+
+    def _there(self) -> nn.Module | None:
+        """What is in the layer's place now."""
+        return self._layer.module if self._layer.parent is None else self._layer.parent._modules.get(self._layer.name)
 
     def extra_repr(self) -> str:
         return repr(self.original)

@@ -154,6 +154,8 @@ def become_ours(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Turn a batch norm into one of ours; it stays the same object, with all its attributes."""
     become(layer, cls)
     assert isinstance(layer, BatchNorm)
+    for name in OPTIONS:  # of the layer itself: compiled code compares an attribute of the class in three steps
+        layer.__dict__.setdefault(name, getattr(layer, name))
     layer.__dict__[_DTYPES] = {
         name: value.dtype
         for name in ("weight", *STATISTICS)

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from batchnorm.kernels import Activation
 from batchnorm.kernels.activation import WITHOUT_SLOPE
-from batchnorm.layers import BatchNorm
+from batchnorm.layers import BatchNorm, with_signature_of
 from batchnorm.surgery.classes import like, remade
 from batchnorm.surgery.walker import is_watched
 
@@ -49,18 +49,10 @@ class WithRest(BatchNorm):
 
     rest: tuple[str, ...] = ()
 
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-        *,
-        activation: Activation | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
+    @with_signature_of(BatchNorm.forward)
+    def forward(self, input: Tensor, *given: Any, **named: Any) -> Tensor:
         """Normalize, and call the submodules."""
-        y = super().forward(input, residual, mask, lengths, activation=activation, weights=weights)
+        y = super().forward(input, *given, **named)
         if isinstance(input, fx.Proxy):  # one node stands for the layer with its submodules
             return y
         for name in self.rest:
