@@ -332,6 +332,22 @@ class TestCommand:
         assert "ns per value" in page
         assert "How cost grows" not in render(made_up_rows(), "-")
 
+    @pytest.mark.parametrize("slower", [True, False])
+    @pytest.mark.parametrize("through", suite.THROUGH[:2])
+    def test_a_layer_that_seems_slower_is_measured_again(self, through, slower, monkeypatch):
+        calls = list[int]()
+
+        def samples(timed, effort, *_):
+            calls.append(effort.least)
+            return {name: [2.0 if slower and name == "ours" else 1.0] * effort.least for name in timed}
+
+        monkeypatch.setattr(run.device, "samples", samples)
+        one = case(layer=Layer((4, 3)), through=through)
+        rows = next(run.run([one], providers.find(["copy", "eager", "ours"]), 0.0, 5))
+        again = slower and through == "layer"
+        assert calls == [5, 20] if again else calls == [5]
+        assert [row.rounds for row in rows] == [25 if again else 5] * 3
+
     def test_compile_is_compared_if_asked(self, small, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         arguments = ("--layout", "planar", "--threads", "1", "--minutes", 0, "--outputs", "reused")
