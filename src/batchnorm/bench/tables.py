@@ -75,13 +75,15 @@ def model_table(rows: Sequence[Row]) -> Table:
     """Training steps: time, speedup over torch's layers run in the same way, memory saved for the backward, and peak memory of a step."""
     table = _table("Training steps", ["model", "", "p20", "p50", "p80", "vs\ntorch's", "saved for\nbackward", "peak"])
     torchs = {(_setting(row), row.provider): row.p50 for row in rows}
+    named: dict[tuple[object, ...], Iterator[str]] = {}
     for row in rows:
         like = "compile" if row.provider.startswith("compile") else "eager"
         gain = torchs[_setting(row), like] / row.p50 if (_setting(row), like) in torchs else None
         times = (f"{value:.4g} {row.unit}" for value in (row.p20, row.p50, row.p80))
         held = (MISSING if held is None else f"{held / 1e6:.0f} MB" for held in (row.saved_bytes, row.peak_bytes))
-        where = f"{row.suite} {row.shape} {row.layout}, {memory(row.outputs)}, {threads(row.threads)}"
-        table.add_row(where, row.provider, *times, _faster(gain), *held)
+        name = f"{row.suite} {row.shape}", f"{row.layout}, {memory(row.outputs)}, {threads(row.threads)}"
+        lines = named.setdefault(_setting(row), iter(name))  # one a row, beside the first rows of a setting
+        table.add_row(next(lines, ""), row.provider, *times, _faster(gain), *held)
     return table
 
 
