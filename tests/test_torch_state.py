@@ -1,6 +1,7 @@
 """The private names of torch stand in one file, and say what they did when they were taken."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,30 @@ def test_backward():
     y.register_hook(hook)
     y.sum().backward()
     assert ended == [True]
+
+
+def test_a_direct_backward_has_no_frame_before_it():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            assert ctx.saved_tensors[0] is x
+            callers.add(sys._getframe(1).f_code.co_filename)
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    found = []
+    for decorated in (lambda function: function, torch_state.with_direct_backward):
+        function, callers = decorated(Double), set[str]()
+        (dx,) = torch.autograd.grad(function.apply(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(dx.sum(), x)
+        assert dx.tolist() == second.tolist() == [8.0] * 3
+        found.append(torch.autograd.function.__file__ in callers)
+    assert found == [True, False]
 
 
 def test_hooks_of_saved_tensors():

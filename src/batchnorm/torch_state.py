@@ -8,7 +8,7 @@ subclasses and copies of modules have to know anyway, and what one experiment of
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,10 @@ __all__ = [
     "tracks_gradient",
     "transforms_active",
     "unwrapped",
+    "with_direct_backward",
 ]
+
+Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
 # Whether a transform of `torch.func` (grad, vjp, jvp, vmap, functionalize) is active.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -95,6 +98,13 @@ def saved_tensors_hooks(*, while_tracing: bool = False) -> Any:
 def queue_callback(callback: Any) -> None:
     """Call this when the backward that runs now ends."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def with_direct_backward(function: Function) -> Function:
+    """Decorate a `torch.autograd.Function`: autograd calls its backward without the frames in which torch looks for other forms of it."""
+    cls: Any = function
+    cls._backward_cls.apply = cls.backward
+    return function
 
 
 def compiler_is_loaded() -> bool:

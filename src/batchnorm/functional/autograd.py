@@ -15,7 +15,7 @@ from batchnorm.functional.reduction import Reducer
 from batchnorm.kernels import Activation, Correction, Epilogue, Groups, Kernel, Normalized, Renormalization, Step, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
-from batchnorm.torch_state import differentiated_by_torch, is_exporting
+from batchnorm.torch_state import differentiated_by_torch, is_exporting, with_direct_backward
 
 
 def exporting() -> bool:
@@ -125,6 +125,7 @@ class Saved(NamedTuple):
     reserve: Tensor | None = None
 
 
+@with_direct_backward
 class Normalize(torch.autograd.Function):
     """The one autograd node. A `Call` returns y and the moments of its batch, which are not differentiable.
 
