@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional.native import accepts, train_and_update
-from batchnorm.functional.recompute import recomputing_now
 from batchnorm.kernels import Activation, Running, Update
 from batchnorm.torch_state import takes_plain_operations
 from batchnorm.version import __version__
@@ -38,7 +37,10 @@ torch.library.define(
 @torch.library.impl(f"batchnorm::train_in_graph.{_OVERLOAD}", "CompositeImplicitAutograd")
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
     *running, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope = arguments
-    update = Update(momentum, unbiased, skip_nonfinite, recomputing_now(running[0]))
+    again = torch.ops.batchnorm.recomputing.default(
+        running[0]
+    )  # a tensor that is an argument: one more would be checked at each call
+    update = Update(momentum, unbiased, skip_nonfinite, again)
     wide = torch.float64 if x.itemsize == 8 else torch.float32
     zeros = [
         x.new_zeros(x.shape[1], dtype=wide) for _ in range(2)

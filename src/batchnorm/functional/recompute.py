@@ -73,6 +73,9 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
+_ON_CPU = torch.zeros(())  # no slice of `torch.vmap`, to which the operator would be applied one by one
+
+
 def recomputing_now(like: Tensor) -> Tensor:
     """`recomputing` as a 0-d bool on the device of `like`, evaluated at each call of compiled code too."""
-    return torch.ops.batchnorm.recomputing.default(like)
+    return torch.ops.batchnorm.recomputing.default(_ON_CPU if like.is_cpu else like)
