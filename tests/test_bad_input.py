@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -195,6 +196,13 @@ def test_layers_refuse_and_nothing_moves(case):
     assert isinstance(raised.value, BatchNormError)
     after = {name: value for name, value in built.named_buffers() if not is_lazy(value)}
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", [[1.0, 2.0], None, np.ones((4, 3), np.float32)], ids=["list", "None", "array"])
+def test_compiled_layers_refuse_what_is_no_tensor(given):
+    torch._dynamo.reset()
+    with pytest.raises(ArgumentError, match=f"input must be a tensor, but got {type(given).__name__}"):
+        torch.compile(layer(), backend="eager")(given)
 
 
 CONSTRUCTOR_CASES = {

@@ -176,7 +176,7 @@ def test_a_compiled_step_is_that_of_torch(last):
     for one, other in zip(code, theirs, strict=True):
         assert len(re.findall(r"^ +cpp_fused\w*\(", one, re.M)) == len(re.findall(r"^ +cpp_fused\w*\(", other, re.M))
     calls = re.findall(r"= torch\.ops\.batchnorm\.(\w+)", "".join(code))
-    assert set(calls) == {"recomputing"}
+    assert calls == ["recomputing"] * 2  # layers
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     for name, buffer in torchs.named_buffers():

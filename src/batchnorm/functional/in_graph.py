@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.functional.native import accepts, train_and_update
+from batchnorm.functional.native import WIDE, accepts, train_and_update
 from batchnorm.kernels import Activation, Running, Update
 from batchnorm.torch_state import takes_plain_operations
 from batchnorm.version import __version__
@@ -37,14 +37,11 @@ torch.library.define(
 @torch.library.impl(f"batchnorm::train_in_graph.{_OVERLOAD}", "CompositeImplicitAutograd")
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
     *running, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope = arguments
-    again = torch.ops.batchnorm.recomputing.default(
-        running[0]
-    )  # a tensor that is an argument: one more would be checked at each call
+    # About an argument: a tensor beside them would be checked at each call.
+    again = torch.ops.batchnorm.recomputing.default(running[0])
     update = Update(momentum, unbiased, skip_nonfinite, again)
-    wide = torch.float64 if x.itemsize == 8 else torch.float32
-    zeros = [
-        x.new_zeros(x.shape[1], dtype=wide) for _ in range(2)
-    ]  # halves of one tensor would be selected at each use
+    # Two tensors: halves of one would be selected at each use.
+    zeros = [x.new_zeros(x.shape[1], dtype=WIDE[x.dtype]) for _ in range(2)]
     y = train_and_update(x, weight, bias, eps, zeros, Running(*running), update)
     return _finished(y, residual, activation, slope)
 

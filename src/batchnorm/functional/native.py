@@ -61,7 +61,7 @@ def _train_on_cpu(
     if update.skip_nonfinite:
         if x.numel() > _SMALL:
             before = mean.clone(), variance.clone()
-        elif not math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=_WIDE[x.dtype]).item()):
+        elif not math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=WIDE[x.dtype]).item()):
             return None
     y = _by_torch(x, weight, bias, mean, variance, True, momentum, eps)
     if y is None:
@@ -100,7 +100,7 @@ def _train_on_device(
         return None
     if x.numel() < 2 * x.shape[1]:
         return None
-    zeros = torch.zeros(2, x.shape[1], dtype=_WIDE[x.dtype], device=x.device).unbind()
+    zeros = torch.zeros(2, x.shape[1], dtype=WIDE[x.dtype], device=x.device).unbind()
     return train_and_update(x, weight, bias, eps, zeros, running, None if recomputing() else update)
 
 
@@ -202,7 +202,7 @@ def _saves_in_vain(x: Tensor, weight: Tensor | None) -> bool:
 
 def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor) -> bool:
     """Whether torch's operator computes this call, which nothing observes or compiles; in few frames."""
-    wide = _WIDE.get(x.dtype)
+    wide = WIDE.get(x.dtype)
     return (
         "cpu" in aten.DEVICES
         and type(x) is Tensor
@@ -219,7 +219,7 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
 _LARGE, _SMALL = 2**16, 2**12  # values of x
 
 # The dtype in which torch computes, by that of the input.
-_WIDE = {
+WIDE = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,

@@ -56,15 +56,17 @@ def with_signature_of(other: Callable[..., Any]) -> Callable[[Function], Functio
 
 
 def _bound(
+    self: Any,  # noqa: ARG001 (the signature of a method)
+    input: Tensor,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     *,
     activation: Activation | None = None,
     weights: Tensor | None = None,
-) -> dict[str, Any]:
-    """The arguments of a call beside the input, by name."""
-    return {"residual": residual, "mask": mask, "lengths": lengths, "activation": activation, "weights": weights}
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Activation | None, Tensor | None]:
+    """The arguments of a layer's call, in order."""
+    return input, residual, mask, lengths, activation, weights
 
 
 class BatchNorm(LayerState):
@@ -192,12 +194,11 @@ class BatchNorm(LayerState):
     def _normalize(
         self,
         input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-        *,
-        activation: Activation | None = None,
-        weights: Tensor | None = None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        activation: Activation | None,
+        weights: Tensor | None,
     ) -> Tensor:
         if input.is_nested:
             if mask is not None or lengths is not None:
@@ -220,46 +221,51 @@ class BatchNorm(LayerState):
         y = self._normalize_dense(input.movedim(axis, 1), residual, mask, lengths, activation, weights)
         return y.movedim(1, axis)
 
-    @with_signature_of(_normalize)
+    @with_signature_of(_bound)
     def forward(self, input: Tensor, *given: Any, **named: Any) -> Tensor:
         """Normalize; see the class for shapes and errors. `activation` is applied in this call, in place of the layer's own.
 
-        It takes what `_normalize` does; compiled code compares each default of a parameter at each call of each layer.
+        It takes what `_bound` does; compiled code compares each default of a parameter at each call of each layer.
         """
         if is_compiling():
             return self._forward_compiled(input, given, named)
         if type(input) is not Tensor:
             if isinstance(input, fx.Proxy):
-                return self._traced(input, _bound(*given, **named))
+                return self._traced(*_bound(self, input, *given, **named))
             check_tensor(input)
         self._check_input_dim(input)
         if memory.thread.saver is not None and not self.save_memory and memory.skips():
             with memory.skipping():
-                return self._normalize(input, *given, **named)
+                return self._normalize(*_bound(self, input, *given, **named))
         if not given and not named and self.channel_axis == 1 and not input.is_nested:  # `_normalize` in fewer frames
             return self.statistics(self, input, None, None)
-        return self._normalize(input, *given, **named)
+        return self._normalize(*_bound(self, input, *given, **named))
 
-    def _traced(self, input: Any, beside: dict[str, Any]) -> Any:
+    def _traced(
+        self, input: Any, residual: Any, mask: Any, lengths: Any, activation: Activation | None, weights: Any
+    ) -> Any:
         """The node of a call in `torch.fx`, to which a layer is a leaf, as torch's own are."""
-        path, activation = input.tracer.path_of_module(self), beside.pop("activation")
-        given = {name: value for name, value in beside.items() if value is not None}
+        path = input.tracer.path_of_module(self)
+        named = (("residual", residual), ("mask", mask), ("lengths", lengths), ("weights", weights))
+        given = {name: value for name, value in named if value is not None}
         proxy = input.tracer.create_proxy("call_module", path, (input,), given)
         return proxy if activation is None else activation(proxy)
 
     def _forward_compiled(self, input: Tensor, given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         """The same in compiled code. At each call it compares what was read here while it was traced, so the usual call reads little."""
+        check_tensor(input)
         self._check_input_dim(input)
-        residual, activation, usual = None, None, self.channel_axis == 1 and not input.is_nested
+        residual = mask = lengths = activation = weights = None
+        usual = self.channel_axis == 1 and not input.is_nested
         if given or named:
-            residual, mask, lengths, activation, weights = _bound(*given, **named).values()
+            _, residual, mask, lengths, activation, weights = _bound(self, input, *given, **named)
             usual = usual and mask is None and lengths is None and weights is None
         if usual and self.statistics.__class__ is Batch:
             call = train_compiled if self.training else infer_compiled
             y = call(self, self.activation if activation is None else activation, input, residual)
             if y is not None:
                 return y
-        return self._normalize(input, *given, **named)
+        return self._normalize(input, residual, mask, lengths, activation, weights)
 
     def _normalize_dense(
         self,
