@@ -152,6 +152,55 @@ def test_marks_for_the_compiler_are_those_it_sets_itself(public):
     assert tensor._dynamo_static_input_type in ("unguarded", "guarded")
 
 
+class Remembering(torch.nn.Module):
+    def forward(self, x):
+        return x + self.memory.sum()
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_static_layers(by_torch):
+    """Compiled code is made for the shapes of their tensors; for other modules it may be made for all shapes."""
+
+    class Static(Remembering):
+        pass
+
+    class Subclass(Static):
+        pass
+
+    if by_torch:
+        torch._dynamo.mark_static(Static)
+    else:
+        torch_state.mark_static(Static, True)
+    torch_state.mark_static(Subclass, False)
+    assert [_graphs(cls()) for cls in (Static, Subclass, Remembering)] == [5, 2, 2]
+
+
+def test_layers_are_static_and_subclasses_are_not():
+    class Subclass(batchnorm.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x) + self.memory.sum()
+
+    marks = [vars(cls).get("_dynamo_marked_static") for cls in (batchnorm.BatchNorm1d, Subclass, torch.nn.BatchNorm1d)]
+    assert marks == [True, False, None]
+    assert _graphs(Subclass(4)) == 2
+
+
+def _graphs(module):
+    """How many graphs five calls of a module compile that has a tensor of another size each time."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=counting)
+    for call in range(5):
+        module.memory = torch.ones(call + 2)
+        compiled(torch.ones(3, 4))
+    return len(graphs)
+
+
 def test_fake_tensors():
     with FakeTensorMode():
         assert torch_state.is_fake(torch.ones(3))

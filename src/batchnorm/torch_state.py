@@ -31,6 +31,7 @@ __all__ = [
     "is_functional",
     "is_legacy_batched",
     "is_tracing",
+    "mark_static",
     "norms",
     "only_gradient_levels",
     "outside_transforms",
@@ -121,6 +122,15 @@ def constant_while_compiling(function: Any) -> Any:
     """`torch.compiler.assume_constant_result` without loading the compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+def mark_static(cls: type[torch.nn.Module], static: bool) -> None:
+    """`torch._dynamo.mark_static` without loading the compiler, and its inverse for subclasses.
+
+    Code is compiled for the shapes of the tensors that a static layer has, and does not ask before each call whether two of them, or the
+    input, have become the same tensor: as with torch's own layers.
+    """
+    cls._dynamo_marked_static = static  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @constant_while_compiling

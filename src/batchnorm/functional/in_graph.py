@@ -7,7 +7,6 @@ operator reads is not among them. A compiler sees these as one call, then as the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,13 +95,15 @@ def infer(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: Sequence[Tensor],
+    running: tuple[Tensor | None, Tensor | None],
     eps: float,
     residual: Tensor | None,
     activation: Activation | None,
 ) -> Tensor | None:
     """y by running statistics, likewise."""
     mean, variance = running
+    if mean is None or variance is None:
+        return None
     if takes_plain_operations() or not accepts(x, weight, bias, mean, variance, residual) or not eps >= 0.0:
         return None
     if mean.dtype is not variance.dtype or not (
@@ -110,4 +111,4 @@ def infer(
     ):
         return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
-    return _INFER(x, weight, bias, *running, eps, residual, name, slope)
+    return _INFER(x, weight, bias, mean, variance, eps, residual, name, slope)

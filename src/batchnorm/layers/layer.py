@@ -20,11 +20,12 @@ from batchnorm import memory
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.functional import Reducer, check_residual, mask_of
 from batchnorm.functional.checks import check_weights, mask_along_channels
+from batchnorm.functional.in_graph import infer as infer_in_graph
 from batchnorm.kernels import Activation, parse
 from batchnorm.layers.nested import normalize_nested
 from batchnorm.layers.state import LayerState
 from batchnorm.statistics import Applying, Batch, Statistics
-from batchnorm.statistics.compiled import infer_compiled, train_compiled
+from batchnorm.statistics.compiled import train_compiled
 from batchnorm.statistics.contract import takes_weights
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -253,7 +254,8 @@ class BatchNorm(LayerState):
 
     def _forward_compiled(self, input: Tensor, given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         """The same in compiled code. At each call it compares what was read here while it was traced, so the usual call reads little."""
-        check_tensor(input)
+        if input.__class__ is not Tensor:
+            check_tensor(input)
         self._check_input_dim(input)
         residual = mask = lengths = activation = weights = None
         usual = self.channel_axis == 1 and not input.is_nested
@@ -261,8 +263,12 @@ class BatchNorm(LayerState):
             _, residual, mask, lengths, activation, weights = _bound(self, input, *given, **named)
             usual = usual and mask is None and lengths is None and weights is None
         if usual and self.statistics.__class__ is Batch:
-            call = train_compiled if self.training else infer_compiled
-            y = call(self, self.activation if activation is None else activation, input, residual)
+            applied = self.activation if activation is None else activation
+            if self.training:
+                y = train_compiled(self, applied, input, residual)
+            else:
+                running = self.running_mean, self.running_var
+                y = infer_in_graph(input, self.weight, self.bias, running, self.eps, residual, applied)
             if y is not None:
                 return y
         return self._normalize(input, residual, mask, lengths, activation, weights)

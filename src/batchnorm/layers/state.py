@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from batchnorm.functional import counter_on
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics, buffers_of, parameters_of
+from batchnorm.torch_state import mark_static
 
 STATISTICS = ("running_mean", "running_var")
 _OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # prefixes of the names of a source's buffers
@@ -24,6 +25,11 @@ class LayerState(_BatchNorm):
     statistics: Statistics = Batch()
     keep_wide_statistics: bool = True
     _nonfinite_batches: Tensor | None = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        ours = cls.__module__.startswith("batchnorm.")
+        mark_static(cls, ours)  # a user's subclass may hold tensors that grow
 
     @property
     def num_nonfinite_batches(self) -> Tensor | None:

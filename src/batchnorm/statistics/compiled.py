@@ -19,9 +19,9 @@ def train_compiled(layer: Any, activation: Activation | None, x: Tensor, residua
     if mean is None or variance is None or not (layer.training and layer.track_running_stats):
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
-    if not isinstance(momentum, float) or on_nonfinite == "error":
+    if momentum.__class__ is not float or on_nonfinite == "error":
         return None
-    if layer.reducer is not None or thread.window is not None or thread.micro_batch is not None:
+    if layer.reducer is not None or thread.window is not None:  # micro-batches of `as_one_batch` run uncompiled
         return None
     skipped = layer._nonfinite_batches  # the property creates it or moves it to the buffers' device
     if skipped is None or not skipped.is_cpu:
@@ -31,19 +31,14 @@ def train_compiled(layer: Any, activation: Activation | None, x: Tensor, residua
     return train_in_graph(x, layer.weight, layer.bias, running, update, residual, activation)
 
 
-def infer_compiled(layer: Any, activation: Activation | None, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """y by running statistics, likewise."""
-    mean, variance = layer.running_mean, layer.running_var
-    if mean is None or variance is None:
-        return None
-    return infer_in_graph(x, layer.weight, layer.bias, (mean, variance), layer.eps, residual, activation)
-
-
 def call_compiled(
     layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, *, training: bool
 ) -> Tensor | None:
-    """One of these for what a source received: the layer, or a stand-in for it."""
-    owner = layer.owner if isinstance(layer, Applying) else layer
+    """The same for what a source received, the layer or a stand-in for it; or y by running statistics."""
+    owner: Any = layer.owner if isinstance(layer, Applying) else layer
     if mask is not None or not isinstance(owner, nn.Module):
         return None
-    return (train_compiled if training else infer_compiled)(owner, layer.activation, x, residual)
+    if training:
+        return train_compiled(owner, layer.activation, x, residual)
+    running = owner.running_mean, owner.running_var
+    return infer_in_graph(x, owner.weight, owner.bias, running, owner.eps, residual, layer.activation)
