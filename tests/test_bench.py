@@ -19,11 +19,12 @@ from batchnorm import measure
 from batchnorm.bench import allocator, memory, networks, providers, run, suite, targets
 from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import DIRECTIONS, cases, quick, tensors
-from batchnorm.bench.row import Row, load
+from batchnorm.bench.row import Row, load, to_dict
 from batchnorm.bench.suite import Layer
 from batchnorm.bench.tables import model_table, summary_tables
 from batchnorm.cli import commands
 from batchnorm.errors import InputError
+from batchnorm.files import to_json
 from batchnorm.report.bench import render
 from tests.layer_table import ACTIVATIONS
 from tests.test_bench_cases import case
@@ -373,6 +374,11 @@ class TestCommand:
     def test_threads_are_as_before(self, small):
         call("--suite", small, "--minutes", 0, "--threads", "2", "--outputs", "fresh", "--layout", "planar")
         assert torch.get_num_threads() == 1
+
+    def test_infinite_errors_are_written_and_read(self, tmp_path):
+        row = Row(**{field.name: math.inf if "float" in str(field.type) else "text" for field in fields(Row)})
+        (tmp_path / "rows.json").write_text(to_json(to_dict([row], "command")))
+        assert load(tmp_path / "rows.json") == [row]
 
     def test_a_file_that_is_no_rows(self, tmp_path):
         (tmp_path / "rows.json").write_text('{"rows": [{"suite": "a"}]}')

@@ -14,7 +14,7 @@ from typing import Any
 from batchnorm import env
 from batchnorm.bench.case import CACHES
 from batchnorm.errors import InputError
-from batchnorm.files import read_json
+from batchnorm.files import read_json, spelled
 
 SCHEMA = 1
 UNITS = {"us": 1e6, "ms": 1e3}  # in a second
@@ -94,8 +94,15 @@ def circumstances() -> dict[str, Any]:
 
 
 def to_dict(rows: Sequence[Row], command: str) -> dict[str, object]:
-    """The rows as plain data for JSON, with the command that reproduces them."""
-    return {"schema": SCHEMA, "command": command, "rows": [asdict(row) for row in rows]}
+    """The rows as plain data for JSON, with the command that reproduces them; an infinite error is the text "inf"."""
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "rows": [
+            {name: spelled(value) if isinstance(value, float) else value for name, value in asdict(row).items()}
+            for row in rows
+        ],
+    }
 
 
 def load(path: Path) -> list[Row]:
@@ -105,9 +112,16 @@ def load(path: Path) -> list[Row]:
         InputError: it is not such a file, or has another schema.
     """
     try:
-        return [Row(**row) for row in read_json(path)["rows"]]
+        return [Row(**{name: _read(name, value) for name, value in row.items()}) for row in read_json(path)["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} must be rows of schema {SCHEMA}: {error}; measure again") from error
+
+
+_FLOATS = {field.name for field in fields(Row) if "float" in str(field.type)}
+
+
+def _read(name: str, value: Any) -> Any:
+    return float(value) if name in _FLOATS and isinstance(value, str) else value
 
 
 def to_csv(rows: Sequence[Row]) -> str:
