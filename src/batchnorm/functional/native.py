@@ -48,7 +48,7 @@ def _train_on_cpu(
     """Torch updates the running statistics. If the variance is not finite then, they are put back, and the general path takes the call.
 
     A mean beyond the dtype of the statistics comes with such a variance. They are put back without a new version: an earlier graph holds
-    them, but does not use them. Copying them costs a small x more than a look at x itself.
+    them, but does not use them. A small x feels each operation, so both are copied by one.
     """
     mean, variance, momentum = running.mean, running.variance, update.momentum
     if not (update.unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
@@ -57,18 +57,13 @@ def _train_on_cpu(
         return None
     if recomputing():
         return _by_torch(x, weight, bias, mean.clone(), variance.clone(), True, momentum, eps)
-    before = None
-    if update.skip_nonfinite:
-        if x.numel() > _SMALL:
-            before = mean.clone(), variance.clone()
-        elif not math.isfinite(torch.linalg.vector_norm(x.detach(), dtype=WIDE[x.dtype]).item()):
-            return None
+    before = torch.cat((mean, variance)) if update.skip_nonfinite else None
     y = _by_torch(x, weight, bias, mean, variance, True, momentum, eps)
     if y is None:
         return None
     if before is not None and not math.isfinite(variance.sum().item()):
-        mean.data.copy_(before[0])
-        variance.data.copy_(before[1])
+        mean.data.copy_(before[: len(mean)])
+        variance.data.copy_(before[len(mean) :])
         return None
     if running.batches is not None:
         running.batches.add_(1)
@@ -216,7 +211,7 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
     )
 
 
-_LARGE, _SMALL = 2**16, 2**12  # values of x
+_LARGE = 2**16  # values of x
 
 # The dtype in which torch computes, by that of the input.
 WIDE = {
