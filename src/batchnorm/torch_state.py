@@ -31,7 +31,6 @@ __all__ = [
     "is_functional",
     "is_legacy_batched",
     "is_tracing",
-    "mark_static",
     "norms",
     "only_gradient_levels",
     "outside_transforms",
@@ -39,6 +38,7 @@ __all__ = [
     "recorded_linear",
     "saved_tensors_hooks",
     "static_address",
+    "static_while_compiling",
     "tangent_level",
     "tracks_gradient",
     "transforms_active",
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
+Module = TypeVar("Module", bound=type[torch.nn.Module])
 
 # Whether a transform of `torch.func` (grad, vjp, jvp, vmap, functionalize) is active.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -124,13 +125,25 @@ def constant_while_compiling(function: Any) -> Any:
     return function
 
 
-def mark_static(cls: type[torch.nn.Module], static: bool) -> None:
-    """`torch._dynamo.mark_static` without loading the compiler, and its inverse for subclasses.
+def static_while_compiling(cls: Module) -> Module:
+    """`torch._dynamo.mark_static` of a layer's class without loading the compiler, and without what users derive from it.
 
     Code is compiled for the shapes of the tensors that a static layer has, and does not ask before each call whether two of them, or the
-    input, have become the same tensor: as with torch's own layers.
+    input, have become the same tensor: as with torch's own layers. A user's class may hold tensors that grow.
     """
-    cls._dynamo_marked_static = static  # pyright: ignore[reportAttributeAccessIssue]
+    marked: Any = cls
+    marked._dynamo_marked_static = _IfFrom(cls.__module__.partition(".")[0])
+    return cls
+
+
+class _IfFrom:
+    """An attribute of classes: whether a class is defined in this package."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def __get__(self, instance: object, owner: type) -> bool:
+        return owner.__module__.partition(".")[0] == self._package
 
 
 @constant_while_compiling

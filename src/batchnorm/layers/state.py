@@ -12,24 +12,20 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from batchnorm.functional import counter_on
 from batchnorm.logs import logger
 from batchnorm.statistics import Batch, Statistics, buffers_of, parameters_of
-from batchnorm.torch_state import mark_static
+from batchnorm.torch_state import static_while_compiling
 
 STATISTICS = ("running_mean", "running_var")
 _OF_SOURCES = ("running_mean_", "running_var_", "num_batches_tracked_")  # prefixes of the names of a source's buffers
 LEARNED_BY_SOURCES = "statistics_"  # and of its parameters
 
 
+@static_while_compiling
 class LayerState(_BatchNorm):
     """The buffers of a layer, and how they are cast, loaded and reset."""
 
     statistics: Statistics = Batch()
     keep_wide_statistics: bool = True
     _nonfinite_batches: Tensor | None = None
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        ours = cls.__module__.startswith("batchnorm.")
-        mark_static(cls, ours)  # a user's subclass may hold tensors that grow
 
     @property
     def num_nonfinite_batches(self) -> Tensor | None:

@@ -19,7 +19,7 @@ def train_compiled(layer: Any, activation: Activation | None, x: Tensor, residua
     if mean is None or variance is None or not (layer.training and layer.track_running_stats):
         return None
     momentum, on_nonfinite = layer.momentum, layer.on_nonfinite
-    if momentum.__class__ is not float or on_nonfinite == "error":
+    if not isinstance(momentum, float) or on_nonfinite == "error":
         return None
     if layer.reducer is not None or thread.window is not None:  # micro-batches of `as_one_batch` run uncompiled
         return None
