@@ -35,10 +35,11 @@ def call_compiled(
     layer: Layer, x: Tensor, residual: Tensor | None, mask: Tensor | None, *, training: bool
 ) -> Tensor | None:
     """The same for what a source received, the layer or a stand-in for it; or y by running statistics."""
-    owner: Any = layer.owner if isinstance(layer, Applying) else layer
+    owner = layer.owner if isinstance(layer, Applying) else layer
     if mask is not None or not isinstance(owner, nn.Module):
         return None
+    module: Any = owner
     if training:
-        return train_compiled(owner, layer.activation, x, residual)
-    running = owner.running_mean, owner.running_var
-    return infer_in_graph(x, owner.weight, owner.bias, running, owner.eps, residual, layer.activation)
+        return train_compiled(module, layer.activation, x, residual)
+    running = module.running_mean, module.running_var
+    return infer_in_graph(x, module.weight, module.bias, running, module.eps, residual, layer.activation)
