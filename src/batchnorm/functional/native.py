@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, is_tensor
@@ -23,11 +24,14 @@ def train(
     bias: Tensor | None,
     eps: float,
     activation: Activation | None,
-    running: Running,
-    update: Update,
+    running: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    update: tuple[float | Tensor, bool, bool],
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path."""
+    """y in training, with the running statistics updated as `Kernel.update_running` does; None if the call takes the general path.
+
+    `running` has the fields of `Running`, and `update` the first three of `Update`: a small x feels what it takes to name them.
+    """
     if residual is not None and not is_like(residual, x):
         return None
     train = _train_on_cpu if x.is_cpu else _train_on_device
@@ -43,30 +47,30 @@ def _finished(y: Tensor, residual: Tensor | None, activation: Activation | None)
 
 
 def _train_on_cpu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: tuple[Any, ...], update: tuple[Any, ...]
 ) -> Tensor | None:
     """Torch updates the running statistics. If the variance is not finite then, they are put back, and the general path takes the call.
 
     A mean beyond the dtype of the statistics comes with such a variance. They are put back without a new version: an earlier graph holds
     them, but does not use them. A small x feels each operation, so both are copied by one.
     """
-    mean, variance, momentum = running.mean, running.variance, update.momentum
-    if not (update.unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
+    (mean, variance, batches, _), (momentum, unbiased, skip_nonfinite) = running, update
+    if not (unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
         return None
     if not eps > 0.0 or x.numel() <= x.shape[1]:
         return None
     if recomputing():
         return _by_torch(x, weight, bias, mean.clone(), variance.clone(), True, momentum, eps)
-    before = torch.cat((mean, variance)) if update.skip_nonfinite else None
+    before = torch.cat((mean, variance)) if skip_nonfinite else None
     y = _by_torch(x, weight, bias, mean, variance, True, momentum, eps)
     if y is None:
         return None
-    if before is not None and not math.isfinite(variance.sum().item()):
+    if before is not None and not math.isfinite(variance.dot(variance).item()):
         mean.data.copy_(before[: len(mean)])
         variance.data.copy_(before[len(mean) :])
         return None
-    if running.batches is not None:
-        running.batches.add_(1)
+    if batches is not None:
+        batches.add_(1)
     return y
 
 
@@ -88,15 +92,15 @@ def _by_torch(
 
 
 def _train_on_device(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running, update: Update
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: tuple[Any, ...], update: tuple[Any, ...]
 ) -> Tensor | None:
     """Torch's operator computes the statistics of the batch, as in `kernels.aten`; the running ones are updated by them."""
-    if _is_beyond(x, weight, bias, running) or not eps > 0.0:
+    if _is_beyond(x, weight, bias, running[0], running[1]) or not eps > 0.0:
         return None
     if x.numel() < 2 * x.shape[1]:
         return None
     zeros = torch.zeros(2, x.shape[1], dtype=WIDE[x.dtype], device=x.device).unbind()
-    return train_and_update(x, weight, bias, eps, zeros, running, None if recomputing() else update)
+    return train_and_update(x, weight, bias, eps, zeros, Running(*running), None if recomputing() else Update(*update))
 
 
 def train_and_update(
@@ -125,7 +129,7 @@ def infer(
     bias: Tensor | None,
     eps: float,
     activation: Activation | None,
-    running: Running,
+    running: tuple[Tensor, Tensor],
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
@@ -136,8 +140,10 @@ def infer(
     return None if y is None else _finished(y, residual, activation)
 
 
-def _infer_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running) -> Tensor | None:
-    mean, variance = running.mean, running.variance
+def _infer_on_cpu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: tuple[Tensor, Tensor]
+) -> Tensor | None:
+    mean, variance = running
     if not _fits_cpu(x, weight, bias, mean, variance) or not eps >= 0.0 or x.numel() == 0 or _saves_in_vain(x, weight):
         return None
     if torch.is_grad_enabled():  # later updates must not change what is saved for backward
@@ -146,15 +152,16 @@ def _infer_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
 
 
 def _infer_on_device(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: tuple[Tensor, Tensor]
 ) -> Tensor | None:
-    if _is_beyond(x, weight, bias, running) or not eps >= 0.0 or x.numel() == 0:
+    mean, variance = running
+    if _is_beyond(x, weight, bias, mean, variance) or not eps >= 0.0 or x.numel() == 0:
         return None
-    if running.mean.dtype is not running.variance.dtype or running.mean.dtype not in (x.dtype, torch.float32):
+    if mean.dtype is not variance.dtype or mean.dtype not in (x.dtype, torch.float32):
         return None
     if _saves_in_vain(x, weight):
         return None
-    mean, variance = running.mean.detach(), running.variance.detach()
+    mean, variance = mean.detach(), variance.detach()
     if torch.is_grad_enabled():  # likewise
         mean, variance = mean.clone(), variance.clone()
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
@@ -206,7 +213,7 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
         and (bias is None or bias.dtype is wide)
         and mean.dtype is wide
         and variance.dtype is wide
-        and not (differentiated_by_torch() or is_tracing() or memory.saving())
+        and not (differentiated_by_torch() or is_tracing() or (memory.thread.saver is not None and memory.saving()))
         and aten in kernels.KERNELS
     )
 
@@ -222,9 +229,9 @@ WIDE = {
 }
 
 
-def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running) -> bool:
+def _is_beyond(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor) -> bool:
     """Whether the call takes the general path: another kernel computes it, torch's operator does not accept it, or it must raise."""
-    accepted = type(x) is Tensor and accepts(x, weight, bias, running.mean, running.variance, None)
+    accepted = type(x) is Tensor and accepts(x, weight, bias, mean, variance, None)
     if not accepted or differentiated_by_torch() or exporting():
         return True
     return memory.saving() or kernels.select(x, Epilogue(weight, bias)) is not aten

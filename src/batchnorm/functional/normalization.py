@@ -44,7 +44,7 @@ from batchnorm.functional.components import (
 from batchnorm.functional.joint import Joint
 from batchnorm.functional.reduction import Reducer
 from batchnorm.functional.running import update_running_statistics
-from batchnorm.kernels import Activation, Groups, Renormalization, Running, Update, eager
+from batchnorm.kernels import Activation, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
 from batchnorm.torch_state import differentiated_by_torch
@@ -167,10 +167,11 @@ def _on_fast_path(
         return in_graph.train(input, weight, bias, (mean, variance, None, None), update, residual, parsed)
     steps = fast_path.steps_for(input, mean)
     if steps is None:
-        buffers, parsed = Running(mean, variance), kernels.parse(activation)
+        parsed = kernels.parse(activation)
         if momentum is None:
-            return native.infer(input, weight, bias, eps, parsed, buffers, residual)
-        return native.train(input, weight, bias, eps, parsed, buffers, Update(momentum, True, False), residual)
+            return native.infer(input, weight, bias, eps, parsed, (mean, variance), residual)
+        update = (momentum, True, False)
+        return native.train(input, weight, bias, eps, parsed, (mean, variance, None, None), update, residual)
     if momentum is None:
         step, arguments = steps.inference, (mean, variance, eps)
     else:

@@ -47,12 +47,9 @@ def select_update(running: Running, moments: Moments, update: Update) -> Kernel:
 
 
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
-    """The one-operator calls of the first kernel of `KERNELS` that has some for these tensors."""
-    for kernel in KERNELS:
-        steps = kernel.steps_for(x, running_mean)
-        if steps is not None:
-            return steps
-    return None
+    """The one-operator calls for these tensors, by the C++ library or Triton; None without them: torch's operators have none."""
+    kernel = cpu if x.is_cpu else gpu
+    return kernel.steps_for(x, running_mean) if kernel in KERNELS else None
 
 
 __all__ = [

@@ -20,7 +20,6 @@ from batchnorm.kernels.contract import (
     Groups,
     Normalized,
     Running,
-    Steps,
     Update,
     values_per_channel,
 )
@@ -139,10 +138,6 @@ def backward(
 
 def takes_update(running: Running, moments: Moments, update: Update) -> bool:  # noqa: ARG001 (the contract's signature)
     return False
-
-
-def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:  # noqa: ARG001 (the contract's signature)
-    return None
 
 
 def _constant_backward(

@@ -329,7 +329,3 @@ class Kernel(Protocol):
         0-d bool, whether the batch's statistics were finite; None without `skip_nonfinite`.
         """
         ...
-
-    def steps_for(self, x: Tensor, running_mean: Tensor) -> Steps | None:
-        """The kernel's one-operator calls for these tensors, or None if it has none."""
-        ...

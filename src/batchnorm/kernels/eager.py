@@ -19,7 +19,6 @@ from batchnorm.kernels.contract import (
     Groups,
     Normalized,
     Running,
-    Steps,
     Update,
     sum_of_weights,
     values_per_channel,
@@ -150,11 +149,6 @@ def takes_update(running: Running, moments: Moments, update: Update) -> bool:  #
 def update_running(running: Running, moments: Moments, update: Update) -> Tensor | None:
     happens = None if isinstance(moments.count, int) else moments.count > SEVERAL
     return buffers.update_statistics(running, moments.mean, moments.variance(unbiased=update.unbiased), update, happens)
-
-
-def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:  # noqa: ARG001 (the contract's signature)
-    """None: each verb is many operators."""
-    return None
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -29,7 +29,7 @@ from batchnorm.functional.checks import (
     epilogue_of,
 )
 from batchnorm.functional.exported import beyond_torch, by_torch, to_onnx, warn_of_plain_operations
-from batchnorm.kernels import Renormalization, Running, Update
+from batchnorm.kernels import Renormalization
 from batchnorm.moments import Moments
 from batchnorm.statistics import one_batch
 from batchnorm.statistics.accumulate import accumulating, add
@@ -184,7 +184,7 @@ def train_on_fast_path(
         skipped = layer.num_nonfinite_batches
     unbiased, skip_nonfinite = layer.running_variance == "unbiased", on_nonfinite != "propagate"
     if steps is None:
-        buffers, update = Running(mean, variance, batches, skipped), Update(momentum, unbiased, skip_nonfinite)
+        buffers, update = (mean, variance, batches, skipped), (momentum, unbiased, skip_nonfinite)
         return native.train(x, weight, bias, layer.eps, activation, buffers, update, residual)
     running = (mean, variance, batches, skipped, momentum, unbiased, skip_nonfinite, *bounds, layer.eps)
     return fast_path.call(getattr(steps, kind), x, weight, bias, residual, activation, running, observe)
@@ -265,7 +265,7 @@ def infer_on_fast_path(layer: Layer, x: Tensor, residual: Tensor | None, mask: T
     weight, bias, mean, variance, _ = found
     steps = fast_path.steps_for(x, mean)
     if steps is None:
-        return native.infer(x, weight, bias, layer.eps, activation, Running(mean, variance), residual)
+        return native.infer(x, weight, bias, layer.eps, activation, (mean, variance), residual)
     return fast_path.call(steps.inference, x, weight, bias, residual, activation, (mean, variance, layer.eps))
 
 
