@@ -113,7 +113,7 @@ def load(path: Path) -> list[Row]:
     """
     try:
         return [Row(**{name: _read(name, value) for name, value in row.items()}) for row in read_json(path)["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} must be rows of schema {SCHEMA}: {error}; measure again") from error
 
 
