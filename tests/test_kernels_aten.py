@@ -245,19 +245,28 @@ def test_compiled_code_compares_no_two_objects(training):
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("samples", [8, 2000], ids=["looked at before", "looked at afterwards"])
-def test_a_batch_that_is_not_finite_is_skipped_and_counted(samples):
+@pytest.mark.parametrize("large", [torch.nan, torch.inf, 1e30], ids=str)
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(large):
     layer, plain = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    x = torch.randn(samples, 3)
+    x = torch.randn(80, 3)
     layer(x), plain(x)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     before = [buffer.clone() for buffer in layer.buffers()]
-    layer(x.masked_fill(x > 1, torch.nan))
+    layer(x.masked_fill(x > 1, large))
     assert all(map(torch.equal, before, layer.buffers()))
     assert layer.num_nonfinite_batches == 1
     layer.on_nonfinite = "propagate"
-    layer(x.masked_fill(x > 1, torch.nan))
-    assert layer.running_mean.isnan().any()
+    layer(x.masked_fill(x > 1, large))
+    assert not layer.running_var.isfinite().all()
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_variance_whose_square_overflows_is_finite():
+    layer, plain = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    x = torch.randn(80, 3) * 1e12
+    layer(x), plain(x)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+    assert (layer.num_nonfinite_batches, layer.num_batches_tracked) == (0, 1)
 
 
 @pytest.mark.usefixtures("forced")

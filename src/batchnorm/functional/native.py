@@ -52,7 +52,8 @@ def _train_on_cpu(
     """Torch updates the running statistics. If the variance is not finite then, they are put back, and the general path takes the call.
 
     A mean beyond the dtype of the statistics comes with such a variance. They are put back without a new version: an earlier graph holds
-    them, but does not use them. A small x feels each operation, so both are copied by one.
+    them, but does not use them. A small x feels each operation, so one copies both, and the fastest that sees all variances looks at them;
+    the general path also takes variances whose squares overflow.
     """
     (mean, variance, batches, _), (momentum, unbiased, skip_nonfinite) = running, update
     if not (unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
