@@ -52,8 +52,7 @@ def _train_on_cpu(
     """Torch updates the running statistics. If the variance is not finite then, they are put back, and the general path takes the call.
 
     A mean beyond the dtype of the statistics comes with such a variance. They are put back without a new version: an earlier graph holds
-    them, but does not use them. A small x feels each operation, so one copies both, and the fastest that sees all variances looks at them;
-    the general path also takes variances whose squares overflow.
+    them, but does not use them. A small x feels each operation, so one copies both, and the fastest that sees all variances looks at them.
     """
     (mean, variance, batches, _), (momentum, unbiased, skip_nonfinite) = running, update
     if not (unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
@@ -66,7 +65,7 @@ def _train_on_cpu(
     y = _by_torch(x, weight, bias, mean, variance, True, momentum, eps)
     if y is None:
         return None
-    if before is not None and not math.isfinite(variance.dot(variance).item()):
+    if before is not None and not math.isfinite(variance.max().item()):
         mean.data.copy_(before[: len(mean)])
         variance.data.copy_(before[len(mean) :])
         return None
