@@ -2,9 +2,10 @@
 
     python benchmarks/node_cost.py    # ten seconds on one core; prints the table, writes the rows
 
-Each arm is a training step of a layer, forward and backward, on a tensor of `SHAPE`: torch's layer; ours; and torch's own operators
-within a node in Python, the least that a layer outside torch's C++ can take if it does torch's work. Arms take turns; times are of this
-thread alone.
+Each arm is a training step of a layer, forward and backward, on a tensor of `SHAPE`: torch's layer; ours; ours without the look at
+whether the batch is finite; and torch's own operators within a node in Python, the least that a layer outside torch's C++ can take if it
+does torch's work. Without the C++ library ours is torch's operator in torch's node, and the look is what it takes more. Arms take turns;
+times are of this thread alone.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def main() -> None:
     layers = {
         "torch's layer": nn.BatchNorm2d(SHAPE[1]),
         "ours": bn.BatchNorm2d(SHAPE[1]),
+        "ours, on_nonfinite='propagate'": bn.BatchNorm2d(SHAPE[1], on_nonfinite="propagate"),
         "torch's operators in a node in Python": WithNodeInPython(SHAPE[1]),
     }
     times: dict[str, list[float]] = {arm: [] for arm in layers}
