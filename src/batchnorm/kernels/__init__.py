@@ -48,8 +48,11 @@ def select_update(running: Running, moments: Moments, update: Update) -> Kernel:
 
 def steps_for(x: Tensor, running_mean: Tensor) -> Steps | None:
     """The one-operator calls for these tensors, by the C++ library or Triton; None without them: torch's operators have none."""
-    kernel = cpu if x.is_cpu else gpu
-    return kernel.steps_for(x, running_mean) if kernel in KERNELS else None
+    for kernel in (cpu, gpu):
+        steps = kernel.steps_for(x, running_mean) if kernel in KERNELS else None
+        if steps is not None:
+            return steps
+    return None
 
 
 __all__ = [
