@@ -4,7 +4,6 @@ import contextlib
 import copy
 import logging
 import pickle
-import re
 import threading
 
 import pytest
@@ -289,6 +288,10 @@ def _writes(name):
     return function
 
 
+# How torch 2.11 saves the inputs of a checkpoint is found first.
+CHECKPOINT = "calls an autograd.Function" if torch.__version__.startswith("2.11.") else "switches gradients"
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -298,8 +301,7 @@ def _writes(name):
         (_in(lambda: torch.autocast("cpu", torch.bfloat16)), "switches gradients"),
         (_in(lambda: torch.autocast("cpu", enabled=False)), "switches gradients"),
         (_in(torch.autograd.graph.save_on_cpu), "switches gradients"),
-        # torch 2.11 calls a function of autograd there too
-        (lambda m, x: m.relu(m.norm(checkpoint(m.conv, x, use_reentrant=False))), "(switches gradients|calls an autograd.Function)"),
+        (lambda m, x: m.relu(m.norm(checkpoint(m.conv, x, use_reentrant=False))), CHECKPOINT),
         (lambda m, x: m.relu(m.norm(checkpoint(m.conv, x, use_reentrant=True))), "calls an autograd.Function"),
         (lambda m, x: m.relu(m.norm(Reversed.apply(x))), "calls an autograd.Function"),
         (lambda m, x: m.relu(m.norm(_reverse(x))), "calls an autograd.Function"),
@@ -317,7 +319,7 @@ def test_what_a_graph_does_not_hold_keeps_the_forward(function, reason, caplog):
     with caplog.at_level(logging.INFO, "batchnorm"):
         bn.fuse(model)
     assert "forward" not in vars(model)
-    assert re.search(f"left the model: (its forward|it) {reason}", caplog.text)
+    assert f"left the model: its forward {reason}" in caplog.text or f"left the model: it {reason}" in caplog.text
     assert (model.aux, model.seen, model.count) == (0, [], 0)
     results = []
     for each in (expected, model):
