@@ -47,6 +47,15 @@ def spelled(value: float) -> float | str:
     return float(value) if math.isfinite(value) else str(float(value))
 
 
+def plain(value: Any) -> Any:
+    """Data for JSON, with every number in it `spelled`."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return spelled(value) if isinstance(value, float) else value
+
+
 def check_writable(directory: Path) -> None:
     """Create `directory` if needed and check that files can be created in it, so that errors come before long work.
 

@@ -14,7 +14,7 @@ from typing import Any
 from batchnorm import env
 from batchnorm.bench.case import CACHES
 from batchnorm.errors import InputError
-from batchnorm.files import read_json, spelled
+from batchnorm.files import plain, read_json
 
 SCHEMA = 1
 UNITS = {"us": 1e6, "ms": 1e3}  # in a second
@@ -95,14 +95,7 @@ def circumstances() -> dict[str, Any]:
 
 def to_dict(rows: Sequence[Row], command: str) -> dict[str, object]:
     """The rows as plain data for JSON, with the command that reproduces them; an infinite error is the text "inf"."""
-    return {
-        "schema": SCHEMA,
-        "command": command,
-        "rows": [
-            {name: spelled(value) if isinstance(value, float) else value for name, value in asdict(row).items()}
-            for row in rows
-        ],
-    }
+    return {"schema": SCHEMA, "command": command, "rows": [plain(asdict(row)) for row in rows]}
 
 
 def load(path: Path) -> list[Row]:

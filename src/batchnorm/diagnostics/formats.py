@@ -8,7 +8,7 @@ from typing import Any
 
 from batchnorm.diagnostics.finding import Finding
 from batchnorm.diagnostics.rule import Rule
-from batchnorm.files import spelled
+from batchnorm.files import plain
 from batchnorm.version import __version__
 
 SCHEMA = 1  # of the JSON; it rises if a field changes its meaning or goes
@@ -59,7 +59,7 @@ def to_data(
                 "code": each.code,
                 "severity": each.severity,
                 "layers": list(each.layers),
-                "evidence": {name: _plain(value) for name, value in each.evidence.items()},
+                "evidence": {name: plain(value) for name, value in each.evidence.items()},
                 "message": each.message,
                 "remedy": each.remedy,
                 "with_torch": each.with_torch,
@@ -68,18 +68,10 @@ def to_data(
             }
             for each in findings
         ],
-        "layers": {name: {key: _plain(value) for key, value in row.items()} for name, row in layers.items()},
+        "layers": {name: {key: plain(value) for key, value in row.items()} for name, row in layers.items()},
         "not_asked": list(not_asked),
         "in_place": in_place,
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return spelled(value) if isinstance(value, float) else value
 
 
 def to_sarif(findings: Sequence[Finding], rules: Sequence[Rule]) -> dict[str, Any]:
@@ -122,7 +114,7 @@ def to_sarif(findings: Sequence[Finding], rules: Sequence[Rule]) -> dict[str, An
                             }
                             for layer in each.layers
                         ],
-                        "properties": {name: _plain(value) for name, value in each.evidence.items()},
+                        "properties": {name: plain(value) for name, value in each.evidence.items()},
                     }
                     for each in findings
                 ],
