@@ -245,10 +245,10 @@ def test_compiled_code_compares_no_two_objects(training):
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("samples", [8, 2000])
-def test_a_batch_that_is_not_finite_is_skipped_and_counted(samples):
-    layer, plain = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    x = torch.randn(samples, 3)
+@pytest.mark.parametrize("shape", [(8, 3), (2000, 3), (8, 40)])
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(shape):
+    layer, plain = bn.BatchNorm1d(shape[1]), nn.BatchNorm1d(shape[1])
+    x = torch.randn(shape)
     layer(x), plain(x)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     before = [buffer.clone() for buffer in layer.buffers()]
@@ -261,9 +261,10 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(samples):
 
 
 @pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("channels", [3, 40])
 @pytest.mark.parametrize("large", [torch.inf, 1e30])
-def test_a_batch_whose_variance_overflows_is_skipped_and_counted(large):
-    layer, x = bn.BatchNorm1d(3), torch.randn(80, 3)
+def test_a_batch_whose_variance_overflows_is_skipped_and_counted(large, channels):
+    layer, x = bn.BatchNorm1d(channels), torch.randn(80, channels)
     before = [buffer.clone() for buffer in layer.buffers()]
     layer(x.masked_fill(x > 1, large))
     assert all(map(torch.equal, before, layer.buffers()))
@@ -271,9 +272,10 @@ def test_a_batch_whose_variance_overflows_is_skipped_and_counted(large):
 
 
 @pytest.mark.usefixtures("forced")
-def test_a_variance_whose_square_overflows_is_finite():
-    layer, plain = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    x = torch.randn(80, 3) * 1e12
+@pytest.mark.parametrize("channels", [3, 40])
+def test_a_variance_whose_square_overflows_is_finite(channels):
+    layer, plain = bn.BatchNorm1d(channels), nn.BatchNorm1d(channels)
+    x = torch.randn(80, channels) * 1e12
     layer(x), plain(x)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     assert (layer.num_nonfinite_batches, layer.num_batches_tracked) == (0, 1)

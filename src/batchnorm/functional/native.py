@@ -52,7 +52,7 @@ def _train_on_cpu(
     """Torch updates the running statistics. If the variance is not finite then, they are put back, and the general path takes the call.
 
     A mean beyond the dtype of the statistics comes with such a variance. They are put back without a new version: an earlier graph holds
-    them, but does not use them. A small x feels each operation, so one copies both, and the fastest that sees all variances looks at them.
+    them, but does not use them. A small x feels each operation, so one at most copies both, and the fastest that sees all variances looks.
     """
     (mean, variance, batches, _), (momentum, unbiased, skip_nonfinite) = running, update
     if not (unbiased and isinstance(momentum, float) and _fits_cpu(x, weight, bias, mean, variance)):
@@ -61,17 +61,30 @@ def _train_on_cpu(
         return None
     if recomputing():
         return _by_torch(x, weight, bias, mean.clone(), variance.clone(), True, momentum, eps)
-    before = torch.cat((mean, variance)) if skip_nonfinite else None
+    before = _copied(mean, variance) if skip_nonfinite else None
     y = _by_torch(x, weight, bias, mean, variance, True, momentum, eps)
     if y is None:
         return None
-    if before is not None and not math.isfinite(variance.max().item()):
-        mean.data.copy_(before[: len(mean)])
-        variance.data.copy_(before[len(mean) :])
+    if before is not None and not _is_finite(variance):
+        saved = torch.as_tensor(before, dtype=mean.dtype).view(2, -1)
+        mean.data.copy_(saved[0])
+        variance.data.copy_(saved[1])
         return None
     if batches is not None:
         batches.add_(1)
     return y
+
+
+def _copied(mean: Tensor, variance: Tensor) -> Tensor | list[float]:
+    """The values of both, one after the other."""
+    if mean.shape[0] <= _FEW:
+        return mean.tolist() + variance.tolist()
+    return torch.cat((mean, variance))
+
+
+def _is_finite(variance: Tensor) -> bool:
+    """Whether all these values, none negative, are finite."""
+    return math.isfinite(sum(variance.tolist()) if variance.shape[0] <= _FEW else variance.max().item())
 
 
 def _by_torch(
@@ -219,6 +232,7 @@ def _fits_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
 
 
 _LARGE = 2**16  # values of x
+_FEW = 32  # channels, whose values as Python's numbers cost less than an operation of torch
 
 # The dtype in which torch computes, by that of the input.
 WIDE = {
