@@ -336,18 +336,48 @@ class TestCommand:
     @pytest.mark.parametrize("slower", [True, False])
     @pytest.mark.parametrize("through", suite.THROUGH[:2])
     def test_a_layer_that_seems_slower_is_measured_again(self, through, slower, monkeypatch):
-        calls = list[int]()
+        calls, instances = list[int](), set[object]()
 
         def samples(timed, effort, *_):
             calls.append(effort.least)
+            instances.update(timed.values())
             return {name: [2.0 if slower and name == "ours" else 1.0] * effort.least for name in timed}
 
         monkeypatch.setattr(run.device, "samples", samples)
         one = case(layer=Layer((4, 3)), through=through)
         rows = next(run.run([one], providers.find(["copy", "eager", "ours"]), 0.0, 5))
         again = slower and through == "layer"
-        assert calls == ([5, 20] if again else [5])
+        assert calls == [5] * (5 if again else 1)
+        assert len(instances) == 3 * len(calls)
         assert [row.rounds for row in rows] == [25 if again else 5] * 3
+
+    def test_layers_of_torch_are_compared_with_themselves(self, monkeypatch):
+        def samples(timed, effort, *_):
+            return {name: [1.25 if name == "eager again" else 1.0] * effort.least for name in timed}
+
+        monkeypatch.setattr(run.device, "samples", samples)
+        chosen = providers.find(["ours", "eager again"])
+        arguments = [case(layer=Layer((4, 3)), through="layer")], chosen, 0.0, 5
+        (summary,) = targets.summarize(next(run.run(*arguments)))
+        assert (summary.worst, summary.below, summary.itself) == (1.0, 0, (0.8, 1))
+        assert "eager again" not in summary.faster
+
+    @pytest.mark.parametrize(("itself", "verdict"), [(0.8, "too noisy"), (0.92, "missed")])
+    def test_no_verdict_within_what_torchs_layers_differ_from_themselves(self, itself, verdict):
+        times = {"copy": 1.0, "eager": 0.9, "eager again": 0.9 / itself, "ours": 1.0}
+        one = case(layer=Layer((4, 3)), through="layer")
+        found = run.rows(
+            one, {name: [time] * 5 for name, time in times.items()}, dict.fromkeys(times), dict.fromkeys(times)
+        )
+        (summary,) = targets.summarize(found)
+        assert (summary.verdict, summary.below) == (verdict, 1)
+
+    def test_layers_may_be_compared_compiled_alone(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        arguments = ("--layout", "channels_last", "--threads", "1", "--minutes", 0, "--direction", "inference")
+        result = call("--suite", "tiny", "--quick", *arguments, "--provider", "compile,compile ours,compile again")
+        assert result.exit_code == 0, result.output
+        assert "geometric means" in result.stdout
 
     def test_compile_is_compared_if_asked(self, small, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)

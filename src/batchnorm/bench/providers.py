@@ -59,7 +59,8 @@ class Copy:
 class Eager:
     """Plain torch, with residual and activation in place if autograd allows."""
 
-    name = "eager"
+    def __init__(self, name: str = "eager") -> None:
+        self.name = name
 
     def refuses(self, case: Case) -> str | None:  # noqa: ARG002 (the protocol's signature)
         return None
@@ -165,7 +166,9 @@ def _padding(case: Case) -> Tensor:
 PROVIDERS: tuple[Provider, ...] = (
     Copy(),
     Eager(),
+    Eager("eager again"),  # the same as another instance, as "compile again": how much a ratio can tell
     Compile("compile", ours=False),
+    Compile("compile again", ours=False),
     OneDNN(),
     Ours(),
     Compile("compile ours", ours=True),

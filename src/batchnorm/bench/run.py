@@ -16,10 +16,10 @@ from batchnorm.bench.accuracy import Exact
 from batchnorm.bench.case import Case, Tensors, tensors
 from batchnorm.bench.providers import SOURCES, Compile, Provider, Timed
 from batchnorm.bench.row import UNITS, Row, circumstances
-from batchnorm.bench.targets import TINY
+from batchnorm.bench.targets import COMPARED, TINY
 from batchnorm.measure import Effort, digits, percentile
 
-CONFIRMING = 4  # times as many rounds for a layer that seems slower than torch's
+CONFIRMING = 4  # times more, each with other instances, for a layer that seems slower than torch's
 MICROSECONDS_BELOW = 64 * 1024  # bytes: smaller tensors are timed in microseconds, larger ones in milliseconds
 
 
@@ -27,7 +27,8 @@ def run(cases: Sequence[Case], providers: Sequence[Provider], seconds: float, le
     """Measure each case and yield its rows, one per provider that accepts it; about `seconds` for all.
 
     Every case gets an equal share of the remaining time, but at least `least` rounds, so large cases with slow providers can take longer.
-    A layer that seems slower than torch's gets four times as many rounds more: of thousands of cases some are disturbed.
+    A layer that seems slower than torch's is measured four times more, each time with other instances of all: of thousands of cases some
+    are disturbed, and two instances of the same layer differ by where they lie in memory.
     """
     deadline = time.perf_counter() + seconds
     for _, alike in groupby(enumerate(cases), key=lambda numbered: _same_tensors(numbered[1])):
@@ -72,32 +73,38 @@ def _measure(
 ) -> list[Row]:
     """Measure one case; `peaks`, by outputs and provider, are reused for other numbers of threads."""
     start = time.perf_counter()
-    if any(isinstance(provider, Compile) for provider in providers):
-        torch.compiler.reset()  # after 8 shapes a function would no longer be compiled
-    timed, errors = dict[str, Timed](), dict[str, float | None]()
+    providers = [provider for provider in providers if provider.refuses(case) is None]
+    errors = dict[str, float | None]()
     with torch.set_grad_enabled(case.needs_grad):
+        timed = _prepared(case, given, providers)
         for provider in providers:
-            if provider.refuses(case) is not None:
-                continue
-            name = provider.name
-            function = timed[name] = provider.prepare(case, given)
+            name, function = provider.name, timed[provider.name]
             errors[name] = None if name == "copy" or provider in SOURCES else exact.error(function()[0])
             if (case.outputs, name) not in peaks:
                 peaks[case.outputs, name] = device.peak_bytes(function, case.device)
         left = replace(effort, seconds=effort.seconds - (time.perf_counter() - start))
         samples = device.samples(timed, left, case.device, case.outputs, case.threads)
         if case.through == "layer" and _seems_slower(samples):
-            rounds = CONFIRMING * len(samples["eager"])
-            more = device.samples(timed, Effort(0.0, rounds), case.device, case.outputs, case.threads)
-            samples = {name: values + more[name] for name, values in samples.items()}
+            rounds = len(samples["eager"])
+            for _ in range(CONFIRMING):
+                timed = _prepared(case, given, providers)
+                more = device.samples(timed, Effort(0.0, rounds), case.device, case.outputs, case.threads)
+                samples = {name: values + more[name] for name, values in samples.items()}
     return rows(case, samples, errors, {name: peaks[case.outputs, name] for name in samples})
 
 
+def _prepared(case: Case, given: Tensors, providers: Sequence[Provider]) -> dict[str, Timed]:
+    """The functions to time, by provider."""
+    if any(isinstance(provider, Compile) for provider in providers):
+        torch.compiler.reset()  # after 8 shapes a function would no longer be compiled
+    return {provider.name: provider.prepare(case, given) for provider in providers}
+
+
 def _seems_slower(samples: Mapping[str, list[float]]) -> bool:
-    """Whether our layer took longer than torch's, or both did compiled."""
+    """Whether our layer took longer than torch's, or one instance of torch's longer than another, eager or compiled."""
     median = {name: percentile(values, 50) for name, values in samples.items()}
-    pairs = (("eager", "ours"), ("compile", "compile ours"))
-    return any(median[theirs] < TINY * median[own] for theirs, own in pairs if {theirs, own} <= median.keys())
+    pairs = ((name, other) for name, others in COMPARED.items() for other in others)
+    return any(median[name] < TINY * median[other] for name, other in pairs if {name, other} <= median.keys())
 
 
 def rows(

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from batchnorm.bench.row import Row, memory, threads
-from batchnorm.bench.targets import LARGE, Summary
+from batchnorm.bench.targets import LARGE, TINY, Summary
 
 MISSING = "–"
 
@@ -53,7 +53,7 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
     for (title, layers), members in groups.items():
         which = "all shapes" if layers else f"shapes above {LARGE // 2**20} MB"
         others = list(dict.fromkeys(name for summary in members for name in summary.faster))
-        measures = ["worst\nvs eager"] if layers else ["ours\n/ limit"]
+        measures = ["worst\nvs torch", f"below\n{TINY:.2f}", "torch against\nitself"] if layers else ["ours\n/ limit"]
         columns = ["", "", "", *measures, *(f"ours\nvs {name}" for name in others), ""]
         table = _table(f"{title}\ngeometric means over {which}, weighted by layers (targets in brackets)", columns)
         for summary in members:
@@ -61,9 +61,9 @@ def summary_tables(summaries: Sequence[Summary]) -> Iterator[Table]:
             where = (group.direction, group.layout, group.epilogue)
             if layers:
                 wanted = f" (≥{target.eager:.2f})" if target and target.eager else ""
-                table.add_row(
-                    *where, _faster(summary.worst) + wanted, *map(_faster, summary.faster.values()), summary.verdict
-                )
+                itself = MISSING if summary.itself is None else "{:.2f}x, {}".format(*summary.itself)
+                counts = [f"{_faster(summary.worst)}{wanted}", f"{summary.below} of {summary.shapes}", itself]
+                table.add_row(*where, *counts, *map(_faster, summary.faster.values()), summary.verdict)
                 continue
             bound = f" (≤{target.limit:g})" if target and target.limit else ""
             factors = (_with_target(summary.faster.get(name), getattr(target, name, None)) for name in others)

@@ -108,7 +108,8 @@ def _summary(title: str, summaries: Sequence[Summary]) -> str:
             factor = summary.faster.get(name)
             factors.append("–" if factor is None else f"{factor:.2f}×" + (f" (≥\u00a0{wanted:.3g})" if wanted else ""))
         verdict = {"held": "✓ held", "missed": "✗ missed", "too noisy": "? too noisy", "": ""}[summary.verdict]
-        return [f"{summary.ratio_to_limit['ours']:.2f}{bound}", *factors, verdict]
+        limit = summary.ratio_to_limit.get("ours")
+        return ["–" if limit is None else f"{limit:.2f}{bound}", *factors, verdict]
 
     columns = ["ours / limit", *(f"ours vs {name}" for name in others), "verdict"]
     named = ((summary.group, cells(summary)) for summary in summaries)
