@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 import signal
-import threading
 import time
 
 import pytest
@@ -18,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import ReplicaError, StateError
-from batchnorm.functional import recompute
 from tests.replicas import impatient, on_replicas
 
 SPLITS = {2: [(3, 5), (7, 1), (0, 8)], 4: [(2, 2, 2, 2), (1, 4, 0, 3), (0, 0, 0, 8)]}
@@ -233,66 +231,3 @@ def test_a_layer_left_out_is_an_error_within_the_timeout():
 def test_synchronizing_needs_a_process_group():
     with pytest.raises(StateError, match="initialized"):
         bn.synchronize(nn.Sequential(nn.BatchNorm1d(3)))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_running_statistics_move_once_under_checkpoint(reentrant, compiled):
-    plain, layer = bn.BatchNorm1d(3, activation="silu"), bn.BatchNorm1d(3, activation="silu")
-    x = torch.randn(8, 3)
-    plain(x)
-    called = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-    checkpoint(called, x.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
-    for wanted, found in zip(plain.buffers(), layer.buffers(), strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
-def test_whether_it_is_a_recomputation_can_be_said():
-    layer = bn.BatchNorm1d(3)
-    with bn.recomputation():
-        layer(torch.randn(4, 3))
-    assert layer.num_batches_tracked == 0
-    x = torch.randn(4, 3, requires_grad=True)
-
-    def hook(grad):
-        with bn.recomputation(False):
-            layer(x.detach())
-        return grad
-
-    x.register_hook(hook)
-    x.sum().backward()
-    assert layer.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize("ask_now", [recompute.recomputing_now, recompute._recomputing], ids=["operator", "in Python"])
-def test_compiled_code_asks_the_same(ask_now):
-    """The C++ library answers where it is, Python elsewhere."""
-    found, other = [], []
-
-    def ask(answers=found):
-        now = ask_now(torch.zeros(3))
-        assert (now.shape, now.dtype) == ((), torch.bool)
-        assert now.item() is recompute.recomputing()
-        answers.append(now.item())
-
-    def hook(grad):
-        ask()
-        with bn.recomputation(False):
-            ask()
-        thread = threading.Thread(target=ask, args=(other,))
-        thread.start()
-        thread.join()
-        return grad
-
-    ask()
-    with bn.recomputation():
-        ask()
-        with bn.recomputation(False):
-            ask()
-        ask()
-    ask()
-    x = torch.zeros((), requires_grad=True)
-    x.register_hook(hook)
-    x.backward()
-    assert found == [False, True, False, True, False, True, False]
-    assert other == [False]

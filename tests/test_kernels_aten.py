@@ -166,7 +166,7 @@ def generated(model: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], li
 
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "channels_last"])
 def test_a_compiled_step_is_that_of_torch(last):
-    """As many kernels, no copy of a layout around them; beside them each layer's question whether it is a recomputation."""
+    """As many kernels, no copy of a layout around them, and no operator beside them."""
     torchs = network()
     ours = bn.convert(copy.deepcopy(torchs))
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -175,8 +175,7 @@ def test_a_compiled_step_is_that_of_torch(last):
     assert len(code) == len(theirs) == 2
     for one, other in zip(code, theirs, strict=True):
         assert len(re.findall(r"^ +cpp_fused\w*\(", one, re.M)) == len(re.findall(r"^ +cpp_fused\w*\(", other, re.M))
-    calls = re.findall(r"= torch\.ops\.batchnorm\.(\w+)", "".join(code))
-    assert calls == ["recomputing"] * 2  # layers
+    assert "torch.ops.batchnorm" not in "".join(code)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     for name, buffer in torchs.named_buffers():

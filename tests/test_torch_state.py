@@ -152,6 +152,33 @@ def test_marks_for_the_compiler_are_those_it_sets_itself(public):
     assert tensor._dynamo_static_input_type in ("unguarded", "guarded")
 
 
+def told():
+    return _told[-1]
+
+
+_told = [1]
+
+
+@torch_state.constant_while_compiling
+def told_while_compiled():
+    return told() if torch_state.checked_by_compiled_code(told) else None
+
+
+def test_compiled_code_checks_a_function():
+    """It is compiled again when the function returns something else."""
+
+    @torch.compile(backend="eager")
+    def function(x):
+        return x + told_while_compiled()
+
+    found = []
+    for value in (1, 2, 1):
+        _told.append(value)
+        found.append(function(torch.zeros(())).item())
+    assert found == [1, 2, 1]
+    assert not torch_state.checked_by_compiled_code(told)  # nothing is compiled
+
+
 class Remembering(torch.nn.Module):
     def forward(self, x):
         return x + self.memory.sum()

@@ -8,6 +8,7 @@ subclasses and copies of modules have to know anyway, and what one experiment of
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd import Variable, forward_ad
 
 __all__ = [
     "RecordedLinear",
+    "checked_by_compiled_code",
     "compiler_is_loaded",
     "constant_while_compiling",
     "differentiated_by_torch",
@@ -123,6 +125,27 @@ def constant_while_compiling(function: Any) -> Any:
     """`torch.compiler.assume_constant_result` without loading the compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+def checked_by_compiled_code(function: Callable[[], object]) -> bool:
+    """Make the code that is compiled now check before each call that a module's function still returns what it returns now.
+
+    Compiled code checks so for functions of torch, such as `torch.cuda.current_device`. It must be called in a function that is
+    `constant_while_compiling`. False if nothing is compiled, or this torch does not have it.
+    """
+    if not compiler_is_loaded():
+        return False
+    try:
+        from torch._dynamo.guards import GuardBuilder, install_guard
+        from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        module = InstructionTranslator.current_tx().import_source(function.__module__)
+        result = CallFunctionNoArgsSource(AttrSource(module, function.__name__))
+        install_guard(result.make_guard(GuardBuilder.EQUALS_MATCH))
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def static_while_compiling(cls: Module) -> Module:

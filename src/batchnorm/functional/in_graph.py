@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional.native import WIDE, accepts, train_and_update
+from batchnorm.functional.recompute import as_tensor, recomputing_while_compiled
 from batchnorm.kernels import Activation, Running, Update
 from batchnorm.torch_state import takes_plain_operations
 from batchnorm.version import __version__
@@ -25,7 +26,7 @@ _EPILOGUE = "Tensor? residual, str? activation, float slope"
 torch.library.define(
     f"batchnorm::train_in_graph.{_OVERLOAD}",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
-    f"Tensor(d!)? skipped, float momentum, bool unbiased, bool skip_nonfinite, float eps, {_EPILOGUE}) -> Tensor",
+    f"Tensor(d!)? skipped, float momentum, bool unbiased, bool skip_nonfinite, float eps, {_EPILOGUE}, bool? again) -> Tensor",
 )
 torch.library.define(
     f"batchnorm::infer_in_graph.{_OVERLOAD}",
@@ -35,10 +36,9 @@ torch.library.define(
 
 @torch.library.impl(f"batchnorm::train_in_graph.{_OVERLOAD}", "CompositeImplicitAutograd")
 def _train(x: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any) -> Tensor:
-    *running, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope = arguments
-    # About an argument: a tensor beside them would be checked at each call.
-    again = torch.ops.batchnorm.recomputing.default(running[0])
-    update = Update(momentum, unbiased, skip_nonfinite, again)
+    *running, momentum, unbiased, skip_nonfinite, eps, residual, activation, slope, again = arguments
+    unless = as_tensor(again, running[0])  # a tensor beside the arguments would be checked at each call
+    update = Update(momentum, unbiased, skip_nonfinite, unless)
     # Two tensors: halves of one would be selected at each use.
     zeros = [x.new_zeros(x.shape[1], dtype=WIDE[x.dtype]) for _ in range(2)]
     y = train_and_update(x, weight, bias, eps, zeros, Running(*running), update)
@@ -88,7 +88,7 @@ def train(
     if not eps > 0.0 or x.numel() < 2 * x.shape[1]:
         return None
     name, slope = (None, 0.0) if activation is None else (activation.name, activation.negative_slope)
-    return _TRAIN(x, weight, bias, *running, *update, residual, name, slope)
+    return _TRAIN(x, weight, bias, *running, *update, residual, name, slope, recomputing_while_compiled())
 
 
 def infer(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import cpu
-from batchnorm.torch_state import graph_task, saved_tensors_hooks
+from batchnorm.torch_state import checked_by_compiled_code, constant_while_compiling, graph_task, saved_tensors_hooks
 
 
 class _Said(threading.local):
@@ -55,9 +55,21 @@ def _say(active: bool | None) -> None:
     cpu.say_recomputation(active)
 
 
-# The same for compiled code, which a checkpoint may call: as an operator, it is evaluated at each call. It takes a tensor because
-# compilers evaluate an operator without inputs only once. For tensors on the CPU the C++ library has it, csrc/torch/recompute.h: a call of
-# Python takes as long as the normalization of a small tensor.
+@constant_while_compiling
+def recomputing_while_compiled() -> bool | None:
+    """`recomputing`, as a constant that the code which is compiled now checks before each call; None if it has to ask by the operator.
+
+    If it changes, the code is compiled again. A checkpoint that intercepts saved tensors calls the same code for the forward and for the
+    recomputation, and there it would be compiled twice.
+    """
+    if saved_tensors_hooks() is not None or not checked_by_compiled_code(recomputing):
+        return None
+    return recomputing()
+
+
+# The same as an operator, evaluated at each call of compiled code. It takes a tensor because compilers evaluate an operator without inputs
+# only once. For tensors on the CPU the C++ library has it, csrc/torch/recompute.h: a call of Python takes as long as the normalization of
+# a small tensor.
 torch.library.define("batchnorm::recomputing", "(Tensor like) -> Tensor")
 
 
@@ -77,5 +89,15 @@ _ON_CPU = torch.zeros(())  # no slice of `torch.vmap`, to which the operator wou
 
 
 def recomputing_now(like: Tensor) -> Tensor:
-    """`recomputing` as a 0-d bool on the device of `like`, evaluated at each call of compiled code too."""
-    return torch.ops.batchnorm.recomputing.default(_ON_CPU if like.is_cpu else like)
+    """`recomputing` as a 0-d bool on the device of `like`, right at each call of compiled code too."""
+    return as_tensor(recomputing_while_compiled(), _ON_CPU if like.is_cpu else like)
+
+
+def as_tensor(again: bool | None, like: Tensor) -> Tensor:
+    """What `recomputing_while_compiled` returned as a 0-d bool on the device of `like`.
+
+    Also if it is a constant, so that the code of a forward and that of its recomputation save the same tensors for the backward.
+    """
+    if again is None:
+        return torch.ops.batchnorm.recomputing.default(like)
+    return torch.full((), again, dtype=torch.bool, device=like.device)

@@ -1,0 +1,121 @@
+"""Recomputations: a forward that activation checkpointing runs again in the backward updates nothing again, eager or compiled."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm as bn
+from batchnorm.functional import recompute
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_statistics_move_once_under_checkpoint(reentrant, compiled):
+    plain, layer = bn.BatchNorm1d(3, activation="silu"), bn.BatchNorm1d(3, activation="silu")
+    x = torch.randn(8, 3)
+    plain(x)
+    called = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    checkpoint(called, x.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
+    for wanted, found in zip(plain.buffers(), layer.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("reentrant", "before", "graphs"), [(False, False, 1), (True, False, 2), (False, True, 1), (True, True, 2)]
+)
+def test_how_often_a_checkpointed_layer_is_compiled(reentrant, before, graphs, inside):
+    """A reentrant checkpoint runs the forward without gradients; code that ran before one is compiled again for the recomputation."""
+    compiled = []
+
+    def compiler(graph, _):
+        compiled.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=lambda graph, _: make_boxed_func(graph.forward))
+    plain, layer = bn.BatchNorm1d(3), bn.BatchNorm1d(3)
+    x = torch.randn(8, 3)
+    called = torch.compile(layer, backend=backend)
+    if before:
+        plain(x)
+        called(x.clone().requires_grad_()).sum().backward()
+    compiled.clear()
+    run = partial(checkpoint, layer if inside else called, use_reentrant=reentrant)
+    run = torch.compile(run, backend=backend) if inside else run
+    for _ in range(3):
+        plain(x)
+        run(x.clone().requires_grad_()).sum().backward()
+    assert len(compiled) == (1 if inside else graphs)
+    for wanted, found in zip(plain.buffers(), layer.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_compiled_code_goes_by_what_is_said():
+    layer = bn.BatchNorm1d(3)
+    called, x = torch.compile(layer, backend="aot_eager"), torch.randn(8, 3)
+    seen = []
+    for said in (None, True, False, True, None):
+        with nullcontext() if said is None else bn.recomputation(said):
+            called(x)
+        seen.append(layer.num_batches_tracked.item())
+    assert seen == [1, 1, 2, 2, 3]
+
+
+def test_whether_it_is_a_recomputation_can_be_said():
+    layer = bn.BatchNorm1d(3)
+    with bn.recomputation():
+        layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 0
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def hook(grad):
+        with bn.recomputation(False):
+            layer(x.detach())
+        return grad
+
+    x.register_hook(hook)
+    x.sum().backward()
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("ask_now", [recompute.recomputing_now, recompute._recomputing], ids=["operator", "in Python"])
+def test_compiled_code_asks_the_same(ask_now):
+    """The C++ library answers where it is, Python elsewhere."""
+    found, other = [], []
+
+    def ask(answers=found):
+        now = ask_now(torch.zeros(3))
+        assert (now.shape, now.dtype) == ((), torch.bool)
+        assert now.item() is recompute.recomputing()
+        answers.append(now.item())
+
+    def hook(grad):
+        ask()
+        with bn.recomputation(False):
+            ask()
+        thread = threading.Thread(target=ask, args=(other,))
+        thread.start()
+        thread.join()
+        return grad
+
+    ask()
+    with bn.recomputation():
+        ask()
+        with bn.recomputation(False):
+            ask()
+        ask()
+    ask()
+    x = torch.zeros((), requires_grad=True)
+    x.register_hook(hook)
+    x.backward()
+    assert found == [False, True, False, True, False, True, False]
+    assert other == [False]
