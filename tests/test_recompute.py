@@ -59,6 +59,26 @@ def test_how_often_a_checkpointed_layer_is_compiled(reentrant, before, graphs, i
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+def test_under_compiled_autograd(reentrant):
+    torch._dynamo.reset()
+    plain, layer = bn.BatchNorm1d(3), bn.BatchNorm1d(3)
+    called = torch.compile(layer, backend="aot_eager")
+
+    @torch.compile(backend="aot_eager")
+    def backward(y):
+        y.sum().backward()
+
+    x = torch.randn(8, 3)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        for _ in range(2):
+            plain(x)
+            backward(checkpoint(called, x.clone().requires_grad_(), use_reentrant=reentrant))
+    for wanted, found in zip(plain.buffers(), layer.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_compiled_code_goes_by_what_is_said():
     layer = bn.BatchNorm1d(3)
     called, x = torch.compile(layer, backend="aot_eager"), torch.randn(8, 3)
