@@ -249,6 +249,13 @@ def test_the_table_of_first_claims_has_the_verdicts_of_today():
     } == counted
 
 
+@pytest.mark.parametrize("name", script("benchmarks/never_slower.py").FILES)
+def test_the_tables_of_layers_are_what_the_rows_say(name):
+    """Make them again with: python benchmarks/never_slower.py"""
+    table = script("benchmarks/never_slower.py").table(ROOT / "benchmarks" / "results" / f"{name}.csv")
+    assert "\n".join(table) in (ROOT / "docs" / "kernels.md").read_text()
+
+
 def test_the_page_of_models_is_what_the_rows_say():
     """Make it again with: make models"""
     models = script("benchmarks/models.py")
