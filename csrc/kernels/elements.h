@@ -212,6 +212,7 @@ template <class E>
 struct NormalizeMap {
     static constexpr bool has_mask = E::has_mask, writes_two = false;
     static constexpr int together = E::Activation::together, unrolled = unrolled_in_maps<E>;
+    static constexpr bool by_rows = vector_bytes == 32 && sizeof(typename E::T::Element) == sizeof(float) && together == 1;
     const E elements;
 
     static NormalizeMap of(const Task& task) { return {E(task)}; }
@@ -234,7 +235,7 @@ struct NormalizeMap {
 
 template <class E>
 struct InputGradMap {
-    static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual;
+    static constexpr bool has_mask = E::has_mask, writes_two = E::has_residual, by_rows = false;
     static constexpr int together = E::Activation::together, unrolled = unrolled_in_maps<E>;
     const E elements;
 

@@ -16,6 +16,19 @@ struct Avx2 : Generic<Avx2> {
         const __m256i words = bits_as<__m256i>(values);
         return bits_as<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
+    // A shuffle moves the halves to where they belong in both directions: with widening and narrowing of integers it is a shift more each
+    // way, and those wait for the shuffles' units.
+    static INLINE Floats widen_bfloat16(Halves halves) {
+        const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                                -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+        return bits_as<Floats>(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bits_as<__m128i>(halves)), places));
+    }
+    static INLINE Halves narrow_to_bfloat16(Floats values) {
+        const __m256i places = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                                2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+        const __m256i halves = _mm256_shuffle_epi8(bits_as<__m256i>(rounded_to_bfloat16(values)), places);
+        return bits_as<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000)));
+    }
     static INLINE Ints widen(BytePerFloat values) {
         return bits_as<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(values))));
     }

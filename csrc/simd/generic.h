@@ -72,9 +72,11 @@ struct Generic {
     // bfloat16 is the upper half of a float32, rounded to nearest even. No carry reaches the upper half of a NaN, since the lower is 0: the
     // processor's own NaN is so, and arithmetic keeps that of an operand, which is bfloat16 or a channel's number (channels.h).
     static INLINE Floats widen_bfloat16(Halves halves) { return bits_as<Floats>(Target::widen(halves) << 16); }
-    static INLINE Halves narrow_to_bfloat16(Floats values) {
+    static INLINE Halves narrow_to_bfloat16(Floats values) { return Target::narrow(rounded_to_bfloat16(values) >> 16); }
+    // The upper halves are the result.
+    static INLINE Words rounded_to_bfloat16(Floats values) {
         const Words bits = bits_as<Words>(values);
-        return Target::narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+        return bits + 0x7fffu + ((bits >> 16) & 1u);
     }
 
     // IEEE binary16: instructions where there are some, otherwise bits (after F. Giesen, "Float->half variants", public domain).
