@@ -1,11 +1,11 @@
-"""What an autograd node in Python costs a tiny layer: the reason why the tiniest training steps are slower than torch's.
+"""What an autograd node in Python costs a tiny layer: the reason why a node of torch's own records a small training step.
 
     python benchmarks/node_cost.py    # ten seconds on one core; prints the table, writes the rows
 
 Each arm is a training step of a layer, forward and backward, on a tensor of `SHAPE`: torch's layer; ours; ours without the look at
-whether the batch is finite; and torch's own operators within a node in Python, the least that a layer outside torch's C++ can take if it
-does torch's work. Without the C++ library ours is torch's operator in torch's node, and the look is what it takes more. Arms take turns;
-times are of this thread alone.
+whether the batch is finite; ours recorded by our node in Python, as large tensors are; and torch's own operators within such a node.
+Without the C++ library ours is torch's operator in torch's node, and the look is what it takes more. Arms take turns; times are of this
+thread alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 import rows
 from batchnorm import env
+from batchnorm.functional import fast_path
 
 RESULTS = Path(__file__).parent / "results" / "node_cost.csv"
 SHAPE = (2, 4, 3, 3)
@@ -70,6 +71,17 @@ class NodeInPython(torch.autograd.Function):
         return (*found, None, None)
 
 
+class OursWithNodeInPython(bn.BatchNorm2d):
+    """Our layer with the node of large tensors."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        most, fast_path.MOST_IN_TORCHS_NODE = fast_path.MOST_IN_TORCHS_NODE, -1
+        try:
+            return super().forward(input)
+        finally:
+            fast_path.MOST_IN_TORCHS_NODE = most
+
+
 class WithNodeInPython(nn.BatchNorm2d):
     """Torch's layer in training, with a node in Python."""
 
@@ -91,6 +103,7 @@ def main() -> None:
         "torch's layer": nn.BatchNorm2d(SHAPE[1]),
         "ours": bn.BatchNorm2d(SHAPE[1]),
         "ours, on_nonfinite='propagate'": bn.BatchNorm2d(SHAPE[1], on_nonfinite="propagate"),
+        "ours, in a node in Python": OursWithNodeInPython(SHAPE[1]),
         "torch's operators in a node in Python": WithNodeInPython(SHAPE[1]),
     }
     times: dict[str, list[float]] = {arm: [] for arm in layers}

@@ -23,6 +23,8 @@ DTYPES = (
     torch.int32,
     torch.complex64,
 )
+IN_FLOAT64 = ("mean", "rstd", "m2", "mean_grad", "mean_grad_xhat", "save_mean", "save_var")
+IN_TORCHS_NODE = ("cudnn_batch_norm", "cudnn_batch_norm_backward")
 SHAPES = (
     (),
     (0,),
@@ -59,7 +61,7 @@ def tensor(chosen: random.Random) -> torch.Tensor:
 
 def fitting(name: str, chosen: random.Random) -> torch.Tensor:
     """What an argument of this name would be in a call that is right: (5, 3, 7), planar, float32."""
-    if name in ("x", "dy", "residual"):
+    if name in ("x", "dy", "residual", "input", "grad_output"):
         return torch.randn(5, 3, 7)
     if name == "mask":
         return torch.rand(5, 1, 7) < 0.7
@@ -71,16 +73,17 @@ def fitting(name: str, chosen: random.Random) -> torch.Tensor:
         return torch.tensor(35.0, dtype=torch.float64)
     if name == "statistics":
         return torch.ones(chosen.choice((2, 4)), 3, dtype=torch.float64)
-    return torch.ones(
-        3, dtype=torch.float64 if name in ("mean", "rstd", "m2", "mean_grad", "mean_grad_xhat") else torch.float32
-    )
+    if name in ("reserve", "reserveSpace"):
+        return torch.ones(4, dtype=torch.float64)
+    return torch.ones(3, dtype=torch.float64 if name in IN_FLOAT64 else torch.float32)
 
 
 def call(number: int) -> bool:
     """One operator with arguments of which some are wrong; whether it ran."""
     chosen = random.Random(number)
     torch.manual_seed(number)
-    operator = getattr(torch.ops.batchnorm, chosen.choice(cpu.OPERATORS)).default
+    name, aten = chosen.choice((*cpu.OPERATORS, *IN_TORCHS_NODE)), torch.ops.aten
+    operator = getattr(aten if name in IN_TORCHS_NODE else torch.ops.batchnorm, name).default
     wrong = chosen.choice((0.0, 0.1, 0.3))
     arguments = []
     for argument in operator._schema.arguments:

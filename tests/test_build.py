@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import kernels  # noqa: E402
 import library_size  # noqa: E402
 
-# An instruction set's build is 400 to 500 KB and some 380 functions; before there was a ceiling it was 2 MB and took five times as long.
-# The operators and the choice of the build are 67 KB and 100 functions.
-MOST_CODE, MOST_FUNCTIONS = 500 * 1024, 400
+# An instruction set's build has on average 500 KB and 330 functions; before there was a ceiling it had 2 MB and took five times as long.
+# The operators and the choice of the build are 78 KB and 100 functions.
+MOST_CODE, MOST_FUNCTIONS = 505 * 1024, 400
 OPERATORS_CODE, OPERATORS_FUNCTIONS = 80 * 1024, 120
 
 

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,13 @@ from tests.budget import assert_same_bits
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 SHAPES = [(2, 4, 3, 3), (1, 3, 5), (9, 33), (4, 1, 7), (40, 6, 12, 13)]
-GENERAL, FAST = Call, StepCall
+GENERAL, FAST, TORCHS_NODE = Call, StepCall, "CudnnBatchNormBackward0"
+
+
+def path_of(y):
+    """How y was computed."""
+    node = y.grad_fn
+    return TORCHS_NODE if node.name() == TORCHS_NODE else type(node.call)
 
 
 def data(shape, dtype=torch.float32, last=False, seed=0):
@@ -45,7 +52,7 @@ def outcome(layer, x, dy, residual=None):
     inputs = [
         value for value in (x, *layer.parameters(), residual) if isinstance(value, torch.Tensor) and value.requires_grad
     ]
-    path = type(y.grad_fn.call) if inputs else None
+    path = path_of(y) if inputs else None
     grads = torch.autograd.grad(y, inputs, dy) if inputs else ()
     skipped = [] if layer.num_nonfinite_batches is None else [layer.num_nonfinite_batches]
     return path, [y.detach(), *grads, *layer.buffers(), *skipped]
@@ -80,8 +87,10 @@ def test_to_the_same_bits(monkeypatch, options, training, last, added):
     for shape, (dtype, own) in product(SHAPES, dtypes):
         make = partial(layer_of, shape[1], training, dtype=own, **options)
         residual = data(shape, dtype, last, seed=2)[0] if added else None
-        (path, found), (other_path, expected) = both_paths(monkeypatch, make, *data(shape, dtype, last), residual)
-        assert (path, other_path) == (FAST, GENERAL)
+        x, dy = data(shape, dtype, last)
+        (path, found), (other_path, expected) = both_paths(monkeypatch, make, x, dy, residual)
+        plain = training and not added and "activation" not in options and options.get("affine", True)
+        assert (path, other_path) == (TORCHS_NODE if plain and x.is_contiguous() else FAST, GENERAL)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.dtype == theirs.dtype
             assert ours.stride() == theirs.stride()
@@ -118,6 +127,23 @@ def test_gradients_of_one_alone(monkeypatch, wanted, activation, training):
         assert_same_bits(path, ours, theirs)
 
 
+@pytest.mark.parametrize("wanted", [("x",), ("x", "weight"), ("x", "bias"), ("weight", "bias")])
+def test_gradients_in_torchs_node(monkeypatch, wanted):
+    x, dy = data((8, 5, 3))
+    x.requires_grad_("x" in wanted)
+
+    def make():
+        layer = layer_of(5)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        return layer
+
+    (path, found), (_, expected) = both_paths(monkeypatch, make, x, dy)
+    assert path == (TORCHS_NODE if "x" in wanted else FAST)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(path, ours, theirs)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_residual_in_any_layout(monkeypatch, activation):
     x, dy = data((8, 5, 4))
@@ -136,7 +162,7 @@ def test_residual_in_any_layout(monkeypatch, activation):
 )
 def test_gradient_in_any_layout(monkeypatch, dy):
     (path, found), (_, expected) = both_paths(monkeypatch, partial(layer_of, 5), data((8, 5, 4))[0], dy)
-    assert path == FAST
+    assert path == TORCHS_NODE
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_bits(path, ours, theirs)
 
@@ -148,7 +174,7 @@ def test_batches_that_are_not_finite(monkeypatch, poison, on_nonfinite):
     with torch.no_grad():
         x[2, 3, 1] = poison
     (path, found), (_, expected) = both_paths(monkeypatch, partial(layer_of, 5, on_nonfinite=on_nonfinite), x, dy)
-    assert path == FAST
+    assert path == TORCHS_NODE
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     *_, moved, skipped = found
@@ -185,32 +211,35 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("case", UNUSUAL)
-def test_what_is_unusual_goes_the_long_way(case):
+def test_what_is_unusual_goes_the_long_way(case, recorded):
     make, x, given = UNUSUAL[case]
-    assert type(make()(x, **given).grad_fn.call) is GENERAL
+    if recorded and x.is_contiguous():
+        x = x.clone().requires_grad_()
+    assert path_of(make()(x, **given)) is GENERAL
 
 
 @pytest.mark.parametrize("case", ["a wider residual", "a mask", "gaps", "wider parameters", "a pruned weight"])
 def test_what_is_unusual_in_inference_goes_the_long_way(case):
     make, x, given = UNUSUAL[case]
-    assert type(make().eval()(x, **given).grad_fn.call) is GENERAL
+    assert path_of(make().eval()(x, **given)) is GENERAL
 
 
 def test_a_frozen_layer_takes_the_fast_path():
     layer = layer_of(3, statistics=bn.statistics.Running())
     before = [value.clone() for value in layer.buffers()]
-    assert type(layer(X).grad_fn.call) is FAST
+    assert path_of(layer(X)) is FAST
     assert all(map(torch.equal, before, layer.buffers()))
 
 
 def test_subclasses_go_the_long_way():
-    assert type(layer_of(3)(X.as_subclass(Tagged)).grad_fn.call) is GENERAL
+    assert path_of(layer_of(3)(X.as_subclass(Tagged))) is GENERAL
 
 
 def test_moved_elsewhere_the_long_way_has_the_word():
     layer = layer_of(3).to("meta")
-    assert type(layer(X.to("meta")).grad_fn.call) is GENERAL
+    assert path_of(layer(X.to("meta"))) is GENERAL
 
 
 @pytest.mark.parametrize(
@@ -224,8 +253,9 @@ def test_refusals_leave_the_buffers_alone(break_it, error):
     layer = layer_of(3)
     before = [value.clone() for value in layer.buffers()]
     break_it(layer)
-    with pytest.raises(error):
-        layer(X)
+    for x in (X, X.clone().requires_grad_()):
+        with pytest.raises(error):
+            layer(x)
     assert all(map(torch.equal, before, layer.buffers()))
 
 
@@ -234,7 +264,7 @@ def test_refusals_leave_the_buffers_alone(break_it, error):
 def test_differentiated_twice(activation, training):
     layer = layer_of(3, training, dtype=torch.float64, activation=activation)
     x, residual = (data((4, 3, 2), torch.float64, seed=seed)[0] for seed in (0, 2))
-    assert type(layer(x, residual=residual).grad_fn.call) is FAST
+    assert path_of(layer(x, residual=residual)) is FAST
 
     def run(x, weight, bias, residual=None):
         layer.weight, layer.bias = None, None
@@ -248,9 +278,27 @@ def test_differentiated_twice(activation, training):
         assert torch.autograd.gradgradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_in_torchs_node_are_as_exact_as_torchs(dtype):
+    def gradients(layer, x, dy):
+        x = x.detach().clone().requires_grad_()
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, dy.to(x.dtype), create_graph=True)
+        return y, torch.autograd.grad(dx.double().square().sum(), (x, layer.weight))
+
+    x, dy = data((16, 5, 8), dtype)
+    _, exact = gradients(nn.BatchNorm1d(5, dtype=torch.float64), x.double(), dy)
+    _, theirs = gradients(nn.BatchNorm1d(5), x, dy)
+    y, ours = gradients(bn.BatchNorm1d(5), x, dy)
+    assert path_of(y) == TORCHS_NODE
+    for found, other, expected in zip(ours, theirs, exact, strict=True):
+        assert (found - expected).abs().max() <= 1.5 * (other - expected).abs().max()
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_a_batch_of_gradients_at_once(training):
-    layer, (x, dy) = layer_of(3, training, activation="silu"), data((4, 3, 2))
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_batch_of_gradients_at_once(activation, training):
+    layer, (x, dy) = layer_of(3, training, activation=activation), data((4, 3, 2))
     y, inputs = layer(x), (x, *layer.parameters())
     many = torch.stack([dy, -2 * dy])
     at_once = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
@@ -264,7 +312,7 @@ def test_what_is_saved(activation):
     kept = list[torch.Tensor]()
     layer = layer_of(3, activation=activation)
     with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
-        layer(X)
+        layer(X)  # which needs no gradient
     x, statistics, *parameters = kept
     assert x.data_ptr() == X.data_ptr()
     assert statistics.shape == (2, 3)
@@ -291,3 +339,75 @@ def test_what_was_changed_in_place_is_refused():
         layer.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(dy)
+
+
+def test_what_torchs_node_saves():
+    kept = list[torch.Tensor]()
+    layer, x = layer_of(3), X.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        assert path_of(layer(x)) == TORCHS_NODE
+    assert [value.shape for value in kept] == [x.shape, (3,), (3,), (3,), (4,)]
+    assert [value.data_ptr() for value in kept[:2]] == [x.data_ptr(), layer.weight.data_ptr()]
+
+
+def test_a_large_tensor_gets_our_node():
+    layer, most = layer_of(2), fast_path.MOST_IN_TORCHS_NODE
+    for rows, path in ((most // 2, TORCHS_NODE), (most // 2 + 1, FAST)):
+        assert path_of(layer(torch.randn(rows, 2, requires_grad=True))) == path
+
+
+def test_images_of_one_channel():
+    """Torch takes those without gaps for channels_last, whose gradients `vmap` cannot copy."""
+    x = data((4, 1, 3, 2), last=True)[0]
+    for image in (x, x.detach().reshape(4, 1, 3, 2).clone().requires_grad_()):
+        y = layer_of(1)(image)
+        torch.autograd.grad(y, image, torch.randn(2, *y.shape), is_grads_batched=True)
+
+
+def test_what_the_update_does_not_take_goes_the_long_way(monkeypatch):
+    def make():
+        layer = layer_of(3)
+        layer.num_batches_tracked = layer.num_batches_tracked.float()
+        return layer
+
+    x, dy = data((8, 3, 5))
+    (path, found), (_, expected) = both_paths(monkeypatch, make, x, dy)
+    assert path == GENERAL
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(path, ours, theirs)
+
+
+def test_under_autocast(monkeypatch):
+    with torch.autocast("cpu"):
+        x, dy = data((8, 5, 3), torch.bfloat16)
+        (path, found), (_, expected) = both_paths(monkeypatch, partial(layer_of, 5), x, dy)
+    assert path == TORCHS_NODE
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(path, ours, theirs)
+
+
+def test_torchs_operator_on_the_cpu_is_for_us_alone():
+    x, weight, running = torch.randn(4, 3), torch.ones(3), torch.zeros(3)
+    for arguments in ((running, running, True), (None, None, False)):
+        with pytest.raises(RuntimeError, match="without running statistics"):
+            torch.cudnn_batch_norm(x, weight, None, *arguments, 0.1, 1e-5)
+
+
+def test_where_another_library_has_those_kernels_ours_is_the_node(monkeypatch):
+    monkeypatch.setattr(cpu, "has_kernel", lambda operator, _: operator == "aten::cudnn_batch_norm_backward")
+    library = SimpleNamespace(
+        batchnorm_of_torchs_node=lambda number: [b"cudnn_batch_norm", b"cudnn_batch_norm_backward", None][number],
+        batchnorm_register_in_torchs_node=pytest.fail,
+    )
+    assert not cpu._joins_torchs_node(library)
+
+
+def test_without_torchs_node(monkeypatch):
+    steps = cpu._STEPS
+    x, dy = data((8, 5, 3))
+    expected = outcome(layer_of(5), x, dy)
+    monkeypatch.setattr(cpu, "_STEPS", steps._replace(training=steps.training._replace(in_torchs_node=None)))
+    found = outcome(layer_of(5), x, dy)
+    assert (expected[0], found[0]) == (TORCHS_NODE, FAST)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert_same_bits("a node in Python", ours, theirs)

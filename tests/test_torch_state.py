@@ -69,6 +69,11 @@ def test_a_batch_of_gradients_is_a_legacy_one():
     assert seen == [True]
 
 
+def test_kernels_of_the_dispatcher():
+    assert torch_state.has_kernel("aten::native_batch_norm", "CPU")
+    assert not torch_state.has_kernel("aten::miopen_batch_norm", "CPU")
+
+
 def test_backward():
     assert torch_state.graph_task() == -1
     x, ended = torch.ones(3, requires_grad=True), []

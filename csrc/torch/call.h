@@ -157,6 +157,16 @@ struct Epilogue {
     }
 };
 
+inline bool is_float32_or_float64(const Tensor& tensor) {
+    return tensor.dtype == dtypes[(int)Dtype::float32] || tensor.dtype == dtypes[(int)Dtype::float64];
+}
+
+// Whether both are (C,) and of one dtype, float32 or float64.
+inline bool are_vectors(const Tensor& one, const Tensor& other, int64_t C) {
+    const auto is_vector = [&](const Tensor& tensor) { return tensor.rank == 1 && tensor.sizes[0] == C; };
+    return is_vector(one) && is_vector(other) && one.dtype == other.dtype && is_float32_or_float64(one);
+}
+
 // The values per channel: those of x, or those that the mask counts.
 inline double count_of(const Tensor& x, const Tensor& masked_count) {
     if (masked_count) return ChannelValues::number(masked_count);

@@ -40,17 +40,16 @@ struct Running {
           updates(arguments.optional_tensor()),
           nonfinite_batches(arguments.optional_tensor()) {}
 
-    // Checks them before they are written.
+    // Whether they can be written.
+    bool fit(int64_t C) const { return are_vectors(mean, variance, C) && is_counter(updates) && is_counter(nonfinite_batches); }
+    // Raises if not.
     void check(int64_t C) const {
         for (const Tensor* running : {&mean, &variance}) {
             expect(running->rank == 1 && running->sizes[0] == C, "running statistics must be (C,)");
             expect(running->dtype == mean.dtype, "running statistics must have one dtype");
         }
-        const int32_t dtype = mean.dtype;
-        const bool has_kernel = dtype == dtypes[(int)Dtype::float32] || dtype == dtypes[(int)Dtype::float64];
-        expect(has_kernel, "running statistics must be float32 or float64");
-        for (const Tensor* counter : {&updates, &nonfinite_batches})
-            expect(!*counter || (counter->dtype == int64 && counter->values() == 1), "a counter must be one int64");
+        expect(is_float32_or_float64(mean), "running statistics must be float32 or float64");
+        expect(is_counter(updates) && is_counter(nonfinite_batches), "a counter must be one int64");
     }
 
     // Updates them by the statistics of one batch if `enabled`, and the counters. Returns whether the statistics were finite.
@@ -63,6 +62,8 @@ struct Running {
     }
 
   private:
+    static bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
+
     template <class Real>
     bool update_values(const Batch& batch, const Update& update, bool enabled) const {
         const double count = update.unbiased ? batch.count - 1.0 : batch.count, divisor = count > 0.0 ? count : 1.0;

@@ -11,28 +11,19 @@
 
 namespace {
 
-inline bool is_float32_or_float64(const Tensor& tensor) {
-    return tensor.dtype == dtypes[(int)Dtype::float32] || tensor.dtype == dtypes[(int)Dtype::float64];
-}
-
 // Whether the fast path takes these arguments. The general path takes all others, and raises the errors.
-inline bool takes_fast_path(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual, const Tensor& running_mean,
-                            const Tensor& running_var) {
+inline bool takes_fast_path(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual) {
     if (x.rank < 2 || x.values() == 0 || !is_floating(x.dtype)) return false;
     if (residual && !(residual.has_sizes_of(x) && residual.dtype == x.dtype)) return false;
     const Layout layout(x);
     if (!layout.planar && !layout.interleaved) return false;
-    const auto is_vector = [&](const Tensor& tensor, const Tensor& of_dtype) {
-        const bool fits = tensor.rank == 1 && tensor.sizes[0] == x.sizes[1];
-        return fits && tensor.dtype == of_dtype.dtype && is_float32_or_float64(tensor);
-    };
-    if (!is_vector(running_mean, running_mean) || !is_vector(running_var, running_mean)) return false;
     if (!weight) return !bias;
     const int32_t wide = dtypes[(int)Dtype::float64];
-    return is_vector(weight, weight) && (!bias || is_vector(bias, weight)) && (weight.dtype != wide || x.dtype == wide);
+    return are_vectors(weight, bias ? bias : weight, x.sizes[1]) && (weight.dtype != wide || x.dtype == wide);
 }
-
-inline bool is_counter(const Tensor& tensor) { return !tensor || (tensor.values() == 1 && tensor.dtype == int64); }
+inline bool trains_on_fast_path(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual, double eps) {
+    return takes_fast_path(x, weight, bias, residual) && x.values() > x.sizes[1] && eps > 0.0;
+}
 
 // One call of a layer. It returns y and the statistics for the backward: mean and rstd, (2, C), or mean, rstd, r and d, (4, C), of batch
 // renormalization.
@@ -87,8 +78,7 @@ void run_training_step(StableIValue* stack) {
     std::optional<Bounds> bounds;
     if (renormalized) bounds.emplace(arguments);
     const double eps = arguments.number();
-    if (!takes_fast_path(x, weight, bias, residual, running.mean, running.variance) || x.values() == x.sizes[1] || !(eps > 0.0) ||
-        !is_counter(running.updates) || !is_counter(running.nonfinite_batches) || (renormalized && !running.updates))
+    if (!trains_on_fast_path(x, weight, bias, residual, eps) || !running.fit(x.sizes[1]) || (renormalized && !running.updates))
         return decline(stack, x);
     LayerCall layer(Verb::forward, x, weight, bias, residual, eps, arguments, renormalized);
     const Scratch m2 = scratch(layer.C);
@@ -125,7 +115,8 @@ OPERATOR(
     Tensor residual = arguments.optional_tensor();
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
-    if (!takes_fast_path(x, weight, bias, residual, running_mean, running_var) || !(eps >= 0.0)) return decline(stack, x);
+    if (!takes_fast_path(x, weight, bias, residual) || !are_vectors(running_mean, running_var, x.sizes[1]) || !(eps >= 0.0))
+        return decline(stack, x);
     LayerCall layer(Verb::normalize, x, weight, bias, residual, eps, arguments);
     const Constants constants(layer.call.task, running_mean, running_var, eps, layer.C);
     layer.call.run();

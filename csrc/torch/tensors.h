@@ -175,12 +175,16 @@ class Arguments {
         StableIValue* boxed = (StableIValue*)*at++;
         if (!boxed) return {};
         Tensor tensor = Tensor::argument((Handle)*boxed);
-        if (torch_delete_stable_ivalue) {
-            torch_delete_stable_ivalue(boxed);
-        } else {
-            delete boxed;
-        }
+        release(boxed);
         return tensor;
+    }
+    // Skips an optional tensor, which torch's node may pass without a value, and returns whether something was passed.
+    bool skip_optional() {
+        StableIValue* boxed = (StableIValue*)*at++;
+        if (!boxed) return false;
+        aoti_torch_delete_tensor_object((Handle)*boxed);
+        release(boxed);
+        return true;
     }
     double number() {
         double value;
@@ -196,6 +200,14 @@ class Arguments {
 
   private:
     StableIValue* at;
+
+    static void release(StableIValue* boxed) {
+        if (torch_delete_stable_ivalue) {
+            torch_delete_stable_ivalue(boxed);
+        } else {
+            delete boxed;
+        }
+    }
 };
 
 // Uninitialized memory; never null.

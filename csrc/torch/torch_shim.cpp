@@ -5,8 +5,8 @@
 // library serves every torch from 2.11 and every Python.
 #include <dlfcn.h>
 
+#include "torch/node.h"
 #include "torch/recompute.h"
-#include "torch/steps.h"
 #include "torch/verbs.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -42,6 +42,20 @@ EXPORT const char* batchnorm_register() {
         if (aoti_torch_library_impl(library, each->name, each->run)) return "torch refused an operator";
     *(void**)&current_graph_task = dlsym(torch, "_ZN5torch8autograd25get_current_graph_task_idEv");
     if (current_graph_task && aoti_torch_library_impl(library, "recomputing", recomputing)) return "torch refused an operator";
+    return nullptr;
+}
+
+// The name of kernel `number` for torch's node, an operator of aten; null after the last.
+EXPORT const char* batchnorm_of_torchs_node(int number) {
+    return number < (int)(sizeof of_torchs_node / sizeof *of_torchs_node) ? of_torchs_node[number].name : nullptr;
+}
+
+// Registers the kernels for torch's node, of whose operators there must be no others on the CPU. Null, or what is missing.
+EXPORT const char* batchnorm_register_in_torchs_node() {
+    Handle library = nullptr;  // likewise
+    if (aoti_torch_library_init_impl("aten", "CPU", "torch_shim.cpp", __LINE__, &library)) return "torch refused to extend aten";
+    for (const auto& [name, run] : of_torchs_node)
+        if (aoti_torch_library_impl(library, name, run)) return "torch refused a kernel of aten";
     return nullptr;
 }
 

@@ -28,6 +28,7 @@ __all__ = [
     "differentiated_by_torch",
     "disabled_torch_function",
     "graph_task",
+    "has_kernel",
     "is_batched",
     "is_fake",
     "is_functional",
@@ -62,6 +63,9 @@ norms = torch._foreach_norm
 
 # The id of the backward that runs in this thread; -1 outside of one.
 graph_task = torch._C._current_graph_task_id
+
+# Whether an operator has a kernel of its own for a key of torch's dispatcher; takes the names of both.
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 # A context in which modes of `torch.overrides` and `__torch_function__` are not called.
 disabled_torch_function = torch._C.DisableTorchFunction

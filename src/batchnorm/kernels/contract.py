@@ -209,6 +209,9 @@ class Step(NamedTuple):
         constant_statistics: whether the statistics are constants in the backward.
         activation_code: the number and the slope of an activation, as the operators take them; None if they do not have it.
         kernel: the kernel whose verbs compute the backward if it is differentiated again.
+        in_torchs_node: the call without residual and activation, recorded by an autograd node of torch's own, where there is one; takes
+            a contiguous x, weight, bias, and a tuple of the buffers and options up to eps. Returns y, or None if it does not accept the
+            call; then nothing was written.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -216,6 +219,7 @@ class Step(NamedTuple):
     constant_statistics: bool
     activation_code: Callable[[Activation | None], tuple[int, float] | None]
     kernel: Kernel
+    in_torchs_node: Callable[..., Tensor | None] | None = None
 
 
 class Steps(NamedTuple):

@@ -34,7 +34,7 @@ from batchnorm.kernels.contract import (
 )
 from batchnorm.kernels.correction import Correction, Renormalization
 from batchnorm.moments import Moments
-from batchnorm.torch_state import differentiated_by_torch, is_tracing
+from batchnorm.torch_state import differentiated_by_torch, has_kernel, is_tracing
 
 name = "cpu"
 fuses = True
@@ -268,6 +268,7 @@ class _Library(NamedTuple):
         builds: all builds that it has.
         activations: their numbers by name.
         say_recomputation: its function behind the one of this module.
+        in_torchs_node: whether a training step is recorded by a node of torch's own, see csrc/torch/node.h.
     """
 
     unavailable: str | None
@@ -275,6 +276,7 @@ class _Library(NamedTuple):
     builds: tuple[str, ...] = ()
     activations: Mapping[str, int] = {}
     say_recomputation: Callable[[int], None] | None = None
+    in_torchs_node: bool = False
 
 
 def _load() -> _Library:
@@ -288,6 +290,8 @@ def _load() -> _Library:
         return _Library(f"the C++ kernels could not be loaded: {error}")
     for function in (
         library.batchnorm_register,
+        library.batchnorm_register_in_torchs_node,
+        library.batchnorm_of_torchs_node,
         library.batchnorm_schema,
         library.batchnorm_instruction_set,
         library.batchnorm_build_name,
@@ -309,7 +313,15 @@ def _load() -> _Library:
         torch.library.register_fake(f"batchnorm::{operator}", _FAKES[operator])
     activations = {name: number for number, name in enumerate(_texts(library.batchnorm_activation_name))}
     library.batchnorm_say_recomputation.restype = None
-    return _Library(None, running.decode(), found, activations, library.batchnorm_say_recomputation)
+    say_recomputation = library.batchnorm_say_recomputation
+    return _Library(None, running.decode(), found, activations, say_recomputation, _joins_torchs_node(library))
+
+
+def _joins_torchs_node(library: Any) -> bool:
+    """Whether the library's kernels now are those of torch's autograd node; not if another library has kernels there."""
+    if any(has_kernel(f"aten::{name}", "CPU") for name in _texts(library.batchnorm_of_torchs_node)):
+        return False
+    return library.batchnorm_register_in_torchs_node() is None
 
 
 def _texts(function: Any) -> tuple[str, ...]:
@@ -366,6 +378,7 @@ _FAKES = {
         _channels(x, groups),
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
+    "update_after": lambda *_: True,
     "training_step": lambda x, *_: _step(x),
     "renormalization_step": lambda x, *_: _step(x, 4),
     "inference_step": lambda x, *_: _step(x),
@@ -384,12 +397,29 @@ def _steps() -> Steps:
     operators = torch.ops.batchnorm
     training, training_backward = operators.training_step.default._op, operators.training_step_backward.default._op
     inference, inference_backward = operators.inference_step.default._op, operators.inference_step_backward.default._op
+    in_torchs_node = _in_torchs_node(operators.update_after.default._op) if _library.in_torchs_node else None
     kernel: Any = sys.modules[__name__]
     return Steps(
-        Step(training, training_backward, False, code, kernel),
+        Step(training, training_backward, False, code, kernel, in_torchs_node),
         Step(operators.renormalization_step.default._op, training_backward, False, code, kernel),
         Step(inference, inference_backward, True, code, kernel),
     )
+
+
+def _in_torchs_node(update_after: Callable[..., bool]) -> Callable[..., Tensor | None]:
+    """A training step that torch's own node records: for a tiny tensor, one in Python costs as much as the rest of the step."""
+    forward = torch.cudnn_batch_norm
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor | None, given: tuple[Any, ...]) -> Tensor | None:
+        running_mean, running_var, updates, nonfinite_batches, *update, eps = given
+        y, mean, _, reserve = forward(x, weight, bias, None, None, True, 0.0, eps)
+        if not y.numel() or not update_after(
+            running_mean, running_var, updates, nonfinite_batches, mean, reserve, *update
+        ):
+            return None
+        return y
+
+    return step
 
 
 _STEPS = None if _library.unavailable is not None else _steps()
