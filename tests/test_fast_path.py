@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
@@ -20,6 +23,7 @@ from tests.budget import assert_same_bits
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 SHAPES = [(2, 4, 3, 3), (1, 3, 5), (9, 33), (4, 1, 7), (40, 6, 12, 13)]
+DECOMPOSITIONS = core_aten_decompositions()
 GENERAL, FAST, TORCHS_NODE = Call, StepCall, "CudnnBatchNormBackward0"
 
 
@@ -279,20 +283,56 @@ def test_differentiated_twice(activation, training):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_second_derivatives_in_torchs_node_are_as_exact_as_torchs(dtype):
-    def gradients(layer, x, dy):
-        x = x.detach().clone().requires_grad_()
+def test_second_derivatives_are_the_same_in_both_nodes(monkeypatch, dtype):
+    def gradients():
+        layer, (x, dy) = layer_of(5), data((16, 5, 8), dtype)
         y = layer(x)
-        (dx,) = torch.autograd.grad(y, x, dy.to(x.dtype), create_graph=True)
-        return y, torch.autograd.grad(dx.double().square().sum(), (x, layer.weight))
+        first = torch.autograd.grad(y, (x, *layer.parameters()), dy.requires_grad_(), create_graph=True)
+        loss = sum(grad.double().square().sum() for grad in first)
+        return path_of(y), (*first, *torch.autograd.grad(loss, (x, dy, layer.weight)))
 
-    x, dy = data((16, 5, 8), dtype)
-    _, exact = gradients(nn.BatchNorm1d(5, dtype=torch.float64), x.double(), dy)
-    _, theirs = gradients(nn.BatchNorm1d(5), x, dy)
-    y, ours = gradients(bn.BatchNorm1d(5), x, dy)
+    path, found = gradients()
+    monkeypatch.setattr(fast_path, "MOST_IN_TORCHS_NODE", -1)
+    other_path, expected = gradients()
+    assert (path, other_path) == (TORCHS_NODE, FAST)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(path, ours, theirs)
+
+
+def test_third_derivatives_in_torchs_node():
+    """Torch's formula for the second takes mean and rstd for constants, so its third is wrong."""
+    layer, x = layer_of(3, dtype=torch.float64), data((6, 3, 2), torch.float64)[0]
+    assert path_of(layer(x)) == TORCHS_NODE
+
+    def second(x):
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(second, (x,))
+
+
+def test_gradients_mapped_by_torch_func():
+    layer, (x, dy) = layer_of(3), data((8, 3, 5))
+    y, inputs = layer(x), (x, *layer.parameters())
     assert path_of(y) == TORCHS_NODE
-    for found, other, expected in zip(ours, theirs, exact, strict=True):
-        assert (found - expected).abs().max() <= 1.5 * (other - expected).abs().max()
+    many = torch.stack([dy, -2 * dy])
+    at_once = torch.func.vmap(lambda dy: torch.autograd.grad(y, inputs, dy, retain_graph=True))(many)
+    for i, one in enumerate(many):
+        for found, expected in zip(at_once, torch.autograd.grad(y, inputs, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.parametrize("way", ["decompositions", "before dispatch", "python dispatcher"])
+def test_where_torch_takes_its_operator_apart(way):
+    layer, (x, _) = layer_of(3), data((8, 3, 5))
+    expected = layer(x)
+    if way == "python dispatcher":
+        with enable_python_dispatcher():
+            found = layer(x)
+    else:
+        options = {"pre_dispatch": True} if way == "before dispatch" else {"decomposition_table": DECOMPOSITIONS}
+        found = make_fx(layer, **options)(x)(x)
+    assert_same_bits(way, found, expected)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -346,7 +386,7 @@ def test_what_torchs_node_saves():
     layer, x = layer_of(3), X.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
         assert path_of(layer(x)) == TORCHS_NODE
-    assert [value.shape for value in kept] == [x.shape, (3,), (3,), (3,), (4,)]
+    assert [value.shape for value in kept] == [x.shape, (3,), (3,), (3,), (10,)]
     assert [value.data_ptr() for value in kept[:2]] == [x.data_ptr(), layer.weight.data_ptr()]
 
 
@@ -356,12 +396,15 @@ def test_a_large_tensor_gets_our_node():
         assert path_of(layer(torch.randn(rows, 2, requires_grad=True))) == path
 
 
-def test_images_of_one_channel():
-    """Torch takes those without gaps for channels_last, whose gradients `vmap` cannot copy."""
-    x = data((4, 1, 3, 2), last=True)[0]
-    for image in (x, x.detach().reshape(4, 1, 3, 2).clone().requires_grad_()):
-        y = layer_of(1)(image)
-        torch.autograd.grad(y, image, torch.randn(2, *y.shape), is_grads_batched=True)
+def test_images_of_one_channel_or_one_value():
+    """Torch takes some without gaps for channels_last, whose gradients `vmap` cannot copy."""
+    shapes = (4, 1, 3, 2), (4, 1, 3, 1), (4, 1, 1, 1), (4, 3, 1, 1), (4, 3, 1, 1, 1)
+    for shape, last in product(shapes, (True, False)):
+        x, _ = data(shape)
+        if last:
+            x = x.detach().to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+        y = layer_of(shape[1])(x.requires_grad_())
+        torch.autograd.grad(y, x, torch.randn(2, *y.shape), is_grads_batched=True)
 
 
 def test_what_the_update_does_not_take_goes_the_long_way(monkeypatch):
@@ -396,7 +439,8 @@ def test_torchs_operator_on_the_cpu_is_for_us_alone():
 def test_where_another_library_has_those_kernels_ours_is_the_node(monkeypatch):
     monkeypatch.setattr(cpu, "has_kernel", lambda operator, _: operator == "aten::cudnn_batch_norm_backward")
     library = SimpleNamespace(
-        batchnorm_of_torchs_node=lambda number: [b"cudnn_batch_norm", b"cudnn_batch_norm_backward", None][number],
+        batchnorm_operator_of_node=[b"cudnn_batch_norm", b"cudnn_batch_norm_backward", None].__getitem__,
+        batchnorm_key_of_node=[b"CPU", b"AutogradCPU", None].__getitem__,
         batchnorm_register_in_torchs_node=pytest.fail,
     )
     assert not cpu._joins_torchs_node(library)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from batchnorm.functional import fast_path
 from batchnorm.kernels import KERNELS, cpu
 from batchnorm.lab.networks import resnet50
 from batchnorm.measure import saved_bytes
@@ -203,8 +202,7 @@ class TestGradients:
             results.append([dx.detach(), x.grad, *(p.grad for p in model.parameters())])
         same(*results)
 
-    def test_second_derivatives_taken_inside(self, monkeypatch):
-        monkeypatch.setattr(fast_path, "MOST_IN_TORCHS_NODE", -1)  # whose second derivatives are torch's
+    def test_second_derivatives_taken_inside(self):
         results = []
         for context in (lambda f: f, saving):
             model = network("gelu", False, blocks=1).double()

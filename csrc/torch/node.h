@@ -2,22 +2,35 @@
 // and kernels of it for CUDA alone; these are the CPU's. A node in Python takes as long as the arithmetic of ten thousand values, and a node
 // in C++ of our own would have to be compiled for each version of torch.
 //
-// The node saves x, the weight, mean and rstd, and of its four outputs differentiates y. It has no running statistics: the operator
-// `update_after` updates them by what the node leaves in `reserve`, M2 of each channel and then the number of values of a channel.
+// The node saves x, the weight, and what the forward returns beside y: mean and rstd in the dtype in which torch computes, for its own rules,
+// and `reserve`, which is mean, rstd and M2 in float64 and then the number of values of a channel. It has no running statistics: the
+// operator `update_after` updates them.
 #pragma once
 
 #include "torch/steps.h"
 
 namespace {
 
-inline void expect_statistics(const Tensor& statistics, int64_t size) {
-    const bool fit = statistics.dtype == dtypes[(int)Dtype::float64] && statistics.rank == 1 && statistics.sizes[0] == size;
-    expect(fit && statistics.is_contiguous(), "the statistics of a step in torch's node must be (C,) in float64");
-}
+// What `reserve` holds for C channels.
+struct Reserve {
+    double *mean, *rstd, *m2, *count;
 
-// Whether torch's node passes dy in x's layout. For channels_last it asks for that memory format, which `vmap` over dy cannot; torch takes
-// some images of one channel for channels_last.
-inline bool has_planar_gradient(const Tensor& x) { return Layout(x).planar && (x.rank < 4 || x.sizes[1] > 1 || x.strides[1] > 1); }
+    static bool fits(const Tensor& reserve, int64_t C) {
+        const bool is_vector = reserve.dtype == dtypes[(int)Dtype::float64] && reserve.rank == 1 && reserve.is_contiguous();
+        return is_vector && reserve.sizes[0] == size(C);
+    }
+    static int64_t size(int64_t C) { return 3 * C + 1; }
+    Reserve(const Tensor& reserve, int64_t C) : mean(reserve.data<double>()), rstd(mean + C), m2(rstd + C), count(m2 + C) {}
+};
+
+// Whether torch's node passes dy in x's layout. For channels_last it asks for that memory format, which `vmap` over dy cannot; torch also
+// takes some tensors of one channel, or of planes of one value, for channels_last.
+inline bool has_planar_gradient(const Tensor& x) {
+    if (!Layout(x).planar || x.rank < 4 || x.strides[1] > 1) return Layout(x).planar;
+    for (int axis = 2; axis < x.rank; ++axis)
+        if (x.sizes[axis] > 1 || x.strides[axis] != 1) return false;
+    return true;
+}
 
 // aten::cudnn_batch_norm. If it does not take the call, y is empty and nothing was written.
 void forward_of_node(StableIValue* stack, uint64_t, uint64_t) {
@@ -36,62 +49,77 @@ void forward_of_node(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t C = x.sizes[1];
     const ChannelOperand weights(weight, C), biases(bias, C);
     Call call(Verb::forward, x);
-    Tensor y = call.output(), mean = channel_vector(x), rstd = channel_vector(x);
-    Tensor reserve = Tensor::vector(C + 1, dtypes[(int)Dtype::float64]);
+    Tensor y = call.output(), reserve = Tensor::vector(Reserve::size(C), dtypes[(int)Dtype::float64]);
+    const Reserve statistics(reserve, C);
     Task& task = call.task;
     task.eps = eps, task.weight = weights, task.bias = biases;
     task.output = y.data<void>();
-    task.mean = mean.data<double>(), task.rstd = rstd.data<double>(), task.m2 = reserve.data<double>();
-    task.count = task.m2[C] = count_of(x, {});
+    task.mean = statistics.mean, task.rstd = statistics.rstd, task.m2 = statistics.m2;
+    task.count = *statistics.count = count_of(x, {});
     call.run();
-    stack[0] = y.release(), stack[1] = mean.release(), stack[2] = rstd.release(), stack[3] = reserve.release();
+    const int32_t wide = dtypes[(int)(task.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32)];
+    stack[0] = y.release(), stack[3] = reserve.release();
+    stack[1] = rounded(statistics.mean, C, wide).release(), stack[2] = rounded(statistics.rstd, C, wide).release();
 }
 
-// aten::cudnn_batch_norm_backward: dx, dweight and dbias.
-void backward_of_node(StableIValue* stack, uint64_t, uint64_t) {
+// dx, dweight and dbias. The arguments are those of aten::cudnn_batch_norm_backward.
+OPERATOR(node_backward,
+         "Tensor x, Tensor dy, Tensor weight, Tensor? running_mean, Tensor? running_var, Tensor? mean, Tensor? rstd, float eps, "
+         "Tensor reserve",
+         "(Tensor, Tensor, Tensor)") {
     Arguments arguments(stack);
     const Tensor x = arguments.tensor();
     Tensor dy = arguments.tensor();
     const Tensor weight = arguments.tensor();
-    arguments.skip_optional(), arguments.skip_optional();
-    const Tensor mean = arguments.optional_tensor(), rstd = arguments.optional_tensor();
+    for (int number = 0; number < 4; ++number) arguments.skip_optional();
     arguments.number();
     const Tensor reserve = arguments.tensor();
     Call call(Verb::backward, x);
     const int64_t C = x.sizes[1];
-    expect(mean && rstd && is_float32_or_float64(weight), "aten::cudnn_batch_norm_backward takes what its forward on the CPU left");
-    expect_statistics(mean, C), expect_statistics(rstd, C);
+    expect(Reserve::fits(reserve, C) && is_float32_or_float64(weight) && x.values() > 0,
+           "torch's node takes what our forward on the CPU left");
+    const Reserve statistics(reserve, C);
     const ChannelOperand weights(weight, C);
     const Scratch sum_grad = scratch(C), sum_grad_xhat = scratch(C);
     Tensor dx = call.output();
     Task& task = call.task;
     task.dy = call.in_layout_of_x(dy);
-    task.mean = mean.data<double>(), task.rstd = rstd.data<double>();
+    task.mean = statistics.mean, task.rstd = statistics.rstd;
     task.count = count_of(x, {});
     task.weight = weights;
     task.sum_grad = sum_grad.get(), task.sum_grad_xhat = sum_grad_xhat.get();
     task.output = dx.data<void>();
     call.run();
-    stack[0] = dx.release(), stack[1] = rounded(sum_grad_xhat, C, weight).release(), stack[2] = rounded(sum_grad, C, weight).release();
+    stack[0] = dx.release();
+    stack[1] = rounded(sum_grad_xhat.get(), C, weight.dtype).release(), stack[2] = rounded(sum_grad.get(), C, weight.dtype).release();
+}
+
+// The same above the kernels: if the backward is itself recorded, by operations that can be differentiated to any order. Torch's formula for
+// the second derivative takes mean and rstd for constants. Ours is in Python (functional/autograd.py).
+void backward_under_autograd(StableIValue* stack, uint64_t, uint64_t) {
+    const char* const name = aoti_torch_grad_mode_is_enabled() ? "batchnorm::differentiable_node_backward" : "batchnorm::node_backward";
+    check(aoti_torch_call_dispatcher(name, "", stack), "compute the backward of a step");
 }
 
 constexpr struct {
-    const char* name;
+    const char *name, *key;
     Run run;
-} of_torchs_node[] = {{"cudnn_batch_norm", forward_of_node}, {"cudnn_batch_norm_backward", backward_of_node}};
+} of_torchs_node[] = {{"cudnn_batch_norm", "CPU", forward_of_node},
+                      {"cudnn_batch_norm_backward", "CPU", node_backward},
+                      {"cudnn_batch_norm_backward", "AutogradCPU", backward_under_autograd}};
 
 // Whether it takes the call; if not, nothing was written.
-OPERATOR(update_after, RUNNING_ARGUMENTS ", Tensor mean, Tensor reserve, " UPDATE_ARGUMENTS, "bool") {
+OPERATOR(update_after, "Tensor reserve, " RUNNING_ARGUMENTS ", " UPDATE_ARGUMENTS, "bool") {
     Arguments arguments(stack);
+    const Tensor reserve = arguments.tensor();
     const Running running(arguments);
-    const Tensor mean = arguments.tensor(), reserve = arguments.tensor();
     const Update update(arguments);
-    expect(mean.rank == 1, "the statistics of a step in torch's node must be (C,) in float64");
-    const int64_t C = mean.sizes[0];
-    expect_statistics(mean, C), expect_statistics(reserve, C + 1);
-    const bool takes = running.fit(C);
-    const double* const m2 = reserve.data<double>();
-    if (takes) running.update_by({mean.data<double>(), m2, C, m2[C]}, update);
+    const int64_t C = running.mean.rank == 1 ? running.mean.sizes[0] : 0;
+    const bool takes = C > 0 && running.fit(C) && Reserve::fits(reserve, C);
+    if (takes) {
+        const Reserve statistics(reserve, C);
+        running.update_by({statistics.mean, statistics.m2, C, *statistics.count}, update);
+    }
     stack[0] = takes;
 }
 

@@ -123,14 +123,14 @@ OPERATOR(
     layer.return_on(stack);
 }
 
-// Float64 values in the dtype of `like`, float32 or float64.
-inline Tensor rounded(const Scratch& values, int64_t C, const Tensor& like) {
-    Tensor tensor = Tensor::vector(C, like.dtype);
+// Float64 values in another dtype, float32 or float64.
+inline Tensor rounded(const double* values, int64_t C, int32_t dtype) {
+    Tensor tensor = Tensor::vector(C, dtype);
     const auto round = [&](auto* narrow) {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) narrow[c] = values[c];
     };
-    like.dtype == dtypes[(int)Dtype::float32] ? round(tensor.data<float>()) : round(tensor.data<double>());
+    dtype == dtypes[(int)Dtype::float32] ? round(tensor.data<float>()) : round(tensor.data<double>());
     return tensor;
 }
 
@@ -180,8 +180,8 @@ void run_step_backward(StableIValue* stack) {
     call.run();
     for (int64_t c = 0; r && c < C; ++c) sum_grad_xhat[c] = r[c] * sum_grad_xhat[c] + d[c] * sum_grad[c];
     stack[0] = dx.release();
-    stack[1] = (weight ? rounded(sum_grad_xhat, C, weight) : nothing(x)).release();
-    stack[2] = (weight ? rounded(sum_grad, C, weight) : nothing(x)).release();
+    stack[1] = (weight ? rounded(sum_grad_xhat.get(), C, weight.dtype) : nothing(x)).release();
+    stack[2] = (weight ? rounded(sum_grad.get(), C, weight.dtype) : nothing(x)).release();
     stack[3] = dresidual.release();
 }
 

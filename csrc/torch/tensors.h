@@ -33,6 +33,8 @@ typedef void* Handle;
     _(aoti_torch_get_storage_size, int32_t, Handle, int64_t*)                                                         \
     _(aoti_torch_empty_strided, int32_t, int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*) \
     _(aoti_torch_copy_, int32_t, Handle, Handle, int32_t)                                                             \
+    _(aoti_torch_call_dispatcher, int32_t, const char*, const char*, StableIValue*)                                   \
+    _(aoti_torch_grad_mode_is_enabled, bool, void)                                                                    \
     _(aoti_torch_delete_tensor_object, int32_t, Handle)                                                               \
     _(aoti_torch_device_type_cpu, int32_t, void)                                                                      \
     _(aoti_torch_dtype_float32, int32_t, void)                                                                        \

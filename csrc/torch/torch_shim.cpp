@@ -45,17 +45,21 @@ EXPORT const char* batchnorm_register() {
     return nullptr;
 }
 
-// The name of kernel `number` for torch's node, an operator of aten; null after the last.
-EXPORT const char* batchnorm_of_torchs_node(int number) {
+// The operator of aten, and the key of the dispatcher, of kernel `number` for torch's node; null after the last.
+EXPORT const char* batchnorm_operator_of_node(int number) {
     return number < (int)(sizeof of_torchs_node / sizeof *of_torchs_node) ? of_torchs_node[number].name : nullptr;
 }
+EXPORT const char* batchnorm_key_of_node(int number) {
+    return number < (int)(sizeof of_torchs_node / sizeof *of_torchs_node) ? of_torchs_node[number].key : nullptr;
+}
 
-// Registers the kernels for torch's node, of whose operators there must be no others on the CPU. Null, or what is missing.
+// Registers the kernels for torch's node, where there must be no others. Null, or what is missing.
 EXPORT const char* batchnorm_register_in_torchs_node() {
-    Handle library = nullptr;  // likewise
-    if (aoti_torch_library_init_impl("aten", "CPU", "torch_shim.cpp", __LINE__, &library)) return "torch refused to extend aten";
-    for (const auto& [name, run] : of_torchs_node)
+    for (const auto& [name, key, run] : of_torchs_node) {
+        Handle library = nullptr;  // likewise
+        if (aoti_torch_library_init_impl("aten", key, "torch_shim.cpp", __LINE__, &library)) return "torch refused to extend aten";
         if (aoti_torch_library_impl(library, name, run)) return "torch refused a kernel of aten";
+    }
     return nullptr;
 }
 

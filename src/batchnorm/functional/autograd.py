@@ -396,3 +396,22 @@ def _differentiable_backward(
     if output is not None:
         dresidual = counted(dy, mask)
     return [dx, dweight, dbias, dresidual]
+
+
+# The backward of a step in torch's own node if it is itself recorded, see csrc/torch/node.h.
+torch.library.define(
+    "batchnorm::differentiable_node_backward",
+    "(Tensor x, Tensor dy, Tensor weight, Tensor? running_mean, Tensor? running_var, Tensor? mean, Tensor? rstd, float eps, "
+    "Tensor reserve) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("batchnorm::differentiable_node_backward", "CompositeImplicitAutograd")
+def _differentiable_node_backward(
+    x: Tensor, dy: Tensor, weight: Tensor, *saved_and_eps: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, eps, _ = saved_and_eps
+    dx, dweight, *_ = _differentiable_backward(dy, x, None, eps, Epilogue(weight), None, None, None)
+    dbias = dy.sum([0, *range(2, dy.dim())], dtype=torch.float64).to(weight.dtype)
+    nothing = torch.zeros_like(weight)  # of an input that needs no gradient
+    return dx if dx is not None else torch.zeros_like(x), nothing if dweight is None else dweight, dbias

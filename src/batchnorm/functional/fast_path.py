@@ -20,7 +20,7 @@ from batchnorm.kernels import Activation, Step, Steps
 from batchnorm.torch_state import differentiated_by_torch, is_tracing
 
 # The values of the largest x whose step a node of torch's own records. That takes less time than one in Python, but computes dx whether it
-# is wanted or not, copies a dy that is not planar, and has torch's accuracy when its backward is differentiated.
+# is wanted or not, and copies a dy that is not planar.
 MOST_IN_TORCHS_NODE = 2**17
 
 

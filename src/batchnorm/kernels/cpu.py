@@ -291,7 +291,8 @@ def _load() -> _Library:
     for function in (
         library.batchnorm_register,
         library.batchnorm_register_in_torchs_node,
-        library.batchnorm_of_torchs_node,
+        library.batchnorm_operator_of_node,
+        library.batchnorm_key_of_node,
         library.batchnorm_schema,
         library.batchnorm_instruction_set,
         library.batchnorm_build_name,
@@ -319,7 +320,8 @@ def _load() -> _Library:
 
 def _joins_torchs_node(library: Any) -> bool:
     """Whether the library's kernels now are those of torch's autograd node; not if another library has kernels there."""
-    if any(has_kernel(f"aten::{name}", "CPU") for name in _texts(library.batchnorm_of_torchs_node)):
+    operators, keys = _texts(library.batchnorm_operator_of_node), _texts(library.batchnorm_key_of_node)
+    if any(has_kernel(f"aten::{operator}", key) for operator, key in zip(operators, keys, strict=True)):
         return False
     return library.batchnorm_register_in_torchs_node() is None
 
@@ -378,6 +380,11 @@ _FAKES = {
         _channels(x, groups),
     ),
     "update_running": lambda running_mean, *_: running_mean.new_empty((), dtype=torch.bool),
+    "node_backward": lambda x, _, weight, *__: (
+        _like(x),
+        weight.new_empty(x.shape[1]),
+        weight.new_empty(x.shape[1]),
+    ),
     "update_after": lambda *_: True,
     "training_step": lambda x, *_: _step(x),
     "renormalization_step": lambda x, *_: _step(x, 4),
@@ -412,12 +419,9 @@ def _in_torchs_node(update_after: Callable[..., bool]) -> Callable[..., Tensor |
 
     def step(x: Tensor, weight: Tensor, bias: Tensor | None, given: tuple[Any, ...]) -> Tensor | None:
         running_mean, running_var, updates, nonfinite_batches, *update, eps = given
-        y, mean, _, reserve = forward(x, weight, bias, None, None, True, 0.0, eps)
-        if not y.numel() or not update_after(
-            running_mean, running_var, updates, nonfinite_batches, mean, reserve, *update
-        ):
-            return None
-        return y
+        y, _, _, reserve = forward(x, weight, bias, None, None, True, 0.0, eps)
+        updated = y.numel() and update_after(reserve, running_mean, running_var, updates, nonfinite_batches, *update)
+        return y if updated else None
 
     return step
 
