@@ -429,6 +429,15 @@ def test_under_autocast(monkeypatch):
         assert_same_bits(path, ours, theirs)
 
 
+def test_the_cause_of_an_error_in_the_backward_is_named(capfd):
+    x = data((8, 3))[0]
+    y = layer_of(3)(x)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="could not compute the backward") as error:
+        y.sum().backward()
+    assert "storage must not be smaller" in str(error.value) + capfd.readouterr().err  # torch 2.11 prints it
+
+
 def test_torchs_operator_on_the_cpu_is_for_us_alone():
     x, weight, running = torch.randn(4, 3), torch.ones(3), torch.zeros(3)
     for arguments in ((running, running, True), (None, None, False)):

@@ -49,12 +49,15 @@ typedef void* Handle;
 TORCH_FUNCTIONS(DECLARE)
 #undef DECLARE
 
-int32_t (*torch_delete_stable_ivalue)(StableIValue*);  // from torch 2.13 on; older versions use `delete`
+int32_t (*torch_delete_stable_ivalue)(StableIValue*);         // from torch 2.13 on; older versions use `delete`
+const char* (*torch_exception_get_what_without_backtrace)();  // likewise; older versions print it
 
 int32_t cpu, dtypes[4], boolean, int64;
 
 inline void check(int32_t error, const char* what) {
-    if (error) throw std::runtime_error(std::string("batchnorm: torch could not ") + what);
+    if (!error) return;
+    const char* const cause = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
+    throw std::runtime_error(std::string("batchnorm: torch could not ") + what + (*cause ? ": " : "") + cause);
 }
 
 // Checks an argument that a Python caller could get wrong, before anything is read or written.

@@ -28,6 +28,7 @@ EXPORT const char* batchnorm_register() {
     TORCH_FUNCTIONS(LOOK_UP)
 #undef LOOK_UP
     *(void**)&torch_delete_stable_ivalue = dlsym(torch, "torch_delete_stable_ivalue");
+    *(void**)&torch_exception_get_what_without_backtrace = dlsym(torch, "torch_exception_get_what_without_backtrace");
     cpu = aoti_torch_device_type_cpu();
     dtypes[(int)Dtype::float32] = aoti_torch_dtype_float32();
     dtypes[(int)Dtype::float64] = aoti_torch_dtype_float64();
