@@ -204,6 +204,17 @@ class TestWithLearningWeight:
 
         same(grads(Running(save_memory=True)), grads(Running()))
 
+    def test_the_gradient_of_a_wider_residual_is_not_rounded(self, one_kernel):
+        (conv, norm), x = pair(dtype=torch.float32)
+        layer = bn.convert(copy.deepcopy(norm))
+        layer.activation, layer.statistics = bn.kernels.Activation("leaky_relu"), Running(save_memory=True)
+        shortcut = torch.randn(3, 6, 4, 4, dtype=torch.float64).requires_grad_()
+        with outputs_alive(conv) as alive:
+            y = layer(conv(x), residual=shortcut)
+            assert alive() == [False]
+        (found,) = torch.autograd.grad(y.sum(), shortcut)
+        assert torch.equal(found, torch.full_like(shortcut, 0.01).masked_fill(y > 0, 1.0))
+
     def test_channels_last_under_autocast_and_in_half_precision(self):
         """Beside float64, the error is at most twice that of separate layers."""
         model, x = pair("conv2d same")

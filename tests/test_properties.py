@@ -293,6 +293,36 @@ def assert_results_agree(found: Results, expected: Results, call: Call) -> None:
             assert_ulps(name, value, exact, ULPS[value.dtype], expected.scales["running"])
 
 
+@pytest.mark.parametrize(("x_dtype", "residual_dtype"), [("float32", "float64"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "differentiable"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
+def test_the_gradient_of_a_wider_residual_is_not_rounded_to_the_dtype_of_x(
+    x_dtype, residual_dtype, training, how, affine, masked
+):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (quarters(generator, 4, 3, 5).to(getattr(torch, x_dtype)) for _ in range(2))
+    wide = getattr(torch, residual_dtype)
+    weight, bias = (quarters(generator, 3).to(wide) if affine else None for _ in range(2))
+    mask = torch.rand(4, 5, generator=generator) < 0.7 if masked else None
+    call = Call(x, dy, weight, bias, quarters(generator, 4, 3, 5).to(wide), mask, "leaky_relu", training=training)
+    call = replace(call, running_mean=quarters(generator, 3), running_var=quarters(generator, 3).abs())
+    leaves = leaves_of(call)
+
+    def forward(leaves: dict[str, Tensor]) -> Tensor:
+        running = call.running_mean.clone(), call.running_var.clone()
+        affine = leaves.get("weight"), leaves.get("bias")
+        beside = {"activation": call.activation, "residual": leaves["residual"], "mask": mask}
+        return bn.functional.batch_norm(leaves["x"], *running, *affine, training, **beside)
+
+    y = (torch.compile(forward, backend="aot_eager") if how == "compiled" else forward)(leaves)
+    (found,) = torch.autograd.grad(y, leaves["residual"], dy, create_graph=how == "differentiable")
+    expected = composed(call)
+    assert found.dtype == wide
+    assert_ulps("dresidual", found, expected.gradients["residual"], ULPS[wide], expected.scales["residual"])
+
+
 @pytest.mark.parametrize("change", ["eps", "weight", "mask", "momentum", "activation", "dy"])
 def test_the_comparison_sees_a_change(change):
     """Of one argument in the reference's call alone, by little."""

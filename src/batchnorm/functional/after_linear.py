@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels, memory
-from batchnorm.functional.autograd import counted, exporting
+from batchnorm.functional.autograd import before_activation, counted, exporting
 from batchnorm.functional.checks import check_input, epilogue_of, in_kernel_layout
 from batchnorm.kernels import Activation, Epilogue, Kernel
 from batchnorm.torch_state import differentiated_by_torch, recorded_linear, saved_tensors_hooks
@@ -65,7 +65,7 @@ class _NormalizeLinear(torch.autograd.Function):
         y, mean, rstd = call.kernel.infer(call.z, call.mean, call.variance, call.eps, epilogue)
         ctx.activation, ctx.options = call.activation, call.options
         output = None if call.activation is None else y
-        ctx.dtypes = tuple(None if value is None else value.dtype for value in (bias, beta))
+        ctx.dtypes = tuple(None if value is None else value.dtype for value in (bias, beta, residual))
         ctx.save_for_backward(x, weight, bias, gamma, mean, rstd, output, call.mask)
         return y
 
@@ -85,7 +85,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs, by torch's operators, so they can be differentiated again."""
     x, weight, bias, gamma, mean, rstd, output, mask = ctx.saved_tensors
     wants_dx, wants_dweight, wants_dbias, wants_dgamma, wants_dbeta, wants_dresidual, _ = ctx.needs_input_grad
-    g = counted(dy if output is None else dy * ctx.activation.derivative(output.detach()), mask)
+    g = counted(before_activation(dy, ctx.activation, output), mask)
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale = gamma * rstd
     along = _along(scale.to(wide), weight, ctx.options)
@@ -106,7 +106,12 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dbias = (scale * sum_grad).to(ctx.dtypes[0])
     if wants_dbeta:
         dbeta = sum_grad.to(ctx.dtypes[1])
-    return dx, dweight, dbias, dgamma, dbeta, g if wants_dresidual else None, None
+    dresidual = g if wants_dresidual else None
+    if (
+        wants_dresidual and output is not None and ctx.dtypes[2] != g.dtype
+    ):  # g is rounded to a dtype that may be narrower
+        dresidual = counted(before_activation(dy.to(ctx.dtypes[2]), ctx.activation, output.to(ctx.dtypes[2])), mask)
+    return dx, dweight, dbias, dgamma, dbeta, dresidual, None
 
 
 def normalize_linear(

@@ -144,7 +144,7 @@ class Normalize(torch.autograd.Function):
                 return None
             activation = call.activation
             # `save_for_backward`, likewise
-            if call.step.constant_statistics and not _depends_on_input(ctx, activation, x):
+            if call.step.constant_statistics and not _depends_on_input(ctx, activation, x, residual):
                 ctx.to_save = (None, statistics, weight, None, None, None if activation is None else y)
             elif activation is None:
                 ctx.to_save = (x, statistics, weight, None, None, None)
@@ -162,7 +162,7 @@ class Normalize(torch.autograd.Function):
         if call.constants is not None:
             ctx.count = None
             y, mean, rstd = kernel.infer(x, *call.constants, call.eps, epilogue)
-            if not _depends_on_input(ctx, call.activation, x):
+            if not _depends_on_input(ctx, call.activation, x, residual):
                 output = None if call.activation is None else y
                 ctx.save_for_backward(*Saved(None, mean, rstd, weight, None, None, output, call.mask))
                 return y, None, None, None
@@ -210,7 +210,7 @@ class Normalize(torch.autograd.Function):
                 x, statistics, weight, bias, residual, output = ctx.saved_tensors
                 code, activation = call.code, call.activation
                 if x is None:
-                    x = dy = in_kernel_layout(_before_activation(dy, activation, output))
+                    x = dy = in_kernel_layout(before_activation(dy, activation, output))
                     code, activation, output = call.step.activation_code(None), None, None
                     assert code is not None, "every kernel has no activation"
                 is_output, computes = output is not None, wants_dresidual and activation is not None
@@ -253,18 +253,21 @@ def _saved_of_step(
     return Saved(x, mean, rstd, weight, bias, residual, output, None, None, None, *(r_and_d or (None, None)))
 
 
-def _depends_on_input(ctx: Any, activation: Activation | None, x: Tensor) -> bool:
+def _depends_on_input(ctx: Any, activation: Activation | None, x: Tensor, residual: Tensor | None) -> bool:
     """Whether a gradient depends on x if the statistics are constants: that of weight does, and an activation's may.
 
     Without them dx = weight · rstd · g, so x need not be saved. While compiling, the compiler finds this out. A slope times dy would be
-    rounded to x's dtype, which the gradient of a wider bias shows; then a kernel computes it, and needs x.
+    rounded to x's dtype, which the gradient of a wider bias or residual shows; then a kernel computes it, and needs x.
     """
     from_output = activation is None or activation.derivative_from_output
-    rounded = activation is not None and activation.has_slope and ctx.needs_input_grad[2] and ctx.bias_dtype != x.dtype
+    _, _, wants_dbias, wants_dresidual, *_ = ctx.needs_input_grad
+    wider_bias = wants_dbias and ctx.bias_dtype != x.dtype
+    wider_residual = wants_dresidual and residual is not None and residual.dtype != x.dtype
+    rounded = activation is not None and activation.has_slope and (wider_bias or wider_residual)
     return ctx.needs_input_grad[1] or not from_output or rounded or torch.compiler.is_compiling()
 
 
-def _before_activation(dy: Tensor, activation: Activation | None, output: Tensor | None) -> Tensor:
+def before_activation(dy: Tensor, activation: Activation | None, output: Tensor | None) -> Tensor:
     """g, the gradient before the activation, whose output was saved."""
     return dy if activation is None or output is None else dy * activation.derivative(output.detach())
 
@@ -272,7 +275,7 @@ def _before_activation(dy: Tensor, activation: Activation | None, output: Tensor
 def _gradients_without_input(ctx: Any, dy: Tensor, saved: Saved) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and residual of a call that did not save x. Kernels get g in its place; dx does not depend on it."""
     wants_dx, _, wants_dbias, wants_dresidual, *_ = ctx.needs_input_grad
-    g = _before_activation(dy, ctx.call.activation, saved.output)
+    g = before_activation(dy, ctx.call.activation, saved.output)
     epilogue = Epilogue(saved.weight, mask=saved.mask)
     dx = dbias = None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -86,9 +86,9 @@ class Epilogue(NamedTuple):
         return Epilogue(self.weight, self.bias)
 
     def after(self, y: Tensor) -> Tensor:
-        """What remains to be done after `affine`: add the residual, and apply the activation."""
-        z = y if self.residual is None else (y + self.residual).to(y.dtype)
-        return z if self.activation is None else self.activation(z)
+        """What remains to be done after `affine`: add the residual, and apply the activation, both in the wider dtype of the two."""
+        z = y if self.residual is None else y + self.residual
+        return (z if self.activation is None else self.activation(z)).to(y.dtype)
 
     def corrected(self, correction: Correction | None) -> Epilogue:
         """The epilogue that computes from x̂ what this one computes from x̂ · r + d."""
