@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from contextlib import nullcontext
 from functools import partial
@@ -9,11 +10,13 @@ from functools import partial
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
 from batchnorm.functional import recompute
+from batchnorm.statistics import Batch, Ghost, Mixed, MovingAverage, Renorm, Running
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -139,3 +142,79 @@ def test_compiled_code_asks_the_same(ask_now):
     x.backward()
     assert found == [False, True, False, True, False, True, False]
     assert other == [False]
+
+
+class _Block(nn.Module):
+    def __init__(self, source, activation):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(4, 4, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(bn.BatchNorm1d(4, statistics=source, activation=activation) for _ in range(2))
+
+    def forward(self, x, **given):
+        """With operators beside the norms, of which a checkpoint counts the calls."""
+        (first, second), (norm, last) = self.convs, self.norms
+        h = norm(first(x).clone().clamp(-9, 9), **given)
+        return last(second(h).clone(), residual=h).sum(-1)
+
+
+def _step(model, x, context, given):
+    """The gradients and the buffers after two steps."""
+    x = x.clone().requires_grad_()
+    for _ in range(2):
+        y = (
+            model(x, **given)
+            if context is None
+            else checkpoint(model, x, use_reentrant=False, context_fn=context, **given)
+        )
+        y.square().sum().backward()
+    return [x.grad, *(value.grad for value in model.parameters()), *model.buffers()]
+
+
+_SAVED = {
+    "all": lambda _: True,
+    "nothing": lambda _: False,
+    "convolutions": lambda name: "convolution" in name,
+    "norms": lambda name: "batch" in name,
+    "all but convolutions": lambda name: "convolution" not in name,
+}
+
+
+@pytest.mark.parametrize("saved", _SAVED)
+@pytest.mark.parametrize(
+    "source", [Batch(), Running(), Ghost(2), Renorm(), MovingAverage(2, warmup=1), Mixed(0.5)], ids=str
+)
+@pytest.mark.parametrize("given", ["", "mask", "weights"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_selective_checkpoint_may_save_what_it_likes(saved, source, given, activation):
+    """It takes the n-th call of an operator in the recomputation for the n-th in the forward, so they must be the same calls."""
+    torch.manual_seed(0)
+    model, x = _Block(source, activation), torch.randn(6, 4, 5)
+    beside = {"mask": torch.rand(6, 5) < 0.8, "weights": torch.rand(6)}
+    beside = {given: beside[given]} if given else {}
+
+    def policy(_context, operator, *_arguments, **_named):
+        return CheckpointPolicy.MUST_SAVE if _SAVED[saved](str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = partial(create_selective_checkpoint_contexts, policy)
+    wanted = _step(copy.deepcopy(model), x, None, beside)
+    torch.testing.assert_close(_step(copy.deepcopy(model), x, context, beside), wanted)
+    exact = _step(copy.deepcopy(model).eval(), x, None, beside)
+    torch.testing.assert_close(_step(model.eval(), x, context, beside), exact)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_selective_checkpoint_of_a_converted_model(backend):
+    torch.manual_seed(0)
+    model = bn.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    )
+    x = torch.randn(2, 3, 6, 6)
+    context = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    wanted, found = copy.deepcopy(model), copy.deepcopy(model)
+    run = partial(checkpoint, found, use_reentrant=False, context_fn=context)
+    wanted(x).square().sum().backward()
+    (torch.compile(run, backend=backend, fullgraph=True) if backend else run)(x).square().sum().backward()
+    for one, other in zip(wanted.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+    for one, other in zip(wanted.buffers(), found.buffers(), strict=True):
+        torch.testing.assert_close(other, one)

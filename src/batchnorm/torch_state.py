@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,10 +20,17 @@ from torch._C._functorch import TransformType  # pyright: ignore[reportMissingIm
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Variable, forward_ad
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _len_torch_dispatch_stack,
+)
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
     "RecordedLinear",
     "checked_by_compiled_code",
+    "checkpoints_selectively",
     "compiler_is_loaded",
     "constant_while_compiling",
     "differentiated_by_torch",
@@ -45,6 +53,7 @@ __all__ = [
     "tangent_level",
     "tracks_gradient",
     "transforms_active",
+    "unseen_by_checkpoints",
     "unwrapped",
     "with_direct_backward",
 ]
@@ -79,6 +88,25 @@ tracks_gradient = _functorch_in_c.is_gradtrackingtensor
 is_batched = _functorch_in_c.is_batchedtensor
 is_functional = _functorch_in_c.is_functionaltensor
 is_legacy_batched = _functorch_in_c.is_legacy_batchedtensor  # of `is_grads_batched=True`
+
+
+def checkpoints_selectively() -> bool:
+    """Whether a selective checkpoint (`create_selective_checkpoint_contexts`) looks at each operator that eager code calls.
+
+    In a recomputation it takes the n-th call of an operator for the n-th of the forward, whose result it may have stored.
+    """
+    if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return any(isinstance(mode, _SELECTIVE) for mode in modes) and not any(mode.is_infra_mode() for mode in modes)
+
+
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
+
+def unseen_by_checkpoints() -> AbstractContextManager[object]:
+    """A context for what either the forward or its recomputation does: a selective checkpoint does not see it."""
+    return _disable_current_modes() if checkpoints_selectively() else nullcontext()
 
 
 def tangent_level() -> int:

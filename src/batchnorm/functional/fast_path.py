@@ -17,7 +17,7 @@ from batchnorm.functional.autograd import Normalize, StepCall
 from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Step, Steps
-from batchnorm.torch_state import differentiated_by_torch, is_tracing
+from batchnorm.torch_state import differentiated_by_torch, is_tracing, unseen_by_checkpoints
 
 # The values of the largest x whose step a node of torch's own records. That takes less time than one in Python, but computes dx whether it
 # is wanted or not, and copies a dy that is not planar.
@@ -55,9 +55,10 @@ def call(
         running: the layer's buffers, how a batch updates them, and eps last, in the order of the operator's schema.
         observe: receives the batch's statistics if no gradient is recorded.
     """
-    if recomputing():
+    if not step.constant_statistics and recomputing():
         # A checkpoint expects the same tensors to be saved, so the recomputation takes the same path, on copies of the buffers.
-        running = tuple(value.clone() if isinstance(value, Tensor) else value for value in running)
+        with unseen_by_checkpoints():
+            running = tuple(value.clone() if isinstance(value, Tensor) else value for value in running)
     code = step.activation_code(activation)
     if code is None or (residual is not None and not is_like(residual, x)):
         return None

@@ -15,7 +15,7 @@ from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Epilogue, Running, Update, aten, buffers
-from batchnorm.torch_state import differentiated_by_torch, is_tracing
+from batchnorm.torch_state import checkpoints_selectively, differentiated_by_torch, is_tracing
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
 
     `running` has the fields of `Running`, and `update` the first three of `Update`: a small x feels what it takes to name them.
     """
-    if residual is not None and not is_like(residual, x):
+    if (residual is not None and not is_like(residual, x)) or checkpoints_selectively():
         return None
     train = _train_on_cpu if x.is_cpu else _train_on_device
     y = train(x, weight, bias, eps, running, update)
@@ -146,7 +146,7 @@ def infer(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
-    if residual is not None and not is_like(residual, x):
+    if (residual is not None and not is_like(residual, x)) or checkpoints_selectively():
         return None
     infer = _infer_on_cpu if x.is_cpu else _infer_on_device
     y = infer(x, weight, bias, eps, running)

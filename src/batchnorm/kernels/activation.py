@@ -151,6 +151,7 @@ class Activation:
 
 
 WITHOUT_SLOPE = {name: Activation(name) for name, row in ROWS.items() if not row.has_slope}
+_NAMED = {name: Activation(name) for name in NAMES}  # made once: torch 2.11 does not compile code that makes one
 OF_FUNCTION: dict[Any, Activation] = {
     function: Activation(name) for name, row in ROWS.items() for function in row.functions
 }
@@ -164,8 +165,8 @@ def parse(activation: str | nn.Module | Activation | None) -> Activation | None:
     """
     if activation is None or isinstance(activation, Activation):
         return activation
-    if isinstance(activation, str) and activation in NAMES:
-        return Activation(activation)
+    if isinstance(activation, str) and activation in _NAMED:
+        return _NAMED[activation]
     found = from_module(activation) if isinstance(activation, nn.Module) else None
     if found is not None:
         return found

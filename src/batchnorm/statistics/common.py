@@ -37,7 +37,7 @@ from batchnorm.statistics.compiled import call_compiled
 from batchnorm.statistics.contract import Applying, Layer, tensors_of
 from batchnorm.statistics.one_batch import in_one_batch, joint_reducer, updates_here
 from batchnorm.statistics.thread import thread
-from batchnorm.torch_state import differentiated_by_torch
+from batchnorm.torch_state import differentiated_by_torch, unseen_by_checkpoints
 
 _Normalized = Callable[["Layer", Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Moments]]
 
@@ -90,10 +90,11 @@ def train_or_infer(
     if updates and running_mean is not None and running_var is not None and updates_here():
         if weights is not None and alone and layer.on_single == "error":
             check_sum_of_weights(moments.count)
-        if accumulates and accumulating() and not recomputing():
-            add(running_mean, moments, lambda merged: _update(layer, running_mean, running_var, merged))
-        else:
-            _update(layer, running_mean, running_var, moments)
+        with unseen_by_checkpoints():
+            if accumulates and accumulating() and not recomputing():
+                add(running_mean, moments, lambda merged: _update(layer, running_mean, running_var, merged))
+            else:
+                _update(layer, running_mean, running_var, moments)
     return y
 
 

@@ -21,7 +21,7 @@ from batchnorm.moments import Moments, divisor_of
 from batchnorm.statistics import recomputed
 from batchnorm.statistics.common import check_call, reducer_of, train_or_infer
 from batchnorm.statistics.contract import Layer, SourceBuffer, check_buffers
-from batchnorm.torch_state import differentiated_by_torch
+from batchnorm.torch_state import differentiated_by_torch, unseen_by_checkpoints
 
 _FORWARD = ("running_mean_window", "running_var_window")
 _BACKWARD = ("running_mean_gradient", "running_var_gradient")
@@ -112,7 +112,7 @@ class MovingAverage:
             )
         batch = moments(x, mask, weights=weights)
         batch = batch if reducer is None else reducer.merge(batch).detach()
-        with torch.no_grad():
+        with torch.no_grad(), unseen_by_checkpoints():
             used = self._used(layer, x, batch, running_var, counter)
             if recomputed.is_needed():
                 key = batch.mean, batch.rstd(layer.eps)

@@ -18,6 +18,7 @@ from batchnorm.statistics import recomputed
 from batchnorm.statistics.common import by_batch, by_replicas, reducer_of, train_on_fast_path, train_or_infer
 from batchnorm.statistics.contract import Layer
 from batchnorm.statistics.recomputed import Buffers
+from batchnorm.torch_state import unseen_by_checkpoints
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,13 @@ class Renorm:
         if not recomputed.is_needed():
             return normalized(now)
         if not recomputing():
-            before = now.copy()
+            with unseen_by_checkpoints():
+                before = now.copy()
             y, batch = normalized(before)
-            with torch.no_grad():
+            with torch.no_grad(), unseen_by_checkpoints():
                 recomputed.store(layer, *key(batch), before)
             return y, batch
-        with torch.no_grad():
+        with torch.no_grad(), unseen_by_checkpoints():
             batch, reducer = moments(x, mask, weights=weights), reducer_of(layer)
             batch = batch if reducer is None else reducer.merge(batch)
             now = recomputed.look_up(layer, *key(batch), now)
