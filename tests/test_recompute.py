@@ -170,6 +170,13 @@ def _step(model, x, context, given):
     return [x.grad, *(value.grad for value in model.parameters()), *model.buffers()]
 
 
+def _saving(what):
+    def policy(_context, operator, *_arguments, **_named):
+        return CheckpointPolicy.MUST_SAVE if _SAVED[what](str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(create_selective_checkpoint_contexts, policy)
+
+
 _SAVED = {
     "all": lambda _: True,
     "nothing": lambda _: False,
@@ -192,10 +199,7 @@ def test_a_selective_checkpoint_may_save_what_it_likes(saved, source, given, act
     beside = {"mask": torch.rand(6, 5) < 0.8, "weights": torch.rand(6)}
     beside = {given: beside[given]} if given else {}
 
-    def policy(_context, operator, *_arguments, **_named):
-        return CheckpointPolicy.MUST_SAVE if _SAVED[saved](str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
-
-    context = partial(create_selective_checkpoint_contexts, policy)
+    context = _saving(saved)
     wanted = _step(copy.deepcopy(model), x, None, beside)
     torch.testing.assert_close(_step(copy.deepcopy(model), x, context, beside), wanted)
     exact = _step(copy.deepcopy(model).eval(), x, None, beside)
@@ -218,3 +222,27 @@ def test_a_selective_checkpoint_of_a_converted_model(backend):
         torch.testing.assert_close(other.grad, one.grad)
     for one, other in zip(wanted.buffers(), found.buffers(), strict=True):
         torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("saved", _SAVED)
+@pytest.mark.parametrize("how", ["as one batch", "accumulated"])
+def test_selective_checkpoints_of_micro_batches(saved, how):
+    torch.manual_seed(0)
+    model, x = _Block(Batch(), None), torch.randn(6, 4, 5)
+
+    def step(model, context):
+        parts = [part.clone().requires_grad_() for part in x.split(3)]
+
+        def forward(part):
+            return model(part) if context is None else checkpoint(model, part, use_reentrant=False, context_fn=context)
+
+        if how == "accumulated":
+            with bn.accumulate(2):
+                for part in parts:
+                    forward(part).square().sum().backward()
+        else:
+            sum(y.square().sum() for y in bn.as_one_batch(forward, parts)).backward()
+        return [*(part.grad for part in parts), *(value.grad for value in model.parameters()), *model.buffers()]
+
+    wanted = step(copy.deepcopy(model), None)
+    torch.testing.assert_close(step(model, _saving(saved)), wanted)

@@ -26,6 +26,7 @@ from batchnorm.functional.joint import Call, Joint, pool
 from batchnorm.functional.recompute import may_be_recomputed
 from batchnorm.statistics.contract import Layer, owner_of
 from batchnorm.statistics.thread import thread
+from batchnorm.torch_state import unseen_by_checkpoints
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -250,7 +251,8 @@ class _Recomputing(Joint):
         pass
 
     def _of(self, own: Tensor) -> Call | None:
-        return next((call for call in self._calls if torch.equal(call.own, own.detach())), None)
+        with unseen_by_checkpoints():
+            return next((call for call in self._calls if torch.equal(call.own, own.detach())), None)
 
 
 def joint_reducer(layer: Layer, replicas: Reducer | None) -> Reducer | None:
