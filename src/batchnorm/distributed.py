@@ -31,7 +31,7 @@ from batchnorm.surgery.exchange import convert_layers
 from batchnorm.surgery.report import Report
 from batchnorm.surgery.transaction import transactional
 from batchnorm.surgery.walker import slots_of
-from batchnorm.torch_state import differentiated_by_torch, is_legacy_batched
+from batchnorm.torch_state import differentiated_by_torch, is_legacy_batched, unseen_by_checkpoints
 
 GRACE = 2.0  # seconds to wait, after a failure, for other ranks to report that they failed too
 _FORWARD, _BACKWARD = 0, 1
@@ -88,7 +88,14 @@ class Replicas:
         return total[1 : C + 1], total[C + 1 :]
 
     def exchange(self, values: Tensor, direction: int = _FORWARD) -> Tensor:
-        """The values of all replicas: (K,) float64 -> (W, K), in the order of the ranks; one all_reduce."""
+        """The values of all replicas: (K,) float64 -> (W, K), in the order of the ranks; one all_reduce.
+
+        A recomputation exchanges them again, also in a checkpoint that stores results of collectives: other replicas wait for it.
+        """
+        with unseen_by_checkpoints():
+            return self._exchange(values, direction)
+
+    def _exchange(self, values: Tensor, direction: int) -> Tensor:
         tag = self.tag + direction / 2
         K = values.shape[0]
         row = torch.cat([values.new_full((1,), tag), values])

@@ -25,12 +25,11 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _len_torch_dispatch_stack,
 )
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+from torch.utils.checkpoint import SAC_IGNORED_OPS, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
     "RecordedLinear",
     "checked_by_compiled_code",
-    "checkpoints_selectively",
     "compiler_is_loaded",
     "constant_while_compiling",
     "differentiated_by_torch",
@@ -42,6 +41,7 @@ __all__ = [
     "is_functional",
     "is_legacy_batched",
     "is_tracing",
+    "never_stored_by_checkpoints",
     "norms",
     "only_gradient_levels",
     "outside_transforms",
@@ -90,23 +90,25 @@ is_functional = _functorch_in_c.is_functionaltensor
 is_legacy_batched = _functorch_in_c.is_legacy_batchedtensor  # of `is_grads_batched=True`
 
 
-def checkpoints_selectively() -> bool:
-    """Whether a selective checkpoint (`create_selective_checkpoint_contexts`) looks at each operator that eager code calls.
+def unseen_by_checkpoints() -> AbstractContextManager[object]:
+    """A context for operators that only the forward calls, or only its recomputation: no selective checkpoint sees them.
 
-    In a recomputation it takes the n-th call of an operator for the n-th of the forward, whose result it may have stored.
+    Such a checkpoint (`create_selective_checkpoint_contexts`) takes the n-th call of an operator in the recomputation for the n-th of the
+    forward, whose result it may have stored. Where there is one, no other `TorchDispatchMode` sees them either; but what is traced
+    must be seen, so under the modes of a tracer nothing is hidden.
     """
     if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
-        return False
+        return nullcontext()
     modes = _get_current_dispatch_mode_stack()
-    return any(isinstance(mode, _SELECTIVE) for mode in modes) and not any(mode.is_infra_mode() for mode in modes)
+    selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    if not any(isinstance(mode, selective) for mode in modes) or any(mode.is_infra_mode() for mode in modes):
+        return nullcontext()
+    return _disable_current_modes()
 
 
-_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-
-
-def unseen_by_checkpoints() -> AbstractContextManager[object]:
-    """A context for what either the forward or its recomputation does: a selective checkpoint does not see it."""
-    return _disable_current_modes() if checkpoints_selectively() else nullcontext()
+def never_stored_by_checkpoints(operator: Any) -> None:
+    """Let selective checkpoints call an operator anew in the recomputation, whatever their policy."""
+    SAC_IGNORED_OPS.add(operator)
 
 
 def tangent_level() -> int:

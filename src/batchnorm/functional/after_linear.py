@@ -107,10 +107,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if wants_dbeta:
         dbeta = sum_grad.to(ctx.dtypes[1])
     dresidual = g if wants_dresidual else None
-    if (
-        wants_dresidual and output is not None and ctx.dtypes[2] != g.dtype
-    ):  # g is rounded to a dtype that may be narrower
-        dresidual = counted(before_activation(dy.to(ctx.dtypes[2]), ctx.activation, output.to(ctx.dtypes[2])), mask)
+    if wants_dresidual and output is not None:
+        wide = torch.promote_types(g.dtype, ctx.dtypes[2])
+        if wide != g.dtype:  # to which g is rounded
+            dresidual = counted(before_activation(dy.to(wide), ctx.activation, output.to(wide)), mask)
     return dx, dweight, dbias, dgamma, dbeta, dresidual, None
 
 

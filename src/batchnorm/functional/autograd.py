@@ -262,7 +262,9 @@ def _depends_on_input(ctx: Any, activation: Activation | None, x: Tensor, residu
     from_output = activation is None or activation.derivative_from_output
     _, _, wants_dbias, wants_dresidual, *_ = ctx.needs_input_grad
     wider_bias = wants_dbias and ctx.bias_dtype != x.dtype
-    wider_residual = wants_dresidual and residual is not None and residual.dtype != x.dtype
+    wider_residual = (
+        wants_dresidual and residual is not None and torch.promote_types(residual.dtype, x.dtype) != x.dtype
+    )
     rounded = activation is not None and activation.has_slope and (wider_bias or wider_residual)
     return ctx.needs_input_grad[1] or not from_output or rounded or torch.compiler.is_compiling()
 

@@ -15,7 +15,7 @@ from batchnorm.functional.autograd import exporting
 from batchnorm.functional.checks import is_like
 from batchnorm.functional.recompute import recomputing
 from batchnorm.kernels import Activation, Epilogue, Running, Update, aten, buffers
-from batchnorm.torch_state import checkpoints_selectively, differentiated_by_torch, is_tracing
+from batchnorm.torch_state import differentiated_by_torch, is_tracing, saved_tensors_hooks
 
 
 def train(
@@ -32,8 +32,8 @@ def train(
 
     `running` has the fields of `Running`, and `update` the first three of `Update`: a small x feels what it takes to name them.
     """
-    if (residual is not None and not is_like(residual, x)) or checkpoints_selectively():
-        return None
+    if (residual is not None and not is_like(residual, x)) or saved_tensors_hooks() is not None:
+        return None  # a recomputation has hooks too, and must call and save the same
     train = _train_on_cpu if x.is_cpu else _train_on_device
     y = train(x, weight, bias, eps, running, update)
     return None if y is None else _finished(y, residual, activation)
@@ -146,8 +146,8 @@ def infer(
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """y by running statistics; None if the call takes the general path."""
-    if (residual is not None and not is_like(residual, x)) or checkpoints_selectively():
-        return None
+    if (residual is not None and not is_like(residual, x)) or saved_tensors_hooks() is not None:
+        return None  # likewise
     infer = _infer_on_cpu if x.is_cpu else _infer_on_device
     y = infer(x, weight, bias, eps, running)
     return None if y is None else _finished(y, residual, activation)

@@ -47,7 +47,7 @@ from batchnorm.functional.running import update_running_statistics
 from batchnorm.kernels import Activation, Groups, Renormalization, eager
 from batchnorm.kernels.contract import values_per_channel
 from batchnorm.moments import Moments
-from batchnorm.torch_state import differentiated_by_torch, unseen_by_checkpoints
+from batchnorm.torch_state import differentiated_by_torch
 
 
 def batch_norm(
@@ -129,8 +129,7 @@ def batch_norm(
         if running_mean is not None and running_var is not None:
             if weights is not None and reducer is None:
                 check_sum_of_weights(moments.count)
-            with unseen_by_checkpoints():
-                update_running_statistics(running_mean, running_var, moments, momentum)
+            update_running_statistics(running_mean, running_var, moments, momentum)
         return output
     if weights is not None:
         check_weights(weights, input)

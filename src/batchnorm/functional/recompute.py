@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import cpu
-from batchnorm.torch_state import checked_by_compiled_code, constant_while_compiling, graph_task, saved_tensors_hooks
+from batchnorm.torch_state import (
+    checked_by_compiled_code,
+    constant_while_compiling,
+    graph_task,
+    never_stored_by_checkpoints,
+    saved_tensors_hooks,
+)
 
 
 class _Said(threading.local):
@@ -78,6 +84,7 @@ def _recomputing(like: Tensor) -> Tensor:
 
 
 torch.library.impl("batchnorm::recomputing", "CompositeExplicitAutograd", _recomputing)
+never_stored_by_checkpoints(torch.ops.batchnorm.recomputing.default)
 
 
 @torch.library.register_fake("batchnorm::recomputing")

@@ -11,7 +11,7 @@ from batchnorm.functional.components import components_of_buffer
 from batchnorm.functional.recompute import recomputing, recomputing_now
 from batchnorm.kernels import Running, Update, select_update
 from batchnorm.moments import Moments
-from batchnorm.torch_state import outside_transforms, static_address
+from batchnorm.torch_state import outside_transforms, static_address, unseen_by_checkpoints
 
 
 def update_running_statistics(
@@ -51,18 +51,19 @@ def update_running_statistics(
         return None
     check_momentum(momentum)
     check_widths({"running_mean": running_mean, "running_var": running_var}, moments.mean.shape[0])
-    if running_mean.is_complex() or moments.mean.is_complex():
-        running_mean, running_var = components_of_buffer(running_mean), components_of_buffer(running_var)
-        moments = Moments(count, components_of_buffer(moments.mean), components_of_buffer(moments.m2))
-    batches, skipped = counters
-    unless = None
-    if exporting():
-        skipped = None  # exported programs write buffers alone
-    elif torch.compiler.is_compiling():  # whether this is a recomputation shows when the code runs
-        unless = recomputing_now(moments.mean)
-    running = Running(running_mean, running_var, batches, skipped)
-    update = Update(momentum, unbiased, skip_nonfinite, unless)
-    return select_update(running, moments, update).update_running(running, moments, update)
+    with unseen_by_checkpoints():
+        if running_mean.is_complex() or moments.mean.is_complex():
+            running_mean, running_var = components_of_buffer(running_mean), components_of_buffer(running_var)
+            moments = Moments(count, components_of_buffer(moments.mean), components_of_buffer(moments.m2))
+        batches, skipped = counters
+        unless = None
+        if exporting():
+            skipped = None  # exported programs write buffers alone
+        elif torch.compiler.is_compiling():  # whether this is a recomputation shows when the code runs
+            unless = recomputing_now(moments.mean)
+        running = Running(running_mean, running_var, batches, skipped)
+        update = Update(momentum, unbiased, skip_nonfinite, unless)
+        return select_update(running, moments, update).update_running(running, moments, update)
 
 
 def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
@@ -71,7 +72,7 @@ def counter_on(device: torch.device, before: Tensor | None = None) -> Tensor:
         return before
     if torch.compiler.is_compiling():
         return torch.zeros((), dtype=torch.int64, device=device)
-    with outside_transforms(), torch.inference_mode(False):
+    with outside_transforms(), torch.inference_mode(False), unseen_by_checkpoints():
         if before is not None and not before.is_meta and device.type != "meta":
             return before.to(device)
         counter = torch.zeros((), dtype=torch.int64, device=device)
