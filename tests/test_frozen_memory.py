@@ -215,6 +215,14 @@ class TestWithLearningWeight:
         (found,) = torch.autograd.grad(y.sum(), shortcut)
         assert torch.equal(found, torch.full_like(shortcut, 0.01).masked_fill(y > 0, 1.0))
 
+    def test_the_gradient_of_a_narrower_residual_is_that_of_a_separate_layer(self, one_kernel):
+        """Where the output, in the residual's dtype, would be 0."""
+        conv, shortcut = nn.Conv1d(1, 1, 1, bias=False), torch.zeros(2, 1, 1, dtype=torch.float16).requires_grad_()
+        nn.init.ones_(conv.weight)
+        layer = bn.BatchNorm1d(1, activation="leaky_relu", statistics=Running(save_memory=True), eps=0.0)
+        layer(conv(torch.full((2, 1, 1), 1e-8)), residual=shortcut).sum().backward()
+        assert (shortcut.grad == 1).all()
+
     def test_channels_last_under_autocast_and_in_half_precision(self):
         """Beside float64, the error is at most twice that of separate layers."""
         model, x = pair("conv2d same")

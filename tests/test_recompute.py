@@ -246,3 +246,27 @@ def test_selective_checkpoints_of_micro_batches(saved, how):
 
     wanted = step(copy.deepcopy(model), None)
     torch.testing.assert_close(step(model, _saving(saved)), wanted)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_checkpoint_within_a_selective_one(training):
+    torch.manual_seed(0)
+    layer, x = bn.BatchNorm1d(4).train(training), torch.randn(6, 4, 5, requires_grad=True)
+    layer.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(layer.weight)
+    inputs = [x, *layer.parameters()]
+    wanted = torch.autograd.grad(copy.deepcopy(layer)(x).sin().sum(), x)
+
+    def inner(x):
+        return checkpoint(layer, x, use_reentrant=False)
+
+    y = checkpoint(inner, x, use_reentrant=False, context_fn=_saving("convolutions"))
+    torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), inputs)[:1], wanted)
+    assert layer.num_batches_tracked == training
+
+
+def test_a_compiled_layer_in_a_selective_checkpoint_that_saves_norms():
+    layer, x = bn.BatchNorm1d(4), torch.randn(6, 4, 5, requires_grad=True)
+    run = torch.compile(layer, backend="aot_eager")
+    checkpoint(run, x, use_reentrant=False, context_fn=_saving("norms")).square().sum().backward()
+    assert layer.num_batches_tracked == 1
