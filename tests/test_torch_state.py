@@ -2,15 +2,19 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import batchnorm
 from batchnorm import torch_state
+from batchnorm.functional import recompute
 
 ROOT = Path(batchnorm.__file__).parent
 PRIVATE = re.compile(r"torch\._(?!_)|from torch\._|forward_ad\._|_execution_engine|\._dynamo_")
@@ -119,6 +123,31 @@ def test_hooks_of_saved_tensors():
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         assert torch_state.saved_tensors_hooks()[:2] == (pack, unpack)
         assert torch_state.saved_tensors_hooks(while_tracing=True)[:2] == (pack, unpack)
+
+
+def test_what_selective_checkpoints_do_not_see():
+    seen = []
+
+    def policy(_context, operator, *_arguments, **_named):
+        seen.append(str(operator))
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(x):
+        with torch_state.unseen_by_checkpoints():
+            x.detach().sin()
+        recompute.recomputing_now(x.detach())
+        return x.exp().exp()
+
+    x = torch.ones(3, requires_grad=True)
+    context = partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(block, x, use_reentrant=False, context_fn=context).sum().backward()
+    assert set(seen) == {"aten.exp.default"}
+
+
+def test_other_modes_see_everything():
+    with FlopCounterMode(display=False) as counter, torch_state.unseen_by_checkpoints():
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert counter.get_total_flops() == 16
 
 
 def test_recorded_linear_layers():

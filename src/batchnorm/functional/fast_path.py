@@ -56,7 +56,7 @@ def call(
         observe: receives the batch's statistics if no gradient is recorded.
     """
     if not step.constant_statistics and recomputing():
-        # A checkpoint expects the same tensors to be saved, so the recomputation takes the same path, on copies of the buffers.
+        # A checkpoint expects the same tensors to be saved, so the recomputation takes the same path; it writes copies of the buffers.
         with unseen_by_checkpoints():
             running = tuple(value.clone() if isinstance(value, Tensor) else value for value in running)
     code = step.activation_code(activation)

@@ -150,8 +150,8 @@ class Activation:
         return f"{self.name}({self.negative_slope:g})" if self.has_slope else self.name
 
 
-WITHOUT_SLOPE = {name: Activation(name) for name, row in ROWS.items() if not row.has_slope}
-_NAMED = {name: Activation(name) for name in NAMES}  # made once: torch 2.11 does not compile code that makes one
+_BY_NAME = {name: Activation(name) for name in ROWS}  # made once: torch 2.11 does not compile code that makes one
+WITHOUT_SLOPE = {name: activation for name, activation in _BY_NAME.items() if not activation.has_slope}
 OF_FUNCTION: dict[Any, Activation] = {
     function: Activation(name) for name, row in ROWS.items() for function in row.functions
 }
@@ -165,8 +165,8 @@ def parse(activation: str | nn.Module | Activation | None) -> Activation | None:
     """
     if activation is None or isinstance(activation, Activation):
         return activation
-    if isinstance(activation, str) and activation in _NAMED:
-        return _NAMED[activation]
+    if isinstance(activation, str) and activation in NAMES:
+        return _BY_NAME[activation]
     found = from_module(activation) if isinstance(activation, nn.Module) else None
     if found is not None:
         return found
