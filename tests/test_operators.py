@@ -74,6 +74,20 @@ def test_a_tensor_whose_storage_was_freed_raises():
         OPERATORS.moments(x, None, None, None)
 
 
+@pytest.mark.parametrize("name", cpu.OPERATORS)
+def test_an_operator_that_raises_keeps_no_argument(name):
+    operator = getattr(OPERATORS, name).default
+    kinds = [str(argument.type) for argument in operator._schema.arguments]
+    for freed in [position for position, kind in enumerate(kinds) if "Tensor" in kind]:
+        arguments = [
+            torch.zeros(5, 3) if "Tensor" in kind else {"int": 1, "float": 0.5, "bool": True}[kind] for kind in kinds
+        ]
+        arguments[freed].untyped_storage().resize_(0)
+        with pytest.raises((ValueError, RuntimeError)):
+            operator(*arguments)
+        assert all(argument._use_count() == 1 for argument in arguments if isinstance(argument, torch.Tensor)), freed
+
+
 def test_hostile_arguments_raise_or_run():
     # In a process of its own: a write out of bounds may end it.
     done = subprocess.run([sys.executable, "-m", "tests.hostile", "1500"], capture_output=True, text=True, check=False)

@@ -33,8 +33,10 @@ inline bool has_planar_gradient(const Tensor& x) {
 }
 
 // aten::cudnn_batch_norm. If it does not take the call, y is empty and nothing was written.
-void forward_of_node(StableIValue* stack, uint64_t, uint64_t) {
-    Arguments arguments(stack);
+void forward_of_node(StableIValue* stack, uint64_t count, uint64_t) {
+    Arguments arguments(stack, count,
+                        "Tensor x, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, float momentum, "
+                        "float eps");
     const Tensor x = arguments.tensor(), weight = arguments.tensor(), bias = arguments.optional_tensor();
     const bool has_mean = arguments.skip_optional(), has_variance = arguments.skip_optional(), training = arguments.flag();
     arguments.number();
@@ -67,7 +69,6 @@ OPERATOR(node_backward,
          "Tensor x, Tensor dy, Tensor weight, Tensor? running_mean, Tensor? running_var, Tensor? mean, Tensor? rstd, float eps, "
          "Tensor reserve",
          "(Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     const Tensor x = arguments.tensor();
     Tensor dy = arguments.tensor();
     const Tensor weight = arguments.tensor();
@@ -110,7 +111,6 @@ constexpr struct {
 
 // Whether it takes the call; if not, nothing was written.
 OPERATOR(update_after, "Tensor reserve, " RUNNING_ARGUMENTS ", " UPDATE_ARGUMENTS, "bool") {
-    Arguments arguments(stack);
     const Tensor reserve = arguments.tensor();
     const Running running(arguments);
     const Update update(arguments);

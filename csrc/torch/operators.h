@@ -1,4 +1,4 @@
-// The table of operators: each is defined by OPERATOR, which puts its schema beside its function. Python reads the schemas from the
+// The table of operators: each is defined by OPERATOR (tensors.h), which puts its schema beside its function. Python reads the schemas from the
 // library and declares them to torch; batchnorm_register then gives torch the functions.
 //
 // An operator receives its arguments in the order of its schema, each as a StableIValue of 64 bits (torch/csrc/stable): a tensor is an
@@ -25,11 +25,6 @@ struct Operator {
 };
 
 }  // namespace
-
-#define OPERATOR(name, arguments, results)                                            \
-    void name(StableIValue* stack, uint64_t, uint64_t);                               \
-    const Operator name##_operator(#name, #name "(" arguments ") -> " results, name); \
-    void name(StableIValue* stack, uint64_t, uint64_t)
 
 // Arguments that several operators share.
 #define ACTIVATION_ARGUMENTS "int activation, float slope"

@@ -12,8 +12,8 @@ int (*current_graph_task)();
 
 thread_local int said = -1;  // what `bn.recomputation` says on this thread, or -1
 
-void recomputing(StableIValue* stack, uint64_t, uint64_t) {
-    const Tensor like = Arguments(stack).tensor();
+void recomputing(StableIValue* stack, uint64_t count, uint64_t) {
+    const Tensor like = Arguments(stack, count, "Tensor like").tensor();
     Tensor answer = Tensor::empty(0, nullptr, nullptr, boolean);
     *answer.data<bool>() = said < 0 ? current_graph_task() != -1 : said;
     stack[0] = answer.release();

@@ -96,7 +96,6 @@ struct Running {
 };
 
 OPERATOR(update_running, RUNNING_ARGUMENTS ", Tensor mean, Tensor m2, Tensor? masked_count, float count, " UPDATE_ARGUMENTS, "Tensor") {
-    Arguments arguments(stack);
     const Running running(arguments);
     const Tensor mean = arguments.tensor(), m2 = arguments.tensor(), masked_count = arguments.optional_tensor();
     const double whole_count = arguments.number();

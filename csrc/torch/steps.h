@@ -69,8 +69,7 @@ struct Bounds {
 };
 
 template <bool renormalized>
-void run_training_step(StableIValue* stack) {
-    Arguments arguments(stack);
+void run_training_step(Arguments& arguments, StableIValue* stack) {
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     Tensor residual = arguments.optional_tensor();
     const Running running(arguments);
@@ -99,18 +98,19 @@ void run_training_step(StableIValue* stack) {
 
 #define STEP_ARGUMENTS "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, " RUNNING_ARGUMENTS ", " UPDATE_ARGUMENTS ", "
 
-OPERATOR(training_step, STEP_ARGUMENTS "float eps, " ACTIVATION_ARGUMENTS, "(Tensor, Tensor)") { run_training_step<false>(stack); }
+OPERATOR(training_step, STEP_ARGUMENTS "float eps, " ACTIVATION_ARGUMENTS, "(Tensor, Tensor)") {
+    run_training_step<false>(arguments, stack);
+}
 
 OPERATOR(renormalization_step, STEP_ARGUMENTS "float r_max, float d_max, float warmup, float eps, " ACTIVATION_ARGUMENTS,
          "(Tensor, Tensor)") {
-    run_training_step<true>(stack);
+    run_training_step<true>(arguments, stack);
 }
 
 OPERATOR(
     inference_step,
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, float eps, " ACTIVATION_ARGUMENTS,
     "(Tensor, Tensor)") {
-    Arguments arguments(stack);
     const Tensor x = arguments.tensor(), weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
     Tensor residual = arguments.optional_tensor();
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
@@ -136,8 +136,7 @@ inline Tensor rounded(const double* values, int64_t C, int32_t dtype) {
 
 // The backward of both operators: dx, dweight, dbias and dresidual. Without an activation dresidual is dy, and is not asked for.
 template <bool constant_statistics>
-void run_step_backward(StableIValue* stack) {
-    Arguments arguments(stack);
+void run_step_backward(Arguments& arguments, StableIValue* stack) {
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), statistics = arguments.tensor();
     const Tensor weight = arguments.optional_tensor(), bias = arguments.optional_tensor();
@@ -189,7 +188,11 @@ void run_step_backward(StableIValue* stack) {
     "Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? residual, " ACTIVATION_ARGUMENTS \
     ", bool residual_is_output, bool wants_dresidual, bool wants_dx"
 
-OPERATOR(training_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") { run_step_backward<false>(stack); }
-OPERATOR(inference_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") { run_step_backward<true>(stack); }
+OPERATOR(training_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") {
+    run_step_backward<false>(arguments, stack);
+}
+OPERATOR(inference_step_backward, STEP_BACKWARD_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") {
+    run_step_backward<true>(arguments, stack);
+}
 
 }  // namespace

@@ -171,25 +171,26 @@ class Tensor {
     }
 };
 
-// Reads the arguments of an operator from its stack, in the order of its schema.
+// Reads the arguments of an operator from its stack, in the order of its signature, and frees those that were not read: an operator that
+// raises stops at one.
 class Arguments {
   public:
-    explicit Arguments(StableIValue* stack) : at(stack) {}
+    Arguments(StableIValue* stack, uint64_t count, const char* signature)
+        : first(stack), at(stack), end(stack + count), signature(signature) {}
+    Arguments(const Arguments&) = delete;
+    ~Arguments() {
+        if (at != end) free_the_rest();
+    }
     Tensor tensor() { return Tensor::argument((Handle)*at++); }
     Tensor optional_tensor() {
-        StableIValue* boxed = (StableIValue*)*at++;
-        if (!boxed) return {};
-        Tensor tensor = Tensor::argument((Handle)*boxed);
-        release(boxed);
-        return tensor;
+        const Handle handle = unboxed();
+        return handle ? Tensor::argument(handle) : Tensor();
     }
     // Skips an optional tensor, which torch's node may pass without a value, and returns whether something was passed.
     bool skip_optional() {
-        StableIValue* boxed = (StableIValue*)*at++;
-        if (!boxed) return false;
-        aoti_torch_delete_tensor_object((Handle)*boxed);
-        release(boxed);
-        return true;
+        const Handle handle = unboxed();
+        if (handle) aoti_torch_delete_tensor_object(handle);
+        return handle;
     }
     double number() {
         double value;
@@ -204,16 +205,51 @@ class Arguments {
     }
 
   private:
-    StableIValue* at;
+    const StableIValue* const first;
+    StableIValue *at, *const end;
+    const char* const signature;
 
-    static void release(StableIValue* boxed) {
+    // The handle of an optional tensor, or null.
+    Handle unboxed() {
+        StableIValue* const boxed = (StableIValue*)*at++;
+        if (!boxed) return nullptr;
+        const Handle handle = (Handle)*boxed;
         if (torch_delete_stable_ivalue) {
             torch_delete_stable_ivalue(boxed);
         } else {
             delete boxed;
         }
+        return handle;
+    }
+
+    void free_the_rest() {
+        const char* argument = signature;  // "Tensor? bias, float eps" and so on
+        for (const StableIValue* read = first; read != at; ++read) argument = strchr(argument, ',') + 2;
+        while (at != end) {
+            const char* const comma = strchr(argument, ',');
+            const char* const name = strchr(argument, ' ');
+            const bool is_tensor = !strncmp(argument, "Tensor", strlen("Tensor"));
+            if (!is_tensor) {
+                ++at;
+            } else if (name[-1] == '?') {
+                skip_optional();
+            } else {
+                aoti_torch_delete_tensor_object((Handle)*at++);
+            }
+            if (comma) argument = comma + 2;
+        }
     }
 };
+
+// Defines an operator of the table; its body has `arguments`, and leaves the results on `stack`.
+#define OPERATOR(name, signature, results)                                            \
+    void name(Arguments& arguments, StableIValue* stack);                             \
+    void name(StableIValue* stack, uint64_t count, uint64_t) {                        \
+        Arguments arguments(stack, count, signature);                                 \
+        name(arguments, stack);                                                       \
+    }                                                                                 \
+    const Operator name##_operator(#name, #name "(" signature ") -> " results, name); \
+    void name(Arguments& arguments, StableIValue* stack)
 
 // Uninitialized memory; never null.
 typedef std::unique_ptr<double[]> Scratch;

@@ -6,7 +6,6 @@
 namespace {
 
 OPERATOR(moments, "Tensor x, Tensor? mask, Tensor? count, Tensor? weights", "(Tensor, Tensor)") {
-    Arguments arguments(stack);
     const Tensor x = arguments.tensor(), mask = arguments.optional_tensor(), count = arguments.optional_tensor();
     const Tensor weights = arguments.optional_tensor();
     Call call(Verb::moments, x);
@@ -41,14 +40,12 @@ struct ForwardCall {
 };
 
 OPERATOR(forward, "Tensor x, Tensor? count, float eps, " EPILOGUE_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     ForwardCall(arguments).run(arguments, stack);
 }
 
 OPERATOR(forward_renormalized,
          "Tensor x, Tensor? count, float eps, Tensor running_mean, Tensor running_var, Tensor r_max, Tensor d_max, " EPILOGUE_ARGUMENTS,
          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     ForwardCall forward(arguments);
     const Tensor running_mean = arguments.tensor(), running_var = arguments.tensor();
     const Tensor r_max = arguments.tensor(), d_max = arguments.tensor();
@@ -62,7 +59,6 @@ OPERATOR(forward_renormalized,
     stack[4] = r.release(), stack[5] = d.release();
 }
 OPERATOR(forward_groups, "Tensor x, int groups, int size, float eps, " EPILOGUE_ARGUMENTS, "(Tensor, Tensor, Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     const Tensor x = arguments.tensor();
     const int64_t groups = arguments.integer(), size = arguments.integer();
     Call call(Verb::forward, x);
@@ -80,7 +76,6 @@ OPERATOR(forward_groups, "Tensor x, int groups, int size, float eps, " EPILOGUE_
 }
 
 OPERATOR(normalize, "Tensor x, Tensor mean, Tensor rstd, " EPILOGUE_ARGUMENTS, "Tensor") {
-    Arguments arguments(stack);
     const Tensor x = arguments.tensor(), mean = arguments.tensor(), rstd = arguments.tensor();
     Call call(Verb::normalize, x);
     const ChannelValues means(mean, x.sizes[1]), rstds(rstd, x.sizes[1]);
@@ -93,7 +88,6 @@ OPERATOR(normalize, "Tensor x, Tensor mean, Tensor rstd, " EPILOGUE_ARGUMENTS, "
 }
 
 OPERATOR(infer, "Tensor x, Tensor running_mean, Tensor running_var, float eps, " EPILOGUE_ARGUMENTS, "(Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     const Tensor x = arguments.tensor(), running_mean = arguments.tensor(), running_var = arguments.tensor();
     const double eps = arguments.number();
     const int64_t C = x.sizes[1];
@@ -129,7 +123,6 @@ struct BackwardCall {
 
 OPERATOR(reduce_grad, "Tensor dy, Tensor x, Tensor mean, Tensor rstd, " EPILOGUE_ARGUMENTS ", bool residual_is_output",
          "(Tensor, Tensor)") {
-    Arguments arguments(stack);
     BackwardCall backward(Verb::reduce_grad, arguments);
     const Tensor& x = backward.x;
     const Epilogue epilogue(arguments, x.sizes[1], backward.call);
@@ -145,7 +138,6 @@ OPERATOR(input_grad,
          "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? mean_grad, Tensor? mean_grad_xhat, Tensor? weights, " EPILOGUE_ARGUMENTS
          ", bool residual_is_output, bool wants_dresidual",
          "(Tensor, Tensor)") {
-    Arguments arguments(stack);
     BackwardCall backward(Verb::input_grad, arguments);
     const Tensor& x = backward.x;
     const Tensor mean_grad = arguments.optional_tensor(), mean_grad_xhat = arguments.optional_tensor();
@@ -168,7 +160,6 @@ OPERATOR(backward,
          "Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? count, bool constant_statistics, " EPILOGUE_ARGUMENTS
          ", bool residual_is_output, bool wants_dresidual, bool wants_dx",
          "(Tensor, Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     BackwardCall backward(Verb::backward, arguments);
     const Tensor& x = backward.x;
     Task& task = backward.call.task;
@@ -195,7 +186,6 @@ OPERATOR(backward_groups,
          "Tensor dy, Tensor x, Tensor mean, Tensor rstd, int groups, int size, " EPILOGUE_ARGUMENTS
          ", bool residual_is_output, bool wants_dresidual, bool wants_dx",
          "(Tensor, Tensor, Tensor, Tensor)") {
-    Arguments arguments(stack);
     Tensor dy = arguments.tensor();
     const Tensor x = arguments.tensor(), mean = arguments.tensor(), rstd = arguments.tensor();
     const int64_t groups = arguments.integer(), size = arguments.integer();
