@@ -138,6 +138,19 @@ def test_it_refuses_what_torch_does_not_take():
 
 
 @pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_known_moments_have_the_gradients_of_a_batch(dtype):
+    x, dy = torch.randn(4, 3, 7).to(dtype).requires_grad_(), torch.randn(4, 3, 7).to(dtype)
+    weight, bias = torch.rand(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    inputs, moments = (x, weight, bias), bn.functional.moments(x)
+    known, _ = bn.functional.normalize(x, weight, bias, moments=moments)
+    exact = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), training=True)
+    gradients, expected = torch.autograd.grad(known, inputs, dy), torch.autograd.grad(exact, inputs, dy.double())
+    for name, gradient, exact_gradient in zip(("dx", "dweight", "dbias"), gradients, expected, strict=True):
+        close(name, gradient, exact_gradient, dtype if name == "dx" else torch.float32)
+
+
+@pytest.mark.usefixtures("forced")
 def test_a_second_derivative_is_exact():
     layer = bn.BatchNorm1d(3).double()
     assert torch.autograd.gradgradcheck(lambda x: layer(x).pow(3), torch.randn(5, 3).double().requires_grad_())

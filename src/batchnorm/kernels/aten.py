@@ -125,9 +125,11 @@ def backward(
     wanted = [needs_input_grad, True, True]
     if count is None:
         dx, sum_grad_xhat, sum_grad = _constant_backward(dy, x, mean, rstd, epilogue, wanted)
-    elif reserve is None:
+    elif reserve is None:  # mean and rstd may come from another kernel, in another dtype
+        weight, _ = _affine(x, epilogue)
+        mean, rstd = mean.to(weight.dtype), rstd.to(weight.dtype)
         dx, sum_grad_xhat, sum_grad = torch.ops.aten.native_batch_norm_backward(
-            dy, x, _affine(x, epilogue)[0], None, None, mean, rstd, True, _EPS, wanted
+            dy, x, weight, None, None, mean, rstd, True, _EPS, wanted
         )
     else:
         dx, sum_grad_xhat, sum_grad = torch.ops.aten.batch_norm_backward(
