@@ -436,9 +436,17 @@ class TestModel:
 
     def test_compiled_steps_are_compared_with_compiled_ones(self):
         (row,) = made_up_rows()[:1]
-        times = {"eager": 8.0, "ours": 4.0, "compile": 3.0, "compile ours": 2.0}
+        times = {"eager": 8.0, "ours": 4.0, "eager again": 8.0, "compile": 3.0, "compile ours": 2.0, "compile again": 6.0}
         steps = [replace(row, suite="mlp", case="model step", provider=name, p50=time) for name, time in times.items()]
-        assert list(model_table(steps).columns[5].cells) == ["1.00x", "2.00x", "1.00x", "1.50x"]
+        assert list(model_table(steps).columns[5].cells) == ["1.00x", "2.00x", "1.00x", "1.00x", "1.50x", "0.50x"]
+
+    def test_torchs_layers_again(self, monkeypatch, tmp_path):
+        network = networks.Network(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), (4,), (8, 8))
+        monkeypatch.setitem(networks.NETWORKS, "mlp", network)
+        out = tmp_path / "out.json"
+        result = call("--model", "mlp", "--quick", "--threads", "1", "--json", out, "--provider", "ours,eager again")
+        assert result.exit_code == 0, result.output
+        assert [row.provider for row in load(out)] == ["eager", "ours", "eager again"]
 
     def test_an_unknown_model(self):
         result = call("--model", "resnet51")

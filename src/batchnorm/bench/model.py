@@ -21,6 +21,7 @@ from batchnorm.surgery import convert, freeze, fuse
 
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
+    "eager again": lambda model: model,  # torch's layers in another model, as "compile again": how much a ratio can tell
     "ours": lambda model: convert(model),
     "fused": lambda model: fuse(convert(model)),
     "save memory": lambda model: fuse(convert(model, save_memory=True)),
@@ -28,6 +29,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "frozen": lambda model: freeze(model),
     "frozen statistics": lambda model: freeze(model, affine=False, save_memory=True),
     "compile": lambda model: torch.compile(model, dynamic=False),
+    "compile again": lambda model: torch.compile(model, dynamic=False),
     "compile ours": lambda model: torch.compile(convert(model), dynamic=False),
     "compile fused": lambda model: torch.compile(fuse(convert(model)), dynamic=False),
 }
