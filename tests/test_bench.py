@@ -436,7 +436,14 @@ class TestModel:
 
     def test_compiled_steps_are_compared_with_compiled_ones(self):
         (row,) = made_up_rows()[:1]
-        times = {"eager": 8.0, "ours": 4.0, "eager again": 8.0, "compile": 3.0, "compile ours": 2.0, "compile again": 6.0}
+        times = {
+            "eager": 8.0,
+            "ours": 4.0,
+            "eager again": 8.0,
+            "compile": 3.0,
+            "compile ours": 2.0,
+            "compile again": 6.0,
+        }
         steps = [replace(row, suite="mlp", case="model step", provider=name, p50=time) for name, time in times.items()]
         assert list(model_table(steps).columns[5].cells) == ["1.00x", "2.00x", "1.00x", "1.00x", "1.50x", "0.50x"]
 
