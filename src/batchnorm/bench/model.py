@@ -21,9 +21,7 @@ from batchnorm.surgery import convert, freeze, fuse
 
 VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
-    "eager again": lambda model: (
-        model
-    ),  # torch's layers in another model, as "compile again": how much a ratio can tell
+    "eager again": lambda model: model,  # as "compile again", tells how much a ratio can tell
     "ours": lambda model: convert(model),
     "fused": lambda model: fuse(convert(model)),
     "save memory": lambda model: fuse(convert(model, save_memory=True)),
