@@ -43,7 +43,7 @@ def accumulate(steps: int) -> Iterator[None]:
     last micro-batch. So outputs and gradients are those of the small batches; `as_one_batch` gives those of the big one, and `Renorm`
     helps small ones. The context holds for the current thread; each layer counts its own batches. At the end, remaining batches update
     the statistics too, unless an error ends the context. A batch that is not finite makes its whole window not finite. `MovingAverage`
-    averages over batches anyway and ignores the context.
+    averages over batches anyway and ignores the context. If activations are checkpointed, run the backward in the context.
 
     Raises:
         InputError: if steps is less than 1.

@@ -32,8 +32,8 @@ def domain(name: str | int) -> Iterator[None]:
     """Make layers with `Domains` use the statistics of the domain `name` in this context; other layers are unaffected.
 
     The context holds for the current thread and can be nested. Put it around a compiled model, not inside: the model is compiled once
-    for each domain. If activation checkpointing runs the forward again, run the backward in the context too where the output depends
-    on running statistics.
+    for each domain. If activations are checkpointed, run the backward in the context too: it runs the forward again, in the domain that
+    it finds.
 
     Raises:
         ArgumentError: if name is neither a string nor an integer.
