@@ -3,7 +3,9 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 
@@ -17,15 +19,39 @@ namespace {
 constexpr int64_t bytes_worth_huge_pages = 4 << 20;
 constexpr uint64_t huge_page = 2 << 20;
 
+// But the host of a virtual machine may have taken back what was free, and then gives it in small pages: 26 MB took 33 ms, and 8 ms without
+// huge pages, since small ones are soon used again. So one page of a tensor is tried, and after two slow ones none are asked for.
+constexpr int64_t slow_page = 1500000;  // nanoseconds
+constexpr int slow_pages_that_decide = 2;
+std::atomic<int> slow_pages{0};
+
 // Smaller outputs fit the cache, where the next operator finds them.
 constexpr int64_t bytes_beyond_cache = 8 << 20;
 
+#if defined(MADV_HUGEPAGE)
+inline int64_t nanoseconds_of_thread() {
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+#endif
+
+// Asks for huge pages for a new tensor, whose values it may overwrite.
 inline void use_huge_pages(const Tensor& tensor, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-    if (bytes < bytes_worth_huge_pages) return;
+    if (bytes < bytes_worth_huge_pages || slow_pages.load(std::memory_order_relaxed) >= slow_pages_that_decide) return;
     const uint64_t start = (uint64_t)tensor.data<void>();
     const uint64_t from = (start + huge_page - 1) / huge_page * huge_page, to = (start + bytes) / huge_page * huge_page;
-    if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);  // advice: it may be declined
+    if (from >= to) return;
+    const uint64_t tried = to - huge_page;
+    madvise((void*)tried, huge_page, MADV_HUGEPAGE);  // advice: it may be declined
+    const int64_t before = nanoseconds_of_thread();
+    *(volatile char*)tried = 0;
+    if (nanoseconds_of_thread() - before > slow_page) {
+        slow_pages.fetch_add(1, std::memory_order_relaxed);
+    } else if (from < tried) {
+        madvise((void*)from, tried - from, MADV_HUGEPAGE);
+    }
 #else
     (void)tensor, (void)bytes;
 #endif
