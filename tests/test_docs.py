@@ -256,6 +256,12 @@ def test_the_tables_of_layers_are_what_the_rows_say(name):
     assert "\n".join(table) in (ROOT / "docs" / "kernels.md").read_text()
 
 
+def test_the_table_of_training_steps_is_what_the_rows_say():
+    """Make it again with: python benchmarks/steps.py"""
+    steps = script("benchmarks/steps.py")
+    assert "\n".join(steps.table(steps.read(steps.RESULTS))) in (ROOT / "docs" / "switching.md").read_text()
+
+
 def test_the_page_of_models_is_what_the_rows_say():
     """Make it again with: make models"""
     models = script("benchmarks/models.py")
